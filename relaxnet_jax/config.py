@@ -47,6 +47,8 @@ class ModelConfig:
       vector_features: number of vector channels of v.
       layers: number L of DTNN layers.
       triplet_features: hidden width of the triplet MLPs.
+      pair_features: width of the pair pass that reads the geometry at every ODE step of
+        the explicit scheme.
       n_gaussian: Gaussian radial basis functions.
       n_bessel: roots per degree of the spherical Bessel basis.
       l_max: highest degree of the spherical-harmonic edge expansion.
@@ -65,6 +67,7 @@ class ModelConfig:
     vector_features: int = 16
     layers: int = 2
     triplet_features: int = 32
+    pair_features: int = 32
     n_gaussian: int = 16
     n_bessel: int = 6
     l_max: int = 3
@@ -210,3 +213,173 @@ class Config:
     loss: LossConfig = LossConfig()
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
+
+
+def load_config(source: str | Path | Mapping[str, Any], overrides: Iterable[str] | Mapping = ()) -> Config:
+    """Reads a config file and applies overrides.
+
+    Args:
+      source: a path to a Python file with ``get_config()``, the name of a shipped one
+        ("explicit.py", "implicit"), or a nested mapping. A path as given wins over a
+        shipped file of the same name.
+      overrides: ``"section.field=value"`` strings (values as Python literals or bare
+        words), or a nested or dotted mapping.
+
+    Returns:
+      A frozen `Config`.
+
+    Raises:
+      InputError: file not found, no ``get_config``, unknown key, wrong type or value.
+    """
+    if isinstance(source, Mapping):
+        values, origin, name = source, "config", str(source.get("name", "custom"))
+    else:
+        path = find_config(source)
+        origin, name = str(path), path.stem
+        try:
+            get_config = runpy.run_path(str(path))["get_config"]
+        except KeyError:
+            raise InputError(f"{path}: no function get_config(); see the shipped explicit.py") from None
+        except Exception as error:
+            raise InputError(f"{path}: cannot be executed: {type(error).__name__}: {error}") from None
+        values = get_config()
+        if not isinstance(values, Mapping):
+            raise InputError(f"{path}: get_config() must return a dict, not {type(values).__name__}")
+    config = _update(Config(name=name), values, origin)
+    if isinstance(overrides, Mapping):
+        nested = _nest(overrides.items(), "overrides")
+    else:
+        nested = _nest((_parse_override(item) for item in overrides), "--set")
+    return check_config(_update(config, nested, "--set"))
+
+
+def shipped_configs() -> Path:
+    """Folder of the shipped config files (installed or in a source checkout)."""
+    here = Path(__file__).resolve().parent
+    installed = here / "_configs"
+    return installed if installed.is_dir() else here.parent / "configs"
+
+
+def find_config(name: str | Path) -> Path:
+    """The config file as given, else the shipped one of that name. Raises InputError."""
+    path = Path(name)
+    candidates = [path, shipped_configs() / path.name, shipped_configs() / f"{path.name}.py"]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    shipped = ", ".join(sorted(p.name for p in shipped_configs().glob("*.py")))
+    raise InputError(f"config {str(name)!r} not found; give a path or one of: {shipped}")
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Nested plain dict, ready for JSON."""
+    return dataclasses.asdict(config)
+
+
+def to_json(config: Config) -> str:
+    """JSON text that `from_json` reads back."""
+    return json.dumps(to_dict(config), indent=2)
+
+
+def from_json(text: str, origin: str = "config.json") -> Config:
+    """A `Config` from `to_json`'s text; raises InputError on anything else."""
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{origin}: not valid JSON ({error}); the model folder is damaged") from None
+    return check_config(_update(Config(), values, origin))
+
+
+def check_config(config: Config) -> Config:
+    """Returns the config if its values make sense together, else raises InputError."""
+    g, m, d, data, t = config.graph, config.model, config.dynamics, config.data, config.train
+
+    def require(ok: bool, message: str) -> None:
+        if not ok:
+            raise InputError(f"config {config.name!r}: {message}")
+
+    require(0 < g.triplet_cutoff <= g.cutoff, "graph.triplet_cutoff must lie in (0, graph.cutoff]")
+    require(g.skin >= 0, "graph.skin must not be negative")
+    for field in ("features", "vector_features", "layers", "triplet_features", "pair_features",
+                  "n_gaussian", "n_bessel", "expansion_channels", "attention_heads"):
+        require(getattr(m, field) >= 1, f"model.{field} must be at least 1")
+    require(m.features % m.attention_heads == 0, "model.features must be a multiple of model.attention_heads")
+    require(1 <= m.l_max <= 8 and 0 <= m.l_angle <= 12, "model.l_max must be 1..8 and model.l_angle 0..12")
+    require(m.envelope_power >= 3, "model.envelope_power must be at least 3")
+    require(d.frames >= 2, "dynamics.frames must be at least 2")
+    require(d.substeps >= 1, "dynamics.substeps must be at least 1")
+    require(len(data.splits) == 3 and abs(sum(data.splits) - 1) < 1e-6 and min(data.splits) > 0,
+            "data.splits must be three positive fractions that add up to 1")
+    require(data.max_frames >= 2, "data.max_frames must be at least 2")
+    require(t.batch_size >= 1, "train.batch_size must be at least 1")
+    require(t.learning_rate > 0 and t.clip_norm > 0, "train.learning_rate and train.clip_norm must be positive")
+    require(0 <= t.ema < 1, "train.ema must lie in [0, 1)")
+    require(t.epochs >= 1 and t.checkpoint_every >= 1 and t.max_buckets >= 1,
+            "train.epochs, train.checkpoint_every and train.max_buckets must be at least 1")
+    return config
+
+
+def _parse_override(item: str) -> tuple[str, Any]:
+    key, separator, text = item.partition("=")
+    if not separator:
+        raise InputError(f"--set {item!r}: write it as section.field=value")
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        value = {"true": True, "false": False}.get(text.lower(), text)
+    return key.strip(), value
+
+
+def _nest(items: Iterable[tuple[str, Any]], origin: str) -> dict[str, Any]:
+    nested: dict[str, Any] = {}
+    for key, value in items:
+        *parents, leaf = str(key).split(".")
+        node = nested
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        if isinstance(value, Mapping):
+            node.setdefault(leaf, {}).update(value)
+        else:
+            node[leaf] = value
+    return nested
+
+
+def _update(instance: Any, values: Mapping[str, Any], origin: str, prefix: str = "") -> Any:
+    hints = typing.get_type_hints(type(instance))
+    changes = {}
+    for key, value in values.items():
+        if key not in hints:
+            near = difflib.get_close_matches(key, hints, n=1, cutoff=0.5)
+            hint = f"did you mean {prefix + near[0]!r}?" if near else f"known keys: {', '.join(hints)}"
+            raise InputError(f"{origin}: unknown config key {prefix + key!r}; {hint}")
+        current = getattr(instance, key)
+        if dataclasses.is_dataclass(current):
+            if not isinstance(value, Mapping):
+                raise InputError(f"{origin}: {prefix + key!r} is a section; set its fields, e.g. "
+                                 f"{prefix + key}.{dataclasses.fields(current)[0].name}=…")
+            changes[key] = _update(current, value, origin, f"{prefix}{key}.")
+        else:
+            changes[key] = _coerce(value, hints[key], f"{origin}: {prefix + key}")
+    return dataclasses.replace(instance, **changes)
+
+
+def _coerce(value: Any, hint: Any, where: str) -> Any:
+    """The value as the annotated type; int→float and list→tuple are the only conversions."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        if value not in args:
+            raise InputError(f"{where}={value!r}: must be one of {', '.join(map(repr, args))}")
+        return value
+    if origin is tuple:
+        if not isinstance(value, list | tuple) or len(value) != len(args):
+            raise InputError(f"{where}={value!r}: must be {len(args)} numbers")
+        return tuple(_coerce(v, a, where) for v, a in zip(value, args))
+    if origin in (typing.Union, types.UnionType):
+        return None if value is None else _coerce(value, args[0], where)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint is str and isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise InputError(f"{where}={value!r}: must be of type {hint.__name__}")
+    return value

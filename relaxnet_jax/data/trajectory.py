@@ -5,12 +5,26 @@ from __future__ import annotations
 import dataclasses
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
 
+from relaxnet_jax.data.files import atomic_path, one_line
 from relaxnet_jax.errors import InputError
 
-# Energies within one relaxation differ by eV, so anything beyond this is a parsing fault.
+if TYPE_CHECKING:
+    import ase
+
+# Energies within one relaxation differ by less than this, in eV/atom: cohesive energies are
+# below 10 and real relaxations drop by at most 1.5, so anything beyond is a parsing fault.
+MAX_ENERGY_SPAN = 20.0
+# Å; atoms of a structure that makes sense are never this close.
+MIN_DISTANCE = 1e-3
+# Å³; a cell below this has lattice vectors in one plane.
+MIN_VOLUME = 1e-6
+# Å; a lattice-vector component that moves by more has been relaxed, not rounded.
+CELL_TOLERANCE = 1e-4
+SUPPORTED_OUTPUTS = ".extxyz, .traj (all frames), .cif, POSCAR*, CONTCAR* (final frame)"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -49,3 +63,231 @@ class RelaxationTrajectory:
     charges: np.ndarray | None = None
     times: np.ndarray | None = None
     source: str = ""
+
+    @property
+    def n_frames(self) -> int:
+        """Number n of ionic steps, the initial structure included."""
+        return self.positions.shape[0]
+
+    @property
+    def n_atoms(self) -> int:
+        """Number N of atoms."""
+        return self.positions.shape[1]
+
+    @property
+    def fmax(self) -> np.ndarray:
+        """(n,), eV/Å: the largest force norm among the free atoms, 0 if none is free."""
+        free = np.asarray(self.forces)[:, ~np.asarray(self.fixed_mask, dtype=bool)]
+        return np.linalg.norm(free, axis=-1).max(axis=1, initial=0.0)
+
+    @property
+    def formula(self) -> str:
+        """Reduced chemical formula in Hill order, e.g. "Cu3Au" as "AuCu3"."""
+        return reduced_formula(self.atomic_numbers)
+
+    @property
+    def variable_cell(self) -> bool:
+        """Whether any frame's cell differs from the first by more than 1e-4 Å."""
+        return bool(np.any(np.abs(self.cells - self.cells[:1]) > CELL_TOLERANCE))
+
+    def atoms(self, i: int = -1) -> ase.Atoms:
+        """Frame ``i`` (the final one by default) as ASE atoms.
+
+        The atoms carry a ``SinglePointCalculator`` with energy, raw forces and (if there)
+        stress, ``FixAtoms`` on fixed atoms, and ``traj_id``, ``frame``, ``group``, ``source``
+        in ``info``.
+
+        Raises:
+          IndexError: ``i`` is not a frame.
+        """
+        from ase import Atoms
+        from ase.calculators.singlepoint import SinglePointCalculator
+        from ase.constraints import FixAtoms
+
+        frame = range(self.n_frames)[i]
+        atoms = Atoms(
+            numbers=self.atomic_numbers,
+            positions=self.positions[frame],
+            cell=self.cells[frame],
+            pbc=self.pbc,
+            charges=self.charges,
+        )
+        if np.any(self.fixed_mask):
+            atoms.set_constraint(FixAtoms(indices=np.flatnonzero(self.fixed_mask)))
+        results = {"energy": float(self.energies[frame]), "forces": self.forces[frame].copy()}
+        if self.stresses is not None:
+            results["stress"] = self.stresses[frame].copy()
+        atoms.calc = SinglePointCalculator(atoms, **results)
+        atoms.info = {"traj_id": self.id, "frame": frame}
+        atoms.info |= {k: v for k, v in (("group", self.group), ("source", self.source)) if v}
+        return atoms
+
+    def write(self, path: str | os.PathLike[str]) -> None:
+        """Writes the trajectory; an existing file is replaced only by a complete one.
+
+        Args:
+          path: ``.extxyz`` and ``.traj`` take all frames; ``.cif`` and names that start with
+            POSCAR or CONTCAR take the final one.
+
+        Raises:
+          InputError: another suffix, a folder that cannot be written, or a format that
+            cannot hold the structure (a molecule without cell as POSCAR).
+        """
+        import ase.io
+
+        target = Path(path)
+        if target.name.upper().startswith(("POSCAR", "CONTCAR")):
+            form, frames = "vasp", [self.atoms(-1)]
+        elif target.suffix in (".extxyz", ".traj"):
+            form, frames = target.suffix[1:], [self.atoms(i) for i in range(self.n_frames)]
+        elif target.suffix == ".cif":
+            form, frames = "cif", [self.atoms(-1)]
+        else:
+            raise InputError(
+                f"{target}: unknown suffix {target.suffix!r}: use one of {SUPPORTED_OUTPUTS}"
+            )
+        # Without a cell ASE writes a POSCAR nothing can read.
+        if form == "vasp" and abs(np.linalg.det(self.cells[-1])) < MIN_VOLUME:
+            raise InputError(f"{target}: {self.id} has no cell: write .extxyz, .traj or .cif")
+        with atomic_path(target) as temporary:
+            try:
+                ase.io.write(temporary, frames, format=form)
+            except Exception as error:
+                raise InputError(
+                    f"{target}: ASE cannot write {self.id} as {form} ({one_line(error)}): "
+                    "write .extxyz instead"
+                ) from error
+
+    def validate(self) -> RelaxationTrajectory:
+        """Returns itself if it is sound.
+
+        Sound means: shapes agree, at least one frame and one atom, atomic numbers 1 to 118,
+        every number finite, times ascending in [0, 1], energies within 20 eV/atom, lattice
+        vectors that span a volume where any direction is periodic, no two atoms (periodic
+        images included) within 1e-3 Å.
+
+        Raises:
+          InputError: the first of these that does not hold, with id, frame and field.
+        """
+        _check_shapes(self)
+        _check_numbers(self)
+        _check_geometry(self)
+        return self
+
+
+def reduced_formula(atomic_numbers: np.ndarray) -> str:
+    """Reduced chemical formula in Hill order of (N,) atomic numbers."""
+    from ase.data import chemical_symbols
+    from ase.formula import Formula
+
+    numbers, counts = np.unique(atomic_numbers, return_counts=True)
+    counts = counts // np.gcd.reduce(counts)
+    symbols = {chemical_symbols[z]: int(c) for z, c in zip(numbers, counts)}
+    return Formula.from_dict(symbols).format("hill")
+
+
+def unwrap_positions(positions: np.ndarray, cells: np.ndarray, pbc: np.ndarray) -> np.ndarray:
+    """Removes lattice-vector jumps between consecutive frames.
+
+    A step is a jump where its fractional coordinate along a periodic direction exceeds one
+    half; what is removed is a whole number of the frame's own lattice vectors, so every
+    frame stays the same crystal. Without jumps the result equals the input bit for bit.
+
+    Args:
+      positions: (n, N, 3), Å.
+      cells: (n, 3, 3), Å.
+      pbc: (3,) bool.
+
+    Returns:
+      (n, N, 3), Å; the first frame as it was.
+    """
+    if len(positions) < 2 or not np.any(pbc):
+        return positions.copy()
+    # The pseudo-inverse also serves slabs without a third lattice vector.
+    fractional = positions @ np.linalg.pinv(cells)
+    jumps = np.round(np.diff(fractional, axis=0)) * np.asarray(pbc, dtype=float)
+    total = np.concatenate([np.zeros_like(jumps[:1]), np.cumsum(jumps, axis=0)])
+    return positions - total @ cells
+
+
+def _fail(traj: RelaxationTrajectory, where: str, what: str, remedy: str) -> NoReturn:
+    raise InputError(f"relaxation {traj.id!r}, {where}: {what}: {remedy}")
+
+
+def _check_shapes(traj: RelaxationTrajectory) -> None:
+    shape = np.shape(traj.positions)
+    if len(shape) != 3 or shape[2] != 3 or 0 in shape:
+        _fail(traj, "positions", f"shape {shape}", "give (frames, atoms, 3), none of them 0")
+    n, n_atoms = shape[:2]
+    expected: dict[str, tuple[int, ...]] = {
+        "atomic_numbers": (n_atoms,),
+        "cells": (n, 3, 3),
+        "pbc": (3,),
+        "energies": (n,),
+        "forces": (n, n_atoms, 3),
+        "fixed_mask": (n_atoms,),
+        "stresses": (n, 6),
+        "charges": (n_atoms,),
+        "times": (n,),
+    }
+    for name, wanted in expected.items():
+        value = getattr(traj, name)
+        if value is None and name in ("stresses", "charges", "times"):
+            continue
+        if np.shape(value) != wanted:
+            _fail(traj, name, f"shape {np.shape(value)}", f"positions imply {wanted}")
+
+
+def _check_numbers(traj: RelaxationTrajectory) -> None:
+    for name in ("positions", "cells", "energies", "forces", "stresses", "charges", "times"):
+        value = getattr(traj, name)
+        if value is None:
+            continue
+        bad = np.argwhere(~np.isfinite(value))
+        if len(bad):
+            where = f"{name} of atom {bad[0][0]}" if name == "charges" else (
+                f"frame {bad[0][0]}, {name}"
+            )
+            _fail(traj, where, "not a finite number", "repair or remove the relaxation")
+    numbers = np.asarray(traj.atomic_numbers)
+    if not np.issubdtype(numbers.dtype, np.integer) or numbers.min() < 1 or numbers.max() > 118:
+        _fail(traj, "atomic_numbers", "not all within 1 to 118", "name the elements")
+    away = np.abs(traj.energies - np.median(traj.energies)) / traj.n_atoms
+    if away.max() > MAX_ENERGY_SPAN:
+        what = f"{away.max():.3g} eV/atom from the other frames"
+        _fail(traj, f"frame {away.argmax()}, energies", what, "repair or remove the relaxation")
+    times = traj.times
+    if times is not None and (times.min() < 0 or times.max() > 1 or np.any(np.diff(times) <= 0)):
+        _fail(traj, "times", "not ascending within [0, 1]", "leave them out or sort the frames")
+
+
+def _check_geometry(traj: RelaxationTrajectory) -> None:
+    periodic = np.asarray(traj.pbc, dtype=bool)
+    if periodic.any():
+        volumes = np.abs(np.linalg.det(traj.cells))
+        if volumes.min() < MIN_VOLUME:
+            where, what = f"frame {volumes.argmin()}, cells", f"volume {volumes.min():.3g} Å³"
+            _fail(traj, where, what, "give three independent lattice vectors or pbc F F F")
+    # Blocks keep the (rows, N, 3) differences below some 30 MB however large the structure.
+    n_atoms, inverses = traj.n_atoms, np.linalg.pinv(traj.cells) if periodic.any() else None
+    rows = max(1, 1_000_000 // n_atoms)
+    frames = max(1, rows // n_atoms)
+    for first in range(0, traj.n_frames, frames):
+        x = traj.positions[first : first + frames]
+        cells = traj.cells[first : first + frames, None]
+        for row in range(0, n_atoms, rows):
+            d = x[:, row : row + rows, None] - x[:, None]
+            if inverses is not None:
+                # Rounding finds the nearest image of atoms as close as we ask for.
+                shifts = np.round(d @ inverses[first : first + frames, None]) * periodic
+                d -= shifts @ cells
+            close = np.einsum("fijc,fijc->fij", d, d) < MIN_DISTANCE**2
+            close &= ~np.eye(close.shape[1], n_atoms, row, dtype=bool)
+            if close.any():
+                frame, i, j = np.argwhere(close)[0]
+                _fail(
+                    traj,
+                    f"frame {first + frame}, positions",
+                    f"atoms {row + i} and {j} at one point",
+                    "remove one of them",
+                )

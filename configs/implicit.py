@@ -1,0 +1,2 @@
+def get_config():
+    return {"dynamics": {"latent": "implicit"}}

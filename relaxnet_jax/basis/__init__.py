@@ -1,0 +1,1 @@
+"""Radial and angular bases: pure functions of distances and directions."""

@@ -1,0 +1,62 @@
+"""Angular bases: real spherical harmonics of directions, zonal harmonics of angles."""
+
+from __future__ import annotations
+
+import math
+
+import e3nn_jax as e3nn
+import jax.numpy as jnp
+from jax import Array
+
+from relaxnet_jax.basis.radial import spherical_bessel_basis
+
+
+def zonal_harmonics(cosine: Array, l_max: int) -> Array:
+    """Y_l0 = sqrt((2l+1)/4pi) P_l(cos theta), l = 0..l_max, by Bonnet's recurrence.
+
+    A polynomial in the cosine, so smooth for collinear bonds, where the angle is not.
+
+    Args:
+      cosine: (...) in [-1, 1].
+
+    Returns:
+      (..., l_max + 1).
+    """
+    legendre = [jnp.ones_like(cosine), cosine]
+    for l in range(1, l_max):  # noqa: E741
+        legendre.append(((2 * l + 1) * cosine * legendre[l] - l * legendre[l - 1]) / (l + 1))
+    norms = [math.sqrt((2 * l + 1) / (4 * math.pi)) for l in range(l_max + 1)]
+    return jnp.stack([c * p for c, p in zip(norms, legendre)], -1)
+
+
+def real_spherical_harmonics(vectors: Array, l_max: int) -> e3nn.IrrepsArray:
+    """Orthonormal real spherical harmonics Y_lm of the directions (equation 5).
+
+    Args:
+      vectors: (..., 3), nonzero, Å; only the direction counts.
+
+    Returns:
+      IrrepsArray (..., (l_max + 1)²) of irreps 0e + 1o + 2e + …
+    """
+    return e3nn.spherical_harmonics(
+        e3nn.Irreps.spherical_harmonics(l_max),
+        e3nn.IrrepsArray("1o", vectors),
+        normalize=True,
+        normalization="integral",
+    )
+
+
+def edge_expansion(vectors: Array, r: Array, cutoff: float, n: int, l_max: int) -> e3nn.IrrepsArray:
+    """f_nlm = j_l(z_ln r/c) Y_lm(direction), equation (6b), without the envelope.
+
+    Args:
+      vectors: (E, 3) Å. r: (E,) Å, their lengths. cutoff: c in Å.
+
+    Returns:
+      IrrepsArray (E, n, (l_max + 1)²): one set of irreps 0e + 1o + … per root.
+    """
+    harmonics = real_spherical_harmonics(vectors, l_max)
+    radial = spherical_bessel_basis(r, cutoff, n, l_max)  # (E, n, L+1)
+    repeats = jnp.array([2 * l + 1 for l in range(l_max + 1)])  # noqa: E741
+    per_component = jnp.repeat(radial, repeats, axis=-1, total_repeat_length=(l_max + 1) ** 2)
+    return e3nn.IrrepsArray(harmonics.irreps, per_component * harmonics.array[:, None, :])

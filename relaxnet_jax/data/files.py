@@ -1,0 +1,45 @@
+"""Files that are either complete or absent."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+
+from relaxnet_jax.errors import InputError
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary path beside ``path`` that replaces it when the block ends without error.
+
+    Raises:
+      InputError: the folder cannot be made or written to.
+    """
+    target = Path(path)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
+    except OSError as error:
+        raise InputError(
+            f"{target}: cannot be written ({error.strerror}): choose another output path"
+        ) from error
+    try:
+        yield temporary
+        try:
+            temporary.replace(target)
+        except OSError as error:
+            raise InputError(
+                f"{target}: cannot be replaced ({error.strerror}): choose another output path"
+            ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an exception of another library, on one line of at most 200 characters."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else text[:197] + "..."

@@ -1,0 +1,210 @@
+"""Figures of predicted relaxations (the paper's figures 3 and A.2), as PNG.
+
+Drawn with matplotlib's object interface: no pyplot, no display, no global state.
+Colours are Okabe and Ito's, which colour-blind readers can tell apart, and every
+series differs in marker and line style too. Files are written atomically.
+"""
+
+from __future__ import annotations
+
+import os
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import matplotlib
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import BoundaryNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from relaxnet_jax.errors import InputError
+from relaxnet_jax.evaluate.tables import atomic_path, label
+from relaxnet_jax.metrics import Comparison, Metrics, evaluate, pearson
+
+if TYPE_CHECKING:
+    from relaxnet_jax.data.trajectory import RelaxationTrajectory
+
+DPI = 200
+STYLE: Any = {
+    "font.size": 9,
+    "axes.labelsize": 9,
+    "legend.fontsize": 9,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.8,
+    "lines.linewidth": 1.6,
+    "lines.markersize": 4.5,
+    "legend.frameon": False,
+}
+TRUTH = {"color": "#444444", "marker": "o", "linestyle": "-"}
+SERIES: dict[str, dict[str, Any]] = {
+    "model": {"color": "#0072B2", "marker": "o", "linestyle": "-"},
+    "nothing": {"color": "#D55E00", "marker": "s", "linestyle": "--"},
+}
+SPARE: tuple[dict[str, Any], ...] = (
+    {"color": "#009E73", "marker": "^", "linestyle": "-."},
+    {"color": "#CC79A7", "marker": "D", "linestyle": ":"},
+    {"color": "#E69F00", "marker": "v", "linestyle": "-"},
+    {"color": "#56B4E9", "marker": "P", "linestyle": "--"},
+)
+
+
+def per_frame_figure(
+    results: Mapping[str, Metrics], path: str | os.PathLike[str], caption: str
+) -> None:
+    """Energy (meV/atom), force (meV/Å) and coordinate (Å) MAE against the frame.
+
+    Args:
+      results: metrics by name. Composition only is left out: it knows no frames.
+      path: the PNG.
+      caption: printed under the figure; names the data set.
+    """
+    shown = {name: m for name, m in results.items() if m.predictor != "composition"}
+    if not shown:
+        raise InputError("no metrics with frames to draw; evaluate the model first")
+    panels = (
+        ("energy_mae_per_atom", "energy MAE (meV/atom)"),
+        ("forces_mae", "force MAE (meV/Å)"),
+        ("positions_mae", "coordinate MAE (Å)"),
+    )
+    with matplotlib.rc_context(STYLE):
+        figure = _figure(8.0, 3.0, caption)
+        axes = figure.subplots(1, len(panels))
+        spare = iter(SPARE * len(shown))
+        styles = {name: SERIES.get(name) or next(spare) for name in shown}
+        for axis, (field, ylabel) in zip(axes, panels):
+            for name, metrics in shown.items():
+                values = getattr(metrics.per_frame, field)
+                frames = np.flatnonzero(np.isfinite(values))  # joined across absent frames
+                axis.plot(frames, values[frames], label=label(name), clip_on=False, **styles[name])
+            axis.set(xlabel="frame", ylabel=ylabel)
+            axis.set_ylim(bottom=0)
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+        handles, names = axes[0].get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside upper center", ncols=len(names))
+        _save(figure, path)
+
+
+def parity_figure(
+    comparisons: Sequence[Comparison], path: str | os.PathLike[str], caption: str
+) -> None:
+    """Predicted against true energy per atom, [E - sum_i eps(Z_i)]/N in eV, all frames.
+
+    Relative to the composition energy, because the totals correlate almost perfectly for
+    any model that knows the composition. The MAE is that of the metrics (macro average).
+
+    Args:
+      comparisons: the structures; those without a finite prediction are not drawn.
+      path: the PNG.
+      caption: printed under the figure; names the data set.
+    """
+    mae = evaluate(comparisons).all_frames.energy_mae_per_atom
+    drawn = [c for c in comparisons if c.finite]
+    if mae is None or not drawn:
+        raise InputError(f"{os.fspath(path)}: no structure has a finite prediction to draw")
+    sizes = [len(c.atomic_numbers) for c in drawn]
+    true = [(c.true_energies - c.composition_energy) / n for c, n in zip(drawn, sizes)]
+    pred = [(c.pred_energies - c.composition_energy) / n for c, n in zip(drawn, sizes)]
+    x, y, slots = np.concatenate(true), np.concatenate(pred), _joined_slots(drawn)
+    order = np.random.default_rng(0).permutation(len(x))  # so that late frames hide no early ones
+    low, high = min(x.min(), y.min()), max(x.max(), y.max())
+    pad = 0.05 * (high - low) or 0.01
+    limits = (low - pad, high + pad)
+    correlation = pearson(x, y)
+    notes = [
+        f"PCC {correlation:.3f}" if correlation is not None else "PCC undefined",
+        f"MAE {mae:.3g} meV/atom",
+        f"{len(drawn)} structures, {len(x)} frames",
+    ]
+    with matplotlib.rc_context(STYLE):
+        figure = _figure(4.6, 4.3, caption)
+        axis = figure.subplots()
+        n_frames = max(c.n_frames for c in drawn)
+        axis.plot(limits, limits, color="#444444", linewidth=0.8, linestyle="--", zorder=0)
+        size = float(np.clip(6000 / len(x), 4, 24))
+        colours: dict[str, Any] = {
+            "cmap": "viridis",
+            "norm": BoundaryNorm(np.arange(n_frames + 1) - 0.5, 256),
+        }
+        axis.scatter(x[order], y[order], c=slots[order], s=size, alpha=0.8, linewidths=0, **colours)
+        axis.set(xlim=limits, ylim=limits, aspect="equal")
+        axis.set(xlabel=r"true $(E-\sum\epsilon_Z)/N$ (eV/atom)")
+        axis.set(ylabel=r"predicted $(E-\sum\epsilon_Z)/N$ (eV/atom)")
+        for ticks in (axis.xaxis, axis.yaxis):
+            ticks.set_major_locator(MaxNLocator(nbins=5))
+        axis.text(0.03, 0.97, "\n".join(notes), transform=axis.transAxes, va="top")
+        bar = figure.colorbar(ScalarMappable(**colours), ax=axis, label="frame", aspect=30)
+        bar.ax.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=10, min_n_ticks=1))
+        bar.ax.minorticks_off()
+        bar.outline.set_visible(False)
+        _save(figure, path)
+
+
+def trajectory_figure(
+    true: RelaxationTrajectory,
+    pred: RelaxationTrajectory,
+    path: str | os.PathLike[str],
+    caption: str = "",
+) -> None:
+    """Energy, largest force and RMS displacement of one relaxation along pseudotime.
+
+    Energies are per atom and relative to the true first frame, displacements sqrt(mean_i
+    |x_i(t) - x_i(0)|²) are from the true first frame, both over free atoms where they can be.
+
+    Args:
+      true, pred: n frames each (n may differ), positions Å, energies eV, forces eV/Å.
+      path: the PNG.
+      caption: names the data set; the relaxation's id and source when empty.
+    """
+    if not np.array_equal(true.atomic_numbers, pred.atomic_numbers):
+        raise InputError(f"{true.id}: prediction and truth have different atoms; match their ids")
+    free, reference = ~true.fixed_mask, true.positions[0]
+    with matplotlib.rc_context(STYLE):
+        caption = caption or f"{true.id} ({true.source})".replace(" ()", "")
+        figure = _figure(8.0, 3.0, caption)
+        axes = figure.subplots(1, 3)
+        for one, name, style in ((true, "true", TRUTH), (pred, "RelaxNet", SERIES["model"])):
+            times = np.linspace(0, 1, len(one.energies)) if one.times is None else one.times
+            moved = ((one.positions - reference)[:, free] ** 2).sum(axis=-1)
+            forces = np.linalg.norm(one.forces[:, free], axis=-1)
+            curves = (
+                1e3 * (one.energies - true.energies[0]) / len(true.atomic_numbers),
+                forces.max(axis=-1, initial=0),
+                np.sqrt(moved.sum(axis=-1) / max(free.sum(), 1)),
+            )
+            for axis, curve in zip(axes, curves):
+                axis.plot(times, curve, label=name, clip_on=False, **style)
+        labels = ("energy − true initial (meV/atom)", "largest force (eV/Å)")
+        for axis, ylabel in zip(axes, (*labels, "RMS displacement (Å)")):
+            axis.set(xlabel="pseudotime", ylabel=ylabel)
+            axis.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "0.25", "0.5", "0.75", "1"])
+        for axis in axes[1:]:
+            axis.set_ylim(bottom=0)
+        handles, names = axes[0].get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside upper center", ncols=2)
+        _save(figure, path)
+
+
+def _joined_slots(comparisons: Sequence[Comparison]) -> np.ndarray:
+    """(total frames,) int, the slots of all structures one after the other."""
+    return np.concatenate([c.slots for c in comparisons])
+
+
+def _figure(width: float, height: float, caption: str) -> Figure:
+    """A figure in inches with room for its axes and, under them, the wrapped caption."""
+    lines = textwrap.wrap(caption, width=int(17 * width))
+    figure = Figure(figsize=(width, height + 0.17 * len(lines)), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.supxlabel("\n".join(lines), fontsize=8, color="#444444", x=0.01, ha="left")
+    return figure
+
+
+def _save(figure: Figure, path: str | os.PathLike[str]) -> None:
+    """Writes the PNG whole or not at all."""
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=DPI, format="png", facecolor="white")

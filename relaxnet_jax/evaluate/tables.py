@@ -1,0 +1,152 @@
+"""The table a person reads and the JSON a program reads, from the same ``Metrics``."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from relaxnet_jax.errors import InputError
+from relaxnet_jax.metrics import Metrics, plain
+
+LABELS = {"model": "RelaxNet", "nothing": "doing nothing", "composition": "composition only"}
+UNITS = {
+    "energy_mae": "eV/structure",
+    "energy_mae_per_atom": "meV/atom",
+    "forces_mae": "meV/Å",
+    "positions_mae": "Å",
+    "rmsd": "Å",
+}
+
+_EVERY = ("model", "nothing", "composition")
+_MOVING = ("model", "nothing")  # composition only predicts no geometry
+# (row, path into Metrics, shown as, predictors for which it says something)
+_ROWS = (
+    *(
+        (f"{name}, {label}", f"{frames}.{field}", "number", predictors)
+        for name, field, predictors in (
+            ("energy MAE [eV/structure]", "energy_mae", _EVERY),
+            ("energy MAE [meV/atom]", "energy_mae_per_atom", _EVERY),
+            ("energy per atom, Pearson r", "pearson", _EVERY),
+            ("force MAE [meV/Å]", "forces_mae", _EVERY),
+            ("coordinate MAE [Å]", "positions_mae", _MOVING),
+            ("RMSD after alignment [Å]", "rmsd", _MOVING),
+        )
+        for frames, label in (("final", "final frame"), ("all_frames", "all frames"))
+    ),
+    ("final coordinate MAE / doing nothing", "final_ratio", "number", _MOVING),
+    ("structures improved over doing nothing", "improved_fraction", "percent", ("model",)),
+    ("structures with falling energy", "monotone_fraction", "percent", ("model",)),
+)
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yields a temporary path beside ``path`` that replaces it on success, else vanishes.
+
+    Missing parent folders are made. What the operating system refuses is an InputError.
+    """
+    target = Path(path)
+    # The suffix stays last: matplotlib reads the format off it.
+    temporary = target.with_name(f".{target.stem}.{os.getpid()}.tmp{target.suffix}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        os.replace(temporary, target)
+    except OSError as error:
+        raise InputError(f"cannot write {target}: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def label(name: str) -> str:
+    """What a predictor is called in tables and figures; other names stand as they are."""
+    return LABELS.get(name, name)
+
+
+def metrics_table(results: Mapping[str, Metrics], title: str) -> Table:
+    """One row per metric, with its unit, and one column per entry of ``results``.
+
+    Args:
+      results: metrics by name; "model", "nothing" and "composition" get readable headings.
+      title: names the data set.
+
+    Returns:
+      A table for ``rich.console.Console().print``. A dash stands where a metric says
+      nothing about a predictor or is undefined.
+    """
+    if not results:
+        raise InputError("no metrics to tabulate; evaluate at least one predictor")
+    first = next(iter(results.values()))
+    note = f"{first.n_structures} structures; means over atoms and frames, then structures"
+    table = Table(title=title, caption=note, box=box.SIMPLE_HEAD, title_justify="left")
+    table.caption_justify = "left"
+    table.add_column("metric", no_wrap=True)
+    for name in results:
+        table.add_column(label(name), justify="right")
+    for row, (heading, path, kind, predictors) in enumerate(_ROWS):
+        cells = []
+        for metrics in results.values():
+            value = _lookup(metrics, path) if metrics.predictor in predictors else None
+            cells.append(_percent(value) if kind == "percent" else _number(value))
+        ends = "all frames" in heading or row == len(_ROWS) - 1
+        table.add_row(heading, *cells, end_section=ends)
+    if any(metrics.n_nonfinite for metrics in results.values()):
+        counts = [str(metrics.n_nonfinite) for metrics in results.values()]
+        table.add_row("structures left out: prediction not finite", *counts, style="bold red")
+    return table
+
+
+def write_metrics(
+    path: str | os.PathLike[str],
+    results: Mapping[str, Metrics],
+    extra: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes ``{"units": …, "results": {name: Metrics.to_dict()}, **extra}`` as JSON.
+
+    Atomic: readers see the old file or the whole new one. Non-finite numbers become null.
+
+    Args:
+      path: the JSON file; missing folders are made.
+      results: metrics by name.
+      extra: further top-level entries, e.g. data set, model, versions.
+    """
+    clash = {"units", "results"} & set(extra or {})
+    if clash:
+        raise InputError(f"{path}: extra may not hold {', '.join(sorted(clash))}; rename it")
+    document = plain({**(extra or {}), "units": UNITS})
+    document["results"] = {name: metrics.to_dict() for name, metrics in results.items()}
+    text = json.dumps(document, indent=2, allow_nan=False, ensure_ascii=False, default=str) + "\n"
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def _lookup(metrics: Metrics, path: str) -> float | None:
+    """The attribute at a dotted path."""
+    value: Any = metrics
+    for name in path.split("."):
+        value = getattr(value, name)
+    return value
+
+
+def _number(value: float | None) -> str:
+    """Three significant digits, at most five decimals, no powers of ten below 1e6."""
+    if value is None:
+        return "–"
+    if value == 0 or not math.isfinite(value):
+        return f"{value:.0f}"
+    if abs(value) >= 1e6:
+        return f"{value:.2e}"
+    return f"{value:.{min(max(2 - math.floor(math.log10(abs(value))), 0), 5)}f}"
+
+
+def _percent(value: float | None) -> str:
+    """A fraction as a percentage with one decimal."""
+    return "–" if value is None else f"{100 * value:.1f} %"

@@ -1,0 +1,154 @@
+"""The schema: a structure as a padded graph.
+
+A batch is one `jraph.GraphsTuple` of G structures, the last of which is padding:
+
+  nodes:   positions (N, 3) Å, atomic_numbers (N,), masses (N,) amu, charges (N,) e,
+           fixed (N,) bool, mask (N,) bool, graph (N,) index of the structure,
+           bond_mask (N, K) bool: which of the first K slots are bonds.
+  edges:   shifts (E, 3) lattice shifts, mask (E,) bool, reverse (E,) index of the
+           reversed edge; E = N·M, slot m of atom i is edge i·M + m.
+  globals: cell (G, 3, 3) Å, mask (G,) bool.
+
+The bond graph of the triplets needs no arrays of its own: its nodes are the first K slots
+of each atom, and its edges the ordered pairs of different bonds at one atom.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+import jax.numpy as jnp
+import numpy as np
+from ase.data import atomic_masses
+from jax import Array
+
+from relaxnet_jax.config import GraphConfig
+from relaxnet_jax.errors import InputError
+from relaxnet_jax.neighbors import Neighbors, build_neighbors
+from relaxnet_jax.ops import gather_senders, spread_slots
+from relaxnet_jax.typing import Graph, Positions
+
+if TYPE_CHECKING:
+    from ase import Atoms
+
+MAX_ATOMIC_NUMBER = 118
+# Unused slots get a vector of this length (Å), beyond any cutoff: finite in every basis
+# and zero, with zero gradient, in every envelope.
+FAR = 1.0e3
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Structure:
+    """One structure with its neighbour list (NumPy), ready to be put in a batch.
+
+    Attributes:
+      atomic_numbers (N,), positions (N, 3) Å, cell (3, 3) Å, pbc (3,), fixed_mask (N,),
+      charges (N,) e, neighbors: see `neighbors.Neighbors`.
+    """
+
+    atomic_numbers: np.ndarray
+    positions: np.ndarray
+    cell: np.ndarray
+    pbc: np.ndarray
+    fixed_mask: np.ndarray
+    charges: np.ndarray
+    neighbors: Neighbors
+
+    @property
+    def n_atoms(self) -> int:
+        """N."""
+        return len(self.atomic_numbers)
+
+
+def build_structure(
+    atomic_numbers, positions, cell, pbc, config: GraphConfig,
+    fixed_mask=None, charges=None, name: str = "structure",
+) -> Structure:
+    """Checks a structure and finds its neighbours.
+
+    Args:
+      atomic_numbers: (N,). positions: (N, 3) Å. cell: (3, 3) Å. pbc: (3,) bool.
+      fixed_mask: (N,) bool or None. charges: (N,) e or None. name: for error messages.
+
+    Raises:
+      InputError: no atoms, an unknown atomic number, non-finite positions or cell, a
+        periodic cell without volume, two atoms at one point. The message begins with ``name``.
+    """
+    numbers = np.asarray(atomic_numbers, np.int32)
+    positions, cell = np.asarray(positions, np.float64), np.asarray(cell, np.float64)
+    pbc = np.broadcast_to(np.asarray(pbc, bool), (3,))
+    if len(numbers) == 0:
+        raise InputError(f"{name}: has no atoms")
+    if positions.shape != (len(numbers), 3):
+        raise InputError(f"{name}: positions have shape {positions.shape}, expected {(len(numbers), 3)}")
+    if numbers.min() < 1 or numbers.max() > MAX_ATOMIC_NUMBER:
+        bad = numbers[(numbers < 1) | (numbers > MAX_ATOMIC_NUMBER)][0]
+        raise InputError(f"{name}: atomic number {bad} is not an element (1..{MAX_ATOMIC_NUMBER})")
+    if not np.isfinite(positions).all():
+        atom = int(np.argwhere(~np.isfinite(positions))[0, 0])
+        raise InputError(f"{name}: position of atom {atom} is not finite; repair or drop the structure")
+    if not np.isfinite(cell).all():
+        raise InputError(f"{name}: the cell is not finite; repair or drop the structure")
+    if pbc.all() and abs(np.linalg.det(cell)) < 1e-6:
+        raise InputError(f"{name}: the cell has zero volume; give three independent lattice vectors "
+                         "or set pbc=False for a molecule")
+    try:
+        neighbors = build_neighbors(positions, cell, pbc, config.cutoff, config.triplet_cutoff, config.skin)
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from None
+    return Structure(
+        atomic_numbers=numbers,
+        positions=positions,
+        cell=cell,
+        pbc=pbc.copy(),
+        fixed_mask=np.zeros(len(numbers), bool) if fixed_mask is None else np.asarray(fixed_mask, bool),
+        charges=np.zeros(len(numbers)) if charges is None else np.asarray(charges, np.float64),
+        neighbors=neighbors,
+    )
+
+
+def fixed_atoms(atoms: Atoms) -> np.ndarray:
+    """(N,) bool: atoms held by ASE's FixAtoms, or by FixCartesian in all three directions."""
+    from ase.constraints import FixAtoms, FixCartesian
+
+    fixed = np.zeros(len(atoms), bool)
+    for constraint in atoms.constraints:
+        if isinstance(constraint, FixAtoms):
+            fixed[constraint.index] = True
+        elif isinstance(constraint, FixCartesian) and np.all(constraint.mask):
+            fixed[constraint.index] = True
+    return fixed
+
+
+def structure_from_atoms(atoms: Atoms, config: GraphConfig, name: str | None = None) -> Structure:
+    """A `Structure` from ASE Atoms; `FixAtoms` become fixed atoms. Raises InputError."""
+    charges = atoms.get_initial_charges()
+    return build_structure(
+        atoms.numbers, atoms.positions, atoms.cell.array, atoms.pbc, config,
+        fixed_mask=fixed_atoms(atoms), charges=charges, name=name or atoms.get_chemical_formula(),
+    )
+
+
+def masses_of(atomic_numbers: np.ndarray) -> np.ndarray:
+    """Standard atomic masses in amu."""
+    return atomic_masses[atomic_numbers]
+
+
+def n_slots(graph: Graph) -> int:
+    """M, static."""
+    return graph.senders.shape[0] // graph.nodes["mask"].shape[0]
+
+
+def shift_vectors(graph: Graph) -> Array:
+    """shifts @ cell of every edge: (E, 3) Å."""
+    cell = spread_slots(graph.globals["cell"][graph.nodes["graph"]], n_slots(graph))
+    return jnp.einsum("ea,eab->eb", graph.edges["shifts"].astype(cell.dtype), cell)
+
+
+def edge_vectors(graph: Graph, positions: Positions, shifts: Array) -> Array:
+    """positions[sender] + shift - positions[receiver]: (E, 3) Å; FAR along x in unused slots."""
+    vectors = gather_senders(positions, graph.senders, graph.edges["reverse"]) + shifts
+    vectors = vectors - spread_slots(positions, n_slots(graph))
+    far = jnp.array([FAR, 0.0, 0.0], vectors.dtype)
+    return jnp.where(graph.edges["mask"][:, None], vectors, far)

@@ -1,0 +1,383 @@
+"""Errors of predicted relaxations: the one definition of every number we report.
+
+Averages are *macro* averages: first over atoms and Cartesian components and, for
+``all_frames``, over the frames present (t = 0 included, as in the paper) within one
+structure, then over structures, so that every structure counts once however large it
+is. Structures in which nothing moves count too. Only free atoms (those the DFT run
+could move) enter force and coordinate errors; a structure without any has no such error.
+
+Three predictors are measured on the same structures:
+
+- ``model``: the prediction.
+- ``nothing``: the first true frame, held. Its energies and forces are the *true* ones of
+  that frame, so it is an oracle that costs one DFT step and is exact at t = 0.
+- ``composition``: the composition energy sum_i eps(Z_i), no forces, the initial positions.
+
+A structure whose prediction is not finite has no error to average. It is left out of the
+means of all three predictors alike, counted in ``Metrics.n_nonfinite``, and counts as a
+failure in the two fractions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from relaxnet_jax.errors import InputError
+
+Predictor = Literal["model", "nothing", "composition"]
+
+MONOTONE_TOLERANCE = 1e-6  # eV, rise of the energy that still counts as falling
+_PER_FRAME = ("energy_mae_per_atom", "forces_mae", "positions_mae")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Comparison:
+    """One structure: the m frames present of its true relaxation, and the predicted ones.
+
+    Entry 0 is the first frame and entry m-1 the final one.
+
+    Attributes:
+      id: name of the relaxation.
+      atomic_numbers: (N,) int.
+      cell: (3, 3), Å, rows are lattice vectors.
+      pbc: (3,) bool.
+      fixed_mask: (N,) bool, True where the atom was held fixed.
+      true_positions, pred_positions: (m, N, 3), Å, unwrapped.
+      true_energies, pred_energies: (m,), eV per structure.
+      true_forces, pred_forces: (m, N, 3), eV/Å.
+      composition_energy: eV per structure, sum_i eps(Z_i).
+      slots: (m,) int, increasing, place of each entry on the frame grid 0 … n_frames-1.
+      n_frames: length of that grid.
+    """
+
+    id: str
+    atomic_numbers: np.ndarray
+    cell: np.ndarray
+    pbc: np.ndarray
+    fixed_mask: np.ndarray
+    true_positions: np.ndarray
+    true_energies: np.ndarray
+    true_forces: np.ndarray
+    pred_positions: np.ndarray
+    pred_energies: np.ndarray
+    pred_forces: np.ndarray
+    composition_energy: float
+    slots: np.ndarray
+    n_frames: int
+
+    def __post_init__(self) -> None:
+        """Converts the arrays (floats to float64) and checks them; InputError names the field."""
+        n, m = np.size(self.atomic_numbers), np.size(self.slots)
+        shapes: dict[str, tuple[type, tuple[int, ...]]] = {
+            "atomic_numbers": (int, (n,)), "slots": (int, (m,)), "cell": (float, (3, 3)),
+            "pbc": (bool, (3,)), "fixed_mask": (bool, (n,)),
+        }  # fmt: skip
+        for kind in ("true", "pred"):
+            shapes[f"{kind}_energies"] = (float, (m,))
+            shapes[f"{kind}_positions"] = shapes[f"{kind}_forces"] = (float, (m, n, 3))
+        for name, (dtype, shape) in shapes.items():
+            array: np.ndarray = np.asarray(getattr(self, name), dtype=dtype)
+            if array.shape != shape:
+                raise InputError(f"{self.id}: {name} has shape {array.shape}, expected {shape}")
+            if not name.startswith("pred_") and not np.isfinite(array).all():
+                raise InputError(f"{self.id}: {name} is not finite; remove the structure")
+            object.__setattr__(self, name, array)
+        if n == 0 or m == 0:
+            raise InputError(f"{self.id}: no atoms or no frames; remove the structure")
+        if self.slots[0] < 0 or self.slots[-1] >= self.n_frames or (np.diff(self.slots) < 1).any():
+            grid = f"0 … {self.n_frames - 1}"
+            raise InputError(f"{self.id}: slots {self.slots.tolist()} must increase within {grid}")
+
+    @property
+    def free_mask(self) -> np.ndarray:
+        """(N,) bool, atoms that could move."""
+        return ~self.fixed_mask
+
+    @property
+    def finite(self) -> bool:
+        """Whether the whole prediction is finite."""
+        arrays = (self.pred_positions, self.pred_energies, self.pred_forces)
+        return all(bool(np.isfinite(a).all()) for a in arrays)
+
+    def prediction(self, predictor: Predictor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Positions (m, N, 3) Å, energies (m,) eV and forces (m, N, 3) eV/Å of a predictor."""
+        if predictor == "model":
+            return self.pred_positions, self.pred_energies, self.pred_forces
+        positions = np.broadcast_to(self.true_positions[:1], self.true_positions.shape)
+        if predictor == "nothing":
+            forces = np.broadcast_to(self.true_forces[:1], self.true_forces.shape)
+            return positions, np.full_like(self.true_energies, self.true_energies[0]), forces
+        energies = np.full_like(self.true_energies, self.composition_energy)
+        return positions, energies, np.zeros_like(self.true_forces)
+
+
+@dataclasses.dataclass(frozen=True)
+class FrameMetrics:
+    """Errors at one choice of frames; None where undefined.
+
+    Attributes:
+      energy_mae: eV/structure.
+      energy_mae_per_atom: meV/atom.
+      forces_mae: meV/Å, per component, free atoms.
+      positions_mae: Å, per coordinate, free atoms, before alignment.
+      rmsd: Å, ``aligned_rmsd``, free atoms.
+      pearson: correlation of true and predicted energy per atom, pooled over all frames.
+    """
+
+    energy_mae: float | None
+    energy_mae_per_atom: float | None
+    forces_mae: float | None
+    positions_mae: float | None
+    rmsd: float | None
+    pearson: float | None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PerFrame:
+    """Errors by frame slot, each (n_frames,), over structures with that frame; NaN if none.
+
+    Attributes:
+      energy_mae_per_atom: meV/atom.
+      forces_mae: meV/Å.
+      positions_mae: Å.
+      counts: int, structures that have the frame (and a finite prediction).
+    """
+
+    energy_mae_per_atom: np.ndarray
+    forces_mae: np.ndarray
+    positions_mae: np.ndarray
+    counts: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Metrics:
+    """What one predictor achieves on a set of structures; see the module's docstring.
+
+    Attributes:
+      predictor: "model", "nothing" or "composition".
+      n_structures: number of structures, those without a finite prediction included.
+      n_nonfinite: structures whose (model's) prediction is not finite.
+      final, all_frames: errors of the final frame, and of all frames present.
+      monotone_fraction: of structures with more than one frame, E_{t+1} <= E_t + 1e-6 eV.
+      final_ratio: mean final ``positions_mae`` over that of doing nothing (ratio of means).
+      improved_fraction: structures whose final ``positions_mae`` is strictly below that of
+        doing nothing; a structure that does not move cannot be improved.
+      per_frame: errors by frame.
+    """
+
+    predictor: str
+    n_structures: int
+    n_nonfinite: int
+    final: FrameMetrics
+    all_frames: FrameMetrics
+    monotone_fraction: float | None
+    final_ratio: float | None
+    improved_fraction: float | None
+    per_frame: PerFrame
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dict, lists, int and float, ready for JSON: None stands for undefined."""
+        return plain(dataclasses.asdict(self))
+
+
+def plain(value: Any) -> Any:
+    """Containers, NumPy arrays and numbers as plain Python; non-finite floats become None."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, np.ndarray | np.generic):
+        return plain(value.tolist())
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def coordinate_errors(pred: np.ndarray, true: np.ndarray, free_mask: np.ndarray) -> np.ndarray:
+    """Mean absolute difference over free atoms and components, in the unit of the input.
+
+    Args:
+      pred, true: (..., N, 3), e.g. unwrapped positions in Å. No alignment is made.
+      free_mask: (N,) bool.
+
+    Returns:
+      (...); NaN when no atom is free.
+    """
+    if not free_mask.any():
+        return np.full(np.shape(pred)[:-2], np.nan)
+    return np.abs(pred - true)[..., free_mask, :].mean(axis=(-2, -1))
+
+
+def aligned_rmsd(
+    pred: np.ndarray, true: np.ndarray, cell: np.ndarray, pbc: np.ndarray, free_mask: np.ndarray
+) -> np.ndarray:
+    """RMSD sqrt(mean_i |d_i|²) over free atoms after the alignment that the boundary allows.
+
+    - any pbc: rigid translation and minimum image, no rotation (the lattice fixes it);
+    - no pbc: rigid translation and proper rotation (Kabsch, Acta Cryst. A32, 922, 1976);
+    - any fixed atom: neither translation nor rotation, fixed atoms pin the frame
+      (minimum image along periodic directions only).
+
+    Args:
+      pred, true: (..., N, 3), Å.
+      cell: (3, 3), Å.
+      pbc: (3,) bool.
+      free_mask: (N,) bool.
+
+    Returns:
+      (...), Å; NaN when no atom is free.
+    """
+    if not free_mask.any():
+        return np.full(np.shape(pred)[:-2], np.nan)
+    pinned = not free_mask.all()
+    pred, true = pred[..., free_mask, :], true[..., free_mask, :]
+    if pinned or not pbc.any():
+        if not pinned:
+            pred, true = _superpose(pred, true)
+        return _rms(_minimum_image(pred - true, _reduced(cell[pbc])))
+    d, lattice = pred - true, _reduced(cell[pbc])
+    # A translation by about half a cell sends atoms to different images, so start also from
+    # the circular mean, then alternate between the best images and the best translation.
+    phase = np.exp(2j * np.pi * (d @ np.linalg.pinv(lattice))).mean(axis=-2, keepdims=True)
+    residuals = []
+    for shift in (np.zeros_like(d[..., :1, :]), np.angle(phase) / (2 * np.pi) @ lattice):
+        residual = _minimum_image(d - shift, lattice)
+        for _ in range(3):
+            residual = residual - residual.mean(axis=-2, keepdims=True)
+            residual = _minimum_image(residual, lattice)
+        residuals.append(_rms(residual - residual.mean(axis=-2, keepdims=True)))
+    return np.minimum(*residuals)
+
+
+def pearson(x: np.ndarray, y: np.ndarray) -> float | None:
+    """Pearson correlation coefficient; None for fewer than two points or constant data."""
+    x, y = np.asarray(x, float), np.asarray(y, float)
+    if x.size < 2 or np.ptp(x) == 0 or np.ptp(y) == 0:
+        return None
+    x, y = x - x.mean(), y - y.mean()
+    return float(np.clip(x @ y / (np.linalg.norm(x) * np.linalg.norm(y)), -1, 1))
+
+
+def evaluate(comparisons: Sequence[Comparison], predictor: Predictor = "model") -> Metrics:
+    """All metrics of one predictor; the module's docstring says how they are averaged."""
+    if predictor not in get_args(Predictor):
+        raise InputError(f"predictor {predictor!r} is not one of {', '.join(get_args(Predictor))}")
+    if not comparisons:
+        raise InputError("nothing to evaluate: the list of structures is empty; check the split")
+    usable = [c for c in comparisons if c.finite]
+    n_frames = max(c.n_frames for c in comparisons)
+    errors: dict[str, list[np.ndarray]] = {f.name: [] for f in dataclasses.fields(FrameMetrics)}
+    by_slot = {name: np.full((len(usable), n_frames), np.nan) for name in _PER_FRAME}
+    pairs, nothing, monotone = [], [], []
+    for row, c in enumerate(usable):
+        positions, energies, forces = c.prediction(predictor)
+        d_energy, n = np.abs(energies - c.true_energies), len(c.atomic_numbers)
+        one = {
+            "energy_mae": d_energy,
+            "energy_mae_per_atom": 1e3 * d_energy / n,
+            "forces_mae": 1e3 * coordinate_errors(forces, c.true_forces, c.free_mask),
+            "positions_mae": coordinate_errors(positions, c.true_positions, c.free_mask),
+            "rmsd": aligned_rmsd(positions, c.true_positions, c.cell, c.pbc, c.free_mask),
+        }
+        for name, values in one.items():
+            errors[name].append(values)
+        for name in _PER_FRAME:
+            by_slot[name][row, c.slots] = one[name]
+        pairs.append(np.stack([c.true_energies, energies]) / n)
+        first, last = c.true_positions[0], c.true_positions[-1]
+        nothing.append(float(coordinate_errors(first, last, c.free_mask)))
+        if len(energies) > 1:
+            monotone.append(bool((np.diff(energies) <= MONOTONE_TOLERANCE).all()))
+    final = [float(v[-1]) for v in errors["positions_mae"]]
+    improved = [a < b for a, b in zip(final, nothing) if not math.isnan(b)]
+    lost = [False] * (len(comparisons) - len(usable))
+    mean, mean_nothing = _mean(final), _mean(nothing)
+    counts = np.zeros(n_frames, int)
+    for c in usable:
+        counts[c.slots] += 1
+    return Metrics(
+        predictor=predictor,
+        n_structures=len(comparisons),
+        n_nonfinite=len(lost),
+        final=_frame_metrics(errors, pairs, slice(-1, None)),
+        all_frames=_frame_metrics(errors, pairs, slice(None)),
+        monotone_fraction=_mean([*monotone, *lost]),
+        final_ratio=mean / mean_nothing if mean is not None and mean_nothing else None,
+        improved_fraction=_mean([*improved, *lost]),
+        per_frame=PerFrame(**{k: _column_means(v) for k, v in by_slot.items()}, counts=counts),
+    )
+
+
+def _frame_metrics(
+    errors: dict[str, list[np.ndarray]], pairs: list[np.ndarray], frames: slice
+) -> FrameMetrics:
+    """Macro means of the errors, each (m,), over the chosen frames; pairs are (2, m) eV/atom."""
+    means = {k: _mean([float(v[frames].mean()) for v in vs]) for k, vs in errors.items() if vs}
+    both = np.concatenate([p[:, frames] for p in pairs] or [np.empty((2, 0))], axis=1)
+    return FrameMetrics(**dict.fromkeys(errors, None) | means | {"pearson": pearson(*both)})
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    """Mean without NaNs (a structure without free atoms); None of nothing."""
+    kept = [float(v) for v in values if not math.isnan(v)]
+    return math.fsum(kept) / len(kept) if kept else None
+
+
+def _column_means(table: np.ndarray) -> np.ndarray:
+    """(n,) means of the columns of (S, n) without their NaNs; NaN where a column has nothing."""
+    means = [_mean(column) for column in table.T.tolist()]
+    return np.array([math.nan if mean is None else mean for mean in means])
+
+
+def _rms(d: np.ndarray) -> np.ndarray:
+    """sqrt(mean_i |d_i|²) of (..., N, 3), in Å: (...)."""
+    return np.sqrt((d**2).sum(axis=-1).mean(axis=-1))
+
+
+def _superpose(pred: np.ndarray, true: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Centres both (..., N, 3) and rotates ``pred`` onto ``true``, det R = +1 (Kabsch)."""
+    pred = pred - pred.mean(axis=-2, keepdims=True)
+    true = true - true.mean(axis=-2, keepdims=True)
+    u, _, vt = np.linalg.svd(np.swapaxes(pred, -1, -2) @ true)
+    u[..., :, -1] *= np.sign(np.linalg.det(u @ vt))[..., None]
+    return pred @ (u @ vt), true
+
+
+def _reduced(lattice: np.ndarray) -> np.ndarray:
+    """Minkowski-reduced basis of the k <= 3 periodic vectors (k, 3), Å.
+
+    Reduced means |b_i| <= |b_i + sum_{j != i} x_j b_j| for x_j in {-1, 0, 1}: then the
+    nearest image of a point is at most one basis vector from where rounding puts it.
+    """
+    lattice = np.array(lattice, float)
+    if len(lattice) and np.linalg.matrix_rank(lattice) < len(lattice):
+        raise InputError("the periodic cell vectors are linearly dependent; check cell and pbc")
+    steps = _steps(len(lattice))
+    changed = True
+    while changed:
+        changed = False
+        for i in range(len(lattice)):
+            trial = lattice[i] + steps[steps[:, i] == 0] @ lattice
+            lengths = np.linalg.norm(trial, axis=1)
+            if lengths.min() < np.linalg.norm(lattice[i]) * (1 - 1e-10):
+                lattice[i], changed = trial[lengths.argmin()], True
+    return lattice
+
+
+def _steps(k: int) -> np.ndarray:
+    """(3^k, k), all combinations of -1, 0, 1."""
+    return np.array(list(itertools.product((0.0, 1.0, -1.0), repeat=k)))
+
+
+def _minimum_image(d: np.ndarray, lattice: np.ndarray) -> np.ndarray:
+    """Shortest image of each (..., 3) vector under a reduced lattice (k, 3), Å."""
+    if len(lattice) == 0:
+        return d
+    d = d - np.round(d @ np.linalg.pinv(lattice)) @ lattice
+    images = d[..., None, :] + _steps(len(lattice)) @ lattice
+    nearest = (images**2).sum(axis=-1).argmin(axis=-1)
+    return np.take_along_axis(images, nearest[..., None, None], axis=-2)[..., 0, :]

@@ -1,0 +1,1 @@
+"""Flax modules: layers, encoder, and the energy network."""

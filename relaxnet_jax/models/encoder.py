@@ -1,0 +1,108 @@
+"""The encoder: edge expansion, node features, L DTNN layers (paper, figure 2)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import e3nn_jax as e3nn
+import flax.linen as nn
+import jax.numpy as jnp
+from jax import Array
+
+from relaxnet_jax.basis.angular import edge_expansion
+from relaxnet_jax.config import GraphConfig, ModelConfig
+from relaxnet_jax.graph import MAX_ATOMIC_NUMBER, shift_vectors
+from relaxnet_jax.models.layers import (
+    MLP,
+    PAIR_NORM,
+    Geometry,
+    PairConvolution,
+    TripletMPNN,
+    VectorFeatures,
+    geometry,
+)
+from relaxnet_jax.ops import gather_senders, sum_slots
+from relaxnet_jax.typing import Graph, Latent, Positions
+
+
+class Encoding(NamedTuple):
+    """h (N, F), vector features, the last geometry and its edge expansion."""
+
+    h: Latent
+    vectors: VectorFeatures
+    geometry: Geometry
+    expansion: e3nn.IrrepsArray
+
+
+class PowerSpectrum(nn.Module):
+    """Invariants of the edge expansion: sum_m |sum_j w_c(Z_j) (W_l f_ij,lm)_c|² for each l, c.
+
+    W_l mixes the n radial functions of degree l into C channels (an equivariant linear map).
+    Returns (N, C·(l_max + 1)).
+    """
+
+    channels: int
+
+    @nn.compact
+    def __call__(self, expansion: e3nn.IrrepsArray, h: Array, graph: Graph) -> Array:
+        C, irreps = self.channels, expansion.irreps
+        mixed = e3nn.flax.Linear([(C, ir) for _, ir in irreps], name="mix")(expansion.axis_to_mul())
+        weights = gather_senders(nn.Dense(C, name="weight")(h), graph.senders, graph.edges["reverse"])
+        invariants = []
+        for chunk in mixed.chunks:  # (E, C, 2l+1)
+            total = sum_slots(chunk * weights[..., None], h.shape[0]) / PAIR_NORM
+            invariants.append(jnp.sum(total**2, -1))
+        return jnp.concatenate(invariants, -1)
+
+
+class DTNNLayer(nn.Module):
+    """Pair convolution, then TripletMPNN, both residual; returns the position update too."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, h: Array, v: VectorFeatures, graph: Graph, geo: Geometry):
+        m = self.config
+        h, step = PairConvolution(m.features, m.pair_features, m.update_positions, name="pair")(h, graph, geo)
+        h, v = TripletMPNN(
+            m.features, m.triplet_features, m.vector_features, m.vector_messages, name="triplet"
+        )(h, v, graph, geo)
+        return h, v, step
+
+
+class Encoder(nn.Module):
+    """positions -> node features h (N, F) and vectors (N, C, 3), equivariantly."""
+
+    graph_config: GraphConfig
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, graph: Graph, positions: Positions) -> Encoding:
+        g, m = self.graph_config, self.config
+        n_atoms = positions.shape[0]
+        shifts = shift_vectors(graph).astype(positions.dtype)
+        geo = geometry(graph, positions, shifts, g, m)
+
+        numbers = graph.nodes["atomic_numbers"]
+        h = nn.Embed(MAX_ATOMIC_NUMBER + 1, m.features, name="element",
+                     embedding_init=nn.initializers.normal(1.0))(numbers)
+        if m.charges:
+            h = h + nn.Dense(m.features, name="charge")(graph.nodes["charges"][:, None])
+
+        expansion = edge_expansion(geo.vectors, geo.lengths, g.cutoff, m.n_bessel, m.l_max)
+        expansion = expansion * geo.envelope[:, None, None]
+        spectrum = PowerSpectrum(m.expansion_channels, name="spectrum")(expansion, h, graph)
+        h = h + MLP((m.features, m.features), name="input")(spectrum)
+
+        zeros = jnp.zeros((n_atoms, m.vector_features, 3), h.dtype)
+        v, hidden = VectorFeatures(zeros, zeros), []
+        for layer in range(m.layers):
+            h, v, step = DTNNLayer(m, name=f"dtnn_{layer}")(h, v, graph, geo)
+            hidden.append(h)
+            if step is not None and layer + 1 < m.layers:
+                positions = positions + jnp.where(graph.nodes["fixed"][:, None], 0.0, step)
+                geo = geometry(graph, positions, shifts, g, m)
+        if m.vector_messages:
+            hidden.append(v.invariants())
+        h = nn.Dense(m.features, name="project")(jnp.concatenate(hidden, -1))
+        return Encoding(h, v, geo, expansion)

@@ -1,0 +1,134 @@
+"""The energy network: encoder, geometry read-out, attention, head, and the ODE's own heads."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax.numpy as jnp
+import jraph
+from jax import Array
+
+from relaxnet_jax.config import DynamicsConfig, GraphConfig, ModelConfig
+from relaxnet_jax.graph import shift_vectors
+from relaxnet_jax.models.encoder import Encoder, Encoding
+from relaxnet_jax.models.layers import MLP, PAIR_NORM, AttentionBlock, pair_geometry
+from relaxnet_jax.ops import gather_senders, sum_slots
+from relaxnet_jax.typing import Energies, Graph, Latent, Positions, Velocities
+
+# Initial sizes: forces and velocities start near zero, i.e. training starts from doing nothing.
+INITIAL_VELOCITY_SCALE = 0.02
+INITIAL_RATE_SCALE = 0.1
+
+
+class RelaxNetwork(nn.Module):
+    """All learned functions of RelaxNet, as methods that share parameters.
+
+    Energies are in units of the training set's spread per atom and relative to the
+    composition energies; `potential` turns them into eV.
+    """
+
+    graph_config: GraphConfig
+    config: ModelConfig
+    dynamics: DynamicsConfig
+
+    def setup(self) -> None:
+        m, d = self.config, self.dynamics
+        self.encoder = Encoder(self.graph_config, m)
+        if m.attention:
+            self.attention = AttentionBlock(m.attention_heads)
+        self.head = MLP((m.features, m.features // 2, 1), final_scale=0.1)
+        if d.latent == "explicit":
+            self.pair_send = nn.Dense(m.pair_features)
+            self.pair_filter = nn.Dense(m.pair_features, use_bias=False)
+            self.pair_update = MLP((m.features, m.features))
+            self.rate = MLP((m.features, m.features), final_scale=INITIAL_RATE_SCALE)
+        self.velocity_gate = _VelocityHead(m)
+        if d.friction:
+            self.log_friction = self.param("log_friction", nn.initializers.zeros, ())
+        if d.time_scale or d.order == "first":
+            self.log_time_scale = self.param("log_time_scale", nn.initializers.zeros, ())
+
+    def encode(self, graph: Graph, positions: Positions) -> Encoding:
+        """h and vector features of the positions, by the full encoder."""
+        return self.encoder(graph, positions)
+
+    def pair_pass(self, h: Latent, graph: Graph, positions: Positions) -> Array:
+        """p_i = sum_j W(r_ij) * (V h_j): (N, P), the explicit scheme's cheap look at x."""
+        shifts = shift_vectors(graph).astype(positions.dtype)
+        _, _, radial, _ = pair_geometry(graph, positions, shifts, self.graph_config, self.config)
+        sent = gather_senders(self.pair_send(h), graph.senders, graph.edges["reverse"])
+        return sum_slots(self.pair_filter(radial) * sent, h.shape[0]) / PAIR_NORM
+
+    def explicit_energy(self, h: Latent, graph: Graph, positions: Positions) -> tuple[Energies, Array]:
+        """Energy (G,) of latent h at x, and the pair features p (N, P)."""
+        p = self.pair_pass(h, graph, positions)
+        return self.read_out(h + self.pair_update(jnp.concatenate([h, p], -1)), graph), p
+
+    def read_out(self, h: Latent, graph: Graph) -> Energies:
+        """Attention block and energy head, summed over each structure: (G,)."""
+        if self.config.attention:
+            h = self.attention(h, graph)
+        per_atom = jnp.where(graph.nodes["mask"], self.head(h)[:, 0], 0.0)
+        return jraph.segment_sum(per_atom, graph.nodes["graph"], graph.n_node.shape[0])
+
+    def latent_rate(self, h: Latent, p: Array, velocities: Velocities) -> Latent:
+        """dh/dt = MLP(h, p, |u|²), the explicit scheme's evolution of the embedding."""
+        speed = jnp.sum(velocities**2, -1, keepdims=True)
+        return self.rate(jnp.concatenate([h, p, speed], -1))
+
+    def initial_velocity(self, encoding: Encoding, graph: Graph) -> Velocities:
+        """u(0) (N, 3): unconstrained; see `dynamics.constrain_velocity`."""
+        return self.velocity_gate(encoding, graph)
+
+    def friction(self) -> Array:
+        """gamma >= 0, dimensionless; zero when switched off."""
+        return jnp.exp(self.log_friction) if self.dynamics.friction else jnp.zeros(())
+
+    def time_scale(self) -> Array:
+        """Pseudotime scale (or mobility) > 0; one when switched off."""
+        on = self.dynamics.time_scale or self.dynamics.order == "first"
+        return jnp.exp(self.log_time_scale) if on else jnp.ones(())
+
+    def initialise(self, graph: Graph) -> Energies:
+        """Calls every method once, so that ``init`` makes every parameter."""
+        positions = graph.nodes["positions"]
+        encoding = self.encode(graph, positions)
+        velocities = self.initial_velocity(encoding, graph)
+        self.friction(), self.time_scale()
+        if self.dynamics.latent == "implicit":
+            return self.read_out(encoding.h, graph)
+        energy, p = self.explicit_energy(encoding.h, graph, positions)
+        self.latent_rate(encoding.h, p, velocities)
+        return energy
+
+
+class _VelocityHead(nn.Module):
+    """u(0)_i = sum_j sum_n G_n(h_i, h_j, r_ij) f_ij,n1 + W v_i + W' (v_i x axial_i).
+
+    The first term is an equivariant linear map of the l = 1 part of the edge expansion,
+    gated by invariants; the others carry the triplets' vector features.
+    """
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, encoding: Encoding, graph: Graph) -> Velocities:
+        m, h, geo = self.config, encoding.h, encoding.geometry
+        n_atoms = h.shape[0]
+        sent = nn.Dense(m.features, use_bias=False, name="senders")(h)
+        sent = gather_senders(sent, graph.senders, graph.edges["reverse"])
+        own = nn.Dense(m.features, name="receiver")(h)
+        radial = nn.Dense(m.features, use_bias=False, name="radial")(geo.radial)
+        hidden = nn.silu(sent.reshape(n_atoms, -1, m.features) + own[:, None] + radial.reshape(
+            n_atoms, -1, m.features))
+        gates = nn.Dense(m.n_bessel, name="gates")(hidden).reshape(-1, m.n_bessel)
+        l1 = encoding.expansion.filter("1o").array  # (E, n, 3), envelope included
+        u = sum_slots(jnp.einsum("en,ena->ea", gates, l1), n_atoms) / PAIR_NORM
+        if m.vector_messages:
+            polar, axial = encoding.vectors
+            weights = nn.Dense(2 * m.vector_features, name="vectors")(nn.silu(own))
+            w_polar, w_cross = jnp.split(weights[..., None], 2, axis=1)
+            u = u + jnp.sum(w_polar * polar + w_cross * jnp.cross(polar, axial), 1)
+        return INITIAL_VELOCITY_SCALE * u
+
+
+__all__ = ["RelaxNetwork"]

@@ -1,0 +1,239 @@
+"""The building blocks of the encoder (paper, section 4.2 and figure 2).
+
+Wherever a multilayer perceptron of a sum over edges or triplets ends in a linear
+layer, that layer is applied after the sum, and its first layer, acting on a
+concatenation, is applied to the parts before they are gathered: the same functions, at
+the cost of atoms and edges instead of triplets.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import jraph
+from jax import Array
+
+from relaxnet_jax.basis.angular import zonal_harmonics
+from relaxnet_jax.basis.radial import envelope, radial_features
+from relaxnet_jax.config import GraphConfig, ModelConfig
+from relaxnet_jax.graph import edge_vectors
+from relaxnet_jax.ops import gather_senders, safe_norm, sum_slots
+from relaxnet_jax.typing import Graph, Positions
+
+# Sums over neighbours and over triplets are divided by these, typical counts in crystals,
+# so that messages have a size of order one; constants, so that energies stay additive.
+PAIR_NORM = 6.0
+TRIPLET_NORM = 12.0
+
+
+def mlp(widths: tuple[int, ...], name: str, final_scale: float = 1.0) -> nn.Module:
+    """Dense layers of the given widths with SiLU between them; the last one is linear."""
+    return MLP(widths, final_scale, name=name)
+
+
+class MLP(nn.Module):
+    """(..., A) -> (..., widths[-1]); ``final_scale`` shrinks the initial output."""
+
+    widths: tuple[int, ...]
+    final_scale: float = 1.0
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        for width in self.widths[:-1]:
+            x = nn.silu(nn.Dense(width)(x))
+        init = nn.initializers.variance_scaling(self.final_scale**2, "fan_in", "truncated_normal")
+        return nn.Dense(self.widths[-1], kernel_init=init)(x)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Geometry:
+    """What the layers know of the positions.
+
+    Attributes:
+      vectors: (E, 3) Å. lengths: (E,) Å.
+      radial: (E, R) both radial bases times the envelope.
+      envelope: (E,) at the cutoff.
+      directions: (N, K, 3) unit vectors of the bonds.
+      bond_radial: (N, K, R) both radial bases at the triplet cutoff.
+      bond_envelope: (N, K) at the triplet cutoff, zero in unused slots.
+      zonal: (N, K, K, l_angle + 1) zonal harmonics of the angle between bonds.
+      cosine: (N, K, K).
+    """
+
+    vectors: Array
+    lengths: Array
+    radial: Array
+    envelope: Array
+    directions: Array
+    bond_radial: Array
+    bond_envelope: Array
+    zonal: Array
+    cosine: Array
+
+
+def pair_geometry(graph: Graph, positions: Positions, shifts: Array, g: GraphConfig, m: ModelConfig):
+    """vectors (E, 3), lengths (E,), radial·envelope (E, R), envelope (E,)."""
+    vectors = edge_vectors(graph, positions, shifts)
+    lengths = safe_norm(vectors)
+    cut = envelope(lengths, g.cutoff, m.envelope_power)
+    radial = radial_features(lengths, g.cutoff, m.n_gaussian, m.n_bessel) * cut[:, None]
+    return vectors, lengths, radial, cut
+
+
+def geometry(graph: Graph, positions: Positions, shifts: Array, g: GraphConfig, m: ModelConfig) -> Geometry:
+    """All pair and triplet features of the positions; shifts from `graph.shift_vectors`."""
+    vectors, lengths, radial, cut = pair_geometry(graph, positions, shifts, g, m)
+    n_atoms, n_bonds = graph.nodes["bond_mask"].shape
+
+    def bonds(edge_values):
+        return edge_values.reshape(n_atoms, -1, *edge_values.shape[1:])[:, :n_bonds]
+
+    bond_lengths = bonds(lengths)
+    directions = bonds(vectors) / bond_lengths[..., None]
+    cosine = jnp.einsum("nja,nka->njk", directions, directions)
+    bond_cut = envelope(bond_lengths, g.triplet_cutoff, m.envelope_power)
+    return Geometry(
+        vectors=vectors,
+        lengths=lengths,
+        radial=radial,
+        envelope=cut,
+        directions=directions,
+        bond_radial=radial_features(bond_lengths, g.triplet_cutoff, m.n_gaussian, m.n_bessel),
+        bond_envelope=jnp.where(graph.nodes["bond_mask"], bond_cut, 0.0),
+        zonal=zonal_harmonics(cosine, m.l_angle),
+        cosine=cosine,
+    )
+
+
+class PairConvolution(nn.Module):
+    """Continuous-filter convolution: m_i = sum_j W(r_ij) * (V h_j); h <- h + MLP(m).
+
+    With ``with_positions`` also returns sum_j MLP_c(m_ij) r_ij/|r_ij| (N, 3), the encoder's
+    position update.
+    """
+
+    features: int
+    hidden: int
+    with_positions: bool = False
+
+    @nn.compact
+    def __call__(self, h: Array, graph: Graph, geo: Geometry) -> tuple[Array, Array | None]:
+        n_atoms = h.shape[0]
+        # The envelope is in geo.radial already; the extra factor makes the nonlinear filter vanish.
+        filters = MLP((self.hidden, self.features), name="filter")(geo.radial) * geo.envelope[:, None]
+        sent = gather_senders(nn.Dense(self.features, name="send")(h), graph.senders, graph.edges["reverse"])
+        messages = filters * sent
+        total = sum_slots(messages, n_atoms) / PAIR_NORM
+        h = h + MLP((self.features, self.features), name="update")(total)
+        if not self.with_positions:
+            return h, None
+        weight = MLP((self.hidden, 1), final_scale=0.1, name="positions")(messages) * geo.envelope[:, None]
+        step = sum_slots(weight * geo.vectors / geo.lengths[:, None], n_atoms) / PAIR_NORM
+        return h, step
+
+
+class VectorFeatures(NamedTuple):
+    """Equivariant node features (N, C, 3): polar ones change sign under inversion, axial do not.
+
+    The third vector of the orthogonal basis is a cross product, hence axial; kept apart, the
+    two never mix in an invariant, so energies are unchanged by reflections too.
+    """
+
+    polar: Array
+    axial: Array
+
+    def invariants(self) -> Array:
+        """Squared norms: (N, 2C)."""
+        return jnp.concatenate([jnp.sum(self.polar**2, -1), jnp.sum(self.axial**2, -1)], -1)
+
+
+class TripletMPNN(nn.Module):
+    """Three-body messages (figure 2): scalars by MLP_s, vectors by MLP_v on an orthogonal basis.
+
+    For the bonds j->i and k->i at atom i, j != k, with directions a = r_ij/|r_ij| and
+    b = r_ik/|r_ik| and angle theta, from [h_i, h_j, h_k, zonal(theta), radial(r_ij),
+    radial(r_ik)]:
+
+      scalar message  MLP_s(...), summed; h <- h + MLP(sum)
+      vector message  sum_c MLP_v(...)_c B_c, B = (a, b - cos(theta) a, a x b), summed;
+                      v <- MLP_g(h) * v + MLP_m(h) * sum
+
+    B is Gram-Schmidt without the normalisation, which is singular for collinear bonds:
+    the second and third vectors vanish smoothly with sin(theta).
+    """
+
+    features: int
+    hidden: int
+    channels: int
+    vector_messages: bool
+
+    @nn.compact
+    def __call__(self, h: Array, v: VectorFeatures, graph: Graph, geo: Geometry):
+        n_atoms, n_bonds = geo.bond_envelope.shape
+        T, C = self.hidden, self.channels
+        width = 3 * T if self.vector_messages else T
+
+        # First layer of MLP_s and MLP_v on the parts of the concatenation. One gather serves j and k.
+        sent = nn.Dense(2 * width, use_bias=False, name="senders")(h)
+        sent = gather_senders(sent, graph.senders, graph.edges["reverse"])
+        sent = sent.reshape(n_atoms, -1, 2 * width)[:, :n_bonds]
+        parts = sent + nn.Dense(2 * width, use_bias=False, name="bonds")(geo.bond_radial)
+        centre = nn.Dense(width, name="receiver")(h)
+        part_j, part_k = parts[..., :width] + centre[:, None], parts[..., width:]
+        angle = nn.Dense(width, use_bias=False, name="angle")(geo.zonal)
+        weight = geo.bond_envelope[:, :, None] * geo.bond_envelope[:, None, :]
+        weight = weight * (1.0 - jnp.eye(n_bonds, dtype=h.dtype)) / TRIPLET_NORM
+        hidden = nn.silu(part_j[:, :, None] + part_k[:, None, :] + angle) * weight[..., None]
+
+        scalars = nn.Dense(self.features, name="scalar_out")(hidden[..., :T].sum((1, 2)))
+        h = h + MLP((self.features, self.features), name="update")(scalars)
+        if not self.vector_messages:
+            return h, v
+
+        first, second = hidden[..., T : 2 * T], hidden[..., 2 * T :]
+        a = geo.directions
+        # sum_jk c1 a_j + c2 (a_k - cos a_j): the coefficients of each direction, summed first.
+        along_j = nn.Dense(C, use_bias=False, name="along")(first.sum(2))
+        perpendicular = nn.Dense(C, use_bias=False, name="perpendicular")
+        of_k, of_j = second.sum(1), jnp.einsum("njkt,njk->njt", second, geo.cosine)
+        polar = jnp.einsum("njc,nja->nca", along_j + perpendicular(of_k - of_j), a)
+        # sum_jk c3 a_j x a_k = sum_j a_j x (sum_k c3 a_k)
+        inner = jnp.einsum("njkt,nka->njat", second, a)
+        inner = nn.Dense(C, use_bias=False, name="cross")(inner)
+        axial = jnp.cross(a[..., None], inner, axis=2).sum(1).swapaxes(1, 2)
+
+        gate = MLP((self.features, 2 * C), name="gate")(h)[..., None]
+        mix = MLP((self.features, 2 * C), name="mix")(h)[..., None]
+        return h, VectorFeatures(
+            gate[:, :C] * v.polar + mix[:, :C] * polar, gate[:, C:] * v.axial + mix[:, C:] * axial
+        )
+
+
+class AttentionBlock(nn.Module):
+    """Multi-head softmax attention over the atoms of one structure, linear in their number.
+
+    Each head pools a context c = sum_i softmax_i(q·k_i) w_i over the structure; every atom
+    gets h <- h + MLP([h, c]). Twice the cell has twice the atoms at half the weight: the
+    context is the same, so energies stay additive.
+    """
+
+    heads: int
+
+    @nn.compact
+    def __call__(self, h: Array, graph: Graph) -> Array:
+        n_atoms, features = h.shape
+        index, n_graphs = graph.nodes["graph"], graph.n_node.shape[0]
+        normed = nn.LayerNorm(name="norm")(h)
+        logits = nn.Dense(self.heads, name="score")(normed)
+        weights = jraph.segment_softmax(logits, index, n_graphs)
+        values = nn.Dense(features, name="value")(normed).reshape(n_atoms, self.heads, -1)
+        context = jraph.segment_sum((weights[..., None] * values).reshape(n_atoms, -1), index, n_graphs)
+        # The first layer of MLP([h, c]) by parts; the context's part once per structure.
+        hidden = nn.Dense(features, name="own")(normed) + nn.Dense(
+            features, use_bias=False, name="context")(context)[index]
+        return h + nn.Dense(features, name="out")(nn.silu(hidden))

@@ -1,0 +1,133 @@
+"""Periodic neighbour lists in slots (NumPy; built once per trajectory).
+
+Every atom's neighbours are sorted by distance, so the bonds within the triplet
+cutoff are the first slots of its list and the triplets of atom i are the pairs of its
+bond slots: neither needs an index array.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import vesin
+
+from relaxnet_jax.errors import InputError
+
+MIN_DISTANCE = 0.05  # Å; nothing bound is closer, and bases divide by the distance
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Neighbors:
+    """Neighbour list of one structure.
+
+    Attributes:
+      senders: (N, M) int32, neighbour j in each slot of atom i; i itself in unused slots.
+      shifts: (N, M, 3) int32, vector = positions[j] + shifts @ cell - positions[i].
+      mask: (N, M) bool, used slots.
+      reverse_slot: (N, M) int32, the slot at j that holds the edge back to i.
+      n_bonds: int, K: most neighbours of any atom within the triplet range.
+      reach: Å, the distance up to which the list is complete.
+    """
+
+    senders: np.ndarray
+    shifts: np.ndarray
+    mask: np.ndarray
+    reverse_slot: np.ndarray
+    n_bonds: int
+    reach: float
+
+    @property
+    def n_slots(self) -> int:
+        """M, the most neighbours of any atom."""
+        return self.senders.shape[1]
+
+
+def pairs_within(positions, cell, pbc, reach: float):
+    """All ordered pairs closer than ``reach``, every periodic image counted.
+
+    Args:
+      positions: (N, 3) Å. cell: (3, 3) Å. pbc: (3,) bool. reach: Å.
+
+    Returns:
+      receivers (P,), senders (P,), shifts (P, 3) int, distances (P,) Å; an atom pairs
+      with its own images.
+    """
+    pbc = np.asarray(pbc, dtype=bool)
+    finder = vesin.NeighborList(cutoff=float(reach), full_list=True)
+    i, j, shifts, distances = finder.compute(
+        points=np.ascontiguousarray(positions, dtype=np.float64),
+        box=_complete_cell(cell, positions, pbc, reach),
+        periodic=pbc,
+        quantities="ijSd",
+    )
+    return i.astype(np.int64), j.astype(np.int64), shifts.astype(np.int64), distances
+
+
+def build_neighbors(positions, cell, pbc, cutoff: float, triplet_cutoff: float, skin: float) -> Neighbors:
+    """Slot neighbour list with everything within ``cutoff + skin``.
+
+    Raises:
+      InputError: two atoms at (almost) one point, or a degenerate cell.
+    """
+    n_atoms, reach = len(positions), cutoff + skin
+    i, j, shifts, distances = pairs_within(positions, cell, pbc, reach)
+    if len(distances) and distances.min() < MIN_DISTANCE:
+        worst = int(distances.argmin())
+        raise InputError(
+            f"atoms {i[worst]} and {j[worst]} are {distances[worst]:.3g} Å apart (closest allowed "
+            f"{MIN_DISTANCE} Å); remove the duplicate atom"
+        )
+    order = np.lexsort((shifts[:, 2], shifts[:, 1], shifts[:, 0], j, distances, i))
+    i, j, shifts, distances = i[order], j[order], shifts[order], distances[order]
+    back, paired = _reverse_edges(i, j, shifts)
+    if not paired.all():  # rounding can list a pair at the very edge of the reach once only
+        i, j, shifts, distances = i[paired], j[paired], shifts[paired], distances[paired]
+        back, _ = _reverse_edges(i, j, shifts)
+    degree = np.bincount(i, minlength=n_atoms)
+    start = np.concatenate([[0], np.cumsum(degree)[:-1]])
+    slot = np.arange(len(i)) - start[i]
+    n_slots = max(1, int(degree.max(initial=0)))
+    bonds = np.bincount(i[distances < triplet_cutoff + skin], minlength=n_atoms)
+    neighbors = Neighbors(
+        senders=np.repeat(np.arange(n_atoms, dtype=np.int32)[:, None], n_slots, axis=1),
+        shifts=np.zeros((n_atoms, n_slots, 3), np.int32),
+        mask=np.zeros((n_atoms, n_slots), bool),
+        reverse_slot=np.repeat(np.arange(n_slots, dtype=np.int32)[None], n_atoms, axis=0),
+        n_bonds=max(1, int(bonds.max(initial=0))),
+        reach=reach,
+    )
+    neighbors.senders[i, slot] = j
+    neighbors.shifts[i, slot] = shifts
+    neighbors.mask[i, slot] = True
+    neighbors.reverse_slot[i, slot] = slot[back]
+    return neighbors
+
+
+def _reverse_edges(i, j, shifts) -> tuple[np.ndarray, np.ndarray]:
+    """Index of each edge's reverse, and whether it exists. Edges are unique (i, j, S)."""
+    forward = np.column_stack([i, j, shifts])
+    backward = np.column_stack([j, i, -shifts])
+    order_f = np.lexsort(forward.T[::-1])
+    order_b = np.lexsort(backward.T[::-1])
+    if np.array_equal(forward[order_f], backward[order_b]):
+        back = np.empty(len(i), np.int64)
+        back[order_b] = order_f
+        return back, np.ones(len(i), bool)
+    index = {tuple(row): k for k, row in enumerate(forward)}
+    back = np.array([index.get(tuple(row), -1) for row in backward], np.int64)
+    return back, back >= 0
+
+
+def _complete_cell(cell, positions, pbc, reach: float) -> np.ndarray:
+    """The cell with vectors supplied along aperiodic directions that have none."""
+    cell = np.array(cell, dtype=np.float64)
+    if abs(np.linalg.det(cell)) > 1e-9:
+        return cell
+    if pbc.any() and np.linalg.matrix_rank(cell[pbc], tol=1e-6) < pbc.sum():
+        raise InputError("the cell has zero volume along a periodic direction; give its lattice vectors")
+    # Orthogonal complement of the periodic vectors: any vectors do, nothing repeats along them.
+    _, _, rows = np.linalg.svd(np.where(pbc[:, None], cell, 0.0))
+    free = rows[int(pbc.sum()):]
+    cell[~pbc] = free * (np.ptp(positions, axis=0).max() + 2 * reach + 1.0)
+    return cell

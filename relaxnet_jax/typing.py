@@ -1,0 +1,21 @@
+"""Names for the arrays that cross module boundaries: shape and unit in one place.
+
+N atoms, E = N·M edges in M slots per atom, K bond slots per atom (the first K of the
+M, neighbours being sorted by distance), G structures, n frames, F features.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+import jax
+import jraph
+
+Positions: TypeAlias = jax.Array  # (N, 3) Å
+Velocities: TypeAlias = jax.Array  # (N, 3) Å per unit pseudotime
+Forces: TypeAlias = jax.Array  # (N, 3) eV/Å
+Energies: TypeAlias = jax.Array  # (G,) eV
+Times: TypeAlias = jax.Array  # (n,) or (n, G), pseudotime in [0, 1]
+Latent: TypeAlias = jax.Array  # (N, F)
+Params: TypeAlias = Any  # Flax parameter tree
+Graph: TypeAlias = jraph.GraphsTuple  # the padded batch of structures, see graph.py
