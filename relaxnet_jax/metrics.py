@@ -240,15 +240,12 @@ def aligned_rmsd(
             pred, true = _superpose(pred, true)
         return _rms(_minimum_image(pred - true, _reduced(cell[pbc])))
     d, lattice = pred - true, _reduced(cell[pbc])
-    # A translation by about half a cell sends atoms to different images, so start also from
-    # the circular mean, then alternate between the best images and the best translation.
+    # A translation by about half a cell sends atoms to different images: take images also
+    # relative to the circular mean, which knows no cell boundary, and keep the better.
     phase = np.exp(2j * np.pi * (d @ np.linalg.pinv(lattice))).mean(axis=-2, keepdims=True)
     residuals = []
     for shift in (np.zeros_like(d[..., :1, :]), np.angle(phase) / (2 * np.pi) @ lattice):
         residual = _minimum_image(d - shift, lattice)
-        for _ in range(3):
-            residual = residual - residual.mean(axis=-2, keepdims=True)
-            residual = _minimum_image(residual, lattice)
         residuals.append(_rms(residual - residual.mean(axis=-2, keepdims=True)))
     return np.minimum(*residuals)
 
@@ -256,7 +253,7 @@ def aligned_rmsd(
 def pearson(x: np.ndarray, y: np.ndarray) -> float | None:
     """Pearson correlation coefficient; None for fewer than two points or constant data."""
     x, y = np.asarray(x, float), np.asarray(y, float)
-    if x.size < 2 or np.ptp(x) == 0 or np.ptp(y) == 0:
+    if x.size < 2 or any(np.ptp(v) <= 1e-12 * np.abs(v).max() for v in (x, y)):
         return None
     x, y = x - x.mean(), y - y.mean()
     return float(np.clip(x @ y / (np.linalg.norm(x) * np.linalg.norm(y)), -1, 1))
@@ -378,6 +375,8 @@ def _minimum_image(d: np.ndarray, lattice: np.ndarray) -> np.ndarray:
     if len(lattice) == 0:
         return d
     d = d - np.round(d @ np.linalg.pinv(lattice)) @ lattice
+    if 4 * (d**2).sum(axis=-1).max(initial=0) <= (lattice**2).sum(axis=-1).min():
+        return d  # within half the shortest lattice vector nothing is nearer
     images = d[..., None, :] + _steps(len(lattice)) @ lattice
     nearest = (images**2).sum(axis=-1).argmin(axis=-1)
     return np.take_along_axis(images, nearest[..., None, None], axis=-2)[..., 0, :]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gzip
+import io
 import itertools
 import os
 import shutil
@@ -40,18 +42,11 @@ class SkippedRelaxation(NamedTuple):
 
 
 class _Frame(NamedTuple):
-    """What is kept of one ASE frame."""
+    """One frame: either ``atoms`` or, if it cannot be read, the ``error``."""
 
     name: str
-    index: int | None
-    atoms: ase.Atoms
-    energy: float | None
-    forces: np.ndarray | None
-    stress: np.ndarray | None
-
-
-class _Damage(Exception):  # noqa: N818 - not an error yet: frames before it may be whole
-    """ASE stopped in the middle of the file."""
+    atoms: ase.Atoms | None
+    error: str = ""
 
 
 def read_relaxations(
@@ -82,29 +77,192 @@ def read_relaxations(
     labelled = False
     seen: set[str] = set()
     with _plain(path) as plain:
-        stem = Path(plain.name).stem
-        frames = _frames(path, plain, stem)
-        for name, group in itertools.groupby(frames, key=lambda frame: frame.name):
-            members: list[_Frame] = []
-            damage = ""
-            try:
-                members.extend(group)
-            except _Damage as stopped:
-                damage = str(stopped)
-            except BaseException:
-                raise
-            labelled |= any(f.energy is not None and f.forces is not None for f in members)
+        frames = _frames(path, plain)
+        for name, members in itertools.groupby(frames, key=lambda frame: frame.name):
+            built, has_labels = _build(name, members, path.name)
+            labelled |= has_labels
             if name in seen:
-                yield SkippedRelaxation(name, "id occurs before: give each relaxation its own")
-            elif damage:
-                yield SkippedRelaxation(name, damage)
-            else:
-                yield _build(name, members, path.name)
+                built = SkippedRelaxation(name, "id occurs twice: give each relaxation its own")
             seen.add(name)
-            if damage:
-                break
+            yield built
     if not labelled:
         raise InputError(
-            f"{path}: no frame has energy and forces: give a file that stores both (ASE names "
-            "them energy and forces)"
+            f"{path}: no frame has energy and forces: give a file with both, under ASE's names "
+            "energy and forces"
         )
+
+
+@contextlib.contextmanager
+def _plain(path: Path) -> Iterator[Path]:
+    """The file itself, or a decompressed copy: ASE's seeks in a gzip file are quadratic."""
+    if path.suffix != ".gz":
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix="relaxnet-jax-") as folder:
+        plain = Path(folder) / path.stem
+        try:
+            with gzip.open(path) as packed, plain.open("wb") as out:
+                shutil.copyfileobj(packed, out, 1 << 20)
+        except (OSError, EOFError, zlib.error) as error:
+            raise InputError(
+                f"{path}: damaged gzip file ({one_line(error)}): fetch it again"
+            ) from error
+        yield plain
+
+
+def _frames(path: Path, plain: Path) -> Iterator[_Frame]:
+    """Frames with the name of their relaxation; reading ends at damage that hides the rest."""
+    name, n_read = plain.stem, 0
+    try:
+        for item in _images(plain):
+            if isinstance(item, str):
+                yield _Frame(name, None, f"frame {n_read} of the file: {item}")
+            else:
+                info = item.info.get("key_value_pairs", {}) | item.info
+                name = _text(info.get("traj_id")) or plain.stem
+                yield _Frame(name, item)
+            n_read += 1
+    except Exception as error:
+        if not n_read:
+            raise InputError(
+                f"{path}: cannot be read ({one_line(error)}): give a file ASE reads as frames"
+            ) from error
+        reason = f"file damaged after {n_read} frames ({one_line(error)}): fetch it again"
+        yield _Frame(name, None, reason)
+    if not n_read:
+        raise InputError(f"{path}: no frames: give a file ASE reads as frames")
+
+
+def _images(plain: Path) -> Iterator[ase.Atoms | str]:
+    """ASE's frames; for extxyz, a frame that cannot be parsed as the complaint about it."""
+    import ase.io
+    from ase.io.extxyz import read_xyz
+
+    if plain.suffix not in (".extxyz", ".xyz"):
+        yield from ase.io.iread(plain, index=":")
+        return
+    # ase.io.iread would scan the whole file first, end silently at a blank line, and lose
+    # everything after a frame it cannot parse. (ASE 3.29's ixyzchunks reads the first digit
+    # of the number of atoms only.)
+    with plain.open(encoding="utf-8") as file:
+        for line in file:
+            if line.isspace():
+                continue
+            text = [line, *itertools.islice(file, int(line) + 1)]
+            try:
+                image = next(read_xyz(io.StringIO("".join(text)), 0))
+            except Exception as error:
+                yield f"unreadable ({one_line(error)}): repair or remove it"
+            else:
+                yield image
+
+
+def _build(
+    name: str, members: Iterator[_Frame], source: str
+) -> tuple[RelaxationTrajectory | SkippedRelaxation, bool]:
+    """The relaxation made of ``members``, and whether any frame had energy and forces."""
+    images: list[ase.Atoms] = []
+    error = ""
+    for frame in members:
+        if frame.atoms is None:
+            error = error or frame.error
+        else:
+            images.append(frame.atoms)
+    labels = [_labels(atoms) for atoms in images]
+    labelled = any(energy is not None and forces is not None for energy, forces, _ in labels)
+    error = error or _complaint(images, labels)
+    if error:
+        return SkippedRelaxation(name, error), labelled
+    first = images[0]
+    info = first.info.get("key_value_pairs", {}) | first.info
+    code = " ".join(filter(None, (_text(info.get("code")), _text(info.get("functional")))))
+    stresses = [stress for _, _, stress in labels if stress is not None]
+    charges = first.arrays.get("charges", first.get_initial_charges())
+    trajectory = RelaxationTrajectory(
+        id=name,
+        atomic_numbers=first.numbers.astype(np.int64),
+        positions=np.array([atoms.positions for atoms in images], dtype=np.float64),
+        cells=np.array([atoms.cell.array for atoms in images], dtype=np.float64),
+        pbc=first.pbc.copy(),
+        energies=np.array([energy for energy, _, _ in labels], dtype=np.float64),
+        forces=np.array([forces for _, forces, _ in labels], dtype=np.float64),
+        fixed_mask=_fixed(first),
+        group=_text(info.get("group"))
+        or _text(info.get("parent"))
+        or reduced_formula(first.numbers),
+        stresses=np.array(stresses) if len(stresses) == len(images) else None,
+        charges=np.array(charges, dtype=np.float64) if np.any(charges) else None,
+        source=_text(info.get("source")) or code or source,
+    )
+    try:
+        trajectory.validate()
+    except InputError as bad:
+        return SkippedRelaxation(name, str(bad).removeprefix(f"relaxation {name!r}, ")), labelled
+    unwrapped = unwrap_positions(trajectory.positions, trajectory.cells, trajectory.pbc)
+    return dataclasses.replace(trajectory, positions=unwrapped), labelled
+
+
+_Labels = tuple[float | None, np.ndarray | None, np.ndarray | None]
+
+
+def _labels(atoms: ase.Atoms) -> _Labels:
+    """Energy (eV), (N, 3) raw forces (eV/Å), (6,) stress (eV/Å³) of a frame, None if absent."""
+    results: dict[str, Any] = {} if atoms.calc is None else atoms.calc.results
+    energy = results.get("free_energy")
+    energy = results.get("energy") if energy is None else energy
+    forces, stress = results.get("forces"), results.get("stress")
+    if stress is not None:
+        stress = np.asarray(stress, dtype=np.float64)
+        if stress.size == 9:
+            stress = stress.reshape(9)[[0, 4, 8, 5, 2, 1]]
+    return None if energy is None else float(energy), forces, stress
+
+
+def _complaint(images: list[ase.Atoms], labels: list[_Labels]) -> str:
+    """Why these frames are no relaxation; empty if they are one."""
+    if len(images) < 2:
+        return "a single frame: a relaxation needs two or more"
+    first, last = images[0], -1
+    for k, (atoms, (energy, forces, _)) in enumerate(zip(images, labels)):
+        index = int(atoms.info.get("frame", last + 1))
+        if index <= last:
+            return f"frame {index} after frame {last}: sort the frames"
+        last = index
+        if len(atoms) != len(first):
+            return f"frame {k}: {len(atoms)} atoms after {len(first)}: keep the number of atoms"
+        if np.any(atoms.numbers != first.numbers):
+            return f"frame {k}, atomic_numbers: order or species change: sort the atoms alike"
+        if np.any(atoms.pbc != first.pbc):
+            return f"frame {k}, pbc: changes between frames: keep it the same"
+        missing = [n for n, v in (("energy", energy), ("forces", forces)) if v is None]
+        if missing:
+            return f"frame {k}: no {' and no '.join(missing)}: every frame needs both"
+        try:
+            if np.any(_fixed(atoms) != _fixed(first)):
+                return f"frame {k}, constraints: fixed atoms change: keep them the same"
+        except InputError as error:
+            return f"frame {k}, constraints: {error}"
+    return ""
+
+
+def _fixed(atoms: ase.Atoms) -> np.ndarray:
+    """(N,) bool from ``FixAtoms`` and from ``FixCartesian``/``FixScaled`` of all directions."""
+    from ase.constraints import FixAtoms, FixCartesian, FixScaled
+
+    fixed = np.zeros(len(atoms), dtype=bool)
+    for constraint in atoms.constraints:
+        if isinstance(constraint, FixCartesian | FixScaled) and np.any(constraint.mask):
+            if not np.all(constraint.mask):
+                # Its force would never vanish, and there is no mask for one direction.
+                raise InputError("an atom is held in some directions only: fix or free it")
+            fixed[constraint.index] = True
+        elif isinstance(constraint, FixAtoms):
+            fixed[constraint.index] = True
+    return fixed
+
+
+def _text(value: object) -> str:
+    """Text of an ``info`` value; extxyz turns the formulas of fluorine and so on into bools."""
+    if value is None:
+        return ""
+    return str(value)[0] if isinstance(value, bool | np.bool_) else str(value)

@@ -2,7 +2,7 @@
 
 Drawn with matplotlib's object interface: no pyplot, no display, no global state.
 Colours are Okabe and Ito's, which colour-blind readers can tell apart, and every
-series differs in marker and line style too. Files are written atomically.
+series differs in its marker too. Files are written atomically.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any
 import matplotlib
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import BoundaryNorm
+from matplotlib.colors import BoundaryNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -41,7 +40,7 @@ STYLE: Any = {
     "lines.markersize": 4.5,
     "legend.frameon": False,
 }
-TRUTH = {"color": "#444444", "marker": "o", "linestyle": "-"}
+TRUTH = {"color": "#444444", "marker": "s", "markerfacecolor": "white", "linestyle": "-"}
 SERIES: dict[str, dict[str, Any]] = {
     "model": {"color": "#0072B2", "marker": "o", "linestyle": "-"},
     "nothing": {"color": "#D55E00", "marker": "s", "linestyle": "--"},
@@ -110,7 +109,7 @@ def parity_figure(
     sizes = [len(c.atomic_numbers) for c in drawn]
     true = [(c.true_energies - c.composition_energy) / n for c, n in zip(drawn, sizes)]
     pred = [(c.pred_energies - c.composition_energy) / n for c, n in zip(drawn, sizes)]
-    x, y, slots = np.concatenate(true), np.concatenate(pred), _joined_slots(drawn)
+    x, y, slots = map(np.concatenate, (true, pred, [c.slots for c in drawn]))
     order = np.random.default_rng(0).permutation(len(x))  # so that late frames hide no early ones
     low, high = min(x.min(), y.min()), max(x.max(), y.max())
     pad = 0.05 * (high - low) or 0.01
@@ -122,23 +121,30 @@ def parity_figure(
         f"{len(drawn)} structures, {len(x)} frames",
     ]
     with matplotlib.rc_context(STYLE):
-        figure = _figure(4.6, 4.3, caption)
+        figure = _figure(4.6, 4.1, caption)
         axis = figure.subplots()
         n_frames = max(c.n_frames for c in drawn)
         axis.plot(limits, limits, color="#444444", linewidth=0.8, linestyle="--", zorder=0)
-        size = float(np.clip(6000 / len(x), 4, 24))
-        colours: dict[str, Any] = {
-            "cmap": "viridis",
-            "norm": BoundaryNorm(np.arange(n_frames + 1) - 0.5, 256),
-        }
-        axis.scatter(x[order], y[order], c=slots[order], s=size, alpha=0.8, linewidths=0, **colours)
+        size = float(np.clip(15000 / len(x), 5, 24))
+        discrete = BoundaryNorm(np.arange(n_frames + 1) - 0.5, 256) if n_frames <= 12 else None
+        norm = discrete or Normalize(0, n_frames - 1)
+        points = axis.scatter(
+            x[order],
+            y[order],
+            size,
+            slots[order],
+            cmap="viridis",
+            norm=norm,
+            alpha=0.8,
+            linewidths=0,
+        )
         axis.set(xlim=limits, ylim=limits, aspect="equal")
-        axis.set(xlabel=r"true $(E-\sum\epsilon_Z)/N$ (eV/atom)")
-        axis.set(ylabel=r"predicted $(E-\sum\epsilon_Z)/N$ (eV/atom)")
+        axis.set(xlabel=r"true $[E - \Sigma\,\epsilon(Z)]\,/\,N$ (eV/atom)")
+        axis.set(ylabel=r"predicted $[E - \Sigma\,\epsilon(Z)]\,/\,N$ (eV/atom)")
         for ticks in (axis.xaxis, axis.yaxis):
             ticks.set_major_locator(MaxNLocator(nbins=5))
         axis.text(0.03, 0.97, "\n".join(notes), transform=axis.transAxes, va="top")
-        bar = figure.colorbar(ScalarMappable(**colours), ax=axis, label="frame", aspect=30)
+        bar = figure.colorbar(points, cax=axis.inset_axes((1.04, 0, 0.035, 1)), label="frame")
         bar.ax.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=10, min_n_ticks=1))
         bar.ax.minorticks_off()
         bar.outline.set_visible(False)
@@ -153,8 +159,9 @@ def trajectory_figure(
 ) -> None:
     """Energy, largest force and RMS displacement of one relaxation along pseudotime.
 
-    Energies are per atom and relative to the true first frame, displacements sqrt(mean_i
-    |x_i(t) - x_i(0)|²) are from the true first frame, both over free atoms where they can be.
+    Energies are per atom and relative to the true first frame. Forces are max_i |F_i| and
+    displacements, also from the true first frame, sqrt(mean_i |x_i(t) - x_i(0)|²), both
+    over free atoms.
 
     Args:
       true, pred: n frames each (n may differ), positions Å, energies eV, forces eV/Å.
@@ -190,17 +197,14 @@ def trajectory_figure(
         _save(figure, path)
 
 
-def _joined_slots(comparisons: Sequence[Comparison]) -> np.ndarray:
-    """(total frames,) int, the slots of all structures one after the other."""
-    return np.concatenate([c.slots for c in comparisons])
-
-
 def _figure(width: float, height: float, caption: str) -> Figure:
     """A figure in inches with room for its axes and, under them, the wrapped caption."""
     lines = textwrap.wrap(caption, width=int(17 * width))
     figure = Figure(figsize=(width, height + 0.17 * len(lines)), layout="constrained")
     FigureCanvasAgg(figure)
-    figure.supxlabel("\n".join(lines), fontsize=8, color="#444444", x=0.01, ha="left")
+    figure.supxlabel(
+        "\n".join(lines), fontsize=8, color="#444444", x=0.01, ha="left", parse_math=False
+    )
     return figure
 
 

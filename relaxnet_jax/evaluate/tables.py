@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rich import box
+from rich.markup import escape
 from rich.table import Table
 
 from relaxnet_jax.errors import InputError
@@ -32,17 +33,17 @@ _ROWS = (
     *(
         (f"{name}, {label}", f"{frames}.{field}", "number", predictors)
         for name, field, predictors in (
-            ("energy MAE [eV/structure]", "energy_mae", _EVERY),
-            ("energy MAE [meV/atom]", "energy_mae_per_atom", _EVERY),
-            ("energy per atom, Pearson r", "pearson", _EVERY),
-            ("force MAE [meV/Å]", "forces_mae", _EVERY),
-            ("coordinate MAE [Å]", "positions_mae", _MOVING),
-            ("RMSD after alignment [Å]", "rmsd", _MOVING),
+            ("energy MAE (eV/structure)", "energy_mae", _EVERY),
+            ("energy MAE (meV/atom)", "energy_mae_per_atom", _EVERY),
+            ("energy/atom, Pearson r", "pearson", _EVERY),
+            ("force MAE (meV/Å)", "forces_mae", _EVERY),
+            ("coordinate MAE (Å)", "positions_mae", _MOVING),
+            ("aligned RMSD (Å)", "rmsd", _MOVING),
         )
         for frames, label in (("final", "final frame"), ("all_frames", "all frames"))
     ),
     ("final coordinate MAE / doing nothing", "final_ratio", "number", _MOVING),
-    ("structures improved over doing nothing", "improved_fraction", "percent", ("model",)),
+    ("improved over doing nothing", "improved_fraction", "percent", ("model",)),
     ("structures with falling energy", "monotone_fraction", "percent", ("model",)),
 )
 
@@ -63,7 +64,8 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     except OSError as error:
         raise InputError(f"cannot write {target}: {error.strerror or error}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def label(name: str) -> str:
@@ -86,11 +88,12 @@ def metrics_table(results: Mapping[str, Metrics], title: str) -> Table:
         raise InputError("no metrics to tabulate; evaluate at least one predictor")
     first = next(iter(results.values()))
     note = f"{first.n_structures} structures; means over atoms and frames, then structures"
-    table = Table(title=title, caption=note, box=box.SIMPLE_HEAD, title_justify="left")
+    table = Table(title=escape(title), caption=note, box=box.SIMPLE_HEAD, title_justify="left")
     table.caption_justify = "left"
     table.add_column("metric", no_wrap=True)
     for name in results:
-        table.add_column(label(name), justify="right")
+        width = max(map(len, label(name).split()), default=0)  # headings wrap between words only
+        table.add_column(escape(label(name)), justify="right", min_width=width)
     for row, (heading, path, kind, predictors) in enumerate(_ROWS):
         cells = []
         for metrics in results.values():

@@ -15,6 +15,7 @@ from relaxnet_jax.graph import MAX_ATOMIC_NUMBER, shift_vectors
 from relaxnet_jax.models.layers import (
     MLP,
     PAIR_NORM,
+    Dense,
     Geometry,
     PairConvolution,
     TripletMPNN,
@@ -47,7 +48,7 @@ class PowerSpectrum(nn.Module):
     def __call__(self, expansion: e3nn.IrrepsArray, h: Array, graph: Graph) -> Array:
         C, irreps = self.channels, expansion.irreps
         mixed = e3nn.flax.Linear([(C, ir) for _, ir in irreps], name="mix")(expansion.axis_to_mul())
-        weights = gather_senders(nn.Dense(C, name="weight")(h), graph.senders, graph.edges["reverse"])
+        weights = gather_senders(Dense(C, name="weight")(h), graph.senders, graph.edges["reverse"])
         invariants = []
         for chunk in mixed.chunks:  # (E, C, 2l+1)
             total = sum_slots(chunk * weights[..., None], h.shape[0]) / PAIR_NORM
@@ -87,7 +88,7 @@ class Encoder(nn.Module):
         h = nn.Embed(MAX_ATOMIC_NUMBER + 1, m.features, name="element",
                      embedding_init=nn.initializers.normal(1.0))(numbers)
         if m.charges:
-            h = h + nn.Dense(m.features, name="charge")(graph.nodes["charges"][:, None])
+            h = h + Dense(m.features, name="charge")(graph.nodes["charges"][:, None])
 
         expansion = edge_expansion(geo.vectors, geo.lengths, g.cutoff, m.n_bessel, m.l_max)
         expansion = expansion * geo.envelope[:, None, None]
@@ -104,5 +105,5 @@ class Encoder(nn.Module):
                 geo = geometry(graph, positions, shifts, g, m)
         if m.vector_messages:
             hidden.append(v.invariants())
-        h = nn.Dense(m.features, name="project")(jnp.concatenate(hidden, -1))
+        h = Dense(m.features, name="project")(jnp.concatenate(hidden, -1))
         return Encoding(h, v, geo, expansion)

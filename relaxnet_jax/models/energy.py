@@ -10,7 +10,7 @@ from jax import Array
 from relaxnet_jax.config import DynamicsConfig, GraphConfig, ModelConfig
 from relaxnet_jax.graph import shift_vectors
 from relaxnet_jax.models.encoder import Encoder, Encoding
-from relaxnet_jax.models.layers import MLP, PAIR_NORM, AttentionBlock, pair_geometry
+from relaxnet_jax.models.layers import MLP, PAIR_NORM, AttentionBlock, Dense, pair_geometry
 from relaxnet_jax.ops import gather_senders, sum_slots
 from relaxnet_jax.typing import Energies, Graph, Latent, Positions, Velocities
 
@@ -37,8 +37,8 @@ class RelaxNetwork(nn.Module):
             self.attention = AttentionBlock(m.attention_heads)
         self.head = MLP((m.features, m.features // 2, 1), final_scale=0.1)
         if d.latent == "explicit":
-            self.pair_send = nn.Dense(m.pair_features)
-            self.pair_filter = nn.Dense(m.pair_features, use_bias=False)
+            self.pair_send = Dense(m.pair_features)
+            self.pair_filter = Dense(m.pair_features, use_bias=False)
             self.pair_update = MLP((m.features, m.features))
             self.rate = MLP((m.features, m.features), final_scale=INITIAL_RATE_SCALE)
         self.velocity_gate = _VelocityHead(m)
@@ -114,18 +114,18 @@ class _VelocityHead(nn.Module):
     def __call__(self, encoding: Encoding, graph: Graph) -> Velocities:
         m, h, geo = self.config, encoding.h, encoding.geometry
         n_atoms = h.shape[0]
-        sent = nn.Dense(m.features, use_bias=False, name="senders")(h)
+        sent = Dense(m.features, use_bias=False, name="senders")(h)
         sent = gather_senders(sent, graph.senders, graph.edges["reverse"])
-        own = nn.Dense(m.features, name="receiver")(h)
-        radial = nn.Dense(m.features, use_bias=False, name="radial")(geo.radial)
+        own = Dense(m.features, name="receiver")(h)
+        radial = Dense(m.features, use_bias=False, name="radial")(geo.radial)
         hidden = nn.silu(sent.reshape(n_atoms, -1, m.features) + own[:, None] + radial.reshape(
             n_atoms, -1, m.features))
-        gates = nn.Dense(m.n_bessel, name="gates")(hidden).reshape(-1, m.n_bessel)
+        gates = Dense(m.n_bessel, name="gates")(hidden).reshape(-1, m.n_bessel)
         l1 = encoding.expansion.filter("1o").array  # (E, n, 3), envelope included
         u = sum_slots(jnp.einsum("en,ena->ea", gates, l1), n_atoms) / PAIR_NORM
         if m.vector_messages:
             polar, axial = encoding.vectors
-            weights = nn.Dense(2 * m.vector_features, name="vectors")(nn.silu(own))
+            weights = Dense(2 * m.vector_features, name="vectors")(nn.silu(own))
             w_polar, w_cross = jnp.split(weights[..., None], 2, axis=1)
             u = u + jnp.sum(w_polar * polar + w_cross * jnp.cross(polar, axial), 1)
         return INITIAL_VELOCITY_SCALE * u

@@ -9,6 +9,7 @@ the cost of atoms and edges instead of triplets.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -30,9 +31,12 @@ PAIR_NORM = 6.0
 TRIPLET_NORM = 12.0
 
 
-def mlp(widths: tuple[int, ...], name: str, final_scale: float = 1.0) -> nn.Module:
-    """Dense layers of the given widths with SiLU between them; the last one is linear."""
-    return MLP(widths, final_scale, name=name)
+def fan_in(scale: float = 1.0):
+    """Initialiser: uniform with variance scale²/fan_in. Compiles much faster than a normal one."""
+    return nn.initializers.variance_scaling(scale**2, "fan_in", "uniform")
+
+
+Dense = functools.partial(nn.Dense, kernel_init=fan_in())
 
 
 class MLP(nn.Module):
@@ -44,9 +48,8 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         for width in self.widths[:-1]:
-            x = nn.silu(nn.Dense(width)(x))
-        init = nn.initializers.variance_scaling(self.final_scale**2, "fan_in", "truncated_normal")
-        return nn.Dense(self.widths[-1], kernel_init=init)(x)
+            x = nn.silu(Dense(width)(x))
+        return Dense(self.widths[-1], kernel_init=fan_in(self.final_scale))(x)
 
 
 @jax.tree_util.register_dataclass
@@ -126,7 +129,7 @@ class PairConvolution(nn.Module):
         n_atoms = h.shape[0]
         # The envelope is in geo.radial already; the extra factor makes the nonlinear filter vanish.
         filters = MLP((self.hidden, self.features), name="filter")(geo.radial) * geo.envelope[:, None]
-        sent = gather_senders(nn.Dense(self.features, name="send")(h), graph.senders, graph.edges["reverse"])
+        sent = gather_senders(Dense(self.features, name="send")(h), graph.senders, graph.edges["reverse"])
         messages = filters * sent
         total = sum_slots(messages, n_atoms) / PAIR_NORM
         h = h + MLP((self.features, self.features), name="update")(total)
@@ -179,18 +182,18 @@ class TripletMPNN(nn.Module):
         width = 3 * T if self.vector_messages else T
 
         # First layer of MLP_s and MLP_v on the parts of the concatenation. One gather serves j and k.
-        sent = nn.Dense(2 * width, use_bias=False, name="senders")(h)
+        sent = Dense(2 * width, use_bias=False, name="senders")(h)
         sent = gather_senders(sent, graph.senders, graph.edges["reverse"])
         sent = sent.reshape(n_atoms, -1, 2 * width)[:, :n_bonds]
-        parts = sent + nn.Dense(2 * width, use_bias=False, name="bonds")(geo.bond_radial)
-        centre = nn.Dense(width, name="receiver")(h)
+        parts = sent + Dense(2 * width, use_bias=False, name="bonds")(geo.bond_radial)
+        centre = Dense(width, name="receiver")(h)
         part_j, part_k = parts[..., :width] + centre[:, None], parts[..., width:]
-        angle = nn.Dense(width, use_bias=False, name="angle")(geo.zonal)
+        angle = Dense(width, use_bias=False, name="angle")(geo.zonal)
         weight = geo.bond_envelope[:, :, None] * geo.bond_envelope[:, None, :]
         weight = weight * (1.0 - jnp.eye(n_bonds, dtype=h.dtype)) / TRIPLET_NORM
         hidden = nn.silu(part_j[:, :, None] + part_k[:, None, :] + angle) * weight[..., None]
 
-        scalars = nn.Dense(self.features, name="scalar_out")(hidden[..., :T].sum((1, 2)))
+        scalars = Dense(self.features, name="scalar_out")(hidden[..., :T].sum((1, 2)))
         h = h + MLP((self.features, self.features), name="update")(scalars)
         if not self.vector_messages:
             return h, v
@@ -198,13 +201,13 @@ class TripletMPNN(nn.Module):
         first, second = hidden[..., T : 2 * T], hidden[..., 2 * T :]
         a = geo.directions
         # sum_jk c1 a_j + c2 (a_k - cos a_j): the coefficients of each direction, summed first.
-        along_j = nn.Dense(C, use_bias=False, name="along")(first.sum(2))
-        perpendicular = nn.Dense(C, use_bias=False, name="perpendicular")
+        along_j = Dense(C, use_bias=False, name="along")(first.sum(2))
+        perpendicular = Dense(C, use_bias=False, name="perpendicular")
         of_k, of_j = second.sum(1), jnp.einsum("njkt,njk->njt", second, geo.cosine)
         polar = jnp.einsum("njc,nja->nca", along_j + perpendicular(of_k - of_j), a)
         # sum_jk c3 a_j x a_k = sum_j a_j x (sum_k c3 a_k)
         inner = jnp.einsum("njkt,nka->njat", second, a)
-        inner = nn.Dense(C, use_bias=False, name="cross")(inner)
+        inner = Dense(C, use_bias=False, name="cross")(inner)
         axial = jnp.cross(a[..., None], inner, axis=2).sum(1).swapaxes(1, 2)
 
         gate = MLP((self.features, 2 * C), name="gate")(h)[..., None]
@@ -229,11 +232,11 @@ class AttentionBlock(nn.Module):
         n_atoms, features = h.shape
         index, n_graphs = graph.nodes["graph"], graph.n_node.shape[0]
         normed = nn.LayerNorm(name="norm")(h)
-        logits = nn.Dense(self.heads, name="score")(normed)
+        logits = Dense(self.heads, name="score")(normed)
         weights = jraph.segment_softmax(logits, index, n_graphs)
-        values = nn.Dense(features, name="value")(normed).reshape(n_atoms, self.heads, -1)
+        values = Dense(features, name="value")(normed).reshape(n_atoms, self.heads, -1)
         context = jraph.segment_sum((weights[..., None] * values).reshape(n_atoms, -1), index, n_graphs)
         # The first layer of MLP([h, c]) by parts; the context's part once per structure.
-        hidden = nn.Dense(features, name="own")(normed) + nn.Dense(
+        hidden = Dense(features, name="own")(normed) + Dense(
             features, use_bias=False, name="context")(context)[index]
-        return h + nn.Dense(features, name="out")(nn.silu(hidden))
+        return h + Dense(features, name="out")(nn.silu(hidden))

@@ -1,0 +1,96 @@
+"""The neural ODE: its state, initial velocity and vector field (paper, section 4.2).
+
+  dx/dt = s u            du/dt = s (F/m - gamma u)            (second order)
+  dx/dt = s F/m          u = 0                                 (first order)
+  dh/dt = MLP(h, p(x), |u|²)                                   (explicit scheme only)
+
+with F = -dE/dx, m the atomic mass (or 1), s and gamma 1 and 0 unless learned. s, gamma
+and t are dimensionless, so u is in Å and, for m in amu, a force of 1 eV/Å on 1 amu
+accelerates by 1 Å per squared unit of pseudotime: pseudotime has no other meaning.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import jraph
+from jax import Array
+
+from relaxnet_jax.models.energy import RelaxNetwork
+from relaxnet_jax.ops import safe_divide
+from relaxnet_jax.potential import Evaluation, energies_and_forces
+from relaxnet_jax.typing import Graph, Latent, Params, Positions, Velocities
+
+
+class State(NamedTuple):
+    """Positions (N, 3) Å, velocities (N, 3) Å, latent h (N, F) or (N, 0)."""
+
+    positions: Positions
+    velocities: Velocities
+    latent: Latent
+
+
+def inertia(network: RelaxNetwork, graph: Graph) -> Array:
+    """The masses of the dynamics: (N,) amu, or ones."""
+    masses = graph.nodes["masses"]
+    return masses if network.dynamics.mass == "atomic" else jnp.ones_like(masses)
+
+
+def movable(graph: Graph) -> Array:
+    """(N, 1) bool: real atoms that are not held fixed."""
+    return (graph.nodes["mask"] & ~graph.nodes["fixed"])[:, None]
+
+
+def constrain_velocity(graph: Graph, velocities: Velocities, masses: Array) -> Velocities:
+    """Velocities that respect fixed atoms and total momentum.
+
+    Fixed and padding atoms get zero. A structure without fixed atoms gets zero total
+    momentum; one with fixed atoms is held by them and keeps what it has.
+    """
+    index, n_graphs = graph.nodes["graph"], graph.n_node.shape[0]
+    velocities = jnp.where(movable(graph), velocities, 0.0)
+    weight = jnp.where(graph.nodes["mask"], masses, 0.0)
+    momentum = jraph.segment_sum(weight[:, None] * velocities, index, n_graphs)
+    mass = jraph.segment_sum(weight, index, n_graphs)
+    held = jraph.segment_sum(graph.nodes["fixed"].astype(weight.dtype), index, n_graphs) > 0
+    drift = jnp.where(held[:, None], 0.0, safe_divide(momentum, mass[:, None]))
+    return jnp.where(movable(graph), velocities - drift[index], 0.0)
+
+
+def initial_state(network: RelaxNetwork, params: Params, graph: Graph, positions: Positions) -> State:
+    """x(0), u(0) from the edge expansion, and h(0) = encoder(x(0)) in the explicit scheme."""
+    variables = {"params": params}
+    encoding = network.apply(variables, graph, positions, method="encode")
+    if network.dynamics.order == "second":
+        velocities = network.apply(variables, encoding, graph, method="initial_velocity")
+        velocities = constrain_velocity(graph, velocities, inertia(network, graph))
+    else:
+        velocities = jnp.zeros_like(positions)
+    explicit = network.dynamics.latent == "explicit"
+    latent = encoding.h if explicit else jnp.zeros((positions.shape[0], 0), positions.dtype)
+    return State(positions, velocities, latent)
+
+
+def evaluate(network: RelaxNetwork, params: Params, scale: Array, graph: Graph, state: State) -> Evaluation:
+    """Energies and forces of a state."""
+    return energies_and_forces(network, params, scale, graph, state.positions, state.latent)
+
+
+def vector_field(network: RelaxNetwork, params: Params, scale: Array, graph: Graph, state: State) -> State:
+    """The time derivative of the state, itself laid out as a `State`."""
+    variables = {"params": params}
+    result = evaluate(network, params, scale, graph, state)
+    masses = inertia(network, graph)[:, None]
+    acceleration = jnp.where(movable(graph), result.forces / masses, 0.0)
+    speed = network.apply(variables, method="time_scale").astype(acceleration.dtype)
+    if network.dynamics.order == "first":
+        dx, du = speed * acceleration, jnp.zeros_like(acceleration)
+    else:
+        friction = network.apply(variables, method="friction").astype(acceleration.dtype)
+        dx, du = speed * state.velocities, speed * (acceleration - friction * state.velocities)
+    if network.dynamics.latent == "explicit":
+        dh = network.apply(variables, state.latent, result.pair, state.velocities, method="latent_rate")
+    else:
+        dh = jnp.zeros_like(state.latent)
+    return State(dx, du, dh)

@@ -1,0 +1,256 @@
+"""The metrics against values worked out by hand."""
+
+import dataclasses
+import io
+import itertools
+import json
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from relaxnet_jax.errors import InputError
+from relaxnet_jax.evaluate.tables import metrics_table, write_metrics
+from relaxnet_jax.metrics import Comparison, aligned_rmsd, coordinate_errors, evaluate, pearson
+
+CUBE = 4.0 * np.eye(3)
+PERIODIC, MOLECULE = np.ones(3, bool), np.zeros(3, bool)
+FREE = np.ones(2, bool)
+X0 = np.array([[0.0, 0, 0], [2, 2, 2]])
+
+
+def rotation(axis, angle):
+    k = np.cross(np.eye(3), np.asarray(axis, float) / np.linalg.norm(axis))
+    return np.eye(3) + np.sin(angle) * k + (1 - np.cos(angle)) * k @ k
+
+
+def comparison(**changes):
+    """Two atoms, frames 0 and 1 of 2: atom 1 moves by 0.6 Å along x, the prediction by 0.3 Å."""
+    true = np.stack([X0, X0])
+    true[1, 1, 0] += 0.6
+    pred = np.stack([X0, X0])
+    pred[1, 1, 0] += 0.3
+    forces = np.zeros((2, 2, 3))
+    forces[0, 1, 0] = 0.6
+    fields = {
+        "id": "a", "atomic_numbers": [29, 29], "cell": CUBE, "pbc": PERIODIC,
+        "fixed_mask": [False, False], "true_positions": true, "true_energies": [-1.0, -2.0],
+        "true_forces": forces, "pred_positions": pred, "pred_energies": [-1.2, -1.6],
+        "pred_forces": forces / 2, "composition_energy": -1.5, "slots": [0, 1], "n_frames": 2,
+    }  # fmt: skip
+    return Comparison(**fields | changes)
+
+
+def test_model_by_hand():
+    m = evaluate([comparison()])
+    assert m.final.energy_mae == pytest.approx(0.4)
+    assert m.final.energy_mae_per_atom == pytest.approx(200)
+    assert m.all_frames.energy_mae == pytest.approx(0.3)
+    assert m.all_frames.energy_mae_per_atom == pytest.approx(150)
+    assert m.final.forces_mae == 0
+    assert m.all_frames.forces_mae == pytest.approx(1000 * 0.3 / 6 / 2)
+    assert m.final.positions_mae == pytest.approx(0.3 / 6)
+    assert m.all_frames.positions_mae == pytest.approx(0.3 / 6 / 2)
+    assert m.final.rmsd == pytest.approx(0.15)  # centred: -0.15 and 0.15 Å
+    assert m.final_ratio == pytest.approx(0.5)
+    assert (m.improved_fraction, m.monotone_fraction, m.n_structures) == (1, 1, 1)
+    assert m.final.pearson is None  # one point
+    assert m.all_frames.pearson == pytest.approx(1)
+
+
+def test_baselines_by_hand():
+    nothing = evaluate([comparison()], "nothing")
+    assert nothing.final.energy_mae == pytest.approx(1)
+    assert nothing.all_frames.energy_mae == pytest.approx(0.5)
+    assert nothing.per_frame.forces_mae == pytest.approx([0, 100])
+    assert nothing.final.positions_mae == pytest.approx(0.1)
+    assert (nothing.final_ratio, nothing.improved_fraction) == (1, 0)
+    composition = evaluate([comparison()], "composition")
+    assert composition.per_frame.energy_mae_per_atom == pytest.approx([250, 250])
+    assert composition.per_frame.forces_mae == pytest.approx([100, 0])
+    assert composition.final.positions_mae == nothing.final.positions_mae
+    assert composition.all_frames.pearson is None  # constant
+
+
+def test_every_structure_counts_once():
+    """Means over atoms, then frames, then structures; the ratio is one of means."""
+    still = comparison(true_positions=np.stack([X0, X0]), true_energies=[-1.2, -1.6])
+    big = comparison(
+        atomic_numbers=[29] * 4,
+        fixed_mask=[False] * 4,
+        **{k: np.zeros((2, 4, 3)) for k in ("true_forces", "pred_forces", "pred_positions")},
+        true_positions=np.full((2, 4, 3), 0.1) * np.array([0, 1])[:, None, None],
+    )
+    m = evaluate([comparison(), still, big])
+    assert m.final.positions_mae == pytest.approx((0.05 + 0.05 + 0.1) / 3)
+    assert m.final_ratio == pytest.approx(0.2 / (0.1 + 0 + 0.1))
+    assert m.improved_fraction == pytest.approx(1 / 3)  # neither one at rest nor a tie improves
+    assert m.final.energy_mae_per_atom == pytest.approx((200 + 0 + 100) / 3)
+    alone = evaluate([still])
+    assert alone.final_ratio is None and alone.improved_fraction == 0
+
+
+def test_absent_frames_are_ignored():
+    partial = comparison(slots=[0, 3], n_frames=4)
+    full = comparison(
+        slots=np.arange(4), n_frames=4, true_energies=[0, 0, 0, 0], pred_energies=[0, 1, 2, 3],
+        **{k: np.stack([X0] * 4) for k in ("true_positions", "pred_positions")},
+        **{k: np.zeros((4, 2, 3)) for k in ("true_forces", "pred_forces")},
+    )  # fmt: skip
+    m = evaluate([partial, full])
+    assert m.per_frame.counts.tolist() == [2, 1, 1, 2]
+    assert m.per_frame.energy_mae_per_atom == pytest.approx([50, 500, 1000, 850])
+    assert m.all_frames.energy_mae_per_atom == pytest.approx((150 + 750) / 2)
+    assert m.monotone_fraction == 0.5
+    lonely = evaluate([partial]).to_dict()["per_frame"]
+    assert lonely["energy_mae_per_atom"][1:3] == [None, None] and lonely["counts"] == [1, 0, 0, 1]
+
+
+def test_monotone_tolerance_and_single_frame():
+    within = comparison(pred_energies=[-1.0, -1.0 + 9e-7])
+    beyond = comparison(pred_energies=[-1.0, -1.0 + 2e-6])
+    one = comparison(
+        slots=[1], true_energies=[0.0], pred_energies=[0.0],
+        **{f"{k}_{v}": X0[None] for k in ("true", "pred") for v in ("positions", "forces")},
+    )  # fmt: skip
+    assert evaluate([within, beyond, one]).monotone_fraction == 0.5
+    assert evaluate([one]).monotone_fraction is None
+
+
+def test_fixed_atoms_do_not_count():
+    fixed = comparison(fixed_mask=[True, False])
+    m = evaluate([fixed])
+    assert m.final.positions_mae == pytest.approx(0.3 / 3)
+    assert m.per_frame.forces_mae == pytest.approx([100, 0])
+    assert m.final.rmsd == pytest.approx(0.3)  # pinned: no translation
+    frozen = evaluate([comparison(fixed_mask=[True, True])])
+    assert frozen.final.positions_mae is None and frozen.final.energy_mae == pytest.approx(0.4)
+    assert frozen.final_ratio is None and frozen.improved_fraction is None
+    assert evaluate([fixed, comparison(fixed_mask=[True, True])]).final.rmsd == pytest.approx(0.3)
+
+
+def test_diverged_predictions_leave_all_predictors_and_fail():
+    bad = comparison(pred_energies=[-1.0, np.nan], true_energies=[0.0, -9.0])
+    m = evaluate([comparison(), bad])
+    assert (m.n_structures, m.n_nonfinite) == (2, 1)
+    assert m.final.energy_mae == pytest.approx(0.4)
+    assert (m.monotone_fraction, m.improved_fraction) == (0.5, 0.5)
+    assert evaluate([comparison(), bad], "nothing").final.energy_mae == pytest.approx(1)
+    only = evaluate([bad])
+    assert only.final.energy_mae is None and only.improved_fraction == 0
+    json.dumps(only.to_dict(), allow_nan=False)
+
+
+def test_bad_input_is_named():
+    with pytest.raises(InputError, match="empty"):
+        evaluate([])
+    with pytest.raises(InputError, match="predictor"):
+        evaluate([comparison()], "oracle")
+    with pytest.raises(InputError, match="a: pred_forces"):
+        comparison(pred_forces=np.zeros((2, 3, 3)))
+    with pytest.raises(InputError, match="slots"):
+        comparison(slots=[0, 2])
+    with pytest.raises(InputError, match="true_energies is not finite"):
+        comparison(true_energies=[0.0, np.inf])
+
+
+def test_coordinate_errors_broadcast():
+    pred = np.zeros((5, 2, 3))
+    pred[:, 1, 2] = 0.3
+    np.testing.assert_allclose(coordinate_errors(pred, 0 * pred, FREE), np.full(5, 0.05))
+    np.testing.assert_allclose(
+        coordinate_errors(pred, 0 * pred, np.array([False, True])), np.full(5, 0.1)
+    )
+
+
+@pytest.mark.parametrize("shift", [0.1, 1.9, 2.0, 3.3, -7.7])
+def test_alignment_removes_translation_and_lattice_jumps(shift):
+    rng = np.random.default_rng(3)
+    cell = np.array([[4.0, 0, 0], [1.9, 3.5, 0], [-1.7, 1.2, 5]])
+    true = rng.uniform(0, 4, (6, 3))
+    noise = rng.normal(0, 0.05, (6, 3))
+    noise -= noise.mean(axis=0)
+    jumps = rng.integers(-2, 3, (6, 3)) @ cell
+    pred = true + noise + jumps + shift
+    expected = np.sqrt((noise**2).sum(axis=1).mean())
+    free = np.ones(6, bool)
+    assert aligned_rmsd(pred, true, cell, PERIODIC, free) == pytest.approx(expected)
+    stacked = aligned_rmsd(np.stack([pred, true]), np.stack([true, true]), cell, PERIODIC, free)
+    np.testing.assert_allclose(stacked, [expected, 0], atol=1e-12)
+
+
+def test_minimum_image_in_a_skewed_cell_and_slab():
+    """Against a search over many images; a slab has none along its normal."""
+    rng = np.random.default_rng(0)
+    cell = np.array([[3.0, 0, 0], [7.9, 3, 0], [-5, 4.2, 3]])
+    for pbc in (PERIODIC, np.array([True, True, False])):
+        steps = itertools.product(*[range(-20, 21) if p else [0] for p in pbc])
+        images = np.array(list(steps)) @ cell
+        for d in rng.uniform(-6, 6, (20, 3)):
+            pred = np.array([[0.0, 0, 0], d])  # the fixed first atom pins the frame
+            got = aligned_rmsd(pred, 0 * pred, cell, pbc, np.array([False, True]))
+            assert got == pytest.approx(np.linalg.norm(images + d, axis=1).min())
+
+
+def test_rotation_only_for_molecules():
+    rng = np.random.default_rng(1)
+    true = rng.normal(size=(5, 3))
+    turned = true @ rotation([1, 2, 3], 0.7).T + 5.0
+    free = np.ones(5, bool)
+    assert aligned_rmsd(turned, true, CUBE, MOLECULE, free) < 1e-12
+    assert aligned_rmsd(turned, true, 100 * np.eye(3), PERIODIC, free) > 0.1
+    pinned = free.copy()
+    pinned[0] = False
+    expected = np.sqrt(((turned - true)[1:] ** 2).sum(axis=1).mean())
+    assert aligned_rmsd(turned, true, CUBE, MOLECULE, pinned) == pytest.approx(expected)
+
+
+def test_kabsch_never_reflects():
+    """A chiral arrangement differs from its mirror image; the best proper rotation by search."""
+    true = np.array([[1.0, 0, 0], [0, 2, 0], [0, 0, 3], [0, 0, 0]])
+    mirror, free = true * [-1, 1, 1], np.ones(4, bool)
+    got = aligned_rmsd(mirror, true, CUBE, MOLECULE, free)
+    a, b = mirror - mirror.mean(axis=0), true - true.mean(axis=0)
+    q = np.random.default_rng(2).normal(size=(20000, 4))
+    w, x, y, z = (q / np.linalg.norm(q, axis=1, keepdims=True)).T
+    turns = np.array([
+        [1 - 2 * (y * y + z * z), 2 * (x * y - z * w), 2 * (x * z + y * w)],
+        [2 * (x * y + z * w), 1 - 2 * (x * x + z * z), 2 * (y * z - x * w)],
+        [2 * (x * z - y * w), 2 * (y * z + x * w), 1 - 2 * (x * x + y * y)],
+    ])  # fmt: skip
+    best = np.sqrt(((np.einsum("ijn,aj->nai", turns, a) - b) ** 2).sum(-1).mean(-1)).min()
+    assert got > 0.3 and got == pytest.approx(best, rel=0.01) and got <= best
+    flat = true * [1, 1, 0]  # a planar molecule is its own mirror image
+    assert aligned_rmsd(flat * [-1, 1, 1], flat, CUBE, MOLECULE, free) < 1e-12
+
+
+def test_dependent_cell_vectors_are_an_error():
+    with pytest.raises(InputError, match="linearly dependent"):
+        aligned_rmsd(X0, X0, np.zeros((3, 3)), PERIODIC, FREE)
+
+
+def test_pearson():
+    assert pearson(np.array([1, 2, 3]), np.array([2, 4, 6])) == pytest.approx(1)
+    assert pearson(np.array([1, 2, 3]), np.array([1, 0, 1])) == pytest.approx(0)
+    assert pearson(np.full(3, 0.1), np.array([1, 2, 3])) is None
+
+
+def test_table_and_json(tmp_path):
+    results = {p: evaluate([comparison()], p) for p in ("model", "nothing", "composition")}
+    stream = io.StringIO()
+    Console(width=100, file=stream).print(metrics_table(results, "two atoms [test]"))
+    for expected in ("two atoms [test]", "RelaxNet", "doing nothing", "(meV/atom)", "0.500", "–"):
+        assert expected in stream.getvalue()
+    bad = dataclasses.replace(results["model"], n_nonfinite=3)
+    assert metrics_table({"model": bad}, "").row_count == metrics_table(results, "").row_count + 1
+    path = tmp_path / "deep" / "metrics.json"
+    write_metrics(path, results, {"data": "test", "seed": np.int64(3)})
+    document = json.loads(path.read_text())
+    assert document["data"] == "test" and document["seed"] == 3
+    assert document["results"]["model"]["final"]["energy_mae"] == pytest.approx(0.4)
+    assert document["results"]["model"]["per_frame"]["counts"] == [1, 1]
+    assert [p.name for p in path.parent.iterdir()] == ["metrics.json"]
+    with pytest.raises(InputError, match="units"):
+        write_metrics(path, results, {"units": {}})
+    with pytest.raises(InputError, match="cannot write"):
+        write_metrics(path / "below" / "a_file.json", results)
