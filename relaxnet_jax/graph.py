@@ -23,7 +23,7 @@ import numpy as np
 from ase.data import atomic_masses
 from jax import Array
 
-from relaxnet_jax.config import GraphConfig
+from relaxnet_jax.config import Config
 from relaxnet_jax.errors import InputError
 from relaxnet_jax.neighbors import Neighbors, build_neighbors
 from relaxnet_jax.ops import gather_senders, spread_slots
@@ -62,7 +62,7 @@ class Structure:
 
 
 def build_structure(
-    atomic_numbers, positions, cell, pbc, config: GraphConfig,
+    atomic_numbers, positions, cell, pbc, config: Config,
     fixed_mask=None, charges=None, name: str = "structure",
 ) -> Structure:
     """Checks a structure and finds its neighbours.
@@ -94,7 +94,9 @@ def build_structure(
         raise InputError(f"{name}: the cell has zero volume; give three independent lattice vectors "
                          "or set pbc=False for a molecule")
     try:
-        neighbors = build_neighbors(positions, cell, pbc, config.cutoff, config.triplet_cutoff, config.skin)
+        g = config.graph
+        neighbors = build_neighbors(
+            positions, cell, pbc, g.cutoff, g.triplet_cutoff, g.skin, config.triplet_skin)
     except InputError as error:
         raise InputError(f"{name}: {error}") from None
     return Structure(
@@ -121,7 +123,7 @@ def fixed_atoms(atoms: Atoms) -> np.ndarray:
     return fixed
 
 
-def structure_from_atoms(atoms: Atoms, config: GraphConfig, name: str | None = None) -> Structure:
+def structure_from_atoms(atoms: Atoms, config: Config, name: str | None = None) -> Structure:
     """A `Structure` from ASE Atoms; `FixAtoms` become fixed atoms. Raises InputError."""
     charges = atoms.get_initial_charges()
     return build_structure(

@@ -64,8 +64,10 @@ def pairs_within(positions, cell, pbc, reach: float):
     return i.astype(np.int64), j.astype(np.int64), shifts.astype(np.int64), distances
 
 
-def build_neighbors(positions, cell, pbc, cutoff: float, triplet_cutoff: float, skin: float) -> Neighbors:
-    """Slot neighbour list with everything within ``cutoff + skin``.
+def build_neighbors(
+    positions, cell, pbc, cutoff: float, triplet_cutoff: float, skin: float, triplet_skin: float
+) -> Neighbors:
+    """Slot list of all pairs within ``cutoff + skin``, bonds within ``triplet_cutoff + triplet_skin``.
 
     Raises:
       InputError: two atoms at (almost) one point, or a degenerate cell.
@@ -88,7 +90,7 @@ def build_neighbors(positions, cell, pbc, cutoff: float, triplet_cutoff: float, 
     start = np.concatenate([[0], np.cumsum(degree)[:-1]])
     slot = np.arange(len(i)) - start[i]
     n_slots = max(1, int(degree.max(initial=0)))
-    bonds = np.bincount(i[distances < triplet_cutoff + skin], minlength=n_atoms)
+    bonds = np.bincount(i[distances < triplet_cutoff + triplet_skin], minlength=n_atoms)
     neighbors = Neighbors(
         senders=np.repeat(np.arange(n_atoms, dtype=np.int32)[:, None], n_slots, axis=1),
         shifts=np.zeros((n_atoms, n_slots, 3), np.int32),

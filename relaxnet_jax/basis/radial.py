@@ -49,7 +49,7 @@ def gaussian_basis(r: Array, cutoff: float, n: int) -> Array:
 
 
 def bessel_basis(r: Array, cutoff: float, n: int) -> Array:
-    """The l = 0 spherical Bessel functions sqrt(2/c) sin(k pi r/c)/r, k = 1..n.
+    """The l = 0 spherical Bessel functions sin(k pi d)/d, d = r/c, k = 1..n, up to a constant.
 
     The sines come from one sine and one cosine by the Chebyshev recurrence
     sin((k+1)a) = 2 cos(a) sin(k a) - sin((k-1)a).
@@ -58,14 +58,14 @@ def bessel_basis(r: Array, cutoff: float, n: int) -> Array:
       r: (...) Å, positive. cutoff: Å. n: number of roots.
 
     Returns:
-      (..., n), Å^(-3/2).
+      (..., n), dimensionless, of order one.
     """
     angle = math.pi * r / cutoff
     double_cos = 2.0 * jnp.cos(angle)
     sines = [jnp.zeros_like(angle), jnp.sin(angle)]
     for _ in range(n - 1):
         sines.append(double_cos * sines[-1] - sines[-2])
-    return math.sqrt(2.0 / cutoff) * jnp.stack(sines[1:], -1) / r[..., None]
+    return jnp.stack(sines[1:], -1) * (0.5 * cutoff / r[..., None])
 
 
 def spherical_bessel(l_max: int, x: Array) -> Array:

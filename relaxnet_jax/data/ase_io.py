@@ -79,8 +79,18 @@ def read_relaxations(
     with _plain(path) as plain:
         frames = _frames(path, plain)
         for name, members in itertools.groupby(frames, key=lambda frame: frame.name):
-            built, has_labels = _build(name, members, path.name)
-            labelled |= has_labels
+            images, error = _collect(members)
+            try:
+                labels = [_labels(atoms) for atoms in images]
+                labelled |= any(e is not None and f is not None for e, f, _ in labels)
+                error = error or _complaint(images, labels)
+                built = (
+                    SkippedRelaxation(name, error)
+                    if error
+                    else _build(name, images, labels, path.name)
+                )
+            except (TypeError, ValueError) as bad:
+                built = SkippedRelaxation(name, f"{one_line(bad)}: repair or remove it")
             if name in seen:
                 built = SkippedRelaxation(name, "id occurs twice: give each relaxation its own")
             seen.add(name)
@@ -157,22 +167,25 @@ def _images(plain: Path) -> Iterator[ase.Atoms | str]:
                 yield image
 
 
-def _build(
-    name: str, members: Iterator[_Frame], source: str
-) -> tuple[RelaxationTrajectory | SkippedRelaxation, bool]:
-    """The relaxation made of ``members``, and whether any frame had energy and forces."""
+def _collect(frames: Iterator[_Frame]) -> tuple[list[ase.Atoms], str]:
+    """The readable frames, and what the first unreadable one complains of (or "")."""
     images: list[ase.Atoms] = []
     error = ""
-    for frame in members:
+    for frame in frames:
         if frame.atoms is None:
             error = error or frame.error
         else:
             images.append(frame.atoms)
-    labels = [_labels(atoms) for atoms in images]
-    labelled = any(energy is not None and forces is not None for energy, forces, _ in labels)
-    error = error or _complaint(images, labels)
-    if error:
-        return SkippedRelaxation(name, error), labelled
+    return images, error
+
+
+_Labels = tuple[float | None, np.ndarray | None, np.ndarray | None]
+
+
+def _build(
+    name: str, images: list[ase.Atoms], labels: list[_Labels], source: str
+) -> RelaxationTrajectory | SkippedRelaxation:
+    """The relaxation made of ``images``; skipped if it is unsound."""
     first = images[0]
     info = first.info.get("key_value_pairs", {}) | first.info
     code = " ".join(filter(None, (_text(info.get("code")), _text(info.get("functional")))))
@@ -197,12 +210,9 @@ def _build(
     try:
         trajectory.validate()
     except InputError as bad:
-        return SkippedRelaxation(name, str(bad).removeprefix(f"relaxation {name!r}, ")), labelled
+        return SkippedRelaxation(name, str(bad).removeprefix(f"relaxation {name!r}, "))
     unwrapped = unwrap_positions(trajectory.positions, trajectory.cells, trajectory.pbc)
-    return dataclasses.replace(trajectory, positions=unwrapped), labelled
-
-
-_Labels = tuple[float | None, np.ndarray | None, np.ndarray | None]
+    return dataclasses.replace(trajectory, positions=unwrapped)
 
 
 def _labels(atoms: ase.Atoms) -> _Labels:
@@ -224,7 +234,10 @@ def _complaint(images: list[ase.Atoms], labels: list[_Labels]) -> str:
         return "a single frame: a relaxation needs two or more"
     first, last = images[0], -1
     for k, (atoms, (energy, forces, _)) in enumerate(zip(images, labels)):
-        index = int(atoms.info.get("frame", last + 1))
+        try:
+            index = int(atoms.info.get("frame", last + 1))
+        except (TypeError, ValueError):
+            return f"frame {k}, frame: {atoms.info['frame']!r} is no number: count from 0"
         if index <= last:
             return f"frame {index} after frame {last}: sort the frames"
         last = index
@@ -263,6 +276,6 @@ def _fixed(atoms: ase.Atoms) -> np.ndarray:
 
 def _text(value: object) -> str:
     """Text of an ``info`` value; extxyz turns the formulas of fluorine and so on into bools."""
-    if value is None:
+    if value is None or (isinstance(value, float) and np.isnan(value)):
         return ""
     return str(value)[0] if isinstance(value, bool | np.bool_) else str(value)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -43,3 +44,33 @@ def one_line(error: BaseException) -> str:
     """The message of an exception of another library, on one line of at most 200 characters."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 200 else text[:197] + "..."
+
+
+@contextlib.contextmanager
+def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary folder that takes the place of ``path`` when the block ends without error.
+
+    Raises:
+      InputError: ``path`` is a file, or its parent cannot be written to.
+    """
+    target = Path(path)
+    if target.exists() and not target.is_dir():
+        raise InputError(f"{target}: is a file: choose another output folder")
+    tag = f"{os.getpid()}-{secrets.token_hex(4)}.tmp"
+    temporary, retired = (
+        target.with_name(f".{target.name}.{kind}-{tag}") for kind in ("new", "old")
+    )
+    try:
+        temporary.mkdir(parents=True)
+    except OSError as error:
+        raise InputError(
+            f"{target}: cannot be written ({error.strerror}): choose another output folder"
+        ) from error
+    try:
+        yield temporary
+        if target.exists():
+            target.replace(retired)
+        temporary.replace(target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(retired, ignore_errors=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -109,7 +109,8 @@ def _lattice_constant(symbols: list[str]) -> float:
     """Å: Vegard's law, the mean of the elements' fcc lattice constants."""
     from ase.data import atomic_numbers, reference_states
 
-    return float(np.mean([reference_states[atomic_numbers[s]]["a"] for s in symbols]))
+    states: Any = reference_states
+    return float(np.mean([states[atomic_numbers[s]]["a"] for s in symbols]))
 
 
 def _composition(n: int, rng: np.random.Generator) -> list[str]:
@@ -184,9 +185,8 @@ def _relax(atoms: ase.Atoms, name: str, kind: str) -> RelaxationTrajectory | Non
 
     atoms.calc = EMT()
     positions, energies, forces, stresses = [], [], [], []
-    optimizer = LBFGS(atoms, maxstep=0.2, logfile=None)
-    converged = False
-    for converged in optimizer.irun(fmax=FMAX, steps=MAX_STEPS):
+    options: dict[str, Any] = {"maxstep": 0.2, "logfile": None}
+    for _ in LBFGS(atoms, **options).irun(fmax=FMAX, steps=MAX_STEPS):
         # The optimiser has just had the forces of these positions; atoms.get_forces() and so
         # on would compare all atoms with the calculator's first and cost a third of the time.
         results = atoms.calc.results
@@ -195,8 +195,6 @@ def _relax(atoms: ase.Atoms, name: str, kind: str) -> RelaxationTrajectory | Non
         forces.append(results["forces"].copy())
         stresses.append(results["stress"].copy())
     n = len(positions)
-    if not converged or n < 2:
-        return None
     fixed = np.zeros(len(atoms), dtype=bool)
     for constraint in atoms.constraints:
         fixed[constraint.index] = True
@@ -213,6 +211,8 @@ def _relax(atoms: ase.Atoms, name: str, kind: str) -> RelaxationTrajectory | Non
         stresses=None if kind == "surface" else np.array(stresses),
         source=SOURCE,
     )
+    if n < 2 or trajectory.fmax[-1] >= FMAX:
+        return None
     try:
         return trajectory.validate()
     except InputError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import operator
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -60,6 +61,7 @@ class _Shard:
                 f"{self.path}: store version {version}, this package reads {VERSION}: {REMEDY}"
             )
         self.metadata = json.loads(attributes["metadata"])
+        self.sha256 = attributes["sha256"]
         self.atom, self.frame, self.pair = (self.file[f"relaxations/{o}"][:] for o in OFFSETS)
         self.sizes = {
             "relaxations": len(self.atom) - 1,
@@ -84,7 +86,7 @@ class _Shard:
         """Turns HDF5's complaints about a damaged file into an InputError that names it."""
         try:
             yield
-        except (OSError, KeyError, RuntimeError, UnicodeDecodeError) as error:
+        except (OSError, KeyError, RuntimeError, ValueError) as error:
             raise self.damaged(error) from error
 
     def texts(self, name: str) -> list[str]:
@@ -107,9 +109,9 @@ class _Shard:
                 absent = f"has_{name}" in self.flags and not self.flags[f"has_{name}"][i]
                 data[name] = None if absent else self.columns[name][bounds[group]]
             data |= {name: str(strings[i]) for name, strings in self.strings.items()}
-        n_atoms = len(data["atomic_numbers"])
-        for name in ("positions", "forces"):
-            data[name] = data[name].reshape(-1, n_atoms, 3)
+            n_atoms = len(data["atomic_numbers"])
+            for name in ("positions", "forces"):
+                data[name] = data[name].reshape(-1, n_atoms, 3)
         return RelaxationTrajectory(**data)
 
 
@@ -124,9 +126,7 @@ class TrajectoryStore:
         folder holds none; two files hold the same id.
     """
 
-    def __init__(
-        self, path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
-    ) -> None:
+    def __init__(self, path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> None:
         given = [path] if isinstance(path, str | os.PathLike) else list(path)
         self.paths: list[Path] = []
         for entry in map(Path, given):
@@ -175,7 +175,7 @@ class TrajectoryStore:
 
     def __getitem__(self, i: int) -> RelaxationTrajectory:
         """Reads relaxation ``i`` (negative from the end); IndexError beyond the last."""
-        i = range(len(self))[i]
+        i = range(len(self))[operator.index(i)]
         k = int(np.searchsorted(self._starts, i, side="right")) - 1
         return self._shards[k].read(i - int(self._starts[k]))
 
@@ -223,5 +223,5 @@ class TrajectoryStore:
             for i in range(shard.sizes["relaxations"]):
                 update_checksum(digest, shard.read(i))
             digest.update(json.dumps(shard.metadata, sort_keys=True).encode())
-            if digest.hexdigest() != shard.file.attrs["sha256"]:
+            if digest.hexdigest() != shard.sha256:
                 raise InputError(f"{shard.path}: content does not match its checksum: {REMEDY}")

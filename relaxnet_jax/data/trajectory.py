@@ -5,23 +5,17 @@ from __future__ import annotations
 import dataclasses
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from relaxnet_jax.data.checks import MIN_VOLUME, check_geometry, check_numbers, check_shapes
 from relaxnet_jax.data.files import atomic_path, one_line
 from relaxnet_jax.errors import InputError
 
 if TYPE_CHECKING:
     import ase
 
-# Energies within one relaxation differ by less than this, in eV/atom: cohesive energies are
-# below 10 and real relaxations drop by at most 1.5, so anything beyond is a parsing fault.
-MAX_ENERGY_SPAN = 20.0
-# Å; atoms of a structure that makes sense are never this close.
-MIN_DISTANCE = 1e-3
-# Å³; a cell below this has lattice vectors in one plane.
-MIN_VOLUME = 1e-6
 # Å; a lattice-vector component that moves by more has been relaxed, not rounded.
 CELL_TOLERANCE = 1e-4
 SUPPORTED_OUTPUTS = ".extxyz, .traj (all frames), .cif, POSCAR*, CONTCAR* (final frame)"
@@ -169,9 +163,9 @@ class RelaxationTrajectory:
         Raises:
           InputError: the first of these that does not hold, with id, frame and field.
         """
-        _check_shapes(self)
-        _check_numbers(self)
-        _check_geometry(self)
+        check_shapes(self)
+        check_numbers(self)
+        check_geometry(self)
         return self
 
 
@@ -208,86 +202,3 @@ def unwrap_positions(positions: np.ndarray, cells: np.ndarray, pbc: np.ndarray) 
     jumps = np.round(np.diff(fractional, axis=0)) * np.asarray(pbc, dtype=float)
     total = np.concatenate([np.zeros_like(jumps[:1]), np.cumsum(jumps, axis=0)])
     return positions - total @ cells
-
-
-def _fail(traj: RelaxationTrajectory, where: str, what: str, remedy: str) -> NoReturn:
-    raise InputError(f"relaxation {traj.id!r}, {where}: {what}: {remedy}")
-
-
-def _check_shapes(traj: RelaxationTrajectory) -> None:
-    shape = np.shape(traj.positions)
-    if len(shape) != 3 or shape[2] != 3 or 0 in shape:
-        _fail(traj, "positions", f"shape {shape}", "give (frames, atoms, 3), none of them 0")
-    n, n_atoms = shape[:2]
-    expected: dict[str, tuple[int, ...]] = {
-        "atomic_numbers": (n_atoms,),
-        "cells": (n, 3, 3),
-        "pbc": (3,),
-        "energies": (n,),
-        "forces": (n, n_atoms, 3),
-        "fixed_mask": (n_atoms,),
-        "stresses": (n, 6),
-        "charges": (n_atoms,),
-        "times": (n,),
-    }
-    for name, wanted in expected.items():
-        value = getattr(traj, name)
-        if value is None and name in ("stresses", "charges", "times"):
-            continue
-        if np.shape(value) != wanted:
-            _fail(traj, name, f"shape {np.shape(value)}", f"positions imply {wanted}")
-
-
-def _check_numbers(traj: RelaxationTrajectory) -> None:
-    for name in ("positions", "cells", "energies", "forces", "stresses", "charges", "times"):
-        value = getattr(traj, name)
-        if value is None:
-            continue
-        bad = np.argwhere(~np.isfinite(value))
-        if len(bad):
-            where = f"{name} of atom {bad[0][0]}" if name == "charges" else (
-                f"frame {bad[0][0]}, {name}"
-            )
-            _fail(traj, where, "not a finite number", "repair or remove the relaxation")
-    numbers = np.asarray(traj.atomic_numbers)
-    if not np.issubdtype(numbers.dtype, np.integer) or numbers.min() < 1 or numbers.max() > 118:
-        _fail(traj, "atomic_numbers", "not all within 1 to 118", "name the elements")
-    away = np.abs(traj.energies - np.median(traj.energies)) / traj.n_atoms
-    if away.max() > MAX_ENERGY_SPAN:
-        what = f"{away.max():.3g} eV/atom from the other frames"
-        _fail(traj, f"frame {away.argmax()}, energies", what, "repair or remove the relaxation")
-    times = traj.times
-    if times is not None and (times.min() < 0 or times.max() > 1 or np.any(np.diff(times) <= 0)):
-        _fail(traj, "times", "not ascending within [0, 1]", "leave them out or sort the frames")
-
-
-def _check_geometry(traj: RelaxationTrajectory) -> None:
-    periodic = np.asarray(traj.pbc, dtype=bool)
-    if periodic.any():
-        volumes = np.abs(np.linalg.det(traj.cells))
-        if volumes.min() < MIN_VOLUME:
-            where, what = f"frame {volumes.argmin()}, cells", f"volume {volumes.min():.3g} Å³"
-            _fail(traj, where, what, "give three independent lattice vectors or pbc F F F")
-    # Blocks keep the (rows, N, 3) differences below some 30 MB however large the structure.
-    n_atoms, inverses = traj.n_atoms, np.linalg.pinv(traj.cells) if periodic.any() else None
-    rows = max(1, 1_000_000 // n_atoms)
-    frames = max(1, rows // n_atoms)
-    for first in range(0, traj.n_frames, frames):
-        x = traj.positions[first : first + frames]
-        cells = traj.cells[first : first + frames, None]
-        for row in range(0, n_atoms, rows):
-            d = x[:, row : row + rows, None] - x[:, None]
-            if inverses is not None:
-                # Rounding finds the nearest image of atoms as close as we ask for.
-                shifts = np.round(d @ inverses[first : first + frames, None]) * periodic
-                d -= shifts @ cells
-            close = np.einsum("fijc,fijc->fij", d, d) < MIN_DISTANCE**2
-            close &= ~np.eye(close.shape[1], n_atoms, row, dtype=bool)
-            if close.any():
-                frame, i, j = np.argwhere(close)[0]
-                _fail(
-                    traj,
-                    f"frame {first + frame}, positions",
-                    f"atoms {row + i} and {j} at one point",
-                    "remove one of them",
-                )

@@ -15,7 +15,6 @@ from relaxnet_jax.graph import MAX_ATOMIC_NUMBER, shift_vectors
 from relaxnet_jax.models.layers import (
     MLP,
     PAIR_NORM,
-    Dense,
     Geometry,
     PairConvolution,
     TripletMPNN,
@@ -36,7 +35,7 @@ class Encoding(NamedTuple):
 
 
 class PowerSpectrum(nn.Module):
-    """Invariants of the edge expansion: sum_m |sum_j w_c(Z_j) (W_l f_ij,lm)_c|² for each l, c.
+    """Invariants of the edge expansion: log(1 + sum_m |sum_j w_c(Z_j) (W_l f_ij,lm)_c|²) for l, c.
 
     W_l mixes the n radial functions of degree l into C channels (an equivariant linear map).
     Returns (N, C·(l_max + 1)).
@@ -48,11 +47,11 @@ class PowerSpectrum(nn.Module):
     def __call__(self, expansion: e3nn.IrrepsArray, h: Array, graph: Graph) -> Array:
         C, irreps = self.channels, expansion.irreps
         mixed = e3nn.flax.Linear([(C, ir) for _, ir in irreps], name="mix")(expansion.axis_to_mul())
-        weights = gather_senders(Dense(C, name="weight")(h), graph.senders, graph.edges["reverse"])
+        weights = gather_senders(nn.Dense(C, name="weight")(h), graph.senders, graph.edges["reverse"])
         invariants = []
         for chunk in mixed.chunks:  # (E, C, 2l+1)
             total = sum_slots(chunk * weights[..., None], h.shape[0]) / PAIR_NORM
-            invariants.append(jnp.sum(total**2, -1))
+            invariants.append(jnp.log1p(jnp.sum(total**2, -1)))
         return jnp.concatenate(invariants, -1)
 
 
@@ -85,13 +84,12 @@ class Encoder(nn.Module):
         geo = geometry(graph, positions, shifts, g, m)
 
         numbers = graph.nodes["atomic_numbers"]
-        h = nn.Embed(MAX_ATOMIC_NUMBER + 1, m.features, name="element",
-                     embedding_init=nn.initializers.normal(1.0))(numbers)
+        h = nn.Embed(MAX_ATOMIC_NUMBER + 1, m.features, name="element")(numbers)
         if m.charges:
-            h = h + Dense(m.features, name="charge")(graph.nodes["charges"][:, None])
+            h = h + nn.Dense(m.features, name="charge")(graph.nodes["charges"][:, None])
 
         expansion = edge_expansion(geo.vectors, geo.lengths, g.cutoff, m.n_bessel, m.l_max)
-        expansion = expansion * geo.envelope[:, None, None]
+        expansion = expansion * (g.cutoff**1.5 * geo.envelope[:, None, None])  # dimensionless
         spectrum = PowerSpectrum(m.expansion_channels, name="spectrum")(expansion, h, graph)
         h = h + MLP((m.features, m.features), name="input")(spectrum)
 
@@ -104,6 +102,6 @@ class Encoder(nn.Module):
                 positions = positions + jnp.where(graph.nodes["fixed"][:, None], 0.0, step)
                 geo = geometry(graph, positions, shifts, g, m)
         if m.vector_messages:
-            hidden.append(v.invariants())
-        h = Dense(m.features, name="project")(jnp.concatenate(hidden, -1))
+            hidden.append(jnp.log1p(v.invariants()))
+        h = nn.LayerNorm(name="norm")(nn.Dense(m.features, name="project")(jnp.concatenate(hidden, -1)))
         return Encoding(h, v, geo, expansion)

@@ -10,13 +10,12 @@ from jax import Array
 from relaxnet_jax.config import DynamicsConfig, GraphConfig, ModelConfig
 from relaxnet_jax.graph import shift_vectors
 from relaxnet_jax.models.encoder import Encoder, Encoding
-from relaxnet_jax.models.layers import MLP, PAIR_NORM, AttentionBlock, Dense, pair_geometry
+from relaxnet_jax.models.layers import MLP, PAIR_NORM, AttentionBlock, pair_geometry
 from relaxnet_jax.ops import gather_senders, sum_slots
 from relaxnet_jax.typing import Energies, Graph, Latent, Positions, Velocities
 
-# Initial sizes: forces and velocities start near zero, i.e. training starts from doing nothing.
-INITIAL_VELOCITY_SCALE = 0.02
-INITIAL_RATE_SCALE = 0.1
+# Å; velocities are learned in this unit, so that training starts near doing nothing.
+VELOCITY_UNIT = 0.05
 
 
 class RelaxNetwork(nn.Module):
@@ -35,12 +34,12 @@ class RelaxNetwork(nn.Module):
         self.encoder = Encoder(self.graph_config, m)
         if m.attention:
             self.attention = AttentionBlock(m.attention_heads)
-        self.head = MLP((m.features, m.features // 2, 1), final_scale=0.1)
+        self.head = MLP((m.features, m.features // 2, 1), small=True)
         if d.latent == "explicit":
-            self.pair_send = Dense(m.pair_features)
-            self.pair_filter = Dense(m.pair_features, use_bias=False)
+            self.pair_send = nn.Dense(m.pair_features)
+            self.pair_filter = nn.Dense(m.pair_features, use_bias=False)
             self.pair_update = MLP((m.features, m.features))
-            self.rate = MLP((m.features, m.features), final_scale=INITIAL_RATE_SCALE)
+            self.rate = MLP((m.features, m.features), small=True)
         self.velocity_gate = _VelocityHead(m)
         if d.friction:
             self.log_friction = self.param("log_friction", nn.initializers.zeros, ())
@@ -114,21 +113,21 @@ class _VelocityHead(nn.Module):
     def __call__(self, encoding: Encoding, graph: Graph) -> Velocities:
         m, h, geo = self.config, encoding.h, encoding.geometry
         n_atoms = h.shape[0]
-        sent = Dense(m.features, use_bias=False, name="senders")(h)
+        sent = nn.Dense(m.features, use_bias=False, name="senders")(h)
         sent = gather_senders(sent, graph.senders, graph.edges["reverse"])
-        own = Dense(m.features, name="receiver")(h)
-        radial = Dense(m.features, use_bias=False, name="radial")(geo.radial)
+        own = nn.Dense(m.features, name="receiver")(h)
+        radial = nn.Dense(m.features, use_bias=False, name="radial")(geo.radial)
         hidden = nn.silu(sent.reshape(n_atoms, -1, m.features) + own[:, None] + radial.reshape(
             n_atoms, -1, m.features))
-        gates = Dense(m.n_bessel, name="gates")(hidden).reshape(-1, m.n_bessel)
+        gates = nn.Dense(m.n_bessel, name="small_gates")(hidden).reshape(-1, m.n_bessel)
         l1 = encoding.expansion.filter("1o").array  # (E, n, 3), envelope included
         u = sum_slots(jnp.einsum("en,ena->ea", gates, l1), n_atoms) / PAIR_NORM
         if m.vector_messages:
             polar, axial = encoding.vectors
-            weights = Dense(2 * m.vector_features, name="vectors")(nn.silu(own))
+            weights = nn.Dense(2 * m.vector_features, name="small_vectors")(nn.silu(own))
             w_polar, w_cross = jnp.split(weights[..., None], 2, axis=1)
             u = u + jnp.sum(w_polar * polar + w_cross * jnp.cross(polar, axial), 1)
-        return INITIAL_VELOCITY_SCALE * u
+        return VELOCITY_UNIT * u
 
 
 __all__ = ["RelaxNetwork"]

@@ -9,7 +9,6 @@ the cost of atoms and edges instead of triplets.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -27,29 +26,24 @@ from relaxnet_jax.typing import Graph, Positions
 
 # Sums over neighbours and over triplets are divided by these, typical counts in crystals,
 # so that messages have a size of order one; constants, so that energies stay additive.
-PAIR_NORM = 6.0
-TRIPLET_NORM = 12.0
-
-
-def fan_in(scale: float = 1.0):
-    """Initialiser: uniform with variance scale²/fan_in. Compiles much faster than a normal one."""
-    return nn.initializers.variance_scaling(scale**2, "fan_in", "uniform")
-
-
-Dense = functools.partial(nn.Dense, kernel_init=fan_in())
+PAIR_NORM = 2.0
+TRIPLET_NORM = 30.0
 
 
 class MLP(nn.Module):
-    """(..., A) -> (..., widths[-1]); ``final_scale`` shrinks the initial output."""
+    """Dense layers with SiLU between them, the last one linear: (..., A) -> (..., widths[-1]).
+
+    ``small`` starts the output near zero (see `models.init`).
+    """
 
     widths: tuple[int, ...]
-    final_scale: float = 1.0
+    small: bool = False
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         for width in self.widths[:-1]:
-            x = nn.silu(Dense(width)(x))
-        return Dense(self.widths[-1], kernel_init=fan_in(self.final_scale))(x)
+            x = nn.silu(nn.Dense(width)(x))
+        return nn.Dense(self.widths[-1], name="small_out" if self.small else "out")(x)
 
 
 @jax.tree_util.register_dataclass
@@ -129,13 +123,14 @@ class PairConvolution(nn.Module):
         n_atoms = h.shape[0]
         # The envelope is in geo.radial already; the extra factor makes the nonlinear filter vanish.
         filters = MLP((self.hidden, self.features), name="filter")(geo.radial) * geo.envelope[:, None]
-        sent = gather_senders(Dense(self.features, name="send")(h), graph.senders, graph.edges["reverse"])
+        normed = nn.LayerNorm(name="norm")(h)
+        sent = gather_senders(nn.Dense(self.features, name="send")(normed), graph.senders, graph.edges["reverse"])
         messages = filters * sent
         total = sum_slots(messages, n_atoms) / PAIR_NORM
         h = h + MLP((self.features, self.features), name="update")(total)
         if not self.with_positions:
             return h, None
-        weight = MLP((self.hidden, 1), final_scale=0.1, name="positions")(messages) * geo.envelope[:, None]
+        weight = MLP((self.hidden, 1), small=True, name="positions")(messages) * geo.envelope[:, None]
         step = sum_slots(weight * geo.vectors / geo.lengths[:, None], n_atoms) / PAIR_NORM
         return h, step
 
@@ -182,18 +177,19 @@ class TripletMPNN(nn.Module):
         width = 3 * T if self.vector_messages else T
 
         # First layer of MLP_s and MLP_v on the parts of the concatenation. One gather serves j and k.
-        sent = Dense(2 * width, use_bias=False, name="senders")(h)
+        normed = nn.LayerNorm(name="norm")(h)
+        sent = nn.Dense(2 * width, use_bias=False, name="senders")(normed)
         sent = gather_senders(sent, graph.senders, graph.edges["reverse"])
         sent = sent.reshape(n_atoms, -1, 2 * width)[:, :n_bonds]
-        parts = sent + Dense(2 * width, use_bias=False, name="bonds")(geo.bond_radial)
-        centre = Dense(width, name="receiver")(h)
+        parts = sent + nn.Dense(2 * width, use_bias=False, name="bonds")(geo.bond_radial)
+        centre = nn.Dense(width, name="receiver")(normed)
         part_j, part_k = parts[..., :width] + centre[:, None], parts[..., width:]
-        angle = Dense(width, use_bias=False, name="angle")(geo.zonal)
+        angle = nn.Dense(width, use_bias=False, name="angle")(geo.zonal)
         weight = geo.bond_envelope[:, :, None] * geo.bond_envelope[:, None, :]
         weight = weight * (1.0 - jnp.eye(n_bonds, dtype=h.dtype)) / TRIPLET_NORM
         hidden = nn.silu(part_j[:, :, None] + part_k[:, None, :] + angle) * weight[..., None]
 
-        scalars = Dense(self.features, name="scalar_out")(hidden[..., :T].sum((1, 2)))
+        scalars = nn.Dense(self.features, name="scalar_out")(hidden[..., :T].sum((1, 2)))
         h = h + MLP((self.features, self.features), name="update")(scalars)
         if not self.vector_messages:
             return h, v
@@ -201,17 +197,18 @@ class TripletMPNN(nn.Module):
         first, second = hidden[..., T : 2 * T], hidden[..., 2 * T :]
         a = geo.directions
         # sum_jk c1 a_j + c2 (a_k - cos a_j): the coefficients of each direction, summed first.
-        along_j = Dense(C, use_bias=False, name="along")(first.sum(2))
-        perpendicular = Dense(C, use_bias=False, name="perpendicular")
+        along_j = nn.Dense(C, use_bias=False, name="along")(first.sum(2))
+        perpendicular = nn.Dense(C, use_bias=False, name="perpendicular")
         of_k, of_j = second.sum(1), jnp.einsum("njkt,njk->njt", second, geo.cosine)
         polar = jnp.einsum("njc,nja->nca", along_j + perpendicular(of_k - of_j), a)
         # sum_jk c3 a_j x a_k = sum_j a_j x (sum_k c3 a_k)
         inner = jnp.einsum("njkt,nka->njat", second, a)
-        inner = Dense(C, use_bias=False, name="cross")(inner)
+        inner = nn.Dense(C, use_bias=False, name="cross")(inner)
         axial = jnp.cross(a[..., None], inner, axis=2).sum(1).swapaxes(1, 2)
 
-        gate = MLP((self.features, 2 * C), name="gate")(h)[..., None]
-        mix = MLP((self.features, 2 * C), name="mix")(h)[..., None]
+        normed = nn.LayerNorm(name="vector_norm")(h)
+        gate = MLP((self.features, 2 * C), name="gate")(normed)[..., None]
+        mix = MLP((self.features, 2 * C), name="mix")(normed)[..., None]
         return h, VectorFeatures(
             gate[:, :C] * v.polar + mix[:, :C] * polar, gate[:, C:] * v.axial + mix[:, C:] * axial
         )
@@ -232,11 +229,11 @@ class AttentionBlock(nn.Module):
         n_atoms, features = h.shape
         index, n_graphs = graph.nodes["graph"], graph.n_node.shape[0]
         normed = nn.LayerNorm(name="norm")(h)
-        logits = Dense(self.heads, name="score")(normed)
+        logits = nn.Dense(self.heads, name="score")(normed)
         weights = jraph.segment_softmax(logits, index, n_graphs)
-        values = Dense(features, name="value")(normed).reshape(n_atoms, self.heads, -1)
+        values = nn.Dense(features, name="value")(normed).reshape(n_atoms, self.heads, -1)
         context = jraph.segment_sum((weights[..., None] * values).reshape(n_atoms, -1), index, n_graphs)
         # The first layer of MLP([h, c]) by parts; the context's part once per structure.
-        hidden = Dense(features, name="own")(normed) + Dense(
+        hidden = nn.Dense(features, name="own")(normed) + nn.Dense(
             features, use_bias=False, name="context")(context)[index]
-        return h + Dense(features, name="out")(nn.silu(hidden))
+        return h + nn.Dense(features, name="out")(nn.silu(hidden))

@@ -1,0 +1,108 @@
+"""Training, validation and test structures, never with one material in two of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from relaxnet_jax.errors import InputError
+
+
+class Splits(NamedTuple):
+    """Ascending int64 indices of the structures of each split; together each exactly once."""
+
+    train: np.ndarray
+    validation: np.ndarray
+    test: np.ndarray
+
+
+def split_groups(
+    groups: Sequence[str],
+    fractions: tuple[float, float, float] = (0.9, 0.05, 0.05),
+    fold: int = 0,
+    seed: int = 0,
+) -> Splits:
+    """Splits structures so that structures of one group stay together.
+
+    The groups are dealt to folds of about ``fractions[2]`` of the structures each, larger
+    groups first, each to the fold that lacks most; fold ``fold`` is the test split, so the
+    test splits of all folds are disjoint and together everything. Of the other groups,
+    validation gets its fraction in the same manner. The result depends on which groups there
+    are and how large, not on the order of the structures.
+
+    Args:
+      groups: (R,) group of each structure.
+      fractions: of the structures in training, validation and test, summing to 1. Training
+        and test must be positive, validation may be 0 (then it is empty).
+      fold: 0 to round(1/fractions[2]) - 1 (or one less than the number of groups, if lower).
+      seed: of the dealing.
+
+    Raises:
+      InputError: fewer groups than splits, fractions that do not sum to 1, or no such fold.
+    """
+    train, validation, test = fractions
+    if min(fractions) < 0 or train == 0 or test == 0 or abs(sum(fractions) - 1) > 1e-6:
+        raise InputError(
+            f"splits: {tuple(fractions)}: give three fractions that sum to 1, with positive "
+            "training and test"
+        )
+    names, inverse, sizes = np.unique(
+        np.asarray(list(groups), dtype=str), return_inverse=True, return_counts=True
+    )
+    if len(names) < 3:
+        raise InputError(
+            f"splits: {len(names)} group(s) of structures: three splits need 3 groups or more; "
+            "import more materials or set their groups"
+        )
+    n_groups = len(names)
+    # Of three groups each must be a fold, or the other splits would not get one each.
+    n_folds = 3 if n_groups == 3 else min(max(2, round(1 / test)), n_groups)
+    if not 0 <= fold < n_folds:
+        raise InputError(f"splits, fold: {fold}: give 0 to {n_folds - 1}")
+    order = np.random.default_rng(seed).permutation(n_groups)
+    folds = _deal(order, sizes, n_folds)
+    # Fold 0 is the one nearest to the fraction asked for, not that of the largest group.
+    totals = np.bincount(folds, weights=sizes, minlength=n_folds)
+    nearest = np.argsort(np.abs(totals - test * sizes.sum()), kind="stable")
+    split = np.where(folds == nearest[fold], 2, 0)
+    rest = order[split[order] == 0]
+    split[_pick(rest, sizes, validation * sizes.sum())] = 1
+    of_structure = split[inverse]
+    return Splits(*(np.flatnonzero(of_structure == k).astype(np.int64) for k in range(3)))
+
+
+def _deal(order: np.ndarray, sizes: np.ndarray, n_folds: int) -> np.ndarray:
+    """(G,) fold of each group: the largest first, each to the fold that holds least so far.
+
+    ``order`` decides among groups of one size. No fold gets more than G - 2 groups, so that
+    two are left for the other splits.
+    """
+    folds = np.zeros(len(order), dtype=np.int64)
+    filled, counts = np.zeros(n_folds), np.zeros(n_folds, dtype=int)
+    for group in order[np.argsort(-sizes[order], kind="stable")]:
+        fold = int(np.argmin(np.where(counts < len(order) - 2, filled, np.inf)))
+        folds[group] = fold
+        filled[fold] += sizes[group]
+        counts[fold] += 1
+    return folds
+
+
+def _pick(groups: np.ndarray, sizes: np.ndarray, target: float) -> np.ndarray:
+    """Groups, in the order given, whose sizes sum to about ``target``; at least one and not
+    all of them, none if ``target`` is 0."""
+    if target == 0:
+        return groups[:0]
+    taken: list[int] = []
+    total = 0
+    for group in groups:
+        # Only what brings the sum nearer to the target.
+        if abs(total + sizes[group] - target) < abs(total - target):
+            taken.append(group)
+            total += sizes[group]
+    if not taken:
+        taken = [int(groups[np.argmin(sizes[groups])])]
+    if len(taken) == len(groups):
+        taken.remove(int(groups[np.argmax(sizes[groups])]))
+    return np.array(taken, dtype=np.int64)

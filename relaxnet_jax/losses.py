@@ -1,0 +1,120 @@
+"""The five-term loss of equation (7), as sums and counts.
+
+Every term is a numerator and a denominator, so that several devices can add up both
+and get exactly the loss of one large batch.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import jraph
+from jax import Array
+
+from relaxnet_jax.config import LossConfig
+from relaxnet_jax.ops import safe_divide, safe_norm
+from relaxnet_jax.solver import Trajectory
+from relaxnet_jax.typing import Graph
+
+TERMS = ("energy", "monotonicity", "forces", "positions", "direction")
+
+
+class Targets(NamedTuple):
+    """The true frames of a padded batch.
+
+    Attributes:
+      positions: (n, N, 3) Å. forces: (n, N, 3) eV/Å.
+      energies: (n, G) eV, relative to the composition energies.
+      frame_mask: (n, G) bool, frames that exist.
+      last: (G,) int, index of each structure's final frame.
+      times: (n, G) pseudotimes, or None for the frame grid.
+    """
+
+    positions: Array
+    forces: Array
+    energies: Array
+    frame_mask: Array
+    last: Array
+    times: Array | None = None
+
+
+class Term(NamedTuple):
+    """A loss term as sum / count."""
+
+    total: Array
+    count: Array
+
+    def mean(self) -> Array:
+        """total / count, zero when there is nothing to count."""
+        return safe_divide(self.total, self.count)
+
+
+def loss_terms(prediction: Trajectory, targets: Targets, graph: Graph, config: LossConfig) -> dict[str, Term]:
+    """The unweighted terms of equation (7) for one batch.
+
+    energy: |E - Ê| per structure and frame (per atom with energy_per="atom").
+    monotonicity: ReLU(Ê_{t+1} - Ê_t) over pairs of frames that both exist.
+    forces: (F - F̂)² per component of free atoms. positions: (x - x̂)² likewise, over the
+      frames after the first, which is given.
+    direction: (1 - cos theta_i) |Δx_i| over |Δx_i|, Δx_i the true total displacement of free
+      atom i and theta_i its angle with the predicted one. Atoms that do not move count zero,
+      and an atom predicted not to move has cos theta = 0.
+    """
+    mask = targets.frame_mask & graph.globals["mask"]
+    size = jnp.maximum(graph.n_node, 1) if config.energy_per == "atom" else jnp.ones_like(graph.n_node)
+    node = graph.nodes["graph"]
+    free = graph.nodes["mask"] & ~graph.nodes["fixed"]
+    atom_mask = mask[:, node] & free
+
+    energy = jnp.abs(prediction.energies - targets.energies) / size
+    rise = jnp.maximum(prediction.energies[1:] - prediction.energies[:-1], 0.0) / size
+    pairs = mask[1:] & mask[:-1]
+    forces = jnp.sum((prediction.forces - targets.forces) ** 2, -1)
+    moved = jnp.sum((prediction.positions - targets.positions) ** 2, -1)[1:]
+
+    atoms = jnp.arange(node.shape[0])
+    last = targets.last[node]
+    start = graph.nodes["positions"]
+    true = jnp.where(free[:, None], targets.positions[last, atoms] - start, 0.0)
+    ours = jnp.where(free[:, None], prediction.positions[last, atoms] - start, 0.0)
+    length = safe_norm(true)
+    cosine = safe_divide(jnp.sum(true * ours, -1), length * safe_norm(ours))
+
+    def term(values, where, components=1):
+        values = jnp.where(where, values, 0.0)
+        return Term(jnp.sum(values), components * jnp.sum(where).astype(values.dtype))
+
+    return {
+        "energy": term(energy, mask),
+        "monotonicity": term(rise, pairs),
+        "forces": term(forces, atom_mask, 3),
+        "positions": term(moved, atom_mask[1:], 3),
+        "direction": Term(jnp.sum((1.0 - cosine) * length), jnp.sum(length)),
+    }
+
+
+def weighted_loss(terms: dict[str, Term], config: LossConfig) -> tuple[Array, dict[str, Array]]:
+    """sum_k lambda_k total_k/count_k, and the unweighted means by name."""
+    means = {name: term.mean() for name, term in terms.items()}
+    return sum(getattr(config, name) * means[name] for name in TERMS), means  # type: ignore[return-value]
+
+
+def coordinate_error(prediction: Trajectory, targets: Targets, graph: Graph) -> tuple[Term, Term]:
+    """Final-frame |x - x̂| per structure, and |x - x(0)|: of the model, and of doing nothing.
+
+    Mean over the coordinates of each structure's free atoms, then over structures; Å.
+    """
+    node, n_graphs = graph.nodes["graph"], graph.n_node.shape[0]
+    free = (graph.nodes["mask"] & ~graph.nodes["fixed"]).astype(targets.positions.dtype)
+    last, atoms = targets.last[node], jnp.arange(node.shape[0])
+    true = targets.positions[last, atoms]
+    count = jraph.segment_sum(free, node, n_graphs)
+    present = (count > 0) & graph.globals["mask"]
+
+    def per_structure(positions):
+        error = jnp.sum(jnp.abs(positions - true), -1) / 3 * free
+        mean = safe_divide(jraph.segment_sum(error, node, n_graphs), count)
+        return Term(jnp.sum(jnp.where(present, mean, 0.0)), jnp.sum(present).astype(mean.dtype))
+
+    return per_structure(prediction.positions[last, atoms]), per_structure(graph.nodes["positions"])

@@ -1,0 +1,244 @@
+"""`RelaxNet`: parameters, element energies and configuration as one pytree; saving and loading.
+
+A saved model is a folder: ``config.json``, ``parameters.npz`` (no pickles), ``model.json``
+(elements, statistics, versions, checksum). Nothing else is needed to use it.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import platform
+import zipfile
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import flax.struct
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ase.data import chemical_symbols
+from jax import Array
+
+from relaxnet_jax import dynamics, solver
+from relaxnet_jax.batching import collate, fitting_shape
+from relaxnet_jax.config import Config, from_json, load_config, to_json
+from relaxnet_jax.data.files import atomic_folder
+from relaxnet_jax.errors import InputError
+from relaxnet_jax.graph import MAX_ATOMIC_NUMBER, Structure, build_structure, structure_from_atoms
+from relaxnet_jax.models.energy import RelaxNetwork
+from relaxnet_jax.models.init import initial_parameters
+from relaxnet_jax.typing import Graph, Params, Times
+
+if TYPE_CHECKING:
+    from ase import Atoms
+
+FORMAT = 1
+
+
+class Prediction(NamedTuple):
+    """Predicted trajectories of a padded batch of G structures on n frames.
+
+    Attributes:
+      positions: (n, N, 3) Å. velocities: (n, N, 3) Å per unit pseudotime.
+      energies: (n, G) eV, total: on the scale of the training data.
+      forces: (n, N, 3) eV/Å, raw: also on fixed atoms.
+    """
+
+    positions: Array
+    velocities: Array
+    energies: Array
+    forces: Array
+
+
+@flax.struct.dataclass
+class RelaxNet:
+    """A model: a pytree whose leaves are the parameters and the energy reference.
+
+    Attributes:
+      params: Flax parameters.
+      element_energies: (119,) eV, composition energy of each element.
+      energy_scale: () eV, the training set's spread per atom.
+      config: static.
+      elements: static, sorted atomic numbers the model was trained on; empty if untrained.
+      statistics: static, facts of the training data as JSON text.
+    """
+
+    params: Params
+    element_energies: Array
+    energy_scale: Array
+    config: Config = flax.struct.field(pytree_node=False)
+    elements: tuple[int, ...] = flax.struct.field(pytree_node=False, default=())
+    statistics: str = flax.struct.field(pytree_node=False, default="{}")
+
+    @property
+    def network(self) -> RelaxNetwork:
+        """The learned functions."""
+        return network_of(self.config)
+
+    def structure(self, atoms: Atoms, name: str | None = None) -> Structure:
+        """Checked structure with neighbours. Raises InputError, also for unseen elements."""
+        self.check_elements(atoms.numbers, name or atoms.get_chemical_formula())
+        return structure_from_atoms(atoms, self.config, name)
+
+    def graph(self, atoms: Atoms | Sequence[Atoms]) -> Graph:
+        """A padded graph of one structure or several. Raises InputError."""
+        many = [atoms] if hasattr(atoms, "numbers") else list(atoms)
+        structures = [self.structure(a) for a in many]  # type: ignore[arg-type]
+        graph = collate(structures, fitting_shape(structures, rounded=True), _dtype(self.params))
+        return jax.tree.map(jnp.asarray, graph)
+
+    def energy_and_forces(self, atoms: Atoms, reference: Atoms | None = None) -> tuple[float, np.ndarray]:
+        """Energy (eV) and forces (N, 3) eV/Å of a structure, as on a trajectory's frames.
+
+        Implicit scheme: F = -dE/dx of E(x). Explicit scheme: the latent h is a state of its own,
+        and E(x; h) depends on the structure it was encoded from: ``reference`` (the initial
+        structure of a relaxation; by default ``atoms`` itself). F = -dE/dx at that fixed h.
+        """
+        structure = self.structure(atoms)
+        shape = fitting_shape([structure], rounded=True)
+        graph = collate([structure], shape, _dtype(self.params))
+        start = graph.nodes["positions"].copy()
+        if reference is not None:
+            if not np.array_equal(reference.numbers, atoms.numbers):
+                raise InputError("reference: must have the atoms of the structure in the same order")
+            start[: len(atoms)] = reference.positions
+        energies, forces = _evaluate(self, graph, start)
+        energy = float(energies[0]) + self.composition_energy(atoms.numbers)
+        return energy, np.asarray(forces, np.float64)[: len(atoms)]
+
+    def composition_energy(self, atomic_numbers: np.ndarray) -> float:
+        """Sum of the element energies, eV, in float64."""
+        return float(np.asarray(self.element_energies, np.float64)[atomic_numbers].sum())
+
+    def check_elements(self, atomic_numbers: np.ndarray, name: str) -> None:
+        """Raises InputError for elements the model was not trained on."""
+        unseen = sorted(set(np.asarray(atomic_numbers).tolist()) - set(self.elements))
+        if self.elements and unseen:
+            symbols = ", ".join(chemical_symbols[z] for z in unseen)
+            raise InputError(f"{name}: the model never saw {symbols}; train on data that contain it, or "
+                             "leave the structure out")
+
+
+@functools.lru_cache(maxsize=32)
+def network_of(config: Config) -> RelaxNetwork:
+    """The Flax module of a configuration."""
+    return RelaxNetwork(config.graph, config.model, config.dynamics)
+
+
+def predict_trajectory(model: RelaxNet, graph: Graph, times: Times | None = None) -> Prediction:
+    """Relaxation trajectories of every structure of a padded graph: a pure function.
+
+    Works under `jax.jit`, under `jax.vmap` over graphs of equal shape, and under `jax.grad` with
+    respect to the model and to ``graph.nodes["positions"]``.
+
+    Args:
+      model: from `create_model` or `load_model`.
+      graph: from `RelaxNet.graph`.
+      times: (m,) pseudotimes in [0, 1], or (m, G) for each structure its own; by default the
+        frames the model was trained on, k/(n-1).
+
+    Returns:
+      `Prediction`; what stands at padding atoms and structures has no meaning.
+    """
+    result = solver.solve_trajectory(model.network, model.params, model.energy_scale, graph, times)
+    per_atom = jnp.asarray(model.element_energies)[graph.nodes["atomic_numbers"]]
+    per_atom = jnp.where(graph.nodes["mask"], per_atom, 0.0)
+    composition = jax.ops.segment_sum(per_atom, graph.nodes["graph"], graph.n_node.shape[0])
+    total = result.energies + composition.astype(result.energies.dtype)
+    return Prediction(result.positions, result.velocities, total, result.forces)
+
+
+@jax.jit
+def _evaluate(model: RelaxNet, graph: Graph, reference: Array) -> tuple[Array, Array]:
+    network, start = model.network, jnp.asarray(reference)
+    state = dynamics.initial_state(network, model.params, graph, start)
+    state = state._replace(positions=jnp.asarray(graph.nodes["positions"]))
+    result = dynamics.evaluate(network, model.params, model.energy_scale, graph, state)
+    return result.energies, result.forces
+
+
+def _dtype(params: Params) -> Any:
+    return jax.tree.leaves(params)[0].dtype
+
+
+def create_model(config: Config | str = "explicit.py", seed: int = 0, dtype=np.float32) -> RelaxNet:
+    """An untrained model with random parameters; it accepts every element."""
+    config = config if isinstance(config, Config) else load_config(config)
+    dimer = build_structure([1, 1], [[0.0, 0, 0], [0, 0, 1.0]], np.zeros((3, 3)), False, config)
+    graph = collate([dimer], fitting_shape([dimer]), dtype)
+    return RelaxNet(
+        params=initial_parameters(network_of(config), graph, seed, dtype),
+        element_energies=np.zeros(MAX_ATOMIC_NUMBER + 1),
+        energy_scale=np.asarray(1.0, dtype),
+        config=config,
+    )
+
+
+def save_model(model: RelaxNet, folder: str | Path) -> Path:
+    """Writes the model folder, as a whole or not at all; replaces a model already there."""
+    flat = {"/".join(k): np.asarray(v) for k, v in flax.traverse_util.flatten_dict(model.params).items()}
+    arrays = {f"params/{k}": v for k, v in flat.items()}
+    arrays["element_energies"] = np.asarray(model.element_energies, np.float64)
+    arrays["energy_scale"] = np.asarray(model.energy_scale)
+    with atomic_folder(folder) as temporary:
+        np.savez(temporary / "parameters.npz", **arrays)  # type: ignore[arg-type]
+        (temporary / "config.json").write_text(to_json(model.config))
+        facts = {
+            "format": FORMAT,
+            "elements": [chemical_symbols[z] for z in model.elements],
+            "statistics": json.loads(model.statistics),
+            "parameters": int(sum(v.size for v in flat.values())),
+            "sha256": _digest(temporary / "parameters.npz"),
+            "versions": {name: version(name) for name in ("relaxnet-jax", "jax", "flax", "diffrax", "e3nn-jax")}
+            | {"python": platform.python_version()},
+        }
+        (temporary / "model.json").write_text(json.dumps(facts, indent=2))
+    return Path(folder)
+
+
+def load_model(folder: str | Path) -> RelaxNet:
+    """Reads a model folder written by `save_model`; executes nothing in it.
+
+    Raises:
+      InputError: no such folder, or a file in it is missing, damaged or of another format.
+    """
+    folder = Path(folder)
+    for name in ("model.json", "config.json", "parameters.npz"):
+        if not (folder / name).is_file():
+            raise InputError(f"{folder}: not a model folder ({name} is missing); give the 'model' folder of a "
+                             "training run")
+    try:
+        facts = json.loads((folder / "model.json").read_text())
+        elements = tuple(sorted(chemical_symbols.index(s) for s in facts["elements"]))
+        stored = facts["format"]
+        intact = facts["sha256"] == _digest(folder / "parameters.npz")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{folder / 'model.json'}: damaged ({error}); export the model again") from None
+    if stored != FORMAT:
+        raise InputError(f"{folder}: model format {stored}, this version reads {FORMAT}; use the version that wrote it")
+    if not intact:
+        raise InputError(f"{folder / 'parameters.npz'}: damaged (checksum differs); copy or export it again")
+    config = from_json((folder / "config.json").read_text(), str(folder / "config.json"))
+    try:
+        with np.load(folder / "parameters.npz", allow_pickle=False) as file:
+            arrays = {key: file[key] for key in file.files}
+    except (ValueError, OSError, zipfile.BadZipFile) as error:
+        raise InputError(f"{folder / 'parameters.npz'}: damaged ({error}); copy or export it again") from None
+    params = flax.traverse_util.unflatten_dict(
+        {tuple(k.split("/")[1:]): jnp.asarray(v) for k, v in arrays.items() if k.startswith("params/")}
+    )
+    model = RelaxNet(params, arrays["element_energies"], arrays["energy_scale"], config, elements,
+                     json.dumps(facts["statistics"]))
+    expected = jax.tree.map(jnp.shape, create_model(config).params)
+    if jax.tree.map(jnp.shape, params) != expected:
+        raise InputError(f"{folder}: parameters do not fit config.json; restore the pair that was exported")
+    return model
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

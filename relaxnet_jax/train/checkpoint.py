@@ -1,0 +1,76 @@
+"""Checkpoints with orbax: the latest and the best, written atomically in the background."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from relaxnet_jax.errors import InputError
+from relaxnet_jax.train.state import TrainState
+
+
+class Checkpoints:
+    """The two newest states of a run under ``folder/latest``, the best under ``folder/best``."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = Path(folder).resolve()
+        self._managers = {
+            name: ocp.CheckpointManager(
+                self._folder / name,
+                options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True),
+                item_names=("state", "progress"),
+            )
+            for name, keep in (("latest", 2), ("best", 1))
+        }
+
+    def save(self, epoch: int, state: TrainState, progress: dict[str, Any], best: bool) -> None:
+        """Saves the state after ``epoch``; returns before it is on disk."""
+        # The step donates its buffers, so what is written in the background must be a copy.
+        state = jax.device_get(state)
+        for name in ("latest", "best") if best else ("latest",):
+            self._managers[name].save(
+                epoch,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(progress)
+                ),
+            )
+
+    def restore(self, like: TrainState, which: str = "latest") -> tuple[TrainState, dict[str, Any]]:
+        """State and progress of the newest checkpoint that can be read.
+
+        Raises:
+          InputError: there is none, or none of them can be read.
+        """
+        manager = self._managers[which]
+        epochs = sorted(manager.all_steps(), reverse=True)
+        if not epochs:
+            raise InputError(f"{self._folder / which}: no checkpoint to resume from; start without --resume")
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        errors = []
+        for epoch in epochs:
+            try:
+                restored = manager.restore(
+                    epoch,
+                    args=ocp.args.Composite(
+                        state=ocp.args.StandardRestore(abstract), progress=ocp.args.JsonRestore()
+                    ),
+                )
+                return restored["state"], restored["progress"]
+            except Exception as error:  # orbax raises many kinds for damaged files
+                errors.append(f"epoch {epoch}: {type(error).__name__}")
+        raise InputError(f"{self._folder / which}: no readable checkpoint ({'; '.join(errors)}); delete the "
+                         "folder and start without --resume")
+
+    def wait(self) -> None:
+        """Returns when everything saved is on disk."""
+        for manager in self._managers.values():
+            manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits, and frees the managers."""
+        for manager in self._managers.values():
+            manager.wait_until_finished()
+            manager.close()

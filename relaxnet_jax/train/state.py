@@ -1,0 +1,77 @@
+"""What training carries from step to step, and from epoch to epoch."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from relaxnet_jax.config import TrainConfig
+from relaxnet_jax.typing import Params
+
+
+class TrainState(NamedTuple):
+    """Parameters, their moving average, the optimiser's state, counts of steps.
+
+    ``skipped`` counts the steps left out because the loss or gradient was not finite.
+    """
+
+    params: Params
+    ema: Params
+    optimizer: optax.OptState
+    step: Array
+    skipped: Array
+
+
+def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
+    """Gradient clipping and AdamW at unit learning rate; decay on matrices only."""
+    def matrices(params):
+        return jax.tree.map(lambda p: p.ndim > 1, params)
+
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.scale_by_adam(),
+        optax.add_decayed_weights(config.weight_decay, matrices),
+    )
+
+
+def initial_train_state(params: Params, config: TrainConfig) -> TrainState:
+    """Step 0; the average starts at the parameters (a copy: buffers may be donated)."""
+    zero = jnp.zeros((), jnp.int32)
+    return TrainState(params, jax.tree.map(jnp.array, params), make_optimizer(config).init(params), zero, zero + 0)
+
+
+@dataclasses.dataclass
+class Plateau:
+    """Reduce-on-plateau and early stopping on the validation loss. Lower is better.
+
+    Attributes:
+      scale: current factor on the learning rate.
+      best: lowest validation loss so far. best_epoch: when.
+      waited: epochs since the last improvement or reduction.
+    """
+
+    scale: float = 1.0
+    best: float = math.inf
+    best_epoch: int = -1
+    waited: int = 0
+
+    def update(self, loss: float, epoch: int, config: TrainConfig) -> bool:
+        """Takes one epoch's loss in; True if it is the best so far. NaN never is."""
+        if loss < self.best:
+            self.best, self.best_epoch, self.waited = loss, epoch, 0
+            return True
+        self.waited += 1
+        if self.waited > config.plateau_patience:
+            self.scale *= config.plateau_factor
+            self.waited = 0
+        return False
+
+    def exhausted(self, epoch: int, config: TrainConfig) -> bool:
+        """Whether early stopping is due."""
+        return self.best_epoch >= 0 and epoch - self.best_epoch >= config.early_stop_patience

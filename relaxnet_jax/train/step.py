@@ -1,0 +1,104 @@
+"""The training and evaluation steps: pure functions made by factories."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from relaxnet_jax.config import Config
+from relaxnet_jax.losses import Targets, Term, coordinate_error, loss_terms, weighted_loss
+from relaxnet_jax.model import network_of
+from relaxnet_jax.solver import solve_trajectory
+from relaxnet_jax.train.state import TrainState, make_optimizer
+from relaxnet_jax.typing import Graph, Params
+
+Batch = tuple[Graph, Targets]
+
+
+def make_loss(config: Config, scale: float, axis: str | None) -> Callable:
+    """loss(params, batch, key) -> (loss, means of the terms).
+
+    With ``axis`` the sums are added over devices before dividing, so the result (and the
+    gradient, once added over devices) is that of one batch with all their structures.
+    """
+    network = network_of(config)
+
+    def loss(params: Params, batch: Batch, key: Array | None) -> tuple[Array, dict[str, Array]]:
+        graph, targets = batch
+        positions = graph.nodes["positions"]
+        if config.train.noise and key is not None:
+            shaken = positions + config.train.noise * jax.random.normal(key, positions.shape, positions.dtype)
+            positions = jnp.where(graph.nodes["fixed"][:, None], positions, shaken)
+        prediction = solve_trajectory(network, params, jnp.asarray(scale, positions.dtype), graph,
+                                      targets.times, positions)
+        terms = loss_terms(prediction, targets, graph, config.loss)
+        ours, nothing = coordinate_error(prediction, targets, graph)
+        if axis is not None:
+            terms, ours, nothing = jax.tree.map(_add_over(axis), (terms, ours, nothing), is_leaf=_is_term)
+        total, means = weighted_loss(terms, config.loss)
+        return total, means | {"coordinates": ours.mean(), "nothing": nothing.mean()}
+
+    return loss
+
+
+def _is_term(x) -> bool:
+    return isinstance(x, Term)
+
+
+def _add_over(axis: str) -> Callable[[Term], Term]:
+    # The gradient of a psum over devices, seen from one device, is its own part of the sum:
+    # the others' totals enter the value only.
+    def add(term: Term) -> Term:
+        others = jax.lax.stop_gradient(jax.lax.psum(term.total, axis) - term.total)
+        return Term(term.total + others, jax.lax.stop_gradient(jax.lax.psum(term.count, axis)))
+
+    return add
+
+
+def make_train_step(config: Config, scale: float, axis: str | None = None) -> Callable:
+    """step(state, batch, learning_rate, key) -> (state, metrics).
+
+    A step whose loss or gradient is not finite changes nothing but the count of skipped steps.
+    """
+    loss, optimizer, decay = make_loss(config, scale, axis), make_optimizer(config.train), config.train.ema
+
+    def step(state: TrainState, batch: Batch, learning_rate: Array, key: Array):
+        key = jax.random.fold_in(key, state.step)
+        if axis is not None:
+            key = jax.random.fold_in(key, jax.lax.axis_index(axis))
+        (total, means), gradient = jax.value_and_grad(loss, has_aux=True)(state.params, batch, key)
+        if axis is not None:
+            gradient = jax.lax.psum(gradient, axis)
+        norm = optax.global_norm(gradient)
+        updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.params)
+        params = jax.tree.map(lambda p, u: p - learning_rate * u, state.params, updates)
+        # Young averages are dominated by the initial parameters: warm the decay up.
+        warm = jnp.minimum(decay, (1.0 + state.step) / (10.0 + state.step))
+        ema = jax.tree.map(lambda e, p: warm * e + (1.0 - warm) * p, state.ema, params)
+        finite = jnp.isfinite(total) & jnp.isfinite(norm)
+        new = TrainState(params, ema, optimizer_state, state.step + 1, state.skipped)
+        old = state._replace(step=state.step + 1, skipped=state.skipped + 1)
+        state = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
+        return state, means | {"loss": total, "gradient_norm": norm, "finite": finite}
+
+    return step
+
+
+def make_eval_step(config: Config, scale: float, axis: str | None = None) -> Callable:
+    """step(params, batch) -> sums and counts of the loss terms and coordinate errors."""
+    network = network_of(config)
+
+    def step(params: Params, batch: Batch) -> dict[str, Term]:
+        graph, targets = batch
+        dtype = graph.nodes["positions"].dtype
+        prediction = solve_trajectory(network, params, jnp.asarray(scale, dtype), graph, targets.times)
+        terms = loss_terms(prediction, targets, graph, config.loss)
+        ours, nothing = coordinate_error(prediction, targets, graph)
+        terms = terms | {"coordinates": ours, "nothing": nothing}
+        return jax.lax.psum(terms, axis) if axis is not None else terms
+
+    return step

@@ -1,0 +1,296 @@
+"""Reading relaxations through ASE, and importing files into a store."""
+
+import csv
+import gzip
+import itertools
+from pathlib import Path
+
+import ase.io
+import numpy as np
+import pytest
+from ase import Atoms
+from ase.calculators.singlepoint import SinglePointCalculator
+from ase.constraints import FixAtoms, FixCartesian
+
+from relaxnet_jax.data import (
+    RelaxationTrajectory,
+    SkippedRelaxation,
+    TrajectoryStore,
+    import_files,
+    read_groups,
+    read_relaxations,
+)
+from relaxnet_jax.errors import InputError
+
+DATA = Path(__file__).parents[2] / "shared" / "data"
+
+
+def frames(name=None, n=3, symbols="Cu3Au", labels=("energy", "forces"), **info):
+    """``n`` frames of a relaxation called ``name``."""
+    images = []
+    for k in range(n):
+        x = np.array([[0, 0, 0], [2, 2, 0], [2, 0, 2], [0, 2, 2]], float)
+        x = np.resize(x, (len(Atoms(symbols)), 3)) + 0.1 * k
+        atoms = Atoms(symbols, positions=x, cell=[4, 4, 4], pbc=True)
+        results = {"energy": -1.0 - k, "forces": np.full(x.shape, 0.5 / (k + 1))}
+        atoms.calc = SinglePointCalculator(atoms, **{key: results[key] for key in labels})
+        atoms.info = {} if name is None else {"traj_id": name, "frame": k, **info}
+        images.append(atoms)
+    return images
+
+
+def save(path, *relaxations):
+    ase.io.write(path, list(itertools.chain(*relaxations)))
+    return path
+
+
+def read(path):
+    return list(read_relaxations(path))
+
+
+def test_fields(tmp_path):
+    images = frames("a-1", code="QE", functional="PBE sol")
+    for k, atoms in enumerate(images):
+        atoms.set_constraint(FixAtoms([1, 2]))
+        atoms.calc.results["stress"] = np.arange(6) + k / 2
+    (traj,) = read(save(tmp_path / "a.extxyz", images))
+    assert isinstance(traj, RelaxationTrajectory)
+    assert (traj.id, traj.group, traj.source) == ("a-1", "AuCu3", "QE PBE sol")
+    np.testing.assert_array_equal(traj.atomic_numbers, images[0].numbers)
+    np.testing.assert_allclose(traj.positions, [atoms.positions for atoms in images])
+    np.testing.assert_array_equal(traj.cells, np.repeat(4 * np.eye(3)[None], 3, axis=0))
+    np.testing.assert_array_equal(traj.energies, [-1, -2, -3])
+    # Raw: those on the fixed atoms are there.
+    np.testing.assert_allclose(traj.forces[1], np.full((4, 3), 0.25))
+    np.testing.assert_array_equal(traj.fixed_mask, [False, True, True, False])
+    np.testing.assert_allclose(traj.stresses, [np.arange(6), np.arange(6) + 0.5, np.arange(6) + 1])
+    assert traj.charges is None
+
+
+@pytest.mark.parametrize("name", ["whole.extxyz", "whole.traj", "whole.xyz", "whole.db"])
+def test_without_traj_id_the_file_is_one_relaxation(tmp_path, name):
+    (traj,) = read(save(tmp_path / name, frames()))
+    assert (traj.id, traj.n_frames, traj.source) == ("whole", 3, name)
+    np.testing.assert_allclose(traj.energies, [-1, -2, -3])
+
+
+def test_group_and_charges(tmp_path):
+    named, parented = frames("a", group="g 1", parent="p"), frames("b", parent="p")
+    for atoms in parented:
+        atoms.set_initial_charges([1, -1, 0, 0])
+    a, b = read(save(tmp_path / "a.extxyz", named, parented))
+    assert (a.group, b.group) == ("g 1", "p")
+    np.testing.assert_array_equal(b.charges, [1, -1, 0, 0])
+
+
+def test_force_consistent_energy(tmp_path):
+    images = frames("a")
+    for atoms in images:
+        atoms.calc.results["free_energy"] = atoms.calc.results["energy"] - 0.125
+    (traj,) = read(save(tmp_path / "a.traj", images))
+    np.testing.assert_array_equal(traj.energies, [-1.125, -2.125, -3.125])
+
+
+def test_streams(tmp_path, monkeypatch):
+    """The first relaxation is there before the second has been parsed."""
+    path = save(tmp_path / "a.extxyz", *(frames(f"a-{k}") for k in range(5)))
+    parsed = []
+    real = ase.io.extxyz.read_xyz
+    monkeypatch.setattr(ase.io.extxyz, "read_xyz", lambda *a: parsed.append(1) or real(*a))
+    assert next(read_relaxations(path)).id == "a-0"
+    assert len(parsed) == 4
+
+
+def test_positions_are_unwrapped(tmp_path):
+    images = frames("a")
+    images[1].positions[2] += [4, 0, -4]
+    images[2].positions[2] += [0, 8, 0]
+    (traj,) = read(save(tmp_path / "a.extxyz", images))
+    np.testing.assert_allclose(np.diff(traj.positions, axis=0), np.full((2, 4, 3), 0.1))
+
+
+@pytest.mark.parametrize("name", ["a.extxyz", "a.traj"])
+def test_gzip(tmp_path, name):
+    plain = save(tmp_path / name, frames("a"), frames("b"))
+    packed = tmp_path / f"{name}.gz"
+    packed.write_bytes(gzip.compress(plain.read_bytes()))
+    for one, other in zip(read(plain), read(packed), strict=True):
+        assert one.id == other.id
+        np.testing.assert_array_equal(one.positions, other.positions)
+    packed.write_bytes(packed.read_bytes()[:-30])
+    with pytest.raises(InputError, match=rf"{name}\.gz: damaged gzip file .*: fetch it again"):
+        read(packed)
+
+
+def edited(**changes):
+    """A relaxation with one fault in its second frame."""
+    images = frames("bad")
+    for field, value in changes.items():
+        if field == "info":
+            images[1].info |= value
+        elif field == "constraint":
+            images[1].set_constraint(value)
+        elif field in ("energy", "forces"):
+            images[1].calc.results[field] = value
+        else:
+            setattr(images[1], field, value)
+            # Or ASE would not write the labels of what it takes for another structure.
+            images[1].calc.atoms = images[1].copy()
+    return images
+
+
+ORDER = Atoms("CuAuCu2").numbers
+TWIN = np.array([[0, 0, 0], [2, 2, 0], [2, 0, 2], [4, 4, 0.0]])
+FAULTS = {
+    "single": (frames("bad", n=1), "a single frame: a relaxation needs two or more"),
+    "atoms": (frames("bad")[:2] + frames("bad", symbols="Cu3")[2:], "frame 2: 3 atoms after 4"),
+    "species": (edited(numbers=ORDER), "frame 1, atomic_numbers: order or species change"),
+    "pbc": (edited(pbc=[True, True, False]), "frame 1, pbc: changes"),
+    "energy": (frames("bad")[:2] + frames("bad", labels=["forces"])[2:], "frame 2: no energy:"),
+    "forces": (frames("bad")[:2] + frames("bad", labels=["energy"])[2:], "frame 2: no forces:"),
+    "both": (frames("bad")[:2] + frames("bad", labels=[])[2:], "no energy and no forces:"),
+    "nan": (edited(energy=np.nan), "frame 1, energies: not a finite number"),
+    "inf": (edited(forces=np.full((4, 3), np.inf)), "frame 1, forces: not a finite number"),
+    "cell": (edited(cell=np.diag([4.0, 4, 0])), "frame 1, cells: volume 0"),
+    "twin": (edited(positions=TWIN), "frame 1, positions: atoms 0 and 3 at one point"),
+    "order": (frames("bad")[::-1], "frame 1 after frame 2: sort the frames"),
+    "repeat": (edited(info={"frame": 0}), "frame 0 after frame 0: sort"),
+    "number": (edited(info={"frame": "x"}), "frame 1, frame: 'x' is no number"),
+    "fixed": (edited(constraint=FixAtoms([0])), "frame 1, constraints: fixed atoms change"),
+    "partly": (edited(constraint=FixCartesian([0], (1, 0, 0))), "held in some directions only"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_bad_relaxation_is_skipped_and_the_rest_goes_on(tmp_path, fault):
+    bad, reason = FAULTS[fault]
+    # .traj keeps what extxyz cannot express (a frame without the columns of the others).
+    path = save(tmp_path / "a.traj", frames("a"), bad, frames("z"))
+    first, skipped, last = read(path)
+    assert (first.id, last.id) == ("a", "z")
+    assert isinstance(skipped, SkippedRelaxation) and skipped.id == "bad"
+    assert reason in skipped.reason and "\n" not in skipped.reason
+
+
+def test_duplicate_id(tmp_path):
+    one, two, again = read(save(tmp_path / "a.extxyz", frames("a"), frames("b"), frames("a")))
+    assert (one.id, two.id) == ("a", "b")
+    assert again == ("a", "id occurs twice: give each relaxation its own")
+
+
+def test_unparsable_frame_costs_its_relaxation_only(tmp_path):
+    path = save(tmp_path / "a.extxyz", frames("a"), frames("b"), frames("c"))
+    lines = path.read_text().splitlines(keepends=True)
+    lines[6 * 4 + 3] = lines[6 * 4 + 3].replace("0.25000000", "**********")
+    path.write_text("".join(lines))
+    one, skipped, last = read(path)
+    assert (one.id, skipped.id, last.id) == ("a", "b", "c")
+    assert "frame 4 of the file: unreadable (" in skipped.reason
+
+
+def test_truncated_file_keeps_the_whole_relaxations(tmp_path):
+    path = save(tmp_path / "a.extxyz", frames("a"), frames("b"))
+    text = path.read_text()
+    path.write_text(text[: text.rindex("Au") + 20])
+    whole, skipped = read(path)
+    assert (whole.id, skipped.id) == ("a", "b")
+    assert "unreadable" in skipped.reason
+    path.write_text(text + "\n \nnonsense\n" + text)
+    whole, skipped = read(path)
+    assert "file damaged after 6 frames" in skipped.reason and skipped.id == "b"
+
+
+BAD_FILES = {
+    "absent.extxyz": (None, "no such file: check the path"),
+    "empty.extxyz": ("", "no frames: give a file ASE reads"),
+    "words.extxyz": ("hello\nworld\n", "cannot be read"),
+    "unknown.abc": ("hello\nworld\n", "cannot be read"),
+    "unlabelled.xyz": ("1\n\nH 0 0 0\n1\n\nH 0 0 1\n", "no frame has energy and forces: give"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_bad_file(tmp_path, name):
+    content, message = BAD_FILES[name]
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(InputError, match=f"{name}: {message}") as caught:
+        read(tmp_path / name)
+    assert "\n" not in str(caught.value)
+    # The only file: the same error, and nothing is left behind.
+    with pytest.raises(InputError, match=f"{name}: {message}"):
+        import_files([tmp_path / name], tmp_path / "out.h5")
+    assert [p.name for p in tmp_path.iterdir()] == ([name] if content is not None else [])
+
+
+def test_folder_is_no_file(tmp_path):
+    with pytest.raises(InputError, match="is a folder: name the files in it"):
+        read(tmp_path)
+
+
+def test_import_reports_and_goes_on(tmp_path):
+    good = save(tmp_path / "good.extxyz", frames("a"), frames("short", n=1), frames("b", n=4))
+    words = tmp_path / "words.extxyz"
+    words.write_text("hello\nworld\n")
+    more = save(tmp_path / "more.traj", frames("b"), frames("c"))
+    lines = []
+    report = import_files([good, words, more], tmp_path / "out.h5", report=lines.append)
+    assert (report.read, report.frames) == (3, 10)
+    files, ids, reasons = zip(*report.skipped)
+    assert files == (str(good), str(words), str(more))
+    assert ids == ("short", "", "b")
+    assert "single frame" in reasons[0] and "cannot be read" in reasons[1]
+    assert reasons[2] == "id occurs in another file: rename it"
+    assert lines[1] == f"{good}: 2 relaxations read, 1 skipped"
+    with TrajectoryStore(tmp_path / "out.h5") as store:
+        assert store.ids == ["a", "b", "c"]
+        assert store.n_frames.tolist() == [3, 4, 3]
+        store.verify()
+
+
+def test_import_of_nothing_usable(tmp_path):
+    short = save(tmp_path / "short.extxyz", frames("a", n=1), frames("b", n=1))
+    out = tmp_path / "out.h5"
+    out.write_text("kept")
+    with pytest.raises(InputError, match=r"short\.extxyz: a: a single frame.*other 1 be read"):
+        import_files([short], out)
+    with pytest.raises(InputError, match="no files to import"):
+        import_files([], out)
+    with pytest.raises(InputError, match=r"out\.h5: is also read"):
+        import_files([out], out)
+    assert out.read_text() == "kept"
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_groups_from_csv(tmp_path):
+    table = tmp_path / "groups.csv"
+    table.write_text("id,x,group\na,1,metal\n")
+    path = save(tmp_path / "a.extxyz", frames("a"), frames("b"))
+    import_files(path, tmp_path / "out.h5", groups=read_groups(table))
+    assert TrajectoryStore(tmp_path / "out.h5").groups == ["metal", "AuCu3"]
+    table.write_text("id,x\n")
+    with pytest.raises(InputError, match=r"groups\.csv: no column group: add it"):
+        read_groups(table)
+    with pytest.raises(InputError, match="cannot be read as CSV"):
+        read_groups(tmp_path / "absent.csv")
+
+
+@pytest.mark.parametrize("name", ["dft_slabs", "dft_adsorbates"])
+def test_real_relaxations(name):
+    path = DATA / f"{name}.extxyz"
+    if not path.is_file():
+        pytest.skip("the DFT relaxations are not beside this checkout")
+    got = list(itertools.islice(read_relaxations(path), 20))
+    assert all(isinstance(item, RelaxationTrajectory) for item in got)
+    with path.with_suffix(".csv").open() as file:
+        rows = {row["id"]: row for row in itertools.islice(csv.DictReader(file), 40)}
+    for traj in got:
+        row = rows[traj.id]
+        assert (traj.n_atoms, traj.n_frames) == (int(row["n_atoms"]), int(row["n_frames"]))
+        moved = np.linalg.norm(traj.positions[-1] - traj.positions[0], axis=-1)
+        np.testing.assert_allclose(moved.max(), float(row["disp_max"]), atol=2e-4)
+        drop = (traj.energies[-1] - traj.energies[0]) / traj.n_atoms
+        np.testing.assert_allclose(drop, float(row["dE_per_atom"]), atol=1e-5)
+        np.testing.assert_allclose(traj.fmax[-1], float(row["fmax_last"]), atol=1e-3)
+        assert traj.fixed_mask.sum() >= 1 and not traj.variable_cell
+        assert np.all(moved[traj.fixed_mask] < 1e-3)
