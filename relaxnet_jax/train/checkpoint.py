@@ -39,30 +39,30 @@ class Checkpoints:
             )
 
     def restore(self, like: TrainState, which: str = "latest") -> tuple[TrainState, dict[str, Any]]:
-        """State and progress of the newest checkpoint that can be read.
+        """State and progress of the newest checkpoint.
 
         Raises:
-          InputError: there is none, or none of them can be read.
+          InputError: there is none, or it cannot be read.
         """
         manager = self._managers[which]
-        epochs = sorted(manager.all_steps(), reverse=True)
-        if not epochs:
-            raise InputError(f"{self._folder / which}: no checkpoint to resume from; start without --resume")
+        epoch = manager.latest_step()
+        if epoch is None:
+            raise InputError(f"{self._folder / which}: no checkpoint to resume from; start without --resume "
+                             "in another --workdir")
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-        errors = []
-        for epoch in epochs:
-            try:
-                restored = manager.restore(
-                    epoch,
-                    args=ocp.args.Composite(
-                        state=ocp.args.StandardRestore(abstract), progress=ocp.args.JsonRestore()
-                    ),
-                )
-                return restored["state"], restored["progress"]
-            except Exception as error:  # orbax raises many kinds for damaged files
-                errors.append(f"epoch {epoch}: {type(error).__name__}")
-        raise InputError(f"{self._folder / which}: no readable checkpoint ({'; '.join(errors)}); delete the "
-                         "folder and start without --resume")
+        try:
+            restored = manager.restore(
+                epoch,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardRestore(abstract), progress=ocp.args.JsonRestore()
+                ),
+            )
+        except Exception as error:  # orbax and tensorstore raise many kinds for damaged files
+            raise InputError(
+                f"{self._folder / which / str(epoch)}: damaged checkpoint ({type(error).__name__}); delete this "
+                "folder to resume from the one before"
+            ) from error
+        return restored["state"], restored["progress"]
 
     def wait(self) -> None:
         """Returns when everything saved is on disk."""

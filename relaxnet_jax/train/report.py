@@ -1,0 +1,103 @@
+"""What training tells: JSON lines, TensorBoard, and a progress bar."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from relaxnet_jax.errors import InputError
+
+
+class MetricsLog:
+    """Appends one JSON object per epoch to ``metrics.jsonl``; optionally TensorBoard events.
+
+    On resume, records after the restored epoch are dropped first.
+    """
+
+    def __init__(self, folder: Path, keep_until: int, tensorboard: bool) -> None:
+        self.path = folder / "metrics.jsonl"
+        kept = []
+        if self.path.exists():
+            for line in self.path.read_text().splitlines():
+                try:
+                    record = json.loads(line)
+                except json.JSONDecodeError:  # the line a kill cut short
+                    continue
+                if record["epoch"] <= keep_until and not record["partial"]:
+                    kept.append(line)
+        self.path.write_text("".join(line + "\n" for line in kept))
+        self._events = None
+        if tensorboard:
+            try:
+                from tensorboardX import SummaryWriter
+            except ImportError:
+                raise InputError("train.tensorboard: tensorboardX is not installed; pip install "
+                                 "'relaxnet-jax[tensorboard]'") from None
+            self._events = SummaryWriter(str(folder / "tensorboard"))
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Appends a record; numbers that are not finite become null."""
+        clean = _finite(record)
+        with self.path.open("a") as file:
+            file.write(json.dumps(clean) + "\n")
+        if self._events is not None:
+            for group in ("train", "validation"):
+                for name, value in clean[group].items():
+                    if value is not None:
+                        self._events.add_scalar(f"{group}/{name}", value, record["epoch"])
+            self._events.flush()
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class ConsoleReport:
+    """Progress on the terminal: a bar within the epoch, a line per epoch."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(stderr=True)
+        self._bar: Progress | None = None
+        self._task: Any = None
+
+    def __call__(self, message: str) -> None:
+        """Prints a line."""
+        self.console.print(message, highlight=False, markup=False)
+
+    def start_epoch(self, epoch: int, batches: int) -> None:
+        """Opens the bar of an epoch."""
+        self._bar = Progress(
+            TextColumn(f"epoch {epoch:4d}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"),
+            TimeElapsedColumn(), console=self.console, transient=True,
+        )
+        self._bar.start()
+        self._task = self._bar.add_task("", total=batches, note="")
+
+    def batch(self, done: int, loss: float, rate: float) -> None:
+        """Moves the bar."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, note=f"loss {loss:.4f}  {rate:.1f} structures/s")
+
+    def end_epoch(self) -> None:
+        """Closes the bar."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def epoch(self, record: dict[str, Any], left: str) -> None:
+        """The epoch's line."""
+        train, validation = record["train"], record["validation"]
+        ratio = validation["coordinates"] / validation["nothing"] if validation["nothing"] else math.nan
+        self(
+            f"epoch {record['epoch']:4d}  loss {train['loss']:.4f}/{validation['loss']:.4f}  "
+            f"E {1e3 * validation['energy']:.1f} m  F {1e3 * math.sqrt(validation['forces']):.0f} meV/Å rms  "
+            f"x {1e3 * validation['coordinates']:.1f} mÅ ({ratio:.2f} of doing nothing)  "
+            f"{record['structures_per_second']:.1f} structures/s  {left}{'  *' if record['best'] else ''}"
+        )
