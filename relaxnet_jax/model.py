@@ -12,7 +12,7 @@ import json
 import platform
 import zipfile
 from collections.abc import Sequence
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -194,8 +194,7 @@ def save_model(model: RelaxNet, folder: str | Path) -> Path:
             "statistics": json.loads(model.statistics),
             "parameters": int(sum(v.size for v in flat.values())),
             "sha256": _digest(temporary / "parameters.npz"),
-            "versions": {name: version(name) for name in ("relaxnet-jax", "jax", "flax", "diffrax", "e3nn-jax")}
-            | {"python": platform.python_version()},
+            "versions": _versions(),
         }
         (temporary / "model.json").write_text(json.dumps(facts, indent=2))
     return Path(folder)
@@ -238,6 +237,16 @@ def load_model(folder: str | Path) -> RelaxNet:
     if jax.tree.map(jnp.shape, params) != expected:
         raise InputError(f"{folder}: parameters do not fit config.json; restore the pair that was exported")
     return model
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in ("relaxnet-jax", "jax", "flax", "diffrax", "e3nn-jax"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:  # run from a source tree that is not installed
+            found[name] = "not installed"
+    return found
 
 
 def _digest(path: Path) -> str:

@@ -1,0 +1,130 @@
+"""Evaluating a model on relaxations: predictions, metrics, table, figures."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from relaxnet_jax.data.dataset import SPLITS, read_trajectories
+from relaxnet_jax.data.frames import select_frames
+from relaxnet_jax.data.importing import import_files
+from relaxnet_jax.data.pipeline import without_drift
+from relaxnet_jax.data.trajectory import RelaxationTrajectory
+from relaxnet_jax.errors import InputError
+from relaxnet_jax.evaluate.figures import parity_figure, per_frame_figure
+from relaxnet_jax.evaluate.tables import write_metrics
+from relaxnet_jax.graph import build_structure, masses_of
+from relaxnet_jax.metrics import Comparison, Metrics, evaluate
+from relaxnet_jax.model import RelaxNet, load_model
+from relaxnet_jax.predict import predict_structures
+
+PREDICTORS = ("model", "nothing", "composition")
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """Metrics by predictor, the comparisons they were made from, and what was left out."""
+
+    results: dict[str, Metrics]
+    comparisons: list[Comparison]
+    left_out: list[str]
+    name: str
+
+
+def compare(
+    model: RelaxNet, trajectories: Sequence[RelaxationTrajectory], report: Callable[[str], None],
+    batch_size: int = 16,
+) -> tuple[list[Comparison], list[str]]:
+    """True against predicted frames: the n equidistant ones the model predicts.
+
+    As in training, rigid translations of a structure without fixed atoms are removed from the
+    true frames. Structures the model cannot take are reported and left out.
+    """
+    n = model.config.dynamics.frames
+    structures, kept, left_out = [], [], []
+    for t in trajectories:
+        try:
+            model.check_elements(t.atomic_numbers, t.id)
+            structures.append(build_structure(t.atomic_numbers, t.positions[0], t.cells[0], t.pbc, model.config,
+                                              t.fixed_mask, t.charges, t.id))
+            kept.append(t)
+        except InputError as error:
+            left_out.append(str(error))
+            report(f"left out: {error}")
+    paths = predict_structures(model, structures, batch_size=batch_size)
+    comparisons = []
+    for t, path in zip(kept, paths):
+        chosen = select_frames(t.n_frames, n, "equidistant")
+        true = t.positions[chosen.indices]
+        if not t.fixed_mask.any():
+            atomic = model.config.dynamics.mass == "atomic"
+            true = without_drift(true, masses_of(t.atomic_numbers) if atomic else np.ones(t.n_atoms))
+        comparisons.append(Comparison(
+            id=t.id, atomic_numbers=t.atomic_numbers, cell=t.cells[0], pbc=t.pbc, fixed_mask=t.fixed_mask,
+            true_positions=true, true_energies=t.energies[chosen.indices], true_forces=t.forces[chosen.indices],
+            pred_positions=path.positions[chosen.slots], pred_energies=path.energies[chosen.slots],
+            pred_forces=path.forces[chosen.slots], composition_energy=model.composition_energy(t.atomic_numbers),
+            slots=chosen.slots, n_frames=n,
+        ))
+    return comparisons, left_out
+
+
+def evaluate_workdir(
+    workdir: str | Path, split: str = "test", data: str | None = None, report: Callable[[str], None] = print,
+) -> Evaluation:
+    """Evaluates the best model of a run on one of its splits, or on another file.
+
+    Args:
+      workdir: of `train`. split: "train", "validation" or "test".
+      data: a store or any file of relaxations; all of them are used instead of the split.
+
+    Raises:
+      InputError: no model, no data, or nothing the model can be evaluated on.
+    """
+    workdir = Path(workdir)
+    if not (workdir / "model").is_dir():
+        raise InputError(f"{workdir}: holds no trained model (no 'model' folder); run relaxnet-jax train "
+                         f"--workdir {workdir} first")
+    model = load_model(workdir / "model")
+    if data is None:
+        if split not in SPLITS:
+            raise InputError(f"split {split!r}: must be one of {', '.join(SPLITS)}")
+        file = workdir / "splits.json"
+        try:
+            ids = set(json.loads(file.read_text())[split])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{file}: missing or damaged ({type(error).__name__}); evaluate a file with --data") from None
+        found, _, name = read_trajectories(model.config.data.path, model.config, report)
+        trajectories = [t for t in found if t.id in ids]
+        name = f"{name}, {split} split"
+    else:
+        trajectories, name = read_any(data, model, report), data
+    comparisons, left_out = compare(model, trajectories, report)
+    if not comparisons:
+        raise InputError(f"{name}: nothing left to evaluate; use data with the model's elements")
+    return Evaluation({p: evaluate(comparisons, p) for p in PREDICTORS}, comparisons, left_out, name)
+
+
+def read_any(path: str, model: RelaxNet, report: Callable[[str], None]) -> list[RelaxationTrajectory]:
+    """Relaxations of a store, or of any other file by importing it."""
+    if path == "emt" or path.endswith((".h5", ".hdf5")) or Path(path).is_dir():
+        return read_trajectories(path, model.config, report)[0]
+    with tempfile.TemporaryDirectory() as folder:
+        store = str(Path(folder) / "imported.h5")
+        import_files([path], store, report)
+        return read_trajectories(store, model.config, report)[0]
+
+
+def write_evaluation(evaluation: Evaluation, folder: str | Path) -> list[Path]:
+    """metrics.json, per_frame.png and parity.png; returns their paths."""
+    folder = Path(folder)
+    files = [folder / name for name in ("metrics.json", "per_frame.png", "parity.png")]
+    write_metrics(files[0], evaluation.results, {"data": evaluation.name, "left_out": evaluation.left_out})
+    per_frame_figure(evaluation.results, files[1], evaluation.name)
+    parity_figure(evaluation.comparisons, files[2], evaluation.name)
+    return files

@@ -1,0 +1,179 @@
+"""Structures in, trajectories out: batched, in few padded shapes, with the skin checked."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, overload
+
+import jax
+import numpy as np
+
+from relaxnet_jax import solver
+from relaxnet_jax.batching import collate, fitting_shape, split_nodes
+from relaxnet_jax.data.trajectory import RelaxationTrajectory
+from relaxnet_jax.errors import InputError
+from relaxnet_jax.graph import Structure, build_structure
+from relaxnet_jax.model import RelaxNet
+
+if TYPE_CHECKING:
+    from ase import Atoms
+
+# Neighbour lists are rebuilt with a wider skin at most this often before giving up: an atom
+# that outruns every skin is a diverged prediction, not a short list.
+MAX_WIDENINGS = 3
+MAX_SKIN = 6.0  # Å
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Path:
+    """One structure's predicted path: NumPy, float64.
+
+    Attributes:
+      times (n,), positions (n, N, 3) Å, velocities (n, N, 3), energies (n,) eV total,
+      forces (n, N, 3) eV/Å; skin: Å, of the neighbour list that was used.
+    """
+
+    times: np.ndarray
+    positions: np.ndarray
+    velocities: np.ndarray
+    energies: np.ndarray
+    forces: np.ndarray
+    skin: float
+
+
+def _solve(model: RelaxNet, graph: Any, times: Any) -> solver.Trajectory:
+    return solver.solve_trajectory(model.network, model.params, model.energy_scale, graph, times)
+
+
+_solve_compiled = jax.jit(_solve)
+
+
+def compiled_shapes() -> int:
+    """How many batch shapes have been compiled for prediction in this process."""
+    return _solve_compiled._cache_size()
+
+
+def predict_structures(
+    model: RelaxNet, structures: Sequence[Structure], times: np.ndarray | None = None, batch_size: int = 16,
+    progress: Callable[[int], None] = lambda _: None,
+) -> list[Path]:
+    """Predicted paths of many structures, in the order given.
+
+    Structures of similar cost share a batch, and shapes are rounded up, so few are compiled.
+    Where atoms approach by more than the skin, the neighbour list could miss a pair: those
+    structures are solved again with a wider one.
+
+    Args:
+      times: (n,) pseudotimes in [0, 1]; the configuration's frames by default.
+      batch_size: structures per batch. progress: called with the number of structures done.
+    """
+    grid = solver.frame_grid(model.config.dynamics)
+    times = grid if times is None else np.asarray(times, np.float64)
+    if times.ndim != 1 or len(times) == 0 or times.min() < 0 or times.max() > 1:
+        raise InputError("times: must be pseudotimes in [0, 1], one dimension, at least one")
+    on_grid = len(times) == len(grid) and np.allclose(times, grid, atol=1e-12)
+    done: dict[int, Path] = {}
+    pending = {i: (s, model.config.graph.skin) for i, s in enumerate(structures)}
+    for widening in range(MAX_WIDENINGS + 1):
+        retry = {}
+        order = sorted(pending, key=lambda i: (pending[i][0].neighbors.n_bonds, pending[i][0].neighbors.n_slots))
+        for begin in range(0, len(order), batch_size):
+            members = order[begin : begin + batch_size]
+            paths = _predict_batch(model, [pending[i][0] for i in members], None if on_grid else times, batch_size)
+            for i, raw in zip(members, paths):
+                structure, skin = pending[i]
+                needed = approach(raw.positions)
+                if needed > skin and np.isfinite(needed) and skin < MAX_SKIN and widening < MAX_WIDENINGS:
+                    wider = min(1.25 * needed, MAX_SKIN)
+                    retry[i] = (_with_skin(model, structure, wider), wider)
+                else:
+                    done[i] = dataclasses.replace(raw, times=times, skin=skin)
+            progress(len(done))
+        if not retry:
+            break
+        pending = retry
+    return [done[i] for i in range(len(structures))]
+
+
+def approach(positions: np.ndarray) -> float:
+    """Å: the most two atoms can have approached, by the two largest displacements on a path (n, N, 3)."""
+    reach = np.linalg.norm(positions - positions[:1], axis=-1).max(0)
+    if not np.isfinite(reach).all():
+        return np.inf
+    # An atom also neighbours its own images, which move with it; hence the two largest.
+    return float(np.sort(reach)[-2:].sum()) if len(reach) > 1 else 0.0
+
+
+def _with_skin(model: RelaxNet, s: Structure, skin: float) -> Structure:
+    config = dataclasses.replace(model.config, graph=dataclasses.replace(model.config.graph, skin=skin))
+    return build_structure(s.atomic_numbers, s.positions, s.cell, s.pbc, config, s.fixed_mask, s.charges)
+
+
+def _predict_batch(model: RelaxNet, structures: Sequence[Structure], times, batch_size: int) -> list[Path]:
+    shape = fitting_shape(structures, rounded=True)
+    # The last, smaller batch of a set takes the full number of structures: one shape fewer.
+    shape = dataclasses.replace(shape, n_graphs=max(shape.n_graphs, batch_size + 1 if len(structures) > 1 else 2))
+    dtype = jax.tree.leaves(model.params)[0].dtype
+    graph = collate(structures, shape, dtype)
+    result = jax.device_get(_solve_compiled(model, graph, None if times is None else times.astype(dtype)))
+    split = [split_nodes(np.asarray(x, np.float64), graph) for x in (result.positions, result.velocities,
+                                                                     result.forces)]
+    paths = []
+    for index, (structure, x, u, f) in enumerate(zip(structures, *split)):
+        energies = np.asarray(result.energies[:, index], np.float64)
+        # Exact initial positions: the network's precision must not move an atom at t = 0.
+        x = structure.positions + (x - np.asarray(structure.positions, dtype))
+        paths.append(Path(np.zeros(0), x, u, energies + model.composition_energy(structure.atomic_numbers), f, 0.0))
+    return paths
+
+
+@overload
+def relax(model: RelaxNet, atoms: Atoms, n_frames: int = 5, batch_size: int = 16) -> RelaxationTrajectory: ...
+@overload
+def relax(
+    model: RelaxNet, atoms: Sequence[Atoms], n_frames: int = 5, batch_size: int = 16
+) -> list[RelaxationTrajectory]: ...
+
+
+def relax(model, atoms, n_frames=5, batch_size=16):
+    """Predicts the relaxation of one structure or of many.
+
+    Args:
+      model: from `load_model` or `create_model`.
+      atoms: ASE Atoms, or a sequence of them; `FixAtoms` are respected.
+      n_frames: frames of the result, equally spaced in pseudotime, first and last included.
+      batch_size: structures solved at once.
+
+    Returns:
+      A `RelaxationTrajectory` (a list of them for a sequence).
+
+    Raises:
+      InputError: a structure that cannot be used, named by its place in the sequence; or
+        n_frames < 2.
+    """
+    if n_frames < 2:
+        raise InputError(f"n_frames={n_frames}: a trajectory has at least 2 frames, the first and the last")
+    single = hasattr(atoms, "numbers")
+    many = [atoms] if single else list(atoms)
+    names = [a.info.get("traj_id") or f"{i}-{a.get_chemical_formula()}" for i, a in enumerate(many)]
+    structures = [model.structure(a, str(name)) for a, name in zip(many, names)]
+    paths = predict_structures(model, structures, np.linspace(0.0, 1.0, n_frames), batch_size)
+    results = [as_trajectory(str(n), s, p) for n, s, p in zip(names, structures, paths)]
+    return results[0] if single else results
+
+
+def as_trajectory(name: str, structure: Structure, path: Path) -> RelaxationTrajectory:
+    """A predicted path as a `RelaxationTrajectory`."""
+    return RelaxationTrajectory(
+        id=name,
+        atomic_numbers=structure.atomic_numbers,
+        positions=path.positions,
+        cells=np.repeat(structure.cell[None], len(path.times), axis=0),
+        pbc=structure.pbc,
+        energies=path.energies,
+        forces=path.forces,
+        fixed_mask=structure.fixed_mask,
+        times=path.times,
+        source="RelaxNet",
+    )
