@@ -49,8 +49,10 @@ def fitting_shape(structures: Sequence[Structure], rounded: bool = False) -> Bat
         n_graphs=len(structures) + 1,
         n_atoms=up(sum(s.n_atoms for s in structures)),
         n_slots=up(max(s.neighbors.n_slots for s in structures)),
-        n_bonds=min(up(max(s.neighbors.n_bonds for s in structures)),
-                    up(max(s.neighbors.n_slots for s in structures))),
+        n_bonds=min(
+            up(max(s.neighbors.n_bonds for s in structures)),
+            up(max(s.neighbors.n_slots for s in structures)),
+        ),
     )
 
 

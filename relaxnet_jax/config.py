@@ -171,6 +171,8 @@ class TrainConfig:
       clip_norm: largest global gradient norm.
       epochs: most epochs.
       max_minutes: wall-clock limit (0: none); ends cleanly with a usable model.
+      cooldown: with ``max_minutes``, the learning rate falls linearly to zero over this last
+        fraction of the time; a run without a time limit does not use it.
       plateau_factor, plateau_patience: learning rate is multiplied by the factor after
         so many epochs without a better validation loss.
       early_stop_patience: epochs without a better validation loss before stopping.
@@ -190,6 +192,7 @@ class TrainConfig:
     clip_norm: float = 10.0
     epochs: int = 1000
     max_minutes: float = 0.0
+    cooldown: float = 0.3
     plateau_factor: float = 0.8
     plateau_patience: int = 8
     early_stop_patience: int = 20
@@ -224,7 +227,9 @@ class Config:
         return self.graph.skin if moves else 0.0
 
 
-def load_config(source: str | Path | Mapping[str, Any], overrides: Iterable[str] | Mapping = ()) -> Config:
+def load_config(
+    source: str | Path | Mapping[str, Any], overrides: Iterable[str] | Mapping = ()
+) -> Config:
     """Reads a config file and applies overrides.
 
     Args:
@@ -248,12 +253,18 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Iterable[str]
         try:
             get_config = runpy.run_path(str(path))["get_config"]
         except KeyError:
-            raise InputError(f"{path}: no function get_config(); see the shipped explicit.py") from None
+            raise InputError(
+                f"{path}: no function get_config(); see the shipped explicit.py"
+            ) from None
         except Exception as error:
-            raise InputError(f"{path}: cannot be executed: {type(error).__name__}: {error}") from None
+            raise InputError(
+                f"{path}: cannot be executed: {type(error).__name__}: {error}"
+            ) from None
         values = get_config()
         if not isinstance(values, Mapping):
-            raise InputError(f"{path}: get_config() must return a dict, not {type(values).__name__}")
+            raise InputError(
+                f"{path}: get_config() must return a dict, not {type(values).__name__}"
+            )
     config = _update(Config(name=name), values, origin)
     if isinstance(overrides, Mapping):
         nested = _nest(overrides.items(), "overrides")
@@ -295,7 +306,9 @@ def from_json(text: str, origin: str = "config.json") -> Config:
     try:
         values = json.loads(text)
     except json.JSONDecodeError as error:
-        raise InputError(f"{origin}: not valid JSON ({error}); the model folder is damaged") from None
+        raise InputError(
+            f"{origin}: not valid JSON ({error}); the model folder is damaged"
+        ) from None
     return check_config(_update(Config(), values, origin))
 
 
@@ -309,22 +322,45 @@ def check_config(config: Config) -> Config:
 
     require(0 < g.triplet_cutoff <= g.cutoff, "graph.triplet_cutoff must lie in (0, graph.cutoff]")
     require(g.skin >= 0, "graph.skin must not be negative")
-    for field in ("features", "vector_features", "layers", "triplet_features", "pair_features",
-                  "n_gaussian", "n_bessel", "expansion_channels", "attention_heads"):
+    for field in (
+        "features",
+        "vector_features",
+        "layers",
+        "triplet_features",
+        "pair_features",
+        "n_gaussian",
+        "n_bessel",
+        "expansion_channels",
+        "attention_heads",
+    ):
         require(getattr(m, field) >= 1, f"model.{field} must be at least 1")
-    require(m.features % m.attention_heads == 0, "model.features must be a multiple of model.attention_heads")
-    require(1 <= m.l_max <= 8 and 0 <= m.l_angle <= 12, "model.l_max must be 1..8 and model.l_angle 0..12")
+    require(
+        m.features % m.attention_heads == 0,
+        "model.features must be a multiple of model.attention_heads",
+    )
+    require(
+        1 <= m.l_max <= 8 and 0 <= m.l_angle <= 12,
+        "model.l_max must be 1..8 and model.l_angle 0..12",
+    )
     require(m.envelope_power >= 3, "model.envelope_power must be at least 3")
     require(d.frames >= 2, "dynamics.frames must be at least 2")
     require(d.substeps >= 1, "dynamics.substeps must be at least 1")
-    require(len(data.splits) == 3 and abs(sum(data.splits) - 1) < 1e-6 and min(data.splits) > 0,
-            "data.splits must be three positive fractions that add up to 1")
+    require(
+        len(data.splits) == 3 and abs(sum(data.splits) - 1) < 1e-6 and min(data.splits) > 0,
+        "data.splits must be three positive fractions that add up to 1",
+    )
     require(data.max_frames >= 2, "data.max_frames must be at least 2")
     require(t.batch_size >= 1, "train.batch_size must be at least 1")
-    require(t.learning_rate > 0 and t.clip_norm > 0, "train.learning_rate and train.clip_norm must be positive")
+    require(
+        t.learning_rate > 0 and t.clip_norm > 0,
+        "train.learning_rate and train.clip_norm must be positive",
+    )
+    require(0 <= t.cooldown <= 1, "train.cooldown must lie in [0, 1]")
     require(0 <= t.ema < 1, "train.ema must lie in [0, 1)")
-    require(t.epochs >= 1 and t.checkpoint_every >= 1 and t.max_buckets >= 1,
-            "train.epochs, train.checkpoint_every and train.max_buckets must be at least 1")
+    require(
+        t.epochs >= 1 and t.checkpoint_every >= 1 and t.max_buckets >= 1,
+        "train.epochs, train.checkpoint_every and train.max_buckets must be at least 1",
+    )
     return config
 
 
@@ -359,13 +395,17 @@ def _update(instance: Any, values: Mapping[str, Any], origin: str, prefix: str =
     for key, value in values.items():
         if key not in hints:
             near = difflib.get_close_matches(key, hints, n=1, cutoff=0.5)
-            hint = f"did you mean {prefix + near[0]!r}?" if near else f"known keys: {', '.join(hints)}"
+            hint = (
+                f"did you mean {prefix + near[0]!r}?" if near else f"known keys: {', '.join(hints)}"
+            )
             raise InputError(f"{origin}: unknown config key {prefix + key!r}; {hint}")
         current = getattr(instance, key)
         if dataclasses.is_dataclass(current):
             if not isinstance(value, Mapping):
-                raise InputError(f"{origin}: {prefix + key!r} is a section; set its fields, e.g. "
-                                 f"{prefix + key}.{dataclasses.fields(current)[0].name}=…")
+                raise InputError(
+                    f"{origin}: {prefix + key!r} is a section; set its fields, e.g. "
+                    f"{prefix + key}.{dataclasses.fields(current)[0].name}=…"
+                )
             changes[key] = _update(current, value, origin, f"{prefix}{key}.")
         else:
             changes[key] = _coerce(value, hints[key], f"{origin}: {prefix + key}")

@@ -58,7 +58,9 @@ def constrain_velocity(graph: Graph, velocities: Velocities, masses: Array) -> V
     return jnp.where(movable(graph), velocities - drift[index], 0.0)
 
 
-def initial_state(network: RelaxNetwork, params: Params, graph: Graph, positions: Positions) -> State:
+def initial_state(
+    network: RelaxNetwork, params: Params, graph: Graph, positions: Positions
+) -> State:
     """x(0), u(0) from the edge expansion, and h(0) = encoder(x(0)) in the explicit scheme."""
     variables = {"params": params}
     encoding = network.apply(variables, graph, positions, method="encode")
@@ -72,12 +74,16 @@ def initial_state(network: RelaxNetwork, params: Params, graph: Graph, positions
     return State(positions, velocities, latent)
 
 
-def evaluate(network: RelaxNetwork, params: Params, scale: Array, graph: Graph, state: State) -> Evaluation:
+def evaluate(
+    network: RelaxNetwork, params: Params, scale: Array, graph: Graph, state: State
+) -> Evaluation:
     """Energies and forces of a state."""
     return energies_and_forces(network, params, scale, graph, state.positions, state.latent)
 
 
-def vector_field(network: RelaxNetwork, params: Params, scale: Array, graph: Graph, state: State) -> State:
+def vector_field(
+    network: RelaxNetwork, params: Params, scale: Array, graph: Graph, state: State
+) -> State:
     """The time derivative of the state, itself laid out as a `State`."""
     variables = {"params": params}
     result = evaluate(network, params, scale, graph, state)
@@ -90,7 +96,9 @@ def vector_field(network: RelaxNetwork, params: Params, scale: Array, graph: Gra
         friction = network.apply(variables, method="friction").astype(acceleration.dtype)
         dx, du = speed * state.velocities, speed * (acceleration - friction * state.velocities)
     if network.dynamics.latent == "explicit":
-        dh = network.apply(variables, state.latent, result.pair, state.velocities, method="latent_rate")
+        dh = network.apply(
+            variables, state.latent, result.pair, state.velocities, method="latent_rate"
+        )
     else:
         dh = jnp.zeros_like(state.latent)
     return State(dx, du, dh)

@@ -62,8 +62,14 @@ class Structure:
 
 
 def build_structure(
-    atomic_numbers, positions, cell, pbc, config: Config,
-    fixed_mask=None, charges=None, name: str = "structure",
+    atomic_numbers,
+    positions,
+    cell,
+    pbc,
+    config: Config,
+    fixed_mask=None,
+    charges=None,
+    name: str = "structure",
 ) -> Structure:
     """Checks a structure and finds its neighbours.
 
@@ -81,22 +87,29 @@ def build_structure(
     if len(numbers) == 0:
         raise InputError(f"{name}: has no atoms")
     if positions.shape != (len(numbers), 3):
-        raise InputError(f"{name}: positions have shape {positions.shape}, expected {(len(numbers), 3)}")
+        raise InputError(
+            f"{name}: positions have shape {positions.shape}, expected {(len(numbers), 3)}"
+        )
     if numbers.min() < 1 or numbers.max() > MAX_ATOMIC_NUMBER:
         bad = numbers[(numbers < 1) | (numbers > MAX_ATOMIC_NUMBER)][0]
         raise InputError(f"{name}: atomic number {bad} is not an element (1..{MAX_ATOMIC_NUMBER})")
     if not np.isfinite(positions).all():
         atom = int(np.argwhere(~np.isfinite(positions))[0, 0])
-        raise InputError(f"{name}: position of atom {atom} is not finite; repair or drop the structure")
+        raise InputError(
+            f"{name}: position of atom {atom} is not finite; repair or drop the structure"
+        )
     if not np.isfinite(cell).all():
         raise InputError(f"{name}: the cell is not finite; repair or drop the structure")
     if pbc.all() and abs(np.linalg.det(cell)) < 1e-6:
-        raise InputError(f"{name}: the cell has zero volume; give three independent lattice vectors "
-                         "or set pbc=False for a molecule")
+        raise InputError(
+            f"{name}: the cell has zero volume; give three independent lattice vectors "
+            "or set pbc=False for a molecule"
+        )
     try:
         g = config.graph
         neighbors = build_neighbors(
-            positions, cell, pbc, g.cutoff, g.triplet_cutoff, g.skin, config.triplet_skin)
+            positions, cell, pbc, g.cutoff, g.triplet_cutoff, g.skin, config.triplet_skin
+        )
     except InputError as error:
         raise InputError(f"{name}: {error}") from None
     return Structure(
@@ -104,7 +117,9 @@ def build_structure(
         positions=positions,
         cell=cell,
         pbc=pbc.copy(),
-        fixed_mask=np.zeros(len(numbers), bool) if fixed_mask is None else np.asarray(fixed_mask, bool),
+        fixed_mask=np.zeros(len(numbers), bool)
+        if fixed_mask is None
+        else np.asarray(fixed_mask, bool),
         charges=np.zeros(len(numbers)) if charges is None else np.asarray(charges, np.float64),
         neighbors=neighbors,
     )
@@ -127,8 +142,14 @@ def structure_from_atoms(atoms: Atoms, config: Config, name: str | None = None) 
     """A `Structure` from ASE Atoms; `FixAtoms` become fixed atoms. Raises InputError."""
     charges = atoms.get_initial_charges()
     return build_structure(
-        atoms.numbers, atoms.positions, atoms.cell.array, atoms.pbc, config,
-        fixed_mask=fixed_atoms(atoms), charges=charges, name=name or atoms.get_chemical_formula(),
+        atoms.numbers,
+        atoms.positions,
+        atoms.cell.array,
+        atoms.pbc,
+        config,
+        fixed_mask=fixed_atoms(atoms),
+        charges=charges,
+        name=name or atoms.get_chemical_formula(),
     )
 
 

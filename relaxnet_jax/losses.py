@@ -50,7 +50,9 @@ class Term(NamedTuple):
         return safe_divide(self.total, self.count)
 
 
-def loss_terms(prediction: Trajectory, targets: Targets, graph: Graph, config: LossConfig) -> dict[str, Term]:
+def loss_terms(
+    prediction: Trajectory, targets: Targets, graph: Graph, config: LossConfig
+) -> dict[str, Term]:
     """The unweighted terms of equation (7) for one batch.
 
     energy: |E - Ê| per structure and frame (per atom with energy_per="atom").
@@ -62,7 +64,9 @@ def loss_terms(prediction: Trajectory, targets: Targets, graph: Graph, config: L
       and an atom predicted not to move has cos theta = 0.
     """
     mask = targets.frame_mask & graph.globals["mask"]
-    size = jnp.maximum(graph.n_node, 1) if config.energy_per == "atom" else jnp.ones_like(graph.n_node)
+    size = (
+        jnp.maximum(graph.n_node, 1) if config.energy_per == "atom" else jnp.ones_like(graph.n_node)
+    )
     node = graph.nodes["graph"]
     free = graph.nodes["mask"] & ~graph.nodes["fixed"]
     atom_mask = mask[:, node] & free

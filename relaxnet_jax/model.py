@@ -92,7 +92,9 @@ class RelaxNet:
         graph = collate(structures, fitting_shape(structures, rounded=True), _dtype(self.params))
         return jax.tree.map(jnp.asarray, graph)
 
-    def energy_and_forces(self, atoms: Atoms, reference: Atoms | None = None) -> tuple[float, np.ndarray]:
+    def energy_and_forces(
+        self, atoms: Atoms, reference: Atoms | None = None
+    ) -> tuple[float, np.ndarray]:
         """Energy (eV) and forces (N, 3) eV/Å of a structure, as on a trajectory's frames.
 
         Implicit scheme: F = -dE/dx of E(x). Explicit scheme: the latent h is a state of its own,
@@ -105,7 +107,9 @@ class RelaxNet:
         start = graph.nodes["positions"].copy()
         if reference is not None:
             if not np.array_equal(reference.numbers, atoms.numbers):
-                raise InputError("reference: must have the atoms of the structure in the same order")
+                raise InputError(
+                    "reference: must have the atoms of the structure in the same order"
+                )
             start[: len(atoms)] = reference.positions
         energies, forces = _evaluate(self, graph, start)
         energy = float(energies[0]) + self.composition_energy(atoms.numbers)
@@ -120,8 +124,10 @@ class RelaxNet:
         unseen = sorted(set(np.asarray(atomic_numbers).tolist()) - set(self.elements))
         if self.elements and unseen:
             symbols = ", ".join(chemical_symbols[z] for z in unseen)
-            raise InputError(f"{name}: the model never saw {symbols}; train on data that contain it, or "
-                             "leave the structure out")
+            raise InputError(
+                f"{name}: the model never saw {symbols}; train on data that contain it, or "
+                "leave the structure out"
+            )
 
 
 @functools.lru_cache(maxsize=32)
@@ -181,7 +187,9 @@ def create_model(config: Config | str = "explicit.py", seed: int = 0, dtype=np.f
 
 def save_model(model: RelaxNet, folder: str | Path) -> Path:
     """Writes the model folder, as a whole or not at all; replaces a model already there."""
-    flat = {"/".join(k): np.asarray(v) for k, v in flax.traverse_util.flatten_dict(model.params).items()}
+    flat = {
+        "/".join(k): np.asarray(v) for k, v in flax.traverse_util.flatten_dict(model.params).items()
+    }
     arrays = {f"params/{k}": v for k, v in flat.items()}
     arrays["element_energies"] = np.asarray(model.element_energies, np.float64)
     arrays["energy_scale"] = np.asarray(model.energy_scale)
@@ -209,33 +217,55 @@ def load_model(folder: str | Path) -> RelaxNet:
     folder = Path(folder)
     for name in ("model.json", "config.json", "parameters.npz"):
         if not (folder / name).is_file():
-            raise InputError(f"{folder}: not a model folder ({name} is missing); give the 'model' folder of a "
-                             "training run")
+            raise InputError(
+                f"{folder}: not a model folder ({name} is missing); give the 'model' folder of a "
+                "training run"
+            )
     try:
         facts = json.loads((folder / "model.json").read_text())
         elements = tuple(sorted(chemical_symbols.index(s) for s in facts["elements"]))
         stored = facts["format"]
         intact = facts["sha256"] == _digest(folder / "parameters.npz")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{folder / 'model.json'}: damaged ({error}); export the model again") from None
+        raise InputError(
+            f"{folder / 'model.json'}: damaged ({error}); export the model again"
+        ) from None
     if stored != FORMAT:
-        raise InputError(f"{folder}: model format {stored}, this version reads {FORMAT}; use the version that wrote it")
+        raise InputError(
+            f"{folder}: model format {stored}, this version reads {FORMAT}; use the version that wrote it"
+        )
     if not intact:
-        raise InputError(f"{folder / 'parameters.npz'}: damaged (checksum differs); copy or export it again")
+        raise InputError(
+            f"{folder / 'parameters.npz'}: damaged (checksum differs); copy or export it again"
+        )
     config = from_json((folder / "config.json").read_text(), str(folder / "config.json"))
     try:
         with np.load(folder / "parameters.npz", allow_pickle=False) as file:
             arrays = {key: file[key] for key in file.files}
     except (ValueError, OSError, zipfile.BadZipFile) as error:
-        raise InputError(f"{folder / 'parameters.npz'}: damaged ({error}); copy or export it again") from None
+        raise InputError(
+            f"{folder / 'parameters.npz'}: damaged ({error}); copy or export it again"
+        ) from None
     params = flax.traverse_util.unflatten_dict(
-        {tuple(k.split("/")[1:]): jnp.asarray(v) for k, v in arrays.items() if k.startswith("params/")}
+        {
+            tuple(k.split("/")[1:]): jnp.asarray(v)
+            for k, v in arrays.items()
+            if k.startswith("params/")
+        }
     )
-    model = RelaxNet(params, arrays["element_energies"], arrays["energy_scale"], config, elements,
-                     json.dumps(facts["statistics"]))
+    model = RelaxNet(
+        params,
+        arrays["element_energies"],
+        arrays["energy_scale"],
+        config,
+        elements,
+        json.dumps(facts["statistics"]),
+    )
     expected = jax.tree.map(jnp.shape, create_model(config).params)
     if jax.tree.map(jnp.shape, params) != expected:
-        raise InputError(f"{folder}: parameters do not fit config.json; restore the pair that was exported")
+        raise InputError(
+            f"{folder}: parameters do not fit config.json; restore the pair that was exported"
+        )
     return model
 
 

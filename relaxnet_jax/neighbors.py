@@ -127,9 +127,11 @@ def _complete_cell(cell, positions, pbc, reach: float) -> np.ndarray:
     if abs(np.linalg.det(cell)) > 1e-9:
         return cell
     if pbc.any() and np.linalg.matrix_rank(cell[pbc], tol=1e-6) < pbc.sum():
-        raise InputError("the cell has zero volume along a periodic direction; give its lattice vectors")
+        raise InputError(
+            "the cell has zero volume along a periodic direction; give its lattice vectors"
+        )
     # Orthogonal complement of the periodic vectors: any vectors do, nothing repeats along them.
     _, _, rows = np.linalg.svd(np.where(pbc[:, None], cell, 0.0))
-    free = rows[int(pbc.sum()):]
+    free = rows[int(pbc.sum()) :]
     cell[~pbc] = free * (np.ptp(positions, axis=0).max() + 2 * reach + 1.0)
     return cell

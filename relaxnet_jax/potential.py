@@ -21,7 +21,12 @@ class Evaluation(NamedTuple):
 
 
 def energies_and_forces(
-    network: RelaxNetwork, params: Params, scale: Array, graph: Graph, positions: Positions, latent: Latent
+    network: RelaxNetwork,
+    params: Params,
+    scale: Array,
+    graph: Graph,
+    positions: Positions,
+    latent: Latent,
 ) -> Evaluation:
     """Energies of all structures and F = -dE/dx.
 

@@ -55,7 +55,10 @@ def compiled_shapes() -> int:
 
 
 def predict_structures(
-    model: RelaxNet, structures: Sequence[Structure], times: np.ndarray | None = None, batch_size: int = 16,
+    model: RelaxNet,
+    structures: Sequence[Structure],
+    times: np.ndarray | None = None,
+    batch_size: int = 16,
     progress: Callable[[int], None] = lambda _: None,
 ) -> list[Path]:
     """Predicted paths of many structures, in the order given.
@@ -77,14 +80,24 @@ def predict_structures(
     pending = {i: (s, model.config.graph.skin) for i, s in enumerate(structures)}
     for widening in range(MAX_WIDENINGS + 1):
         retry = {}
-        order = sorted(pending, key=lambda i: (pending[i][0].neighbors.n_bonds, pending[i][0].neighbors.n_slots))
+        order = sorted(
+            pending,
+            key=lambda i: (pending[i][0].neighbors.n_bonds, pending[i][0].neighbors.n_slots),
+        )
         for begin in range(0, len(order), batch_size):
             members = order[begin : begin + batch_size]
-            paths = _predict_batch(model, [pending[i][0] for i in members], None if on_grid else times, batch_size)
+            paths = _predict_batch(
+                model, [pending[i][0] for i in members], None if on_grid else times, batch_size
+            )
             for i, raw in zip(members, paths):
                 structure, skin = pending[i]
                 needed = approach(raw.positions)
-                if needed > skin and np.isfinite(needed) and skin < MAX_SKIN and widening < MAX_WIDENINGS:
+                if (
+                    needed > skin
+                    and np.isfinite(needed)
+                    and skin < MAX_SKIN
+                    and widening < MAX_WIDENINGS
+                ):
                     wider = min(1.25 * needed, MAX_SKIN)
                     retry[i] = (_with_skin(model, structure, wider), wider)
                 else:
@@ -106,30 +119,53 @@ def approach(positions: np.ndarray) -> float:
 
 
 def _with_skin(model: RelaxNet, s: Structure, skin: float) -> Structure:
-    config = dataclasses.replace(model.config, graph=dataclasses.replace(model.config.graph, skin=skin))
-    return build_structure(s.atomic_numbers, s.positions, s.cell, s.pbc, config, s.fixed_mask, s.charges)
+    config = dataclasses.replace(
+        model.config, graph=dataclasses.replace(model.config.graph, skin=skin)
+    )
+    return build_structure(
+        s.atomic_numbers, s.positions, s.cell, s.pbc, config, s.fixed_mask, s.charges
+    )
 
 
-def _predict_batch(model: RelaxNet, structures: Sequence[Structure], times, batch_size: int) -> list[Path]:
+def _predict_batch(
+    model: RelaxNet, structures: Sequence[Structure], times, batch_size: int
+) -> list[Path]:
     shape = fitting_shape(structures, rounded=True)
     # The last, smaller batch of a set takes the full number of structures: one shape fewer.
-    shape = dataclasses.replace(shape, n_graphs=max(shape.n_graphs, batch_size + 1 if len(structures) > 1 else 2))
+    shape = dataclasses.replace(
+        shape, n_graphs=max(shape.n_graphs, batch_size + 1 if len(structures) > 1 else 2)
+    )
     dtype = jax.tree.leaves(model.params)[0].dtype
     graph = collate(structures, shape, dtype)
-    result = jax.device_get(_solve_compiled(model, graph, None if times is None else times.astype(dtype)))
-    split = [split_nodes(np.asarray(x, np.float64), graph) for x in (result.positions, result.velocities,
-                                                                     result.forces)]
+    result = jax.device_get(
+        _solve_compiled(model, graph, None if times is None else times.astype(dtype))
+    )
+    split = [
+        split_nodes(np.asarray(x, np.float64), graph)
+        for x in (result.positions, result.velocities, result.forces)
+    ]
     paths = []
     for index, (structure, x, u, f) in enumerate(zip(structures, *split)):
         energies = np.asarray(result.energies[:, index], np.float64)
         # Exact initial positions: the network's precision must not move an atom at t = 0.
         x = structure.positions + (x - np.asarray(structure.positions, dtype))
-        paths.append(Path(np.zeros(0), x, u, energies + model.composition_energy(structure.atomic_numbers), f, 0.0))
+        paths.append(
+            Path(
+                np.zeros(0),
+                x,
+                u,
+                energies + model.composition_energy(structure.atomic_numbers),
+                f,
+                0.0,
+            )
+        )
     return paths
 
 
 @overload
-def relax(model: RelaxNet, atoms: Atoms, n_frames: int = 5, batch_size: int = 16) -> RelaxationTrajectory: ...
+def relax(
+    model: RelaxNet, atoms: Atoms, n_frames: int = 5, batch_size: int = 16
+) -> RelaxationTrajectory: ...
 @overload
 def relax(
     model: RelaxNet, atoms: Sequence[Atoms], n_frames: int = 5, batch_size: int = 16
@@ -153,7 +189,9 @@ def relax(model, atoms, n_frames=5, batch_size=16):
         n_frames < 2.
     """
     if n_frames < 2:
-        raise InputError(f"n_frames={n_frames}: a trajectory has at least 2 frames, the first and the last")
+        raise InputError(
+            f"n_frames={n_frames}: a trajectory has at least 2 frames, the first and the last"
+        )
     single = hasattr(atoms, "numbers")
     many = [atoms] if single else list(atoms)
     names = [a.info.get("traj_id") or f"{i}-{a.get_chemical_formula()}" for i, a in enumerate(many)]

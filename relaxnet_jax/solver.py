@@ -71,7 +71,11 @@ def solve_states(field: Callable[[State], State], start: State, config: Dynamics
         max_steps = config.max_steps
     solution = diffrax.diffeqsolve(
         diffrax.ODETerm(lambda t, y, args: field(y)),
-        solver, t0=0.0, t1=1.0, dt0=dt0, y0=start,
+        solver,
+        t0=0.0,
+        t1=1.0,
+        dt0=dt0,
+        y0=start,
         saveat=diffrax.SaveAt(ts=frames),
         stepsize_controller=controller,
         adjoint=diffrax.RecursiveCheckpointAdjoint(checkpoints=max_steps),
@@ -133,10 +137,13 @@ def solve_trajectory(
     """
     positions = graph.nodes["positions"] if positions is None else positions
 
-    # Rematerialised: the reverse pass keeps one state per stage, not the network's inside.
-    @jax.checkpoint
     def field(state):
         return dynamics.vector_field(network, params, scale, graph, state)
+
+    if network.dynamics.latent == "implicit":
+        # The encoder's inside is recomputed in the reverse pass instead of being kept for the
+        # stages of a step. The explicit scheme's pair pass is small: keeping it is faster.
+        field = jax.checkpoint(field)
 
     @jax.checkpoint
     def read(state):
@@ -149,6 +156,10 @@ def solve_trajectory(
         times = jnp.asarray(times, positions.dtype)
         if times.ndim == 1:
             times = jnp.broadcast_to(times[:, None], (times.shape[0], graph.n_node.shape[0]))
-        states = interpolate_states(states, jax.lax.map(field, states), times[:, graph.nodes["graph"]])
-    energies, forces = jax.lax.map(read, states)
-    return Trajectory(states.positions, states.velocities, energies, forces)
+        states = interpolate_states(
+            states, jax.lax.map(field, states), times[:, graph.nodes["graph"]]
+        )
+    # Reading frames off the solver's interpolation rounds; what is held must not move by a bit.
+    held = jnp.where(dynamics.movable(graph), states.positions, positions)
+    energies, forces = jax.lax.map(read, states._replace(positions=held))
+    return Trajectory(held, states.velocities, energies, forces)

@@ -252,5 +252,5 @@ def test_table_and_json(tmp_path):
     assert [p.name for p in path.parent.iterdir()] == ["metrics.json"]
     with pytest.raises(InputError, match="units"):
         write_metrics(path, results, {"units": {}})
-    with pytest.raises(InputError, match="cannot write"):
+    with pytest.raises(InputError, match="cannot be written"):
         write_metrics(path / "below" / "a_file.json", results)

@@ -106,8 +106,9 @@ def bessel_roots(l_max: int, n: int) -> np.ndarray:
     roots = np.pi * np.arange(1, n + l_max + 1)
     table = [roots[:n]]
     for l in range(1, l_max + 1):  # noqa: E741
-        roots = np.array([brentq(lambda x, l=l: spherical_jn(l, x), a, b)
-                          for a, b in zip(roots[:-1], roots[1:])])
+        roots = np.array(
+            [brentq(lambda x, l=l: spherical_jn(l, x), a, b) for a, b in zip(roots[:-1], roots[1:])]
+        )
         table.append(roots[:n])
     return np.stack(table)
 
@@ -135,4 +136,3 @@ def radial_features(r: Array, cutoff: float, n_gaussian: int, n_bessel: int) -> 
     return jnp.concatenate(
         [gaussian_basis(r, cutoff, n_gaussian), bessel_basis(r, cutoff, n_bessel)], -1
     )
-

@@ -61,7 +61,9 @@ def read_trajectories(
     if changing:
         left_out["the cell changes"] = changing
     if not kept:
-        raise InputError(f"{path}: no relaxation with a fixed cell; import some, or use data.path=emt")
+        raise InputError(
+            f"{path}: no relaxation with a fixed cell; import some, or use data.path=emt"
+        )
     return kept, left_out, "EMT alloys (generated, not DFT)" if generated else str(path)
 
 
@@ -76,13 +78,18 @@ def load_dataset(config: Config, report: Callable[[str], None] = lambda _: None)
     if limit and limit < len(trajectories):
         chosen = np.random.default_rng(config.data.seed).permutation(len(trajectories))[:limit]
         trajectories = [trajectories[i] for i in sorted(chosen)]
-    splits = split_groups([t.group for t in trajectories], config.data.splits, config.data.fold, config.data.seed)
+    splits = split_groups(
+        [t.group for t in trajectories], config.data.splits, config.data.fold, config.data.seed
+    )
     return Dataset(trajectories, dict(zip(SPLITS, splits)), left_out, name)
 
 
 def make_samples(
-    trajectories: Sequence[RelaxationTrajectory], config: Config, element_energies: np.ndarray,
-    seen: np.ndarray, report: Callable[[str], None],
+    trajectories: Sequence[RelaxationTrajectory],
+    config: Config,
+    element_energies: np.ndarray,
+    seen: np.ndarray,
+    report: Callable[[str], None],
 ) -> list[Sample | None]:
     """Training samples; None, with a reported reason, for a structure that cannot be used."""
     samples: list[Sample | None] = []

@@ -20,7 +20,9 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
       InputError: the folder cannot be made or written to.
     """
     target = Path(path)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    # The suffix stays last: some writers choose the format by it.
+    tag = f"{os.getpid()}-{secrets.token_hex(4)}.tmp"
+    temporary = target.with_name(f".{target.stem}.{tag}{target.suffix}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary.touch()

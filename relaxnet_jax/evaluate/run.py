@@ -37,7 +37,9 @@ class Evaluation:
 
 
 def compare(
-    model: RelaxNet, trajectories: Sequence[RelaxationTrajectory], report: Callable[[str], None],
+    model: RelaxNet,
+    trajectories: Sequence[RelaxationTrajectory],
+    report: Callable[[str], None],
     batch_size: int = 16,
 ) -> tuple[list[Comparison], list[str]]:
     """True against predicted frames: the n equidistant ones the model predicts.
@@ -50,8 +52,18 @@ def compare(
     for t in trajectories:
         try:
             model.check_elements(t.atomic_numbers, t.id)
-            structures.append(build_structure(t.atomic_numbers, t.positions[0], t.cells[0], t.pbc, model.config,
-                                              t.fixed_mask, t.charges, t.id))
+            structures.append(
+                build_structure(
+                    t.atomic_numbers,
+                    t.positions[0],
+                    t.cells[0],
+                    t.pbc,
+                    model.config,
+                    t.fixed_mask,
+                    t.charges,
+                    t.id,
+                )
+            )
             kept.append(t)
         except InputError as error:
             left_out.append(str(error))
@@ -63,19 +75,35 @@ def compare(
         true = t.positions[chosen.indices]
         if not t.fixed_mask.any():
             atomic = model.config.dynamics.mass == "atomic"
-            true = without_drift(true, masses_of(t.atomic_numbers) if atomic else np.ones(t.n_atoms))
-        comparisons.append(Comparison(
-            id=t.id, atomic_numbers=t.atomic_numbers, cell=t.cells[0], pbc=t.pbc, fixed_mask=t.fixed_mask,
-            true_positions=true, true_energies=t.energies[chosen.indices], true_forces=t.forces[chosen.indices],
-            pred_positions=path.positions[chosen.slots], pred_energies=path.energies[chosen.slots],
-            pred_forces=path.forces[chosen.slots], composition_energy=model.composition_energy(t.atomic_numbers),
-            slots=chosen.slots, n_frames=n,
-        ))
+            true = without_drift(
+                true, masses_of(t.atomic_numbers) if atomic else np.ones(t.n_atoms)
+            )
+        comparisons.append(
+            Comparison(
+                id=t.id,
+                atomic_numbers=t.atomic_numbers,
+                cell=t.cells[0],
+                pbc=t.pbc,
+                fixed_mask=t.fixed_mask,
+                true_positions=true,
+                true_energies=t.energies[chosen.indices],
+                true_forces=t.forces[chosen.indices],
+                pred_positions=path.positions[chosen.slots],
+                pred_energies=path.energies[chosen.slots],
+                pred_forces=path.forces[chosen.slots],
+                composition_energy=model.composition_energy(t.atomic_numbers),
+                slots=chosen.slots,
+                n_frames=n,
+            )
+        )
     return comparisons, left_out
 
 
 def evaluate_workdir(
-    workdir: str | Path, split: str = "test", data: str | None = None, report: Callable[[str], None] = print,
+    workdir: str | Path,
+    split: str = "test",
+    data: str | None = None,
+    report: Callable[[str], None] = print,
 ) -> Evaluation:
     """Evaluates the best model of a run on one of its splits, or on another file.
 
@@ -88,8 +116,10 @@ def evaluate_workdir(
     """
     workdir = Path(workdir)
     if not (workdir / "model").is_dir():
-        raise InputError(f"{workdir}: holds no trained model (no 'model' folder); run relaxnet-jax train "
-                         f"--workdir {workdir} first")
+        raise InputError(
+            f"{workdir}: holds no trained model (no 'model' folder); run relaxnet-jax train "
+            f"--workdir {workdir} first"
+        )
     model = load_model(workdir / "model")
     if data is None:
         if split not in SPLITS:
@@ -98,7 +128,9 @@ def evaluate_workdir(
         try:
             ids = set(json.loads(file.read_text())[split])
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{file}: missing or damaged ({type(error).__name__}); evaluate a file with --data") from None
+            raise InputError(
+                f"{file}: missing or damaged ({type(error).__name__}); evaluate a file with --data"
+            ) from None
         found, _, name = read_trajectories(model.config.data.path, model.config, report)
         trajectories = [t for t in found if t.id in ids]
         name = f"{name}, {split} split"
@@ -107,10 +139,14 @@ def evaluate_workdir(
     comparisons, left_out = compare(model, trajectories, report)
     if not comparisons:
         raise InputError(f"{name}: nothing left to evaluate; use data with the model's elements")
-    return Evaluation({p: evaluate(comparisons, p) for p in PREDICTORS}, comparisons, left_out, name)
+    return Evaluation(
+        {p: evaluate(comparisons, p) for p in PREDICTORS}, comparisons, left_out, name
+    )
 
 
-def read_any(path: str, model: RelaxNet, report: Callable[[str], None]) -> list[RelaxationTrajectory]:
+def read_any(
+    path: str, model: RelaxNet, report: Callable[[str], None]
+) -> list[RelaxationTrajectory]:
     """Relaxations of a store, or of any other file by importing it."""
     if path == "emt" or path.endswith((".h5", ".hdf5")) or Path(path).is_dir():
         return read_trajectories(path, model.config, report)[0]
@@ -124,7 +160,9 @@ def write_evaluation(evaluation: Evaluation, folder: str | Path) -> list[Path]:
     """metrics.json, per_frame.png and parity.png; returns their paths."""
     folder = Path(folder)
     files = [folder / name for name in ("metrics.json", "per_frame.png", "parity.png")]
-    write_metrics(files[0], evaluation.results, {"data": evaluation.name, "left_out": evaluation.left_out})
+    write_metrics(
+        files[0], evaluation.results, {"data": evaluation.name, "left_out": evaluation.left_out}
+    )
     per_frame_figure(evaluation.results, files[1], evaluation.name)
     parity_figure(evaluation.comparisons, files[2], evaluation.name)
     return files

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
+from relaxnet_jax.data.files import atomic_path
 from relaxnet_jax.errors import InputError
 from relaxnet_jax.metrics import Metrics, plain
 
@@ -46,26 +46,6 @@ _ROWS = (
     ("improved over doing nothing", "improved_fraction", "percent", ("model",)),
     ("structures with falling energy", "monotone_fraction", "percent", ("model",)),
 )
-
-
-@contextlib.contextmanager
-def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yields a temporary path beside ``path`` that replaces it on success, else vanishes.
-
-    Missing parent folders are made. What the operating system refuses is an InputError.
-    """
-    target = Path(path)
-    # The suffix stays last: matplotlib reads the format off it.
-    temporary = target.with_name(f".{target.stem}.{os.getpid()}.tmp{target.suffix}")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        os.replace(temporary, target)
-    except OSError as error:
-        raise InputError(f"cannot write {target}: {error.strerror or error}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
 
 
 def label(name: str) -> str:

@@ -47,7 +47,9 @@ class PowerSpectrum(nn.Module):
     def __call__(self, expansion: e3nn.IrrepsArray, h: Array, graph: Graph) -> Array:
         C, irreps = self.channels, expansion.irreps
         mixed = e3nn.flax.Linear([(C, ir) for _, ir in irreps], name="mix")(expansion.axis_to_mul())
-        weights = gather_senders(nn.Dense(C, name="weight")(h), graph.senders, graph.edges["reverse"])
+        weights = gather_senders(
+            nn.Dense(C, name="weight")(h), graph.senders, graph.edges["reverse"]
+        )
         invariants = []
         for chunk in mixed.chunks:  # (E, C, 2l+1)
             total = sum_slots(chunk * weights[..., None], h.shape[0]) / PAIR_NORM
@@ -63,9 +65,16 @@ class DTNNLayer(nn.Module):
     @nn.compact
     def __call__(self, h: Array, v: VectorFeatures, graph: Graph, geo: Geometry):
         m = self.config
-        h, step = PairConvolution(m.features, m.pair_features, m.update_positions, name="pair")(h, graph, geo)
+        h, step = PairConvolution(m.features, m.pair_features, m.update_positions, name="pair")(
+            h, graph, geo
+        )
         h, v = TripletMPNN(
-            m.features, m.triplet_features, m.vector_features, m.vector_messages, name="triplet"
+            m.features,
+            m.triplet_features,
+            m.vector_features,
+            m.vector_messages,
+            m.l_angle,
+            name="triplet",
         )(h, v, graph, geo)
         return h, v, step
 
@@ -103,5 +112,7 @@ class Encoder(nn.Module):
                 geo = geometry(graph, positions, shifts, g, m)
         if m.vector_messages:
             hidden.append(jnp.log1p(v.invariants()))
-        h = nn.LayerNorm(name="norm")(nn.Dense(m.features, name="project")(jnp.concatenate(hidden, -1)))
+        h = nn.LayerNorm(name="norm")(
+            nn.Dense(m.features, name="project")(jnp.concatenate(hidden, -1))
+        )
         return Encoding(h, v, geo, expansion)

@@ -57,7 +57,9 @@ class RelaxNetwork(nn.Module):
         sent = gather_senders(self.pair_send(h), graph.senders, graph.edges["reverse"])
         return sum_slots(self.pair_filter(radial) * sent, h.shape[0]) / PAIR_NORM
 
-    def explicit_energy(self, h: Latent, graph: Graph, positions: Positions) -> tuple[Energies, Array]:
+    def explicit_energy(
+        self, h: Latent, graph: Graph, positions: Positions
+    ) -> tuple[Energies, Array]:
         """Energy (G,) of latent h at x, and the pair features p (N, P)."""
         p = self.pair_pass(h, graph, positions)
         return self.read_out(h + self.pair_update(jnp.concatenate([h, p], -1)), graph), p
@@ -117,8 +119,11 @@ class _VelocityHead(nn.Module):
         sent = gather_senders(sent, graph.senders, graph.edges["reverse"])
         own = nn.Dense(m.features, name="receiver")(h)
         radial = nn.Dense(m.features, use_bias=False, name="radial")(geo.radial)
-        hidden = nn.silu(sent.reshape(n_atoms, -1, m.features) + own[:, None] + radial.reshape(
-            n_atoms, -1, m.features))
+        hidden = nn.silu(
+            sent.reshape(n_atoms, -1, m.features)
+            + own[:, None]
+            + radial.reshape(n_atoms, -1, m.features)
+        )
         gates = nn.Dense(m.n_bessel, name="small_gates")(hidden).reshape(-1, m.n_bessel)
         l1 = encoding.expansion.filter("1o").array  # (E, n, 3), envelope included
         u = sum_slots(jnp.einsum("en,ena->ea", gates, l1), n_atoms) / PAIR_NORM

@@ -17,7 +17,9 @@ from relaxnet_jax.typing import Graph, Params
 SMALL = 0.1  # factor on the kernels of layers named small_*
 
 
-def initial_parameters(network: RelaxNetwork, graph: Graph, seed: int = 0, dtype=np.float32) -> Params:
+def initial_parameters(
+    network: RelaxNetwork, graph: Graph, seed: int = 0, dtype=np.float32
+) -> Params:
     """Parameters of the network for graphs laid out like ``graph`` (its sizes do not matter).
 
     Kernels are uniform with variance 1/fan_in (LeCun), a hundredth of it in layers named
@@ -31,7 +33,7 @@ def initial_parameters(network: RelaxNetwork, graph: Graph, seed: int = 0, dtype
 
     def draw(path, leaf):
         *modules, name = [entry.key for entry in path]
-        if name == "kernel":
+        if name.endswith("kernel"):
             scale = SMALL if modules[-1].startswith("small_") else 1.0
             bound = scale * np.sqrt(3.0 / leaf.shape[0])
             values = rng.uniform(-bound, bound, leaf.shape)
@@ -42,7 +44,9 @@ def initial_parameters(network: RelaxNetwork, graph: Graph, seed: int = 0, dtype
         elif name == "bias" or name.startswith("log_"):
             values = np.zeros(leaf.shape)
         else:
-            raise ValueError(f"no initial value is known for parameter {jax.tree_util.keystr(path)}")
+            raise ValueError(
+                f"no initial value is known for parameter {jax.tree_util.keystr(path)}"
+            )
         return jnp.asarray(values, dtype)
 
     return jax.tree_util.tree_map_with_path(draw, shapes)

@@ -47,8 +47,10 @@ class Checkpoints:
         manager = self._managers[which]
         epoch = manager.latest_step()
         if epoch is None:
-            raise InputError(f"{self._folder / which}: no checkpoint to resume from; start without --resume "
-                             "in another --workdir")
+            raise InputError(
+                f"{self._folder / which}: no checkpoint to resume from; start without --resume "
+                "in another --workdir"
+            )
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         try:
             restored = manager.restore(

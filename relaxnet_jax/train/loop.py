@@ -34,7 +34,7 @@ from relaxnet_jax.train.state import Plateau, TrainState, initial_train_state
 from relaxnet_jax.train.step import make_eval_step, make_train_step
 
 # Fields that may differ when a run is resumed: they say when to stop, not what is computed.
-RESUMABLE = ("epochs", "max_minutes", "early_stop_patience", "tensorboard", "checkpoint_every")
+RESUMABLE = ("epochs", "max_minutes", "early_stop_patience", "tensorboard", "checkpoint_every", "cooldown")
 
 
 @dataclasses.dataclass
@@ -50,7 +50,10 @@ class Result:
 
 
 def train(
-    config: Config, workdir: str | Path, resume: bool = False, report: ConsoleReport | None = None,
+    config: Config,
+    workdir: str | Path,
+    resume: bool = False,
+    report: ConsoleReport | None = None,
     devices: int | None = None,
 ) -> Result:
     """Trains a model and leaves the best one in ``workdir/model``.
@@ -81,10 +84,14 @@ def _check_workdir(config: Config, workdir: Path, resume: bool) -> None:
     file = workdir / "config.json"
     if not resume:
         if file.exists():
-            raise InputError(f"{workdir}: already holds a run; continue it with --resume or give another --workdir")
+            raise InputError(
+                f"{workdir}: already holds a run; continue it with --resume or give another --workdir"
+            )
         return
     if not file.exists():
-        raise InputError(f"{workdir}: holds no run to resume (config.json is missing); start without --resume")
+        raise InputError(
+            f"{workdir}: holds no run to resume (config.json is missing); start without --resume"
+        )
     theirs, ours = to_dict(from_json(file.read_text(), str(file))), to_dict(config)
     for part in (theirs, ours):
         part.pop("name")
@@ -101,54 +108,82 @@ def _check_workdir(config: Config, workdir: Path, resume: bool) -> None:
 class _Run:
     """Everything that does not change from epoch to epoch."""
 
-    def __init__(self, config: Config, dataset: Dataset, report: ConsoleReport, devices: int | None) -> None:
+    def __init__(
+        self, config: Config, dataset: Dataset, report: ConsoleReport, devices: int | None
+    ) -> None:
         self.config, self.dataset, self.report = config, dataset, report
         for reason, count in dataset.left_out.items():
             report(f"{count} relaxations left out: {reason}")
         train_set = [dataset.trajectories[i] for i in dataset.splits["train"]]
-        self.element_energies, self.scale, self.seen = fit_element_energies(train_set, MAX_ATOMIC_NUMBER + 1)
-        samples = make_samples(dataset.trajectories, config, self.element_energies, self.seen, report)
-        used = [i for name in ("train", "validation") for i in dataset.splits[name] if samples[i] is not None]
+        self.element_energies, self.scale, self.seen = fit_element_energies(
+            train_set, MAX_ATOMIC_NUMBER + 1
+        )
+        samples = make_samples(
+            dataset.trajectories, config, self.element_energies, self.seen, report
+        )
+        used = [
+            i
+            for name in ("train", "validation")
+            for i in dataset.splits[name]
+            if samples[i] is not None
+        ]
         self.samples: list[Sample] = [samples[i] for i in used]  # type: ignore[misc]
         in_train = np.isin(used, dataset.splits["train"])
         self.members = {"train": np.flatnonzero(in_train), "validation": np.flatnonzero(~in_train)}
         for name, members in self.members.items():
             if len(members) == 0:
-                raise InputError(f"{config.data.path}: no usable relaxation in the {name} split; import more data "
-                                 "or change data.splits")
+                raise InputError(
+                    f"{config.data.path}: no usable relaxation in the {name} split; import more data "
+                    "or change data.splits"
+                )
         t = config.train
         self.structures = [s.structure for s in self.samples]
-        self.buckets: Buckets = plan_buckets(self.structures, t.batch_size, t.max_buckets, t.max_padding)
+        self.buckets: Buckets = plan_buckets(
+            self.structures, t.batch_size, t.max_buckets, t.max_padding
+        )
         report(
             f"{dataset.name}: {len(self.members['train'])} training, {len(self.members['validation'])} validation, "
             f"{len(dataset.splits['test'])} test relaxations; {len(self.buckets.shapes)} bucket(s), padding "
             f"{100 * self.buckets.padding:.0f} %"
         )
         for shape in self.buckets.shapes:
-            report(f"  bucket: {shape.n_graphs - 1} structures, {shape.n_atoms} atoms, {shape.n_slots} neighbours, "
-                   f"{shape.n_bonds} bonds per atom")
+            report(
+                f"  bucket: {shape.n_graphs - 1} structures, {shape.n_atoms} atoms, {shape.n_slots} neighbours, "
+                f"{shape.n_bonds} bonds per atom"
+            )
         self.devices = Devices(devices, report)
         batched = self.devices.axis is not None
         self.train_step = self.devices.compile(
-            make_train_step(config, self.scale, self.devices.axis), "training step",
-            (True, True, False, False), donate=(0,))
+            make_train_step(config, self.scale, self.devices.axis),
+            "training step",
+            (True, True, False, False),
+            donate=(0,),
+        )
         self.eval_step = self.devices.compile(
-            make_eval_step(config, self.scale, self.devices.axis), "validation step", (True, True))
+            make_eval_step(config, self.scale, self.devices.axis), "validation step", (True, True)
+        )
         self._batched = batched
 
     def model(self, params: Any) -> RelaxNet:
         """The model with these parameters."""
         elements = tuple(int(z) for z in np.flatnonzero(self.seen))
-        statistics = json.dumps({
-            "data": self.dataset.name, "training_relaxations": len(self.members["train"]),
-            "energy_scale_eV_per_atom": self.scale,
-        })
-        return RelaxNet(params, self.element_energies, np.float32(self.scale), self.config, elements, statistics)
+        statistics = json.dumps(
+            {
+                "data": self.dataset.name,
+                "training_relaxations": len(self.members["train"]),
+                "energy_scale_eV_per_atom": self.scale,
+            }
+        )
+        return RelaxNet(
+            params, self.element_energies, np.float32(self.scale), self.config, elements, statistics
+        )
 
     def batches(self, split: str, rng: np.random.Generator | None):
         """(number of structures, stacked batch) of an epoch; an iterator and its length."""
         n = self.devices.n
-        plan = pack_epoch(self.buckets, self.structures, self.config.train.batch_size, rng, self.members[split], n)
+        plan = pack_epoch(
+            self.buckets, self.structures, self.config.train.batch_size, rng, self.members[split], n
+        )
 
         def iterate():
             group: list[tuple[int, Any]] = []
@@ -182,12 +217,18 @@ class _Run:
         checkpoints = Checkpoints(workdir / "checkpoints")
         if resume:
             state, progress = checkpoints.restore(state)
-            plateau, first, elapsed = Plateau(**progress["plateau"]), progress["epoch"] + 1, progress["seconds"]
+            plateau, first, elapsed = (
+                Plateau(**progress["plateau"]),
+                progress["epoch"] + 1,
+                progress["seconds"],
+            )
             plateau.best = math.inf if plateau.best is None else plateau.best
             self.report(f"resuming after epoch {progress['epoch']}")
         log = MetricsLog(workdir, first - 1, t.tensorboard)
         parameters = sum(x.size for x in jax.tree.leaves(state.params))
-        self.report(f"{parameters:,} parameters, {self.devices.n} device(s): {jax.devices()[0].platform}")
+        self.report(
+            f"{parameters:,} parameters, {self.devices.n} device(s): {jax.devices()[0].platform}"
+        )
         state = self.devices.replicate(state)
         start, reason, epoch = time.perf_counter() - elapsed, "epochs", first - 1
         deadline = start + 60 * t.max_minutes if t.max_minutes else math.inf
@@ -198,10 +239,16 @@ class _Run:
             record["best"] = plateau.update(record["validation"]["loss"], epoch, t)
             record["seconds"] = time.perf_counter() - start
             if record["best"] or not (workdir / "model").exists():
-                save_model(self.model(jax.device_get(self.devices.first(averaged))), workdir / "model")
+                save_model(
+                    self.model(jax.device_get(self.devices.first(averaged))), workdir / "model"
+                )
             due = (epoch + 1) % t.checkpoint_every == 0 or epoch + 1 == t.epochs
             if not record["partial"] and (due or record["best"]):
-                progress = {"epoch": epoch, "seconds": record["seconds"], "plateau": _jsonable(plateau)}
+                progress = {
+                    "epoch": epoch,
+                    "seconds": record["seconds"],
+                    "plateau": _jsonable(plateau),
+                }
                 checkpoints.save(epoch, self.devices.first(state), progress, record["best"])
             log.write(record)
             self.report.epoch(record, _time_left(deadline, record, epoch, t.epochs))
@@ -214,9 +261,13 @@ class _Run:
                 reason = f"no better validation loss for {t.early_stop_patience} epochs"
                 break
         checkpoints.close()
-        self.report(f"ended after epoch {epoch}: {reason}; best validation loss {plateau.best:.4f} at epoch "
-                    f"{plateau.best_epoch}; model in {workdir / 'model'}")
-        return Result(workdir, workdir / "model", epoch + 1, plateau.best, reason, self.devices.compilations)
+        self.report(
+            f"ended after epoch {epoch}: {reason}; best validation loss {plateau.best:.4f} at epoch "
+            f"{plateau.best_epoch}; model in {workdir / 'model'}"
+        )
+        return Result(
+            workdir, workdir / "model", epoch + 1, plateau.best, reason, self.devices.compilations
+        )
 
     def _epoch(self, state: TrainState, epoch: int, rate: float, deadline: float):
         t, report = self.config.train, self.report
@@ -228,40 +279,63 @@ class _Run:
         begin, compiled = time.perf_counter(), self.devices.compile_seconds
         try:
             for size, batch in iterator:
-                state, metrics = self.train_step(state, batch, np.float32(rate), key)
-                metrics = {k: float(v) for k, v in jax.device_get(self.devices.first(metrics)).items()}
+                now = np.float32(rate * self._cooling(deadline))
+                state, metrics = self.train_step(state, batch, now, key)
+                metrics = {
+                    k: float(v) for k, v in jax.device_get(self.devices.first(metrics)).items()
+                }
                 done, structures = done + 1, structures + size
                 if metrics.pop("finite"):
                     for name, value in metrics.items():
                         sums[name] = sums.get(name, 0.0) + value
                 else:
                     skipped += 1
-                    report(f"step skipped: loss or gradient not finite; structures: {self._names(batch)}")
+                    report(
+                        f"step skipped: loss or gradient not finite; structures: {self._names(batch)}"
+                    )
                 spent = time.perf_counter() - begin - (self.devices.compile_seconds - compiled)
                 report.batch(done, metrics["loss"], structures / max(spent, 1e-9))
                 if time.perf_counter() >= deadline:
                     break
         finally:
             report.end_epoch()
-        means = {name: value / max(done - skipped, 1) for name, value in sums.items()} or {"loss": math.nan}
+        means = {name: value / max(done - skipped, 1) for name, value in sums.items()} or {
+            "loss": math.nan
+        }
         seconds = time.perf_counter() - begin - (self.devices.compile_seconds - compiled)
         return state, {
-            "epoch": epoch, "partial": done < count, "learning_rate": rate, "train": means, "skipped": skipped,
+            "epoch": epoch,
+            "partial": done < count,
+            "learning_rate": rate,
+            "train": means,
+            "skipped": skipped,
             "structures_per_second": structures / max(seconds, 1e-9),
             "compile_seconds": self.devices.compile_seconds,
         }
 
+    def _cooling(self, deadline: float) -> float:
+        """Factor on the learning rate towards the end of a run with a time limit."""
+        t = self.config.train
+        if not t.max_minutes or not t.cooldown:
+            return 1.0
+        left = (deadline - time.perf_counter()) / (60 * t.max_minutes * t.cooldown)
+        return min(1.0, max(left, 0.0))
+
     def _names(self, batch: Any) -> str:
         """Ids of the structures in a batch, found by their positions."""
         graph = batch[0]
-        wanted = {hashlib.sha1(np.asarray(s.structure.positions, np.float32).tobytes()).digest(): s.id
-                  for s in self.samples}
+        wanted = {
+            hashlib.sha1(np.asarray(s.structure.positions, np.float32).tobytes()).digest(): s.id
+            for s in self.samples
+        }
         names = []
         for n_node, mask, positions in _per_device(graph, self._batched):
             ends = np.cumsum(n_node)
             for end, size, real in zip(ends, n_node, mask):
                 if real:
-                    digest = hashlib.sha1(np.ascontiguousarray(positions[end - size : end]).tobytes()).digest()
+                    digest = hashlib.sha1(
+                        np.ascontiguousarray(positions[end - size : end]).tobytes()
+                    ).digest()
                     names.append(wanted.get(digest, "?"))
         return ", ".join(names)
 

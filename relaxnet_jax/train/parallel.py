@@ -27,7 +27,9 @@ class Devices:
         self.compile_seconds = 0.0
         self._log = log
 
-    def compile(self, step: Callable, kind: str, batched: tuple[bool, ...], donate: tuple[int, ...] = ()) -> Callable:
+    def compile(
+        self, step: Callable, kind: str, batched: tuple[bool, ...], donate: tuple[int, ...] = ()
+    ) -> Callable:
         """The step, compiled once for each shape of its arguments.
 
         Args:
@@ -39,8 +41,13 @@ class Devices:
             transformed: Any = jax.jit(step, donate_argnums=donate)
         else:
             axes = tuple(0 if b else None for b in batched)
-            transformed = jax.pmap(step, axis_name=AXIS, in_axes=axes, donate_argnums=donate,
-                                   devices=jax.local_devices()[: self.n])
+            transformed = jax.pmap(
+                step,
+                axis_name=AXIS,
+                in_axes=axes,
+                donate_argnums=donate,
+                devices=jax.local_devices()[: self.n],
+            )
         compiled: dict[Hashable, Any] = {}
 
         def run(*args):
@@ -61,7 +68,9 @@ class Devices:
         """A copy on every device (leading axis), or the tree itself on one."""
         if self.n == 1:
             return jax.tree.map(jax.numpy.asarray, tree)
-        return jax.tree.map(lambda x: np.broadcast_to(np.asarray(x)[None], (self.n, *np.shape(x))), tree)
+        return jax.tree.map(
+            lambda x: np.broadcast_to(np.asarray(x)[None], (self.n, *np.shape(x))), tree
+        )
 
     def first(self, tree: Any) -> Any:
         """The first device's copy."""

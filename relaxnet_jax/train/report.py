@@ -36,8 +36,10 @@ class MetricsLog:
             try:
                 from tensorboardX import SummaryWriter
             except ImportError:
-                raise InputError("train.tensorboard: tensorboardX is not installed; pip install "
-                                 "'relaxnet-jax[tensorboard]'") from None
+                raise InputError(
+                    "train.tensorboard: tensorboardX is not installed; pip install "
+                    "'relaxnet-jax[tensorboard]'"
+                ) from None
             self._events = SummaryWriter(str(folder / "tensorboard"))
 
     def write(self, record: dict[str, Any]) -> None:
@@ -74,8 +76,13 @@ class ConsoleReport:
     def start_epoch(self, epoch: int, batches: int) -> None:
         """Opens the bar of an epoch."""
         self._bar = Progress(
-            TextColumn(f"epoch {epoch:4d}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"),
-            TimeElapsedColumn(), console=self.console, transient=True,
+            TextColumn(f"epoch {epoch:4d}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeElapsedColumn(),
+            console=self.console,
+            transient=True,
         )
         self._bar.start()
         self._task = self._bar.add_task("", total=batches, note="")
@@ -83,7 +90,9 @@ class ConsoleReport:
     def batch(self, done: int, loss: float, rate: float) -> None:
         """Moves the bar."""
         if self._bar is not None:
-            self._bar.update(self._task, completed=done, note=f"loss {loss:.4f}  {rate:.1f} structures/s")
+            self._bar.update(
+                self._task, completed=done, note=f"loss {loss:.4f}  {rate:.1f} structures/s"
+            )
 
     def end_epoch(self) -> None:
         """Closes the bar."""
@@ -94,7 +103,9 @@ class ConsoleReport:
     def epoch(self, record: dict[str, Any], left: str) -> None:
         """The epoch's line."""
         train, validation = record["train"], record["validation"]
-        ratio = validation["coordinates"] / validation["nothing"] if validation["nothing"] else math.nan
+        ratio = (
+            validation["coordinates"] / validation["nothing"] if validation["nothing"] else math.nan
+        )
         self(
             f"epoch {record['epoch']:4d}  loss {train['loss']:.4f}/{validation['loss']:.4f}  "
             f"E {1e3 * validation['energy']:.1f} m  F {1e3 * math.sqrt(validation['forces']):.0f} meV/Å rms  "

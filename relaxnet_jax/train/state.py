@@ -30,6 +30,7 @@ class TrainState(NamedTuple):
 
 def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
     """Gradient clipping and AdamW at unit learning rate; decay on matrices only."""
+
     def matrices(params):
         return jax.tree.map(lambda p: p.ndim > 1, params)
 
@@ -43,7 +44,9 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
 def initial_train_state(params: Params, config: TrainConfig) -> TrainState:
     """Step 0; the average starts at the parameters (a copy: buffers may be donated)."""
     zero = jnp.zeros((), jnp.int32)
-    return TrainState(params, jax.tree.map(jnp.array, params), make_optimizer(config).init(params), zero, zero + 0)
+    return TrainState(
+        params, jax.tree.map(jnp.array, params), make_optimizer(config).init(params), zero, zero + 0
+    )
 
 
 @dataclasses.dataclass

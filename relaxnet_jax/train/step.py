@@ -31,14 +31,19 @@ def make_loss(config: Config, scale: float, axis: str | None) -> Callable:
         graph, targets = batch
         positions = graph.nodes["positions"]
         if config.train.noise and key is not None:
-            shaken = positions + config.train.noise * jax.random.normal(key, positions.shape, positions.dtype)
+            shaken = positions + config.train.noise * jax.random.normal(
+                key, positions.shape, positions.dtype
+            )
             positions = jnp.where(graph.nodes["fixed"][:, None], positions, shaken)
-        prediction = solve_trajectory(network, params, jnp.asarray(scale, positions.dtype), graph,
-                                      targets.times, positions)
+        prediction = solve_trajectory(
+            network, params, jnp.asarray(scale, positions.dtype), graph, targets.times, positions
+        )
         terms = loss_terms(prediction, targets, graph, config.loss)
         ours, nothing = coordinate_error(prediction, targets, graph)
         if axis is not None:
-            terms, ours, nothing = jax.tree.map(_add_over(axis), (terms, ours, nothing), is_leaf=_is_term)
+            terms, ours, nothing = jax.tree.map(
+                _add_over(axis), (terms, ours, nothing), is_leaf=_is_term
+            )
         total, means = weighted_loss(terms, config.loss)
         return total, means | {"coordinates": ours.mean(), "nothing": nothing.mean()}
 
@@ -64,7 +69,11 @@ def make_train_step(config: Config, scale: float, axis: str | None = None) -> Ca
 
     A step whose loss or gradient is not finite changes nothing but the count of skipped steps.
     """
-    loss, optimizer, decay = make_loss(config, scale, axis), make_optimizer(config.train), config.train.ema
+    loss, optimizer, decay = (
+        make_loss(config, scale, axis),
+        make_optimizer(config.train),
+        config.train.ema,
+    )
 
     def step(state: TrainState, batch: Batch, learning_rate: Array, key: Array):
         key = jax.random.fold_in(key, state.step)
@@ -95,7 +104,9 @@ def make_eval_step(config: Config, scale: float, axis: str | None = None) -> Cal
     def step(params: Params, batch: Batch) -> dict[str, Term]:
         graph, targets = batch
         dtype = graph.nodes["positions"].dtype
-        prediction = solve_trajectory(network, params, jnp.asarray(scale, dtype), graph, targets.times)
+        prediction = solve_trajectory(
+            network, params, jnp.asarray(scale, dtype), graph, targets.times
+        )
         terms = loss_terms(prediction, targets, graph, config.loss)
         ours, nothing = coordinate_error(prediction, targets, graph)
         terms = terms | {"coordinates": ours, "nothing": nothing}

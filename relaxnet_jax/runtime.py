@@ -1,0 +1,78 @@
+"""Settings of the process that must stand before JAX starts."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from relaxnet_jax.errors import InputError
+
+CACHE_VARIABLE = "RELAXNET_JAX_CACHE"
+MIN_COMPILE_SECONDS = 1.0  # what compiles faster is not worth a file
+
+
+def cache_folder() -> Path:
+    """The user's cache folder of this package; the variable RELAXNET_JAX_CACHE overrides it."""
+    import platformdirs
+
+    return Path(os.environ.get(CACHE_VARIABLE) or platformdirs.user_cache_dir("relaxnet_jax"))
+
+
+def enable_compilation_cache() -> Path | None:
+    """Quiets XLA's log and keeps what it compiles on disk for the next process.
+
+    Call it before anything else imports JAX or diffrax, which read their variables then.
+    Settings already there (``TF_CPP_MIN_LOG_LEVEL``, ``EQX_ON_ERROR``,
+    ``JAX_COMPILATION_CACHE_DIR``) are respected.
+
+    Returns:
+      The folder of compiled programs, None if it cannot be written (JAX then does without).
+    """
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    # By default diffrax raises from inside a compiled program, through a Python callback, and
+    # JAX caches no program that holds one. A solve that fails gives NaN instead, which
+    # training skips and reports and prediction leaves out.
+    os.environ.setdefault("EQX_ON_ERROR", "nan")
+    import jax
+
+    folder = cache_folder() / "xla"
+    if jax.config.jax_compilation_cache_dir:
+        folder = Path(jax.config.jax_compilation_cache_dir)
+    else:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            writable = os.access(folder, os.W_OK)
+        except OSError:
+            writable = False
+        if not writable:
+            return None
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", MIN_COMPILE_SECONDS)
+    return folder
+
+
+def check_devices(n: int | None) -> None:
+    """Starts JAX's devices.
+
+    Args:
+      n: how many local devices are wanted; None takes what there is.
+
+    Raises:
+      InputError: there are fewer, or the platform JAX_PLATFORMS names is not there.
+    """
+    import jax
+
+    try:
+        found = jax.local_device_count()
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise InputError(
+            f"JAX cannot start its devices ({reason[:200]}); unset JAX_PLATFORMS or install "
+            "the relaxnet-jax[cuda] extra"
+        ) from None
+    if n is not None and not 1 <= n <= found:
+        platform = jax.devices()[0].platform
+        raise InputError(
+            f"--devices {n}: this machine has {found} ({platform}); give 1 to {found}, or leave "
+            "the option out to use all"
+        )

@@ -1,0 +1,138 @@
+"""Structure files in, predicted trajectories out: what ``relaxnet-jax predict`` is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from relaxnet_jax.data.ase_io import _images
+from relaxnet_jax.data.files import atomic_path, one_line
+from relaxnet_jax.data.trajectory import RelaxationTrajectory
+from relaxnet_jax.errors import InputError
+
+if TYPE_CHECKING:
+    from ase import Atoms
+
+    from relaxnet_jax.graph import Structure
+    from relaxnet_jax.model import RelaxNet
+
+MANY = (".extxyz", ".traj")
+Say = Callable[[str], None]
+
+
+def check_output(out: Path, source: Path) -> None:
+    """InputError unless ``out`` is of a format we write, and not the file that is read."""
+    if out.resolve() == source.resolve():
+        raise InputError(f"{out}: is also read; choose another --out")
+    single = out.suffix == ".cif" or out.name.upper().startswith(("POSCAR", "CONTCAR"))
+    if not single and not holds_many(out):
+        raise InputError(
+            f"{out}: unknown suffix {out.suffix!r}; write .extxyz, .traj, .cif or POSCAR"
+        )
+
+
+def holds_many(out: Path) -> bool:
+    """Whether the format takes the frames of several structures."""
+    return out.suffix in MANY
+
+
+def read_structures(path: Path, say: Say) -> tuple[list[tuple[str, Atoms]], list[str]]:
+    """(name, atoms) of every image, under distinct names, and complaints about unreadable ones.
+
+    Raises:
+      InputError: nothing in the file can be read.
+    """
+    found: list[tuple[str, Atoms]] = []
+    bad: list[str] = []
+    taken: set[str] = set()
+    count = 0
+    try:
+        for count, item in enumerate(_images(path), 1):
+            place = f"{path.stem}-{count - 1}"
+            if isinstance(item, str):
+                bad.append(f"{place}: {item}")
+                say(f"left out: {bad[-1]}")
+                continue
+            name = str(item.info.get("traj_id") or place)
+            name = name if name not in taken else f"{name}-{count - 1}"
+            taken.add(name)
+            found.append((name, item))
+    except Exception as error:  # ASE's readers raise many kinds for files they cannot parse
+        if not count:
+            raise InputError(
+                f"{path}: cannot be read ({one_line(error)}); give a structure file "
+                "ASE reads: POSCAR, CIF, extxyz, …"
+            ) from error
+        bad.append(f"{path}: damaged after {count} structures ({one_line(error)})")
+        say(bad[-1])
+    if not found and not bad:
+        raise InputError(f"{path}: holds no structure; give a file with at least one")
+    return found, bad
+
+
+def usable_structures(
+    model: RelaxNet, found: Sequence[tuple[str, Atoms]], say: Say
+) -> tuple[list[tuple[str, Structure]], list[str]]:
+    """The structures the model can take, and complaints about the others."""
+    usable, bad = [], []
+    for name, atoms in found:
+        try:
+            usable.append((name, model.structure(atoms, name)))
+        except InputError as error:
+            bad.append(str(error))
+            say(f"left out: {error}")
+    return usable, bad
+
+
+def predict_all(
+    model: RelaxNet,
+    usable: Sequence[tuple[str, Structure]],
+    frames: int,
+    progress: Callable[[int], None],
+    say: Say,
+) -> tuple[list[RelaxationTrajectory], list[str]]:
+    """Predicted trajectories, and complaints about predictions that are not finite."""
+    from relaxnet_jax.predict import as_trajectory, predict_structures
+
+    if not usable:
+        return [], []
+    times = np.linspace(0.0, 1.0, frames)
+    paths = predict_structures(model, [s for _, s in usable], times, progress=progress)
+    results, bad = [], []
+    for (name, structure), path in zip(usable, paths):
+        numbers = (path.positions, path.energies, path.forces)
+        if all(np.isfinite(values).all() for values in numbers):
+            results.append(as_trajectory(name, structure, path))
+        else:
+            bad.append(
+                f"{name}: the prediction is not finite; the structure is too far from what "
+                "the model was trained on"
+            )
+            say(f"left out: {bad[-1]}")
+    return results, bad
+
+
+def write_trajectories(results: Sequence[RelaxationTrajectory], out: Path) -> None:
+    """Writes all frames of all trajectories, told apart by ``traj_id`` and ``frame``."""
+    if len(results) == 1 or not holds_many(out):
+        results[0].write(out)
+        return
+    import ase.io
+
+    with atomic_path(out) as temporary:
+        frames = [r.atoms(k) for r in results for k in range(r.n_frames)]
+        ase.io.write(temporary, frames, format=out.suffix[1:])
+
+
+def summary(result: RelaxationTrajectory) -> str:
+    """One line on a predicted trajectory."""
+    moved = np.linalg.norm(result.positions[-1] - result.positions[0], axis=-1)
+    change = 1e3 * (result.energies[-1] - result.energies[0]) / result.n_atoms
+    return (
+        f"{result.id}: {result.n_atoms} atoms, E {result.energies[-1]:.3f} eV "
+        f"({change:+.1f} meV/atom), atoms move {moved.mean():.3f} Å (at most "
+        f"{moved.max():.3f}), last fmax {result.fmax[-1]:.3f} eV/Å"
+    )

@@ -1,0 +1,213 @@
+"""Energies and forces: F = -dE/dx, smooth, and finite where symmetry makes angles singular."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ase import Atoms
+from tiny import (
+    SCHEMES,
+    SHAPE,
+    atom_slices,
+    batch,
+    compiled,
+    no_weights,
+    perfect,
+    slab,
+    split,
+    systems,
+    tiny_config,
+    tiny_model,
+)
+
+from relaxnet_jax.batching import fitting_shape
+from relaxnet_jax.graph import structure_from_atoms
+from relaxnet_jax.model import network_of
+
+pytestmark = pytest.mark.usefixtures("x64")
+SYMMETRIC = ("fcc", "rocksalt", "perovskite", "bcc", "one atom", "isolated", "far apart")
+
+
+@pytest.fixture(scope="module", params=SCHEMES)
+def case(request, x64):
+    config = tiny_config(request.param)
+    return config, tiny_model(config)
+
+
+def check_forces(config, model, atoms, step=1e-4):
+    """Central differences of every structure's energy for every coordinate; largest force."""
+    graph = batch(atoms, config)
+    x, functions = graph.nodes["positions"], compiled(config)
+    latent = functions.start(model, graph, x).latent
+    forces = split(functions.forces(model, graph, x, latent).forces, atoms)
+    # Structures do not see each other: atom k of all of them is moved at once.
+    for k in range(max(len(a) for a in atoms)):
+        rows = [r.start + k for r, a in zip(atom_slices(atoms), atoms) if k < len(a)]
+        owners = [i for i, a in enumerate(atoms) if k < len(a)]
+        for axis in range(3):
+            shift = np.zeros(x.shape)
+            shift[rows, axis] = step
+            up, down = (
+                np.asarray(functions.forces(model, graph, x + sign * shift, latent).energies)
+                for sign in (1, -1)
+            )
+            for i in owners:
+                numeric, scale = -(up[i] - down[i]) / (2 * step), np.abs(forces[i]).max()
+                assert abs(forces[i][k, axis] - numeric) < 1e-5 * scale + 1e-8, (i, k, axis)
+    return [np.abs(f).max() for f in forces]
+
+
+def test_forces_are_the_gradient(case):
+    """At fixed latent in the explicit scheme, through the encoder in the implicit one."""
+    assert min(check_forces(*case, systems())) > 0.05
+
+
+def test_forces_are_the_gradient_near_symmetric_points(case):
+    """Collinear bonds everywhere: where textbook Gram-Schmidt would be singular."""
+    config, model = case
+    rng = np.random.default_rng(0)
+    structures = [perfect()[name] for name in ("rocksalt", "perovskite", "collinear", "dimer")]
+    for a in structures[:2]:
+        a.positions += rng.normal(0, 0.01, (len(a), 3))
+    assert min(check_forces(config, model, structures)) > 1e-3
+
+
+def test_symmetric_structures(case):
+    """Perfect crystals and lone atoms: finite energies, no forces, no motion."""
+    config, model = case
+    atoms = list(perfect().values())
+    graph = batch(atoms, config)
+    result = compiled(config).trajectory(model, graph)
+    assert np.isfinite(result.energies).all() and np.isfinite(result.positions).all()
+    assert len(set(np.round(result.energies[0, : len(atoms)], 6).tolist())) == len(atoms)
+    pieces = zip(perfect(), *(split(v, atoms) for v in (
+        result.forces, result.velocities, result.positions)), atoms)  # fmt: skip
+    for name, forces, velocities, positions, a in pieces:
+        moved = positions - a.positions
+        if name in SYMMETRIC:
+            for values in (forces, velocities, moved):
+                assert np.abs(values).max() < 1e-10, name
+        else:  # a molecule moves along its axis only
+            assert np.abs(forces[..., 2]).max() > 1e-2 and np.abs(forces[..., :2]).max() < 1e-10
+            assert np.abs(moved[..., 2]).max() > 1e-3 and np.abs(moved[..., :2]).max() < 1e-10
+
+
+@pytest.mark.parametrize("latent", SCHEMES)
+def test_gradients_of_symmetric_structures_are_finite(latent):
+    """Parameter gradients of energies, forces and positions through the whole ODE."""
+    config = tiny_config(latent, model__layers=1)
+    model, atoms = tiny_model(config), list(perfect().values())
+    graph, rng = batch(atoms, config), np.random.default_rng(0)
+    weights = [rng.normal(size=w.shape) for w in no_weights(graph)]
+    (value, _), (gradient, by_positions) = compiled(config).weighted(
+        model, graph.nodes["positions"], graph, weights)  # fmt: skip
+    leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(gradient.params)]
+    assert np.isfinite(value) and np.isfinite(by_positions).all()
+    assert all(np.isfinite(leaf).all() for leaf in leaves)
+    assert sum(np.abs(leaf).max() > 1e-6 for leaf in leaves) > 0.8 * len(leaves)
+
+
+@pytest.mark.parametrize("latent", SCHEMES)
+def test_energy_and_forces_of_atoms(latent):
+    """`energy_and_forces`: the trajectory's first frame; F = -dE/dx at the reference's latent."""
+    config = tiny_config(latent, model__layers=1)
+    table = np.zeros(119)
+    table[[1, 8, 78]] = -3.0, -5.0, -2.0
+    model, atoms = tiny_model(config).replace(element_energies=table), slab()
+    energy, forces = model.energy_and_forces(atoms)
+    start = compiled(config).weighted(
+        model, *(lambda g: (g.nodes["positions"], g, no_weights(g)))(batch([atoms], config))
+    )[0][1]
+    np.testing.assert_allclose(energy, start.energies[0, 0], rtol=1e-10)
+    np.testing.assert_allclose(forces, start.forces[0, : len(atoms)], rtol=0, atol=1e-9)
+    step, numeric = 1e-4, []
+    for sign in (1, -1):
+        moved = atoms.copy()
+        moved.set_constraint()
+        moved.positions[4, 1] += sign * step
+        numeric.append(model.energy_and_forces(moved, reference=atoms)[0])
+    assert abs(forces[4, 1]) > 1e-3
+    np.testing.assert_allclose(
+        forces[4, 1], -(numeric[0] - numeric[1]) / (2 * step), rtol=1e-5)  # fmt: skip
+
+
+def scan_function(config, model, graph, start, direction):
+    """r -> energy E(x(r); encoder(x(r))), its whole gradient, and u(0), atom by atom moved."""
+    network, variables = network_of(config), {"params": model.params}
+
+    def total(x):
+        encoding = network.apply(variables, graph, x, method="encode")
+        if config.dynamics.latent == "explicit":
+            energies, _ = network.apply(variables, encoding.h, graph, x, method="explicit_energy")
+        else:
+            energies = network.apply(variables, encoding.h, graph, method="read_out")
+        velocities = network.apply(variables, encoding, graph, method="initial_velocity")
+        return energies[0], velocities
+
+    def at(r):
+        (energy, velocities), gradient = jax.value_and_grad(total, has_aux=True)(
+            start + r * direction)
+        return energy, gradient, velocities
+
+    return jax.jit(lambda r: jax.lax.map(at, r))
+
+
+@pytest.mark.parametrize("update_positions", [False, True])
+@pytest.mark.parametrize("latent", SCHEMES)
+def test_smooth_through_both_cutoffs(latent, update_positions):
+    """Across either cutoff energy, forces and velocities have no step, the energy no kink.
+
+    Halving the spacing of the scan must leave difference quotients as they are: of the energy
+    the second ones, of forces and velocities the first. A kink or step doubles them.
+    """
+    config = tiny_config(latent, model__update_positions=update_positions)
+    model, g = tiny_model(config), config.graph
+    # Atom 2 leaves atom 0; atom 1 is on the other side, so that only 0-2 crosses a cutoff.
+    direction = np.array([0.6, 0.0, 0.8])
+    atoms = Atoms("OCN", [[0, 0, 0], [-1.3, 0.5, -1.2], g.triplet_cutoff * 0.99 * direction])
+    dimer = Atoms("ONC", [[0, 0, 0], g.cutoff * 0.99 * direction, [0, 40, 0]])
+    scans = {"triplet": (atoms, 2, g.triplet_cutoff), "pair": (atoms, 2, g.cutoff),
+             "dimer": (dimer, 1, g.cutoff)}  # fmt: skip
+    structures = {k: structure_from_atoms(a, config, k) for k, (a, _, _) in scans.items()}
+    shape = fitting_shape([structures["triplet"]])
+    shape = type(shape)(2, shape.n_atoms, 2, 2)
+    function = None
+    for name, (a, mover, cutoff) in scans.items():
+        graph = batch([a], config, shape)
+        start = np.array(a.positions)
+        start[mover] = 0
+        along = np.zeros((3, 3))
+        along[mover] = direction
+        run = scan_function(config, model, graph, jnp.asarray(start), jnp.asarray(along))
+        function = run
+        quotients = []
+        for n in (121, 241):
+            r = np.linspace(cutoff - 0.08, cutoff + 0.04, n)
+            energy, gradient, velocities = (np.asarray(v) for v in function(r))
+            quotients.append([
+                np.abs(np.diff(energy, 2)).max() * n**2,
+                np.abs(np.diff(gradient, axis=0)).max() * n,
+                np.abs(np.diff(velocities, axis=0)).max() * n,
+            ])  # fmt: skip
+        coarse, fine = np.array(quotients)
+        assert (fine < 1.1 * coarse).all(), (name, coarse, fine)
+        beyond = r >= cutoff
+        assert np.abs(gradient[~beyond, mover]).max() > 1e-7
+        if name != "triplet":  # out of every reach: exactly constant, exactly no force
+            assert np.ptp(energy[beyond]) == 0 and np.ptp(energy) > 1e-9
+            assert (gradient[beyond][:, mover] == 0).all()
+            just_inside = np.abs(gradient[np.flatnonzero(~beyond)[-1], mover]).max()
+            assert just_inside < 1e-2 * np.abs(gradient[:, mover]).max()
+        if name == "dimer":
+            assert (velocities[beyond][:, :2] == 0).all() and (gradient[beyond] == 0).all()
+        if name == "triplet":  # a list built without the bond says the same
+            outside = a.copy()
+            outside.positions[mover] = r[-1] * direction
+            again = batch([outside], config, shape)
+            other = scan_function(config, model, again, jnp.asarray(start), jnp.asarray(along))
+            np.testing.assert_allclose(np.asarray(other(r[-1:])[0])[0], energy[-1], rtol=1e-12)
+
+
+def test_shape_holds_all():
+    """The shared shape is not wastefully large: a guard on the run time of this suite."""
+    assert SHAPE.n_atoms * (SHAPE.n_slots + SHAPE.n_bonds**2) < 12000
