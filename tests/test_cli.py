@@ -1,0 +1,401 @@
+"""The command line, end to end and on bad input. One tiny training run serves all tests."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import ase.io
+import jax
+import numpy as np
+import pytest
+from ase import Atoms
+from ase.calculators.singlepoint import SinglePointCalculator
+
+from relaxnet_jax import __version__, cli
+
+ROOT = Path(__file__).parents[1]
+# The toy model of bin/quickstart --fast: the same programs, compiled once for both.
+TINY = re.search(r"settings=\((data\.n_emt=24.*?)\)", (ROOT / "bin/quickstart").read_text(), re.S)
+TINY = TINY[1].split()
+MODEL_FILES = ("config.json", "model.json", "parameters.npz")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    """A cache of its own for generated data, and quick compilation."""
+    folder = tmp_path_factory.mktemp("cache")
+    jax.config.update("jax_disable_most_optimizations", True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RELAXNET_JAX_CACHE", str(folder))
+        yield folder
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def workdir(cache, tmp_path_factory):
+    """A finished run of two epochs."""
+    folder = tmp_path_factory.mktemp("cli") / "run"
+    assert (
+        cli.main(["train", "--config", "explicit.py", "--workdir", str(folder), "--set", *TINY])
+        == 0
+    )
+    return folder
+
+
+@pytest.fixture
+def fail(tmp_path, monkeypatch, capsys):
+    """Runs a command that must fail on one line and leave nothing behind; returns the line."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*argv, words=()):
+        before = sorted(tmp_path.rglob("*"))
+        capsys.readouterr()
+        assert cli.main([str(a) for a in argv]) == 2
+        out, err = capsys.readouterr()
+        lines = [line for line in err.splitlines() if line.startswith("relaxnet-jax: error: ")]
+        assert len(lines) == 1 and err.endswith(lines[0] + "\n"), err
+        assert "Traceback" not in err and not out
+        for word in words:
+            assert str(word) in lines[0]
+        assert sorted(tmp_path.rglob("*")) == before
+        return lines[0]
+
+    return run
+
+
+def structure(symbols="CuAu", **changes):
+    """An unrelaxed two-atom cell."""
+    atoms = Atoms(
+        symbols, scaled_positions=[[0, 0, 0], [0.5, 0.5, 0.52]], cell=[2.8, 2.8, 3.7], pbc=True
+    )
+    for name, value in changes.items():
+        setattr(atoms, name, value)
+    return atoms
+
+
+def relaxation(name, n=3, symbols="CuAu"):
+    """Labelled frames of a relaxation."""
+    frames = []
+    for k in range(n):
+        atoms = structure(symbols)
+        atoms.positions[0] += 0.05 * k
+        results = {"energy": -3.0 - k, "forces": np.full((len(atoms), 3), 0.1 / (k + 1))}
+        atoms.calc = SinglePointCalculator(atoms, **results)
+        atoms.info = {"traj_id": name, "frame": k}
+        frames.append(atoms)
+    return frames
+
+
+def train(*settings, workdir="run", config="explicit.py", extra=()):
+    return ["train", "--config", config, "--workdir", workdir, *extra, "--set", *TINY, *settings]
+
+
+# Everything works
+
+
+def test_run_leaves_a_model(workdir, capsys):
+    assert {p.name for p in (workdir / "model").iterdir()} == set(MODEL_FILES)
+    assert {"config.json", "splits.json", "metrics.jsonl"} <= {p.name for p in workdir.iterdir()}
+    assert len((workdir / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_eval(workdir, tmp_path, capsys):
+    assert (
+        cli.main(
+            [
+                "eval",
+                "--workdir",
+                str(workdir),
+                "--split",
+                "validation",
+                "--out",
+                str(tmp_path / "out"),
+            ]
+        )
+        == 0
+    )
+    out = capsys.readouterr().out
+    assert "coordinate MAE" in out and "doing nothing" in out and "next: relaxnet-jax" in out
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert set(metrics["results"]) == {"model", "nothing", "composition"}
+    for name in ("per_frame.png", "parity.png"):
+        assert (tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_eval_on_another_file(workdir, tmp_path, capsys):
+    file = tmp_path / "mine.extxyz"
+    ase.io.write(file, relaxation("a"))
+    copy = shutil.copytree(workdir / "model", tmp_path / "run" / "model")
+    assert cli.main(["eval", "--workdir", str(copy.parent), "--data", str(file)]) == 0
+    assert (copy.parent / "eval-mine" / "metrics.json").is_file()
+
+
+def test_predict_goes_on_past_bad_structures(workdir, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    good, later = structure(), structure("PdPt")
+    bad = structure("CuO")
+    ase.io.write("mixed.extxyz", [good, bad, later])
+    assert cli.main(["predict", "mixed.extxyz", "--model", str(workdir), "--frames", "4"]) == 0
+    captured = capsys.readouterr()
+    assert "mixed-1" in captured.err and "never saw O" in captured.err
+    assert "1 structures left out" in captured.out
+    frames = ase.io.read("mixed-relaxed.extxyz", index=":")
+    assert [(f.info["traj_id"], f.info["frame"]) for f in frames] == [
+        (name, k) for name in ("mixed-0", "mixed-2") for k in range(4)
+    ]
+    np.testing.assert_allclose(frames[0].positions, good.positions, atol=1e-7)
+    assert np.isfinite(frames[-1].get_potential_energy())
+
+
+def test_predict_one_structure_to_a_poscar(workdir, tmp_path):
+    start, out = tmp_path / "start.cif", tmp_path / "POSCAR.relaxed"
+    structure().write(start)
+    assert (
+        cli.main(
+            [
+                "predict",
+                str(start),
+                "--model",
+                str(workdir / "model"),
+                "--frames",
+                "4",
+                "--out",
+                str(out),
+            ]
+        )
+        == 0
+    )
+    assert len(ase.io.read(out, format="vasp")) == 2
+
+
+def test_demo(workdir, tmp_path):
+    assert cli.main(["demo", "--workdir", str(workdir), "--out", str(tmp_path / "demo")]) == 0
+    assert {p.name for p in (tmp_path / "demo").iterdir()} == {
+        "predicted.extxyz",
+        "true.extxyz",
+        "trajectory.png",
+    }
+    assert len(ase.io.read(tmp_path / "demo" / "predicted.extxyz", index=":")) == 3
+
+
+def test_import_then_train_command(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    ase.io.write("a.extxyz", relaxation("a") + relaxation("b", n=1))
+    Path("groups.csv").write_text("id,group\na,mine\n")
+    assert (
+        cli.main(["data", "import", "a.extxyz", "--out", "all.h5", "--groups", "groups.csv"]) == 0
+    )
+    captured = capsys.readouterr()
+    assert "1 relaxations with 3 ionic steps; 1 skipped" in captured.out
+    assert "skipped a.extxyz, b: a single frame" in captured.out
+    assert "relaxnet-jax train --config explicit.py --set data.path=all.h5" in captured.out
+
+
+def test_data_emt_to_a_file(tmp_path, capsys):
+    out = tmp_path / "emt.h5"
+    assert cli.main(["data", "emt", "--n", "3", "--seed", "5", "--out", str(out)]) == 0
+    assert "3 relaxations" in capsys.readouterr().out and out.is_file()
+
+
+def test_resume(workdir, tmp_path, capsys):
+    run = shutil.copytree(workdir, tmp_path / "run")
+    assert cli.main(["train", "--resume", "--workdir", str(run), "--set", "train.epochs=3"]) == 0
+    assert "resuming after epoch 1" in capsys.readouterr().err
+    epochs = [json.loads(x)["epoch"] for x in (run / "metrics.jsonl").read_text().splitlines()]
+    assert epochs == [0, 1, 2]
+
+
+def test_interrupt(monkeypatch, capsys):
+    def interrupted(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("relaxnet_jax.commands.evaluate", interrupted)
+    assert cli.main(["eval", "--workdir", "x"]) == 130
+
+
+def test_version_and_help(capsys):
+    for argv, text in ((["--version"], __version__), (["train", "--help"], "--resume")):
+        with pytest.raises(SystemExit) as end:
+            cli.main(argv)
+        assert end.value.code == 0 and text in capsys.readouterr().out
+
+
+def test_help_starts_without_jax():
+    code = "import sys, relaxnet_jax.cli as c; c.build_parser(); sys.exit('jax' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a bash script")
+def test_quickstart(workdir, cache, tmp_path):
+    """bin/quickstart --fast without its virtual environment."""
+    environment = os.environ | {
+        "PYTHON": sys.executable,
+        "RELAXNET_JAX_CACHE": str(cache),
+        "JAX_PLATFORMS": "cpu",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "EQX_ON_ERROR": "nan",
+        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir or "",
+    }
+    done = subprocess.run(
+        [ROOT / "bin/quickstart", "--fast", "--no-install", "--workdir", "q"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "q" / "demo" / "trajectory.png").is_file()
+    assert (tmp_path / "q" / "eval-test" / "metrics.json").is_file()
+    assert "Next:" in done.stdout
+
+
+# Bad input: one line that names culprit and remedy, and nothing left behind
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["train"], ["--config"]),
+        (["train", "--resume"], ["--workdir"]),
+        (["eval"], ["--workdir", "--help"]),
+        (["nonsense"], ["nonsense", "eval"]),
+        (["predict", "absent.cif", "--model", "m"], ["absent.cif", "no such file"]),
+        (["data", "emt", "--n", "0"], ["--n 0"]),
+        (["data", "emt", "--n", "x"], ["--n", "x"]),
+        (train("model.feature=8"), ["model.feature", "model.features"]),
+        (train("train.epochs=many"), ["train.epochs", "int"]),
+        (train("train.epochs"), ["section.field=value"]),
+        (train(config="absent.py"), ["absent.py", "explicit.py"]),
+        (train("data.path=absent.h5"), ["absent.h5", "data import"]),
+        (train("data.splits=(0.9,0.1,0.1)"), ["data.splits"]),
+        (train(extra=["--devices", "99"]), ["--devices 99", "leave"]),
+        (["train", "--resume", "--workdir", "absent"], ["absent", "--resume"]),
+        (["eval", "--workdir", "absent"], ["absent", "train"]),
+        (["demo", "--workdir", "absent"], ["absent"]),
+        (["data", "import", "absent.extxyz", "--out", "x.h5"], ["absent.extxyz", "no such file"]),
+    ],
+)
+def test_bad_arguments(fail, argv, words):
+    fail(*argv, words=words)
+
+
+def test_damaged_store(fail, tmp_path):
+    (tmp_path / "bad.h5").write_bytes(b"\x89HDF\r\n\x1a\n" + b"x" * 500)
+    fail(*train("data.path=bad.h5"), words=["bad.h5", "damaged", "data import"])
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda r: [structure() for _ in r], ["no frame has energy and forces"]),
+        (lambda r: r[:1], ["single frame"]),
+        (
+            lambda r: [r[0], *relaxation("a", symbols="CuAu")[1:2], _longer(r[2])],
+            ["keep the number"],
+        ),
+        (lambda r: [_moved(a, np.nan) for a in r], ["not a finite number"]),
+        (lambda r: [_together(a) for a in r], ["atoms 0 and 1", "one point"]),
+        (lambda r: [_flat(a) for a in r], ["volume", "lattice vectors"]),
+    ],
+)
+def test_import_of_unsound_files(fail, tmp_path, make, words):
+    ase.io.write(tmp_path / "bad.traj", make(relaxation("a")))
+    fail("data", "import", "bad.traj", "--out", "x.h5", words=["bad.traj", *words])
+
+
+def _labelled(atoms, like):
+    forces = np.resize(like.get_forces(), (len(atoms), 3))
+    atoms.calc = SinglePointCalculator(atoms, energy=like.get_potential_energy(), forces=forces)
+    atoms.info = dict(like.info)
+    return atoms
+
+
+def _longer(atoms):
+    return _labelled(atoms + Atoms("Cu", [[1.0, 0, 0]]), atoms)
+
+
+def _moved(atoms, by):
+    copy = atoms.copy()
+    copy.positions[0, 0] += by
+    return _labelled(copy, atoms)
+
+
+def _together(atoms):
+    copy = atoms.copy()
+    copy.positions[1] = copy.positions[0]
+    return _labelled(copy, atoms)
+
+
+def _flat(atoms):
+    copy = atoms.copy()
+    copy.cell[2] = copy.cell[1]
+    return _labelled(copy, atoms)
+
+
+def _nan(atoms):
+    atoms.positions[1, 2] = np.nan
+    return atoms
+
+
+def _coincident(atoms):
+    atoms.positions[1] = atoms.positions[0]
+    return atoms
+
+
+@pytest.mark.parametrize(
+    ("atoms", "words"),
+    [
+        (structure("CuO"), ["never saw O"]),
+        (_nan(structure()), ["atom 1", "finite"]),
+        (_coincident(structure()), ["Å apart"]),
+        (structure(cell=[[1, 0, 0], [0, 1, 0], [1, 1, 0]]), ["zero volume"]),
+    ],
+)
+def test_predict_of_bad_structures(fail, workdir, tmp_path, atoms, words):
+    ase.io.write(tmp_path / "bad.traj", atoms)
+    fail("predict", "bad.traj", "--model", workdir, words=["bad.traj", "bad-0", *words])
+
+
+def test_predict_of_a_file_that_is_none(fail, workdir, tmp_path):
+    (tmp_path / "text.extxyz").write_text("this is no structure\n")
+    fail("predict", "text.extxyz", "--model", workdir, words=["text.extxyz", "ASE"])
+
+
+def test_predict_to_unusable_outputs(fail, workdir, tmp_path):
+    ase.io.write(tmp_path / "two.extxyz", [structure(), structure()])
+    fail("predict", "two.extxyz", "--model", workdir, "--out", "two.cif", words=["one structure"])
+    fail("predict", "two.extxyz", "--model", workdir, "--out", "two.pdf", words=[".pdf", ".cif"])
+    fail("predict", "two.extxyz", "--model", workdir, "--out", "two.extxyz", words=["also read"])
+    fail("predict", "two.extxyz", "--model", workdir, "--frames", "1", words=["--frames 1"])
+
+
+def test_workdir_in_use(fail, workdir):
+    before = {p: p.read_bytes() for p in workdir.rglob("*") if p.is_file()}
+    fail(*train(workdir=str(workdir)), words=[workdir, "--resume", "--workdir"])
+    fail(
+        *train("model.features=16", workdir=str(workdir), extra=["--resume"]),
+        words=[workdir, "model.features", "another"],
+    )
+    assert {p: p.read_bytes() for p in workdir.rglob("*") if p.is_file()} == before
+
+
+def test_resume_from_a_damaged_checkpoint(fail, workdir, tmp_path):
+    run = shutil.copytree(workdir, tmp_path / "run")
+    for file in (run / "checkpoints" / "latest").rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"damaged")
+    fail("train", "--resume", "--workdir", "run", words=["checkpoint", "delete"])
+
+
+@pytest.mark.parametrize("name", MODEL_FILES)
+def test_damaged_model(fail, workdir, tmp_path, name):
+    shutil.copytree(workdir / "model", tmp_path / "model")
+    structure().write(tmp_path / "a.cif")
+    (tmp_path / "model" / name).write_bytes(b"damaged")
+    fail("predict", "a.cif", "--model", "model", words=[name, "damaged"])
+    (tmp_path / "model" / name).unlink()
+    fail("predict", "a.cif", "--model", "model", words=[name, "missing"])
