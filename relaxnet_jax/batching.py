@@ -35,7 +35,7 @@ def structure_cost(structure: Structure) -> int:
 
 
 def round_up(value: int) -> int:
-    """Next size in a geometric ladder of multiples of 4, ratio at most 1.25: few shapes, little waste."""
+    """Next size on a geometric ladder of multiples of 4: few shapes, at most a quarter wasted."""
     size = 4
     while size < value:
         size = max(size + 4, int(size * 1.25) // 4 * 4)

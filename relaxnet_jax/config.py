@@ -221,7 +221,8 @@ class Config:
     def triplet_skin(self) -> float:
         """Å. Zero where triplets are visited only at t = 0, else ``graph.skin``.
 
-        A shorter list is a cheaper one: the triplets of an fcc metal fall from 1,190 to 306 per atom.
+        A shorter list is a cheaper one: with a skin of 0.5 Å beyond 4 Å, rattled copper has up to
+        35 bonds per atom instead of 18, and four times the triplets.
         """
         moves = self.dynamics.latent == "implicit" or self.model.update_positions
         return self.graph.skin if moves else 0.0

@@ -17,10 +17,10 @@ import jax.numpy as jnp
 import jraph
 from jax import Array
 
-from relaxnet_jax.models.energy import RelaxNetwork
+from relaxnet_jax.models.energy import RelaxNetwork, call
 from relaxnet_jax.ops import safe_divide
 from relaxnet_jax.potential import Evaluation, energies_and_forces
-from relaxnet_jax.typing import Graph, Latent, Params, Positions, Velocities
+from relaxnet_jax.typing import AnyArray, Graph, Latent, Params, Positions, Velocities
 
 
 class State(NamedTuple):
@@ -62,10 +62,9 @@ def initial_state(
     network: RelaxNetwork, params: Params, graph: Graph, positions: Positions
 ) -> State:
     """x(0), u(0) from the edge expansion, and h(0) = encoder(x(0)) in the explicit scheme."""
-    variables = {"params": params}
-    encoding = network.apply(variables, graph, positions, method="encode")
+    encoding = call(network, params, "encode", graph, positions)
     if network.dynamics.order == "second":
-        velocities = network.apply(variables, encoding, graph, method="initial_velocity")
+        velocities = call(network, params, "initial_velocity", encoding, graph)
         velocities = constrain_velocity(graph, velocities, inertia(network, graph))
     else:
         velocities = jnp.zeros_like(positions)
@@ -75,30 +74,27 @@ def initial_state(
 
 
 def evaluate(
-    network: RelaxNetwork, params: Params, scale: Array, graph: Graph, state: State
+    network: RelaxNetwork, params: Params, scale: AnyArray, graph: Graph, state: State
 ) -> Evaluation:
     """Energies and forces of a state."""
     return energies_and_forces(network, params, scale, graph, state.positions, state.latent)
 
 
 def vector_field(
-    network: RelaxNetwork, params: Params, scale: Array, graph: Graph, state: State
+    network: RelaxNetwork, params: Params, scale: AnyArray, graph: Graph, state: State
 ) -> State:
     """The time derivative of the state, itself laid out as a `State`."""
-    variables = {"params": params}
     result = evaluate(network, params, scale, graph, state)
     masses = inertia(network, graph)[:, None]
     acceleration = jnp.where(movable(graph), result.forces / masses, 0.0)
-    speed = network.apply(variables, method="time_scale").astype(acceleration.dtype)
+    speed = jnp.asarray(call(network, params, "time_scale"), acceleration.dtype)
     if network.dynamics.order == "first":
         dx, du = speed * acceleration, jnp.zeros_like(acceleration)
     else:
-        friction = network.apply(variables, method="friction").astype(acceleration.dtype)
+        friction = jnp.asarray(call(network, params, "friction"), acceleration.dtype)
         dx, du = speed * state.velocities, speed * (acceleration - friction * state.velocities)
     if network.dynamics.latent == "explicit":
-        dh = network.apply(
-            variables, state.latent, result.pair, state.velocities, method="latent_rate"
-        )
+        dh = call(network, params, "latent_rate", state.latent, result.pair, state.velocities)
     else:
         dh = jnp.zeros_like(state.latent)
     return State(dx, du, dh)

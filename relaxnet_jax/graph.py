@@ -131,9 +131,9 @@ def fixed_atoms(atoms: Atoms) -> np.ndarray:
 
     fixed = np.zeros(len(atoms), bool)
     for constraint in atoms.constraints:
-        if isinstance(constraint, FixAtoms):
-            fixed[constraint.index] = True
-        elif isinstance(constraint, FixCartesian) and np.all(constraint.mask):
+        if isinstance(constraint, FixAtoms) or (
+            isinstance(constraint, FixCartesian) and np.all(constraint.mask)
+        ):
             fixed[constraint.index] = True
     return fixed
 

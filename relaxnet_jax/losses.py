@@ -6,7 +6,7 @@ and get exactly the loss of one large batch.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import jraph
@@ -15,7 +15,7 @@ from jax import Array
 from relaxnet_jax.config import LossConfig
 from relaxnet_jax.ops import safe_divide, safe_norm
 from relaxnet_jax.solver import Trajectory
-from relaxnet_jax.typing import Graph
+from relaxnet_jax.typing import AnyArray, Graph
 
 TERMS = ("energy", "monotonicity", "forces", "positions", "direction")
 
@@ -31,23 +31,23 @@ class Targets(NamedTuple):
       times: (n, G) pseudotimes, or None for the frame grid.
     """
 
-    positions: Array
-    forces: Array
-    energies: Array
-    frame_mask: Array
-    last: Array
-    times: Array | None = None
+    positions: AnyArray
+    forces: AnyArray
+    energies: AnyArray
+    frame_mask: AnyArray
+    last: AnyArray
+    times: AnyArray | None = None
 
 
 class Term(NamedTuple):
-    """A loss term as sum / count."""
+    """A loss term as sum / number of things summed (both scalar arrays)."""
 
-    total: Array
-    count: Array
+    total: Any
+    number: Any
 
     def mean(self) -> Array:
-        """total / count, zero when there is nothing to count."""
-        return safe_divide(self.total, self.count)
+        """total / number, zero when there is nothing to count."""
+        return safe_divide(self.total, self.number)
 
 
 def loss_terms(
@@ -101,7 +101,7 @@ def loss_terms(
 def weighted_loss(terms: dict[str, Term], config: LossConfig) -> tuple[Array, dict[str, Array]]:
     """sum_k lambda_k total_k/count_k, and the unweighted means by name."""
     means = {name: term.mean() for name, term in terms.items()}
-    return sum(getattr(config, name) * means[name] for name in TERMS), means  # type: ignore[return-value]
+    return sum(getattr(config, name) * means[name] for name in TERMS), means
 
 
 def coordinate_error(prediction: Trajectory, targets: Targets, graph: Graph) -> tuple[Term, Term]:

@@ -32,7 +32,7 @@ from relaxnet_jax.errors import InputError
 from relaxnet_jax.graph import MAX_ATOMIC_NUMBER, Structure, build_structure, structure_from_atoms
 from relaxnet_jax.models.energy import RelaxNetwork
 from relaxnet_jax.models.init import initial_parameters
-from relaxnet_jax.typing import Graph, Params, Times
+from relaxnet_jax.typing import AnyArray, Graph, Params, Times
 
 if TYPE_CHECKING:
     from ase import Atoms
@@ -69,8 +69,8 @@ class RelaxNet:
     """
 
     params: Params
-    element_energies: Array
-    energy_scale: Array
+    element_energies: AnyArray
+    energy_scale: AnyArray
     config: Config = flax.struct.field(pytree_node=False)
     elements: tuple[int, ...] = flax.struct.field(pytree_node=False, default=())
     statistics: str = flax.struct.field(pytree_node=False, default="{}")
@@ -232,7 +232,8 @@ def load_model(folder: str | Path) -> RelaxNet:
         ) from None
     if stored != FORMAT:
         raise InputError(
-            f"{folder}: model format {stored}, this version reads {FORMAT}; use the version that wrote it"
+            f"{folder}: model format {stored}, this version reads {FORMAT}; "
+            "use the version that wrote it"
         )
     if not intact:
         raise InputError(

@@ -67,7 +67,9 @@ def pairs_within(positions, cell, pbc, reach: float):
 def build_neighbors(
     positions, cell, pbc, cutoff: float, triplet_cutoff: float, skin: float, triplet_skin: float
 ) -> Neighbors:
-    """Slot list of all pairs within ``cutoff + skin``, bonds within ``triplet_cutoff + triplet_skin``.
+    """Slot list of the pairs within ``cutoff + skin``.
+
+    Bonds are those within ``triplet_cutoff + triplet_skin``.
 
     Raises:
       InputError: two atoms at (almost) one point, or a degenerate cell.

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from relaxnet_jax.models.energy import RelaxNetwork
-from relaxnet_jax.typing import Energies, Forces, Graph, Latent, Params, Positions
+from relaxnet_jax.models.energy import RelaxNetwork, call
+from relaxnet_jax.typing import AnyArray, Energies, Forces, Graph, Latent, Params, Positions
 
 
 class Evaluation(NamedTuple):
@@ -23,7 +23,7 @@ class Evaluation(NamedTuple):
 def energies_and_forces(
     network: RelaxNetwork,
     params: Params,
-    scale: Array,
+    scale: AnyArray,
     graph: Graph,
     positions: Positions,
     latent: Latent,
@@ -40,14 +40,13 @@ def energies_and_forces(
     Returns:
       Energies relative to the composition energies; raw forces, also on fixed atoms.
     """
-    variables = {"params": params}
 
     def total(x):
         if network.dynamics.latent == "implicit":
-            h = network.apply(variables, graph, x, method="encode").h
-            energies, pair = network.apply(variables, h, graph, method="read_out"), None
+            h = call(network, params, "encode", graph, x).h
+            energies, pair = call(network, params, "read_out", h, graph), None
         else:
-            energies, pair = network.apply(variables, latent, graph, x, method="explicit_energy")
+            energies, pair = call(network, params, "explicit_energy", latent, graph, x)
         energies = energies * scale
         return jnp.sum(energies), (energies, pair)
 

@@ -51,7 +51,7 @@ _solve_compiled = jax.jit(_solve)
 
 def compiled_shapes() -> int:
     """How many batch shapes have been compiled for prediction in this process."""
-    return _solve_compiled._cache_size()
+    return _solve_compiled._cache_size()  # type: ignore[attr-defined]
 
 
 def predict_structures(
@@ -110,7 +110,10 @@ def predict_structures(
 
 
 def approach(positions: np.ndarray) -> float:
-    """Å: the most two atoms can have approached, by the two largest displacements on a path (n, N, 3)."""
+    """Å: the most two atoms can have approached each other on a path (n, N, 3).
+
+    The sum of the two largest displacements.
+    """
     reach = np.linalg.norm(positions - positions[:1], axis=-1).max(0)
     if not np.isfinite(reach).all():
         return np.inf

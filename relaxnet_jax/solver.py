@@ -15,7 +15,7 @@ from relaxnet_jax import dynamics
 from relaxnet_jax.config import DynamicsConfig
 from relaxnet_jax.dynamics import State
 from relaxnet_jax.models.energy import RelaxNetwork
-from relaxnet_jax.typing import Graph, Params, Positions, Times
+from relaxnet_jax.typing import AnyArray, Graph, Params, Positions, Times
 
 
 class RK4(diffrax.AbstractERK):
@@ -55,9 +55,16 @@ def frame_grid(config: DynamicsConfig) -> np.ndarray:
 
 
 def solve_states(field: Callable[[State], State], start: State, config: DynamicsConfig) -> State:
-    """States on the frame grid: leaves (n, ...). Reverse-mode differentiable at n+1 states' memory."""
+    """States on the frame grid: leaves (n, ...).
+
+    Reverse-mode differentiable; one state per step is kept, the rest recomputed. The adaptive
+    solver chooses its steps for the whole batch at once, so there a structure's result depends,
+    within the tolerances, on the others in its batch; with fixed steps it does not.
+    """
     dtype = start.positions.dtype
     frames = jnp.asarray(frame_grid(config), dtype)
+    solver: diffrax.AbstractSolver
+    controller: diffrax.AbstractStepSizeController
     if config.solver == "rk4":
         steps = np.linspace(0.0, 1.0, (config.frames - 1) * config.substeps + 1)
         # Frame times must be bit-equal to step times for StepTo and SaveAt to agree.
@@ -113,7 +120,7 @@ def interpolate_states(states: State, rates: State, node_times: Array) -> State:
 def solve_trajectory(
     network: RelaxNetwork,
     params: Params,
-    scale: Array,
+    scale: AnyArray,
     graph: Graph,
     times: Times | None = None,
     positions: Positions | None = None,

@@ -10,12 +10,14 @@ from typing import Any, TypeAlias
 
 import jax
 import jraph
+import numpy as np
 
+AnyArray: TypeAlias = jax.Array | np.ndarray
 Positions: TypeAlias = jax.Array  # (N, 3) Å
 Velocities: TypeAlias = jax.Array  # (N, 3) Å per unit pseudotime
 Forces: TypeAlias = jax.Array  # (N, 3) eV/Å
 Energies: TypeAlias = jax.Array  # (G,) eV
-Times: TypeAlias = jax.Array  # (n,) or (n, G), pseudotime in [0, 1]
+Times: TypeAlias = AnyArray  # (n,) or (n, G), pseudotime in [0, 1]
 Latent: TypeAlias = jax.Array  # (N, F)
 Params: TypeAlias = Any  # Flax parameter tree
 Graph: TypeAlias = jraph.GraphsTuple  # the padded batch of structures, see graph.py

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("x64")
 L = 8
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(np.float64, 1e-12), (np.float32, 3e-6)])
+@pytest.mark.parametrize("dtype, tolerance", [(np.float64, 1e-9), (np.float32, 3e-6)])
 def test_spherical_bessel(dtype, tolerance):
     """From zero to large arguments, values and derivatives, across the switch of formulas."""
     x = np.concatenate([[0, 1e-8, 1e-3], np.linspace(0.05, 8, 400), [20, 50.0]]).astype(dtype)
@@ -40,7 +40,7 @@ def test_spherical_bessel(dtype, tolerance):
     small = x[(x > 0.05) & (x < 2)]
     found = jax.vmap(functions)(small)
     np.testing.assert_allclose(
-        found, spherical_jn(degrees, small[:, None].astype(float)), rtol=1e4 * tolerance)
+        found, spherical_jn(degrees, small[:, None].astype(float)), rtol=10 * tolerance)
 
 
 def test_roots():
@@ -108,8 +108,9 @@ def test_envelope(power):
     assert derivatives[0](0.0) == 1
     for order, f in enumerate(derivatives):
         assert f(c + 1e-9) == 0 and f(2 * c) == 0 and f(1000.0) == 0
-        assert abs(f(c - 1e-6)) < 1e-6 * 10 ** (3 * order) * 1e-9 ** max(0, 1 - order)
-    assert abs(jax.grad(derivatives[2])(c - 1e-6)) > 1  # the third does not: it is minimal
+        # (c - r)^3 near the cutoff.
+        assert abs(f(c - 1e-4)) < 20 * 1e-4 ** (3 - order) + 1e-13
+    assert abs(jax.grad(derivatives[2])(c - 1e-6)) > 0.1  # the third does not vanish
     r = np.linspace(0, c, 100)
     values = np.asarray(jax.vmap(derivatives[0])(jnp.asarray(r)))
     assert (np.diff(values) <= 1e-15).all()

@@ -15,12 +15,10 @@ import pytest
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 
-from relaxnet_jax import __version__, cli
+from relaxnet_jax import __version__, cli, structure_files
+from relaxnet_jax.data import read_relaxations
 
 ROOT = Path(__file__).parents[1]
-# The toy model of bin/quickstart --fast: the same programs, compiled once for both.
-TINY = re.search(r"settings=\((data\.n_emt=24.*?)\)", (ROOT / "bin/quickstart").read_text(), re.S)
-TINY = TINY[1].split()
 MODEL_FILES = ("config.json", "model.json", "parameters.npz")
 
 
@@ -36,14 +34,31 @@ def cache(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def workdir(cache, tmp_path_factory):
-    """A finished run of two epochs."""
-    folder = tmp_path_factory.mktemp("cli") / "run"
-    assert (
-        cli.main(["train", "--config", "explicit.py", "--workdir", str(folder), "--set", *TINY])
-        == 0
+def quickstart(cache, tmp_path_factory):
+    """bin/quickstart --fast without its virtual environment: (workdir, what it printed)."""
+    folder = tmp_path_factory.mktemp("cli")
+    environment = os.environ | {
+        "PYTHON": sys.executable,
+        "JAX_PLATFORMS": "cpu",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "EQX_ON_ERROR": "nan",
+        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir or str(cache / "xla"),
+    }
+    done = subprocess.run(
+        ["bash", ROOT / "bin/quickstart", "--fast", "--no-install", "--workdir", "run"],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
     )
-    return folder
+    assert done.returncode == 0, done.stderr
+    return folder / "run", done.stdout
+
+
+@pytest.fixture(scope="module")
+def workdir(quickstart):
+    """A finished run of two epochs."""
+    return quickstart[0]
 
 
 @pytest.fixture
@@ -90,40 +105,34 @@ def relaxation(name, n=3, symbols="CuAu"):
     return frames
 
 
+def save(path, frames):
+    ase.io.write(path, frames)
+    return path
+
+
 def train(*settings, workdir="run", config="explicit.py", extra=()):
-    return ["train", "--config", config, "--workdir", workdir, *extra, "--set", *TINY, *settings]
+    settings = ["train.epochs=1", *settings]
+    return ["train", "--config", config, "--workdir", workdir, *extra, "--set", *settings]
 
 
 # Everything works
 
 
-def test_run_leaves_a_model(workdir, capsys):
+def test_quickstart(quickstart):
+    workdir, printed = quickstart
+    assert "coordinate MAE" in printed and "doing nothing" in printed
     assert {p.name for p in (workdir / "model").iterdir()} == set(MODEL_FILES)
     assert {"config.json", "splits.json", "metrics.jsonl"} <= {p.name for p in workdir.iterdir()}
     assert len((workdir / "metrics.jsonl").read_text().splitlines()) == 2
-
-
-def test_eval(workdir, tmp_path, capsys):
-    assert (
-        cli.main(
-            [
-                "eval",
-                "--workdir",
-                str(workdir),
-                "--split",
-                "validation",
-                "--out",
-                str(tmp_path / "out"),
-            ]
-        )
-        == 0
-    )
-    out = capsys.readouterr().out
-    assert "coordinate MAE" in out and "doing nothing" in out and "next: relaxnet-jax" in out
-    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    metrics = json.loads((workdir / "eval-test" / "metrics.json").read_text())
     assert set(metrics["results"]) == {"model", "nothing", "composition"}
-    for name in ("per_frame.png", "parity.png"):
-        assert (tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG")
+    for name in ("eval-test/per_frame.png", "eval-test/parity.png", "demo/trajectory.png"):
+        assert (workdir / name).read_bytes().startswith(b"\x89PNG")
+    for name in ("predicted", "true"):
+        assert len(ase.io.read(workdir / "demo" / f"{name}.extxyz", index=":")) >= 3
+    # Every command it ends with exists.
+    hints = re.findall(r"^  .* (?:-m relaxnet_jax.cli) (\w+)", printed, re.M)
+    assert hints == ["predict", "data"]
 
 
 def test_eval_on_another_file(workdir, tmp_path, capsys):
@@ -151,35 +160,11 @@ def test_predict_goes_on_past_bad_structures(workdir, tmp_path, monkeypatch, cap
     assert np.isfinite(frames[-1].get_potential_energy())
 
 
-def test_predict_one_structure_to_a_poscar(workdir, tmp_path):
-    start, out = tmp_path / "start.cif", tmp_path / "POSCAR.relaxed"
-    structure().write(start)
-    assert (
-        cli.main(
-            [
-                "predict",
-                str(start),
-                "--model",
-                str(workdir / "model"),
-                "--frames",
-                "4",
-                "--out",
-                str(out),
-            ]
-        )
-        == 0
-    )
-    assert len(ase.io.read(out, format="vasp")) == 2
-
-
-def test_demo(workdir, tmp_path):
-    assert cli.main(["demo", "--workdir", str(workdir), "--out", str(tmp_path / "demo")]) == 0
-    assert {p.name for p in (tmp_path / "demo").iterdir()} == {
-        "predicted.extxyz",
-        "true.extxyz",
-        "trajectory.png",
-    }
-    assert len(ase.io.read(tmp_path / "demo" / "predicted.extxyz", index=":")) == 3
+def test_write_one_structure_as_poscar(tmp_path):
+    path = next(iter(read_relaxations(save(tmp_path / "a.extxyz", relaxation("a")))))
+    structure_files.write_trajectories([path], tmp_path / "POSCAR.relaxed")
+    final = ase.io.read(tmp_path / "POSCAR.relaxed", format="vasp")
+    np.testing.assert_allclose(final.positions, path.positions[-1], atol=1e-6)
 
 
 def test_import_then_train_command(tmp_path, monkeypatch, capsys):
@@ -229,30 +214,6 @@ def test_help_starts_without_jax():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-@pytest.mark.skipif(os.name != "posix", reason="a bash script")
-def test_quickstart(workdir, cache, tmp_path):
-    """bin/quickstart --fast without its virtual environment."""
-    environment = os.environ | {
-        "PYTHON": sys.executable,
-        "RELAXNET_JAX_CACHE": str(cache),
-        "JAX_PLATFORMS": "cpu",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "EQX_ON_ERROR": "nan",
-        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir or "",
-    }
-    done = subprocess.run(
-        [ROOT / "bin/quickstart", "--fast", "--no-install", "--workdir", "q"],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "q" / "demo" / "trajectory.png").is_file()
-    assert (tmp_path / "q" / "eval-test" / "metrics.json").is_file()
-    assert "Next:" in done.stdout
-
-
 # Bad input: one line that names culprit and remedy, and nothing left behind
 
 
@@ -297,7 +258,6 @@ def test_damaged_store(fail, tmp_path):
             lambda r: [r[0], *relaxation("a", symbols="CuAu")[1:2], _longer(r[2])],
             ["keep the number"],
         ),
-        (lambda r: [_moved(a, np.nan) for a in r], ["not a finite number"]),
         (lambda r: [_together(a) for a in r], ["atoms 0 and 1", "one point"]),
         (lambda r: [_flat(a) for a in r], ["volume", "lattice vectors"]),
     ],
@@ -305,6 +265,12 @@ def test_damaged_store(fail, tmp_path):
 def test_import_of_unsound_files(fail, tmp_path, make, words):
     ase.io.write(tmp_path / "bad.traj", make(relaxation("a")))
     fail("data", "import", "bad.traj", "--out", "x.h5", words=["bad.traj", *words])
+
+
+def test_import_of_coordinates_that_are_no_numbers(fail, tmp_path):
+    file = save(tmp_path / "bad.extxyz", relaxation("a"))
+    file.write_text(re.sub(r"^Au +\S+", "Au nan", file.read_text(), flags=re.M))
+    fail("data", "import", "bad.extxyz", "--out", "x.h5", words=["bad.extxyz", "not a finite"])
 
 
 def _labelled(atoms, like):
@@ -316,12 +282,6 @@ def _labelled(atoms, like):
 
 def _longer(atoms):
     return _labelled(atoms + Atoms("Cu", [[1.0, 0, 0]]), atoms)
-
-
-def _moved(atoms, by):
-    copy = atoms.copy()
-    copy.positions[0, 0] += by
-    return _labelled(copy, atoms)
 
 
 def _together(atoms):
@@ -378,7 +338,7 @@ def test_workdir_in_use(fail, workdir):
     fail(*train(workdir=str(workdir)), words=[workdir, "--resume", "--workdir"])
     fail(
         *train("model.features=16", workdir=str(workdir), extra=["--resume"]),
-        words=[workdir, "model.features", "another"],
+        words=[workdir, "is a run of another config", "--workdir"],
     )
     assert {p: p.read_bytes() for p in workdir.rglob("*") if p.is_file()} == before
 

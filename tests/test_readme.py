@@ -5,6 +5,7 @@ import re
 import shlex
 from pathlib import Path
 
+import jax
 import pytest
 
 from relaxnet_jax.cli import build_parser
@@ -25,8 +26,15 @@ def commands():
     return [shlex.split(line)[1:] for line in lines if line.startswith("relaxnet-jax ")]
 
 
+@pytest.fixture
+def quick_compilation():
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.mark.parametrize("code", blocks("python"))
-def test_python_blocks_run(code, tmp_path, monkeypatch):
+def test_python_blocks_run(code, quick_compilation, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
     assert (tmp_path / "path.extxyz").is_file()

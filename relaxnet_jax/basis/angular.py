@@ -23,7 +23,7 @@ def zonal_harmonics(cosine: Array, l_max: int) -> Array:
       (..., l_max + 1).
     """
     legendre = [jnp.ones_like(cosine), cosine]
-    for l in range(1, l_max):  # noqa: E741
+    for l in range(1, l_max):
         legendre.append(((2 * l + 1) * cosine * legendre[l] - l * legendre[l - 1]) / (l + 1))
     norms = [math.sqrt((2 * l + 1) / (4 * math.pi)) for l in range(l_max + 1)]
     return jnp.stack([c * p for c, p in zip(norms, legendre)], -1)
@@ -57,6 +57,6 @@ def edge_expansion(vectors: Array, r: Array, cutoff: float, n: int, l_max: int) 
     """
     harmonics = real_spherical_harmonics(vectors, l_max)
     radial = spherical_bessel_basis(r, cutoff, n, l_max)  # (E, n, L+1)
-    repeats = jnp.array([2 * l + 1 for l in range(l_max + 1)])  # noqa: E741
+    repeats = jnp.array([2 * l + 1 for l in range(l_max + 1)])
     per_component = jnp.repeat(radial, repeats, axis=-1, total_repeat_length=(l_max + 1) ** 2)
     return e3nn.IrrepsArray(harmonics.irreps, per_component * harmonics.array[:, None, :])

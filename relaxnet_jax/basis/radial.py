@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 
 import jax.numpy as jnp
@@ -77,10 +78,10 @@ def spherical_bessel(l_max: int, x: Array) -> Array:
     Returns:
       (..., l_max + 1).
     """
-    return jnp.stack([_spherical_jl(l, x[..., l]) for l in range(l_max + 1)], -1)  # noqa: E741
+    return jnp.stack([_spherical_jl(l, x[..., l]) for l in range(l_max + 1)], -1)
 
 
-def _spherical_jl(l: int, x: Array) -> Array:  # noqa: E741
+def _spherical_jl(l: int, x: Array) -> Array:
     threshold = _SERIES_BELOW + 0.5 * l
     small = x < threshold
     # Double where: each branch is evaluated only on arguments it is good for.
@@ -105,9 +106,9 @@ def bessel_roots(l_max: int, n: int) -> np.ndarray:
     """
     roots = np.pi * np.arange(1, n + l_max + 1)
     table = [roots[:n]]
-    for l in range(1, l_max + 1):  # noqa: E741
+    for l in range(1, l_max + 1):
         roots = np.array(
-            [brentq(lambda x, l=l: spherical_jn(l, x), a, b) for a, b in zip(roots[:-1], roots[1:])]
+            [brentq(lambda x, l=l: spherical_jn(l, x), a, b) for a, b in itertools.pairwise(roots)]
         )
         table.append(roots[:n])
     return np.stack(table)

@@ -55,8 +55,8 @@ def read_trajectories(
     changing = len(found) - len(kept)
     if changing and config.data.variable_cell == "error":
         raise InputError(
-            f"{path}: the cell changes in {changing} of {len(found)} relaxations, which this fixed-cell model cannot "
-            "follow; leave them out with --set data.variable_cell=drop"
+            f"{path}: the cell changes in {changing} of {len(found)} relaxations, which this "
+            "fixed-cell model cannot follow; leave them out with --set data.variable_cell=drop"
         )
     if changing:
         left_out["the cell changes"] = changing

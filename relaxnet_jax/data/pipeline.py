@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Sequence
 
 import grain
@@ -148,7 +149,8 @@ def plan_buckets(
     order = np.argsort(slots + bonds**2, kind="stable")
     best: Buckets | None = None
     for count in range(1, max_buckets + 1):
-        shapes, assignment = [], np.zeros(len(structures), np.int64)
+        shapes: list[BatchShape] = []
+        assignment = np.zeros(len(structures), np.int64)
         for members in _cut(order, atoms, slots, bonds, count):
             assignment[members] = len(shapes)
             shapes.append(_bucket_shape(atoms[members], slots[members], bonds[members], batch_size))
@@ -194,7 +196,7 @@ def _cut(order, atoms, slots, bonds, count: int) -> list[np.ndarray]:
     for lefts in reversed(choice):
         cuts.append(int(lefts[cuts[-1]]))
     cuts = sorted({*cuts, 0})
-    return [order[edges[a] : edges[b]] for a, b in zip(cuts[:-1], cuts[1:])]
+    return [order[edges[a] : edges[b]] for a, b in itertools.pairwise(cuts)]
 
 
 def pack_epoch(

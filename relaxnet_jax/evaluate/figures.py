@@ -19,8 +19,8 @@ from matplotlib.colors import BoundaryNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from relaxnet_jax.errors import InputError
 from relaxnet_jax.data.files import atomic_path
+from relaxnet_jax.errors import InputError
 from relaxnet_jax.evaluate.tables import label
 from relaxnet_jax.metrics import Comparison, Metrics, evaluate, pearson
 

@@ -19,11 +19,11 @@ from relaxnet_jax.errors import InputError
 from relaxnet_jax.evaluate.figures import parity_figure, per_frame_figure
 from relaxnet_jax.evaluate.tables import write_metrics
 from relaxnet_jax.graph import build_structure, masses_of
-from relaxnet_jax.metrics import Comparison, Metrics, evaluate
+from relaxnet_jax.metrics import Comparison, Metrics, Predictor, evaluate
 from relaxnet_jax.model import RelaxNet, load_model
 from relaxnet_jax.predict import predict_structures
 
-PREDICTORS = ("model", "nothing", "composition")
+PREDICTORS: tuple[Predictor, ...] = ("model", "nothing", "composition")
 
 
 @dataclasses.dataclass(frozen=True)

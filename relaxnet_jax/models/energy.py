@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import flax.linen as nn
 import jax.numpy as jnp
 import jraph
@@ -12,7 +14,7 @@ from relaxnet_jax.graph import shift_vectors
 from relaxnet_jax.models.encoder import Encoder, Encoding
 from relaxnet_jax.models.layers import MLP, PAIR_NORM, AttentionBlock, pair_geometry
 from relaxnet_jax.ops import gather_senders, sum_slots
-from relaxnet_jax.typing import Energies, Graph, Latent, Positions, Velocities
+from relaxnet_jax.typing import Energies, Graph, Latent, Params, Positions, Velocities
 
 # Å; velocities are learned in this unit, so that training starts near doing nothing.
 VELOCITY_UNIT = 0.05
@@ -100,6 +102,11 @@ class RelaxNetwork(nn.Module):
         energy, p = self.explicit_energy(encoding.h, graph, positions)
         self.latent_rate(encoding.h, p, velocities)
         return energy
+
+
+def call(network: RelaxNetwork, params: Params, method: str, *args: Any) -> Any:
+    """One of the network's methods with these parameters."""
+    return network.apply({"params": params}, *args, method=method)
 
 
 class _VelocityHead(nn.Module):

@@ -34,7 +34,14 @@ from relaxnet_jax.train.state import Plateau, TrainState, initial_train_state
 from relaxnet_jax.train.step import make_eval_step, make_train_step
 
 # Fields that may differ when a run is resumed: they say when to stop, not what is computed.
-RESUMABLE = ("epochs", "max_minutes", "early_stop_patience", "tensorboard", "checkpoint_every", "cooldown")
+RESUMABLE = (
+    "epochs",
+    "max_minutes",
+    "cooldown",
+    "early_stop_patience",
+    "tensorboard",
+    "checkpoint_every",
+)
 
 
 @dataclasses.dataclass
@@ -127,7 +134,7 @@ class _Run:
             for i in dataset.splits[name]
             if samples[i] is not None
         ]
-        self.samples: list[Sample] = [samples[i] for i in used]  # type: ignore[misc]
+        self.samples: list[Sample] = [samples[i] for i in used]
         in_train = np.isin(used, dataset.splits["train"])
         self.members = {"train": np.flatnonzero(in_train), "validation": np.flatnonzero(~in_train)}
         for name, members in self.members.items():
@@ -175,7 +182,12 @@ class _Run:
             }
         )
         return RelaxNet(
-            params, self.element_energies, np.float32(self.scale), self.config, elements, statistics
+            params,
+            self.element_energies,
+            np.asarray(self.scale, np.float32),
+            self.config,
+            elements,
+            statistics,
         )
 
     def batches(self, split: str, rng: np.random.Generator | None):
@@ -204,7 +216,7 @@ class _Run:
             for name, term in terms.items():
                 total = totals.setdefault(name, [0.0, 0.0])
                 total[0] += float(term.total)
-                total[1] += float(term.count)
+                total[1] += float(term.number)
         terms = {name: Term(np.float64(a), np.float64(b)) for name, (a, b) in totals.items()}
         loss, _ = weighted_loss(terms, self.config.loss)
         return {"loss": float(loss)} | {name: float(term.mean()) for name, term in terms.items()}

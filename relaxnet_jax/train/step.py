@@ -59,7 +59,7 @@ def _add_over(axis: str) -> Callable[[Term], Term]:
     # the others' totals enter the value only.
     def add(term: Term) -> Term:
         others = jax.lax.stop_gradient(jax.lax.psum(term.total, axis) - term.total)
-        return Term(term.total + others, jax.lax.stop_gradient(jax.lax.psum(term.count, axis)))
+        return Term(term.total + others, jax.lax.stop_gradient(jax.lax.psum(term.number, axis)))
 
     return add
 
