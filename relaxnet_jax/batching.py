@@ -45,14 +45,14 @@ def round_up(value: int) -> int:
 def fitting_shape(structures: Sequence[Structure], rounded: bool = False) -> BatchShape:
     """The smallest shape that holds these structures in one batch, optionally rounded up."""
     up = round_up if rounded else (lambda value: value)
+    # A device without structures gets an empty batch.
+    n_slots = max((s.neighbors.n_slots for s in structures), default=1)
+    n_bonds = max((s.neighbors.n_bonds for s in structures), default=1)
     return BatchShape(
         n_graphs=len(structures) + 1,
         n_atoms=up(sum(s.n_atoms for s in structures)),
-        n_slots=up(max(s.neighbors.n_slots for s in structures)),
-        n_bonds=min(
-            up(max(s.neighbors.n_bonds for s in structures)),
-            up(max(s.neighbors.n_slots for s in structures)),
-        ),
+        n_slots=up(n_slots),
+        n_bonds=min(up(n_bonds), up(n_slots)),
     )
 
 

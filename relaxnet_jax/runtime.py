@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 from relaxnet_jax.errors import InputError
 
@@ -36,8 +37,9 @@ def enable_compilation_cache() -> Path | None:
     import jax
 
     folder = cache_folder() / "xla"
-    if jax.config.jax_compilation_cache_dir:
-        folder = Path(jax.config.jax_compilation_cache_dir)
+    settings: Any = jax.config
+    if settings.jax_compilation_cache_dir:
+        folder = Path(settings.jax_compilation_cache_dir)
     else:
         try:
             folder.mkdir(parents=True, exist_ok=True)

@@ -73,7 +73,7 @@ def check(case, path, reference, turn=lambda v: v, order=slice(None), energy=1.0
 def test_there_is_something_to_test(case):
     """Atoms move, forces are there, and energies change along the path."""
     for path in case.paths:
-        assert 0.03 < np.abs(path.positions[-1] - path.start).max() < 1.0
+        assert 0.03 < np.abs(path.positions[-1] - path.start).max() < 1.5
         assert np.abs(path.velocities[0]).max() > 0.03
         assert 0.05 < np.abs(path.forces).max() < 50
         assert np.ptp(path.energies) > 1e-3
@@ -147,15 +147,28 @@ def test_supercell(case, make):
         check(case, path, single, turn=lambda v, n=copies: np.tile(v, (1, n, 1)), energy=copies)
 
 
-def test_padding_and_company(case):
-    """Alone or in company, in a snug or a roomy batch: the same path."""
+def test_company(case):
+    """Alone or in company: the same path."""
     for index in range(3):
         (alone,) = solve(case, [systems()[index]])
         check(case, alone, case.paths[index])
-    if case.dtype == np.float64:
-        roomy = bigger(SHAPE, n_graphs=3, n_atoms=9, n_slots=5, n_bonds=3)
-        for path, reference in zip(solve(case, systems(), roomy), case.paths):
-            check(case, path, reference)
+
+
+@pytest.mark.parametrize("latent", SCHEMES)
+def test_padding(latent):
+    """More room in every dimension of the batch: the same initial state and vector field."""
+    with jax.enable_x64(True):
+        config, atoms = tiny_config(latent), systems()
+        model, functions = tiny_model(config), compiled(config)
+        found = []
+        for shape in (SHAPE, bigger(SHAPE, n_graphs=3, n_atoms=9, n_slots=5, n_bonds=3)):
+            graph = batch(atoms, config, shape)
+            state = functions.start(model, graph, graph.nodes["positions"])
+            rate = functions.field(model, graph, state)
+            found.append([v for s in (state, rate) for leaf in s for v in split(leaf, atoms)])
+        assert len(found[0]) == 18
+        for snug, roomy in zip(*found):
+            np.testing.assert_allclose(roomy, snug, rtol=1e-9, atol=1e-11)
 
 
 def test_fixed_atoms_do_not_move_at_all(case):
@@ -195,7 +208,7 @@ def test_no_gradient_across_structures(gradient_case):
         weights[0][-1, own], weights[2][-1, index] = 1.0 + np.arange(3), 1.0
         _, (_, gradient) = compiled(config).weighted(
             model, graph.nodes["positions"], graph, weights)
-        gradient = np.asarray(gradient)
+        gradient = np.array(gradient)
         assert np.abs(gradient[own]).max() > 0.1
         gradient[own] = 0
         assert (gradient == 0).all()

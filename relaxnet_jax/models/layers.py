@@ -253,8 +253,10 @@ def _triplet_sums(part_j, part_k, angle_kernel, directions, cut, T: int):
         return (scalars, carry[1] + second), (hidden[..., T : 2 * T].sum(1), moments)
 
     by_bond = [x.swapaxes(0, 1) for x in (part_j, directions, cut)]
-    zero = (jnp.zeros((n_atoms, T), part_j.dtype), jnp.zeros((n_atoms, n_bonds, T), part_j.dtype))
-    carry, sums = jax.lax.scan(bond, zero if vectors else zero[:1], (*by_bond, others))
+    zero: tuple[Array, ...] = (jnp.zeros((n_atoms, T), part_j.dtype),)
+    if vectors:
+        zero = (*zero, jnp.zeros((n_atoms, n_bonds, T), part_j.dtype))
+    carry, sums = jax.lax.scan(bond, zero, (*by_bond, others))
     if not vectors:
         return carry[0], None, None, None
     return carry[0], sums[0].swapaxes(0, 1), carry[1], sums[1].swapaxes(0, 1)
