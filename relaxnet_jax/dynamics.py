@@ -81,10 +81,9 @@ def evaluate(
 
 
 def vector_field(
-    network: RelaxNetwork, params: Params, scale: AnyArray, graph: Graph, state: State
+    network: RelaxNetwork, params: Params, graph: Graph, state: State, result: Evaluation
 ) -> State:
-    """The time derivative of the state, itself laid out as a `State`."""
-    result = evaluate(network, params, scale, graph, state)
+    """The time derivative of a state with this `evaluate` result, itself laid out as a `State`."""
     masses = inertia(network, graph)[:, None]
     acceleration = jnp.where(movable(graph), result.forces / masses, 0.0)
     speed = jnp.asarray(call(network, params, "time_scale"), acceleration.dtype)

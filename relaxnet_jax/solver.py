@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import diffrax
 import jax
@@ -18,20 +18,48 @@ from relaxnet_jax.models.energy import RelaxNetwork
 from relaxnet_jax.typing import AnyArray, Graph, Params, Positions, Times
 
 
-class RK4(diffrax.AbstractERK):
-    """The classical fourth-order Runge-Kutta method with fixed steps (Kutta 1901)."""
+class RK4(diffrax.AbstractSolver):
+    """The classical fourth-order Runge-Kutta method with fixed steps (Kutta 1901).
 
-    tableau: ClassVar[diffrax.ButcherTableau] = diffrax.ButcherTableau(
-        a_lower=(np.array([1 / 2]), np.array([0, 1 / 2]), np.array([0.0, 0.0, 1.0])),
-        b_sol=np.array([1 / 6, 1 / 3, 1 / 3, 1 / 6]),
-        b_error=np.zeros(4),  # no embedded method: for fixed steps only
-        c=np.array([1 / 2, 1 / 2, 1.0]),
-    )
-    interpolation_cls: ClassVar[Callable] = diffrax.ThirdOrderHermitePolynomialInterpolation.from_k
+    diffrax's generic explicit Runge-Kutta runs its stages in a checkpointed loop of its own,
+    which puts two more copies of the vector field into the traced gradient. Here the four
+    stages are one scan, k_s = h f(y + a_s k_{s-1}), y <- y + sum_s b_s k_s: one copy.
+    """
+
+    term_structure: ClassVar = diffrax.AbstractTerm
+    interpolation_cls: ClassVar[Callable] = diffrax.ThirdOrderHermitePolynomialInterpolation
 
     def order(self, terms) -> int:
         """Order of convergence."""
         return 4
+
+    def init(self, terms, t0, t1, y0, args):
+        """No state is kept between steps."""
+        return None
+
+    def step(self, terms, t0, t1, y0, args, solver_state, made_jump):
+        """One step; the interpolation keeps h f at its beginning and at its last stage."""
+        control = terms.contr(t0, t1)
+
+        def stage(carry, coefficients):
+            previous, total = carry
+            a, b = coefficients
+            y = jax.tree.map(lambda y, k: y + a * k, y0, previous)
+            k = terms.vf_prod(t0 + a * (t1 - t0), y, args, control)
+            return (k, jax.tree.map(lambda t, k: t + b * k, total, k)), k
+
+        zero = jax.tree.map(jnp.zeros_like, y0)
+        dtype = jnp.result_type(*jax.tree.leaves(y0))
+        table = jnp.array([[0, 1 / 6], [1 / 2, 1 / 3], [1 / 2, 1 / 3], [1, 1 / 6]], dtype)
+        (_, total), k = jax.lax.scan(stage, (zero, zero), (table[:, 0], table[:, 1]))
+        y1 = jax.tree.map(jnp.add, y0, total)
+        first, last = (jax.tree.map(lambda k, s=s: k[s], k) for s in (0, 3))
+        dense = {"y0": y0, "y1": y1, "k0": first, "k1": last}
+        return y1, None, dense, None, diffrax.RESULTS.successful
+
+    def func(self, terms, t0, y0, args):
+        """The vector field."""
+        return terms.vf(t0, y0, args)
 
 
 class Trajectory(NamedTuple):
@@ -54,41 +82,57 @@ def frame_grid(config: DynamicsConfig) -> np.ndarray:
     return np.linspace(0.0, 1.0, config.frames)
 
 
-def solve_states(field: Callable[[State], State], start: State, config: DynamicsConfig) -> State:
-    """States on the frame grid: leaves (n, ...).
+def solve_states(field: Callable[[Any], Any], start: Any, config: DynamicsConfig) -> Any:
+    """States (any tree of arrays) on the frame grid: leaves (n, ...). See `solve_with_rates`."""
+    return solve_with_rates(field, start, config)[0]
 
-    Reverse-mode differentiable; one state per step is kept, the rest recomputed. The adaptive
-    solver chooses its steps for the whole batch at once, so there a structure's result depends,
-    within the tolerances, on the others in its batch; with fixed steps it does not.
+
+def solve_with_rates(field: Callable[[Any], Any], start: Any, config: DynamicsConfig):
+    """States on the frame grid and their time derivatives there: leaves (n, ...).
+
+    Reverse-mode differentiable; one state per step is kept, the rest recomputed.
+
+    RK4: the derivatives are the solver's own first stages. That of the last frame is the first
+    stage of one step beyond it; three evaluations too many, but no second copy of the vector
+    field to compile. Tsit5 chooses its steps for the whole batch at once, so there a
+    structure's result depends, within the tolerances, on the others in its batch; with fixed
+    steps it does not.
     """
-    dtype = start.positions.dtype
-    frames = jnp.asarray(frame_grid(config), dtype)
-    solver: diffrax.AbstractSolver
-    controller: diffrax.AbstractStepSizeController
+    dtype = jnp.result_type(*jax.tree.leaves(start))
+    term = diffrax.ODETerm(lambda t, y, args: field(y))
     if config.solver == "rk4":
-        steps = np.linspace(0.0, 1.0, (config.frames - 1) * config.substeps + 1)
-        # Frame times must be bit-equal to step times for StepTo and SaveAt to agree.
-        frames = jnp.asarray(steps[:: config.substeps], dtype)
-        solver, dt0 = RK4(), None
-        controller = diffrax.StepTo(ts=jnp.asarray(steps, dtype))
-        max_steps = len(steps)
-    else:
-        solver, dt0 = diffrax.Tsit5(), 0.1 / (config.frames - 1)
-        controller = diffrax.PIDController(rtol=config.rtol, atol=config.atol)
-        max_steps = config.max_steps
+        step = 1.0 / ((config.frames - 1) * config.substeps)
+        n_steps = (config.frames - 1) * config.substeps + 1
+        steps = jnp.arange(n_steps + 1, dtype=dtype) * step
+        solution = diffrax.diffeqsolve(
+            term,
+            RK4(),
+            t0=steps[0],
+            t1=steps[-1],
+            dt0=None,
+            y0=start,
+            saveat=diffrax.SaveAt(dense=True),
+            stepsize_controller=diffrax.StepTo(ts=steps),
+            adjoint=diffrax.RecursiveCheckpointAdjoint(checkpoints=n_steps),
+            max_steps=n_steps,
+        )
+        infos = solution.interpolation.infos
+        frames = slice(None, None, config.substeps)
+        states = jax.tree.map(lambda y: y[frames], infos["y0"])
+        return states, jax.tree.map(lambda k: k[frames] / step, infos["k0"])
     solution = diffrax.diffeqsolve(
-        diffrax.ODETerm(lambda t, y, args: field(y)),
-        solver,
+        term,
+        diffrax.Tsit5(),
         t0=0.0,
         t1=1.0,
-        dt0=dt0,
+        dt0=0.1 / (config.frames - 1),
         y0=start,
-        saveat=diffrax.SaveAt(ts=frames),
-        stepsize_controller=controller,
-        adjoint=diffrax.RecursiveCheckpointAdjoint(checkpoints=max_steps),
-        max_steps=max_steps,
+        saveat=diffrax.SaveAt(ts=jnp.asarray(frame_grid(config), dtype)),
+        stepsize_controller=diffrax.PIDController(rtol=config.rtol, atol=config.atol),
+        adjoint=diffrax.RecursiveCheckpointAdjoint(checkpoints=config.max_steps),
+        max_steps=config.max_steps,
     )
-    return solution.ys
+    return solution.ys, jax.lax.map(jax.checkpoint(field), solution.ys)
 
 
 def interpolate_states(states: State, rates: State, node_times: Array) -> State:
@@ -144,29 +188,30 @@ def solve_trajectory(
     """
     positions = graph.nodes["positions"] if positions is None else positions
 
-    def field(state):
-        return dynamics.vector_field(network, params, scale, graph, state)
+    def evaluate(state):
+        return dynamics.evaluate(network, params, scale, graph, state)
 
-    if network.dynamics.latent == "implicit":
-        # The encoder's inside is recomputed in the reverse pass instead of being kept for the
-        # stages of a step. The explicit scheme's pair pass is small: keeping it is faster.
-        field = jax.checkpoint(field)
-
-    @jax.checkpoint
-    def read(state):
-        result = dynamics.evaluate(network, params, scale, graph, state)
-        return result.energies, result.forces
+    # Energies and forces ride along as rates of quantities nobody integrates: the solver has
+    # computed them at every frame already.
+    def field(augmented):
+        state, _ = augmented
+        result = evaluate(state)
+        rates = dynamics.vector_field(network, params, graph, state, result)
+        return rates, (result.energies, result.forces)
 
     start = dynamics.initial_state(network, params, graph, positions)
-    states = solve_states(field, start, network.dynamics)
+    n_graphs = graph.n_node.shape[0]
+    unused = (jnp.zeros(n_graphs, positions.dtype), jnp.zeros_like(positions))
+    (states, _), (rates, (energies, forces)) = solve_with_rates(
+        field, (start, unused), network.dynamics
+    )
     if times is not None:
         times = jnp.asarray(times, positions.dtype)
         if times.ndim == 1:
-            times = jnp.broadcast_to(times[:, None], (times.shape[0], graph.n_node.shape[0]))
-        states = interpolate_states(
-            states, jax.lax.map(field, states), times[:, graph.nodes["graph"]]
-        )
-    # Reading frames off the solver's interpolation rounds; what is held must not move by a bit.
+            times = jnp.broadcast_to(times[:, None], (times.shape[0], n_graphs))
+        states = interpolate_states(states, rates, times[:, graph.nodes["graph"]])
+        result = jax.lax.map(jax.checkpoint(evaluate), states)
+        energies, forces = result.energies, result.forces
+    # Interpolation rounds; what is held fixed must not move by a bit.
     held = jnp.where(dynamics.movable(graph), states.positions, positions)
-    energies, forces = jax.lax.map(read, states._replace(positions=held))
     return Trajectory(held, states.velocities, energies, forces)

@@ -1,12 +1,23 @@
 """What all tests share."""
 
+import os
+
+# Before diffrax is imported: it then compiles no Python callbacks, which JAX cannot cache.
+os.environ.setdefault("EQX_ON_ERROR", "nan")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
 import jax
 import pytest
 
 
 def pytest_configure(config):
     """Compiled code is kept in pytest's cache: a second run of the suite takes a fraction."""
-    jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("xla")))
+    if config.option.collectonly:
+        return
+    folder = str(config.cache.mkdir("xla"))
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", folder)  # of subprocesses
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+    jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
@@ -15,3 +26,13 @@ def x64():
     """Double precision for a whole module (use it in all of its tests)."""
     with jax.enable_x64(True):
         yield
+
+
+def pytest_collection_modifyitems(config, items):
+    """Heavy tests run only when asked for: pytest -m heavy (or -m "heavy or not heavy")."""
+    if "heavy" in config.option.markexpr:
+        return
+    skip = pytest.mark.skip(reason="heavy: run with pytest -m heavy")
+    for item in items:
+        if "heavy" in item.keywords:
+            item.add_marker(skip)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,8 @@ from relaxnet_jax.model import predict_trajectory
 from relaxnet_jax.solver import frame_grid, interpolate_states, solve_states
 
 pytestmark = pytest.mark.usefixtures("x64")
-START = State(jnp.asarray([[0.4, -1.0, 2.0]]), jnp.asarray([[1.0, 0.5, 0.0]]), jnp.ones((1, 1)))
+# NumPy: made at import, before the fixture turns double precision on.
+START = State(np.array([[0.4, -1.0, 2.0]]), np.array([[1.0, 0.5, 0.0]]), np.ones((1, 1)))
 
 
 def pendulum(state):
@@ -54,12 +56,11 @@ def test_rk4_is_of_fourth_order():
         assert states.positions.shape == (5, 1, 3) and states.latent.shape == (5, 1, 1)
         for leaf, start in zip(states, START):
             np.testing.assert_array_equal(leaf[0], start)
-        errors.append([np.abs(a[1:] - b[1:]).max((1, 2)) for a, b in zip(states, exact())])
+        # the largest over the frames: at a single one the error may pass through zero
+        errors.append([np.abs(a[1:] - b[1:]).max() for a, b in zip(states, exact())])
     orders = np.log2(np.array(errors[:-1]) / np.array(errors[1:]))
     assert np.array(errors).min() > 1e-12  # rounding plays no part
-    assert (orders[-1] > 3.6).all() and (orders[-1] < 4.4).all(), orders
-    overall = np.log2(np.max(errors[-2]) / np.max(errors[-1]))
-    assert 3.7 < overall < 4.3
+    assert (orders[-1] > 3.7).all() and (orders[-1] < 4.3).all(), orders
 
 
 def test_tsit5_agrees():
@@ -142,7 +143,7 @@ def test_model_trajectory_is_rk4_of_its_vector_field(latent):
             result.forces[k][real], frame.forces[real], rtol=0, atol=1e-8)  # fmt: skip
     assert np.array_equal(frame_grid(config.dynamics), [0, 0.5, 1])
     ends = [np.asarray(integrate(n)[-1].positions)[real] for n in (16, 32, 64)]
-    differences = [np.abs(a - b).max() for a, b in zip(ends[:-1], ends[1:])]
+    differences = [np.abs(a - b).max() for a, b in itertools.pairwise(ends)]
     assert 3.6 < np.log2(differences[0] / differences[1]) < 4.4
 
 

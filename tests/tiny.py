@@ -140,7 +140,8 @@ def compiled(config):
         return dynamics.initial_state(network, model.params, graph, positions)
 
     def field(model, graph, state):
-        return dynamics.vector_field(network, model.params, model.energy_scale, graph, state)
+        result = dynamics.evaluate(network, model.params, model.energy_scale, graph, state)
+        return dynamics.vector_field(network, model.params, graph, state, result)
 
     def value(model, positions, graph, weights):
         result = predict_trajectory(model, replace_positions(graph, positions))

@@ -1,0 +1,198 @@
+"""Prediction of structures, and the model folder."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+from ase import Atoms
+from tiny import crystal, molecule, slab, systems, tiny_config, tiny_model
+
+import relaxnet_jax
+from relaxnet_jax.config import load_config, to_dict
+from relaxnet_jax.errors import InputError
+from relaxnet_jax.model import RelaxNet, create_model, load_model, predict_trajectory, save_model
+from relaxnet_jax.predict import approach, compiled_shapes, predict_structures, relax
+
+
+@pytest.fixture(scope="module")
+def model():
+    table = np.zeros(119)
+    table[[1, 8, 78]] = -3.0, -5.0, -2.0
+    made = tiny_model(tiny_config("explicit", model__layers=1), dtype=np.float32)
+    return made.replace(element_energies=table)
+
+
+def test_relax_one_and_many(model):
+    """Order and names are kept; a structure's path does not depend on its company."""
+    atoms = [slab(), molecule(), crystal(), slab()]
+    atoms[1].info["traj_id"] = "my molecule"
+    atoms[3].positions[-1] += 0.1
+    many = relax(model, atoms, n_frames=4, batch_size=2)
+    formulas = [a.get_chemical_formula() for a in atoms]
+    assert [t.id for t in many] == [
+        f"0-{formulas[0]}", "my molecule", f"2-{formulas[2]}", f"3-{formulas[3]}"]  # fmt: skip
+    for a, t in zip(atoms, many):
+        assert t.n_frames == 4 and t.times.tolist() == pytest.approx([0, 1 / 3, 2 / 3, 1])
+        np.testing.assert_array_equal(t.atomic_numbers, a.numbers)
+        np.testing.assert_array_equal(t.positions[0], a.positions)  # exact although float32
+        np.testing.assert_array_equal(t.cells[-1], a.cell.array)
+        assert t.pbc.tolist() == a.pbc.tolist()
+        assert np.abs(t.positions[-1] - a.positions).max() > 0.01
+        t.validate()
+    for t in (many[0], many[3]):
+        np.testing.assert_array_equal(t.positions[:, :2], np.repeat(t.positions[:1, :2], 4, 0))
+        assert t.fixed_mask.tolist() == [True, True] + [False] * 4
+    single = relax(model, slab(), n_frames=4)
+    np.testing.assert_allclose(single.positions, many[0].positions, atol=2e-5)
+    np.testing.assert_allclose(single.energies, many[0].energies, atol=1e-3)
+    assert np.abs(many[3].positions[-1] - many[0].positions[-1]).max() > 0.05
+    # Total energies: relative ones plus the composition energy -4·2 - 5 - 3.
+    energy, forces = model.energy_and_forces(slab())
+    np.testing.assert_allclose(single.energies[0], energy, rtol=1e-4)
+    np.testing.assert_allclose(single.forces[0], forces, atol=1e-3 * np.abs(forces).max())
+    assert model.composition_energy(slab().numbers) == pytest.approx(-16)
+
+
+def test_frames_other_than_the_configuration(model):
+    """n_frames only says where the one path is read."""
+    coarse, fine = (relax(model, molecule(), n_frames=n) for n in (3, 5))
+    assert model.config.dynamics.frames == 3
+    np.testing.assert_allclose(fine.positions[::2], coarse.positions, atol=2e-5)
+    np.testing.assert_allclose(fine.energies[::2], coarse.energies, atol=1e-3)
+    with pytest.raises(InputError, match="n_frames=1"):
+        relax(model, molecule(), n_frames=1)
+    for times in ([0.5, 1.5], [], [[0.0, 1.0]]):
+        with pytest.raises(InputError, match="times"):
+            predict_structures(model, [model.structure(molecule())], np.array(times))
+    assert relax(model, [], n_frames=3) == []
+
+
+def test_few_shapes(model):
+    """Structures of many sizes share few compiled programs."""
+    before = compiled_shapes()
+    atoms = [molecule()[:n] for n in range(2, 8)] * 2
+    relax(model, atoms, n_frames=3, batch_size=4)
+    assert 0 < compiled_shapes() - before <= 3
+
+
+def test_skin_widens(model):
+    """Where atoms may have approached by more than the skin, the list is made longer; the path
+    is then that of a model whose skin was wide from the start."""
+    head = jax.tree.map(lambda a: 2.8 * a, model.params["velocity_gate"])
+    fast = model.replace(params=model.params | {"velocity_gate": head})
+    atoms, other = molecule(), molecule()
+    other.positions += [5.5, 2.7, 0.3]
+    atoms += other  # their atoms meet on the way
+    (path,) = predict_structures(fast, [fast.structure(atoms)])
+    assert path.skin > 0.5 and approach(path.positions) <= path.skin
+    config = fast.config
+    graph = dataclasses.replace(config.graph, skin=path.skin)
+    wide = fast.replace(config=dataclasses.replace(config, graph=graph))
+    (reference,) = predict_structures(wide, [wide.structure(atoms)])
+    assert reference.skin == path.skin
+    np.testing.assert_allclose(path.positions, reference.positions, atol=1e-5)
+    np.testing.assert_allclose(path.energies, reference.energies, atol=1e-5)
+    narrow = predict_trajectory(fast, fast.graph(atoms))
+    assert np.abs(np.asarray(narrow.energies)[:, 0] - path.energies).max() > 5e-5
+    (calm,) = predict_structures(model, [model.structure(crystal())])
+    assert (calm.skin == 0.5) == (approach(calm.positions) <= 0.5)
+
+
+def test_approach():
+    """The two largest displacements; an atom's own images move with it."""
+    positions = np.array([[0.0, 0, 0], [0, 0, 1.0]])
+    path = np.stack([positions, positions + np.array([[0, 0, 0.2], [0, 0, -0.3]])])
+    assert approach(path) == pytest.approx(0.5)
+    assert approach(path[:, :1]) == 0
+    assert approach(np.full((2, 3, 3), np.nan)) == np.inf
+
+
+def test_diverged_predictions_do_not_loop(model):
+    """A path that is not finite is handed back as it is."""
+    broken = model.replace(params=jax.tree.map(lambda a: a * np.nan, model.params))
+    (path,) = predict_structures(broken, [broken.structure(molecule())])
+    assert not np.isfinite(path.positions[-1]).all()
+
+
+def test_unseen_elements(model):
+    trained = model.replace(elements=(1, 6, 8))
+    with pytest.raises(InputError, match="1-ClNaO: the model never saw Na, Cl"):
+        relax(trained, [Atoms("H2O", np.eye(3)), crystal()])
+    with pytest.raises(InputError, match="never saw"):
+        trained.energy_and_forces(crystal())
+    with pytest.raises(InputError, match="reference"):
+        model.energy_and_forces(crystal(), reference=molecule())
+
+
+def test_save_and_load(model, tmp_path):
+    """Bit for bit, and a model already there is replaced as a whole."""
+    trained = model.replace(elements=(1, 8, 78), statistics=json.dumps({"data": "none"}))
+    save_model(create_model(tiny_config()), tmp_path / "model")
+    save_model(trained, tmp_path / "model")
+    loaded = load_model(tmp_path / "model")
+    assert isinstance(loaded, RelaxNet)
+    assert (loaded.config, loaded.elements, loaded.statistics) == (
+        trained.config, trained.elements, trained.statistics)  # fmt: skip
+    for a, b in zip(jax.tree.leaves(loaded), jax.tree.leaves(trained), strict=True):
+        np.testing.assert_array_equal(a, b)
+        assert np.asarray(a).dtype == np.asarray(b).dtype
+    first, second = (relax(m, slab(), 3) for m in (trained, loaded))
+    np.testing.assert_array_equal(first.positions, second.positions)
+    np.testing.assert_array_equal(first.energies, second.energies)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model"]  # nothing temporary is left
+    assert relaxnet_jax.load_model is load_model
+
+
+@pytest.mark.parametrize("damage, message", [
+    (lambda f: (f / "parameters.npz").unlink(), "parameters.npz is missing"),
+    (lambda f: (f / "config.json").unlink(), "config.json is missing"),
+    (lambda f: (f / "parameters.npz").write_bytes(b"PK"), "damaged"),
+    (lambda f: (f / "model.json").write_text("{"), "model.json: damaged"),
+    (lambda f: (f / "model.json").write_text("[]"), "model.json: damaged"),
+    (lambda f: (f / "model.json").write_text('{"format": 1}'), "model.json: damaged"),
+    (lambda f: (f / "config.json").write_text("{,"), "not valid JSON"),
+    (lambda f: edit(f / "config.json", model={"features": 16}), "do not fit"),
+    (lambda f: edit(f / "config.json", extra=1), "unknown config key"),
+    (lambda f: edit(f / "model.json", format=99), "format 99"),
+    (lambda f: edit(f / "model.json", elements=["Xx"]), "damaged"),
+])  # fmt: skip
+def test_damaged_models(model, tmp_path, damage, message):
+    save_model(model, tmp_path / "model")
+    damage(tmp_path / "model")
+    with pytest.raises(InputError, match=message) as error:
+        load_model(tmp_path / "model")
+    assert str(tmp_path) in str(error.value)
+
+
+def test_truncated_parameters(model, tmp_path):
+    save_model(model, tmp_path / "model")
+    file = tmp_path / "model" / "parameters.npz"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(InputError, match="damaged"):
+        load_model(tmp_path / "model")
+    with pytest.raises(InputError, match="not a model folder"):
+        load_model(tmp_path / "elsewhere")
+
+
+def edit(path, **changes):
+    values = json.loads(path.read_text())
+    for key, value in changes.items():
+        if isinstance(value, dict):
+            values[key].update(value)
+        else:
+            values[key] = value
+    path.write_text(json.dumps(values))
+
+
+def test_configuration_survives(model):
+    assert load_config(to_dict(model.config)) == model.config
+
+
+def test_systems_are_what_they_claim():
+    """A guard: molecule without cell, slab with fixed atoms, crystal smaller than the cutoff."""
+    a, b, c = systems()
+    assert not a.pbc.any() and a.cell.rank == 0
+    assert b.constraints and b.pbc.tolist() == [True, True, False]
+    assert c.cell.lengths().max() < 4.2 and np.abs(c.cell.angles() - 90).max() > 5
