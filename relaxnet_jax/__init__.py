@@ -5,7 +5,12 @@ which needs no JAX) stays cheap.
 """
 
 import importlib
+import os
 from typing import TYPE_CHECKING
+
+# Read when equinox, under diffrax, is first imported. Its default puts Python callbacks into
+# compiled programs, and JAX keeps no such program in its persistent cache.
+os.environ.setdefault("EQX_ON_ERROR", "nan")
 
 _HOMES = {
     "load_config": "relaxnet_jax.config",

@@ -252,16 +252,14 @@ def load_config(
         path = find_config(source)
         origin, name = str(path), path.stem
         try:
-            get_config = runpy.run_path(str(path))["get_config"]
-        except KeyError:
-            raise InputError(
-                f"{path}: no function get_config(); see the shipped explicit.py"
-            ) from None
+            get_config = runpy.run_path(str(path)).get("get_config")
+            values = get_config() if callable(get_config) else None
         except Exception as error:
             raise InputError(
                 f"{path}: cannot be executed: {type(error).__name__}: {error}"
             ) from None
-        values = get_config()
+        if get_config is None:
+            raise InputError(f"{path}: no function get_config(); see the shipped explicit.py")
         if not isinstance(values, Mapping):
             raise InputError(
                 f"{path}: get_config() must return a dict, not {type(values).__name__}"
@@ -284,7 +282,9 @@ def shipped_configs() -> Path:
 def find_config(name: str | Path) -> Path:
     """The config file as given, else the shipped one of that name. Raises InputError."""
     path = Path(name)
-    candidates = [path, shipped_configs() / path.name, shipped_configs() / f"{path.name}.py"]
+    candidates = [path]
+    if path.name == str(name):  # a bare name: a mistyped path must not find another file
+        candidates += [shipped_configs() / path.name, shipped_configs() / f"{path.name}.py"]
     for candidate in candidates:
         if candidate.is_file():
             return candidate

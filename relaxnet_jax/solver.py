@@ -103,18 +103,21 @@ def solve_with_rates(field: Callable[[Any], Any], start: Any, config: DynamicsCo
     if config.solver == "rk4":
         step = 1.0 / ((config.frames - 1) * config.substeps)
         n_steps = (config.frames - 1) * config.substeps + 1
-        steps = jnp.arange(n_steps + 1, dtype=dtype) * step
+        # NumPy: known while tracing, so diffrax checks them then and not by a callback at run
+        # time, which would keep the compiled program out of JAX's persistent cache.
+        steps = np.arange(n_steps + 1) * step
         solution = diffrax.diffeqsolve(
             term,
             RK4(),
-            t0=steps[0],
-            t1=steps[-1],
+            t0=float(steps[0]),
+            t1=float(steps[-1]),
             dt0=None,
             y0=start,
             saveat=diffrax.SaveAt(dense=True),
-            stepsize_controller=diffrax.StepTo(ts=steps),
+            stepsize_controller=diffrax.StepTo(ts=jnp.asarray(steps, dtype)),
             adjoint=diffrax.RecursiveCheckpointAdjoint(checkpoints=n_steps),
             max_steps=n_steps,
+            throw=False,
         )
         infos = solution.interpolation.infos
         frames = slice(None, None, config.substeps)
@@ -131,6 +134,7 @@ def solve_with_rates(field: Callable[[Any], Any], start: Any, config: DynamicsCo
         stepsize_controller=diffrax.PIDController(rtol=config.rtol, atol=config.atol),
         adjoint=diffrax.RecursiveCheckpointAdjoint(checkpoints=config.max_steps),
         max_steps=config.max_steps,
+        throw=False,  # a solve that fails gives values that are not finite
     )
     return solution.ys, jax.lax.map(jax.checkpoint(field), solution.ys)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib.util
 import json
 import math
 import time
@@ -78,6 +79,10 @@ def train(
     report = report or ConsoleReport()
     workdir = Path(workdir)
     _check_workdir(config, workdir, resume)
+    if config.train.tensorboard and importlib.util.find_spec("tensorboardX") is None:
+        raise InputError(
+            "train.tensorboard: tensorboardX is not installed; pip install 'relaxnet-jax[tensorboard]'"
+        )
     dataset = load_dataset(config, report)
     run = _Run(config, dataset, report, devices)
     workdir.mkdir(parents=True, exist_ok=True)
@@ -90,7 +95,8 @@ def train(
 def _check_workdir(config: Config, workdir: Path, resume: bool) -> None:
     file = workdir / "config.json"
     if not resume:
-        if file.exists():
+        # A run that never reached its first model left nothing worth keeping: it starts anew.
+        if file.exists() and (workdir / "model").exists():
             raise InputError(
                 f"{workdir}: already holds a run; continue it with --resume or give another --workdir"
             )

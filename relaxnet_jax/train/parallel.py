@@ -1,4 +1,10 @@
-"""One device or several: the only place that knows about `jax.pmap`."""
+"""One device or several: the only place that knows where steps run.
+
+`jax.vmap` with a named axis, the axis sharded over the devices: the semantics of `jax.pmap`
+(and of `jax.shard_map`), which cannot trace diffrax's differentiable loops: they mark arrays
+with the devices' mesh, and equinox takes a marked counter for another type than an unmarked
+one (patrick-kidger/diffrax#765).
+"""
 
 from __future__ import annotations
 
@@ -8,6 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 AXIS = "devices"
 
@@ -40,13 +47,14 @@ class Devices:
         if self.n == 1:
             transformed: Any = jax.jit(step, donate_argnums=donate)
         else:
+            mesh = jax.sharding.Mesh(np.array(jax.local_devices()[: self.n]), (AXIS,))
+            split, whole = (NamedSharding(mesh, PartitionSpec(*names)) for names in ((AXIS,), ()))
             axes = tuple(0 if b else None for b in batched)
-            transformed = jax.pmap(
-                step,
-                axis_name=AXIS,
-                in_axes=axes,
+            transformed = jax.jit(
+                jax.vmap(step, in_axes=axes, axis_name=AXIS),
+                in_shardings=tuple(split if b else whole for b in batched),
+                out_shardings=split,
                 donate_argnums=donate,
-                devices=jax.local_devices()[: self.n],
             )
         compiled: dict[Hashable, Any] = {}
 

@@ -10,8 +10,6 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from relaxnet_jax.errors import InputError
-
 
 class MetricsLog:
     """Appends one JSON object per epoch to ``metrics.jsonl``; optionally TensorBoard events.
@@ -33,13 +31,8 @@ class MetricsLog:
         self.path.write_text("".join(line + "\n" for line in kept))
         self._events = None
         if tensorboard:
-            try:
-                from tensorboardX import SummaryWriter
-            except ImportError:
-                raise InputError(
-                    "train.tensorboard: tensorboardX is not installed; pip install "
-                    "'relaxnet-jax[tensorboard]'"
-                ) from None
+            from tensorboardX import SummaryWriter
+
             self._events = SummaryWriter(str(folder / "tensorboard"))
 
     def write(self, record: dict[str, Any]) -> None:
@@ -71,7 +64,7 @@ class ConsoleReport:
 
     def __call__(self, message: str) -> None:
         """Prints a line."""
-        self.console.print(message, highlight=False, markup=False)
+        self.console.print(message, highlight=False, markup=False, soft_wrap=True)
 
     def start_epoch(self, epoch: int, batches: int) -> None:
         """Opens the bar of an epoch."""

@@ -82,7 +82,7 @@ def make_train_step(config: Config, scale: float, axis: str | None = None) -> Ca
         (total, means), gradient = jax.value_and_grad(loss, has_aux=True)(state.params, batch, key)
         if axis is not None:
             gradient = jax.lax.psum(gradient, axis)
-        norm = optax.global_norm(gradient)
+        norm = optax.tree.norm(gradient)
         updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.params)
         params = jax.tree.map(lambda p, u: p - learning_rate * u, state.params, updates)
         # Young averages are dominated by the initial parameters: warm the decay up.
