@@ -69,7 +69,7 @@ def test_forces_are_the_gradient_near_symmetric_points(case):
     structures = [perfect()[name] for name in ("rocksalt", "perovskite", "collinear", "dimer")]
     for a in structures[:2]:
         a.positions += rng.normal(0, 0.05, (len(a), 3))
-    assert min(check_forces(config, model, structures)) > 1e-3
+    assert min(check_forces(config, model, structures)) > 1e-4  # eV/Å: not zero by symmetry
 
 
 def test_symmetric_structures(case):
