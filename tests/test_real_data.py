@@ -93,7 +93,7 @@ def test_index_matches():
     """The index beside each file knows the relaxations the tests read."""
     for name in FILES:
         with (DATA / f"{name}.csv").open() as file:
-            ids = {row["traj_id"] for row in csv.DictReader(file)}
+            ids = {row["id"] for row in csv.DictReader(file)}
         assert {key for key, _ in first_frames(name, 5)} <= ids
 
 
