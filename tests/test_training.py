@@ -1,6 +1,5 @@
 """Training: it learns, resumes exactly, survives what goes wrong, and means the same on two devices."""
 
-import dataclasses
 import io
 import json
 import math
@@ -14,6 +13,7 @@ import time
 import jax
 import numpy as np
 import pytest
+from ase.build import bulk
 from rich.console import Console
 from tiny import TINY
 
@@ -234,8 +234,6 @@ def test_time_limit(folder):
     (record,) = records(result.workdir)
     assert record["partial"]
     model = load_model(result.model_folder)
-    from ase.build import bulk
-
     path = relax(model, bulk("Cu") if 29 in model.elements else bulk("Al"), n_frames=3)
     assert np.isfinite(path.positions).all()
 
@@ -279,10 +277,9 @@ def test_plateau():
 TWO_DEVICES = """
 import sys
 sys.path.insert(0, {tests!r})
-import dataclasses, json
 import jax, numpy as np
 from pathlib import Path
-from relaxnet_jax.batching import BatchShape, fitting_shape
+from relaxnet_jax.batching import fitting_shape
 from relaxnet_jax.config import from_json
 from relaxnet_jax.data.pipeline import collate_samples, make_sample
 from relaxnet_jax.data.generate import emt_relaxations
@@ -295,23 +292,27 @@ assert jax.local_device_count() == 2
 config = from_json(Path({config!r}).read_text())
 samples = [make_sample(t, config, np.zeros(119)) for t in emt_relaxations(5, 1)]
 key = jax.random.key_data(jax.random.key(0))
+shape = fitting_shape([s.structure for s in samples])
+ways = []
+for n in (1, 2):
+    devices = Devices(n)
+    evaluate = devices.compile(make_eval_step(config, 1.0, devices.axis), "eval", (True, True))
+    step = devices.compile(make_train_step(config, 1.0, devices.axis), "train",
+                           (True, True, False, False))
+    ways.append((devices, evaluate, step))
 # Three structures on one device, two on the other; and none at all on the other.
 for parts in ([samples[:3], samples[3:]], [samples, []]):
     found = []
-    for n in (1, 2):
-        devices = Devices(n)
-        groups = [samples] if n == 1 else parts
-        shape = fitting_shape([s.structure for s in samples])
+    for devices, evaluate, step in ways:
+        groups = [samples] if devices.n == 1 else parts
         batches = devices.stack([collate_samples(g, shape, config) for g in groups])
         state = devices.replicate(initial_train_state(create_model(config).params, config.train))
-        evaluate = devices.compile(make_eval_step(config, 1.0, devices.axis), "eval", (True, True))
-        step = devices.compile(make_train_step(config, 1.0, devices.axis), "train",
-                               (True, True, False, False))
         terms = devices.first(evaluate(state.params, batches))
         for _ in range(2):
             state, metrics = step(state, batches, np.float32(1e-3), key)
-        if n == 2:  # the copies stay equal
+        if devices.n == 2:  # the copies stay equal, one on each device
             for leaf in jax.tree.leaves(state):
+                assert len(leaf.sharding.device_set) == 2
                 np.testing.assert_array_equal(leaf[0], leaf[1])
         found.append(jax.device_get((devices.first(metrics), devices.first(state), terms)))
     (m1, s1, t1), (m2, s2, t2) = found
@@ -336,7 +337,7 @@ def test_two_devices_are_one_large_batch(tmp_path):
     """Loss, gradient and step over two devices equal those of one with all structures."""
     file = tmp_path / "config.json"
     config = config_of()
-    file.write_text(to_json(dataclasses.replace(config)))
+    file.write_text(to_json(config))
     script = TWO_DEVICES.format(config=str(file), tests=os.path.dirname(__file__))
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2",
                                 "JAX_PLATFORMS": "cpu"}  # fmt: skip
