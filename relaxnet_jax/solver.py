@@ -22,8 +22,8 @@ class RK4(diffrax.AbstractSolver):
     """The classical fourth-order Runge-Kutta method with fixed steps (Kutta 1901).
 
     diffrax's generic explicit Runge-Kutta runs its stages in a checkpointed loop of its own,
-    which puts two more copies of the vector field into the traced gradient. Here the four
-    stages are one scan, k_s = h f(y + a_s k_{s-1}), y <- y + sum_s b_s k_s: one copy.
+    more copies of the vector field in the traced gradient. Here the four stages are one scan,
+    k_s = h f(y + a_s k_{s-1}), y <- y + sum_s b_s k_s: one copy.
     """
 
     term_structure: ClassVar = diffrax.AbstractTerm
@@ -90,39 +90,32 @@ def solve_states(field: Callable[[Any], Any], start: Any, config: DynamicsConfig
 def solve_with_rates(field: Callable[[Any], Any], start: Any, config: DynamicsConfig):
     """States on the frame grid and their time derivatives there: leaves (n, ...).
 
-    Reverse-mode differentiable; one state per step is kept, the rest recomputed.
+    RK4 steps `RK4` by hand, in a scan (diffrax's "manual stepping"): `diffrax.diffeqsolve` with
+    `RecursiveCheckpointAdjoint` puts two more copies of the vector field into the traced
+    gradient, and `jax.pmap` cannot trace its loops. Kept for the reverse pass is one state per
+    stage; the field itself is recomputed. The derivatives are the solver's own first stages.
+    That of the last frame is the first stage of one step beyond it; three evaluations too many,
+    but no second copy of the vector field to compile.
 
-    RK4: the derivatives are the solver's own first stages. That of the last frame is the first
-    stage of one step beyond it; three evaluations too many, but no second copy of the vector
-    field to compile. Tsit5 chooses its steps for the whole batch at once, so there a
-    structure's result depends, within the tolerances, on the others in its batch; with fixed
-    steps it does not.
+    Tsit5 chooses its steps for the whole batch at once, so there a structure's result depends,
+    within the tolerances, on the others in its batch; with fixed steps it does not.
     """
     dtype = jnp.result_type(*jax.tree.leaves(start))
-    term = diffrax.ODETerm(lambda t, y, args: field(y))
     if config.solver == "rk4":
-        step = 1.0 / ((config.frames - 1) * config.substeps)
-        n_steps = (config.frames - 1) * config.substeps + 1
-        # NumPy: known while tracing, so diffrax checks them then and not by a callback at run
-        # time, which would keep the compiled program out of JAX's persistent cache.
-        steps = np.arange(n_steps + 1) * step
-        solution = diffrax.diffeqsolve(
-            term,
-            RK4(),
-            t0=float(steps[0]),
-            t1=float(steps[-1]),
-            dt0=None,
-            y0=start,
-            saveat=diffrax.SaveAt(dense=True),
-            stepsize_controller=diffrax.StepTo(ts=jnp.asarray(steps, dtype)),
-            adjoint=diffrax.RecursiveCheckpointAdjoint(checkpoints=n_steps),
-            max_steps=n_steps,
-            throw=False,
-        )
-        infos = solution.interpolation.infos
+        checkpointed = jax.checkpoint(field, prevent_cse=False)
+        term = diffrax.ODETerm(lambda t, y, args: checkpointed(y))
+        n_steps = (config.frames - 1) * config.substeps
+        h, solver = 1.0 / n_steps, RK4()
+
+        def step(y, t):
+            y1, _, dense, _, _ = solver.step(term, t, t + h, y, None, None, False)
+            return y1, (y, jax.tree.map(lambda k: k / h, dense["k0"]))
+
+        times = jnp.asarray(np.arange(n_steps + 1) * h, dtype)
+        _, (states, rates) = jax.lax.scan(step, start, times)
         frames = slice(None, None, config.substeps)
-        states = jax.tree.map(lambda y: y[frames], infos["y0"])
-        return states, jax.tree.map(lambda k: k[frames] / step, infos["k0"])
+        return jax.tree.map(lambda x: x[frames], (states, rates))
+    term = diffrax.ODETerm(lambda t, y, args: field(y))
     solution = diffrax.diffeqsolve(
         term,
         diffrax.Tsit5(),

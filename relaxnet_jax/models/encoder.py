@@ -26,7 +26,7 @@ from relaxnet_jax.typing import Graph, Latent, Positions
 
 
 class Encoding(NamedTuple):
-    """h (N, F), vector features, the last geometry and its edge expansion."""
+    """h (N, F), vector features; geometry and edge expansion of the positions."""
 
     h: Latent
     vectors: VectorFeatures
@@ -58,13 +58,20 @@ class PowerSpectrum(nn.Module):
 
 
 class DTNNLayer(nn.Module):
-    """Pair convolution, then TripletMPNN, both residual; returns the position update too."""
+    """Pair convolution, then TripletMPNN, both residual; then, if switched on, the positions move.
 
+    A step of a scan: carries (h, v, positions) and gives out h.
+    """
+
+    graph_config: GraphConfig
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, h: Array, v: VectorFeatures, graph: Graph, geo: Geometry):
-        m = self.config
+    def __call__(self, carry, graph: Graph, shifts: Array, initial: Geometry):
+        (h, v, positions), m = carry, self.config
+        geo = initial
+        if m.update_positions:
+            geo = geometry(graph, positions, shifts, self.graph_config, m)
         h, step = PairConvolution(m.features, m.pair_features, m.update_positions, name="pair")(
             h, graph, geo
         )
@@ -76,7 +83,9 @@ class DTNNLayer(nn.Module):
             m.l_angle,
             name="triplet",
         )(h, v, graph, geo)
-        return h, v, step
+        if step is not None:
+            positions = positions + jnp.where(graph.nodes["fixed"][:, None], 0.0, step)
+        return (h, v, positions), h
 
 
 class Encoder(nn.Module):
@@ -103,13 +112,17 @@ class Encoder(nn.Module):
         h = h + MLP((m.features, m.features), name="input")(spectrum)
 
         zeros = jnp.zeros((n_atoms, m.vector_features, 3), h.dtype)
-        v, hidden = VectorFeatures(zeros, zeros), []
-        for layer in range(m.layers):
-            h, v, step = DTNNLayer(m, name=f"dtnn_{layer}")(h, v, graph, geo)
-            hidden.append(h)
-            if step is not None and layer + 1 < m.layers:
-                positions = positions + jnp.where(graph.nodes["fixed"][:, None], 0.0, step)
-                geo = geometry(graph, positions, shifts, g, m)
+        # A scan over the layers: one of them to compile, however many there are.
+        layers = nn.scan(
+            DTNNLayer,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=nn.broadcast,
+            length=m.layers,
+        )(g, m, name="dtnn")
+        carry = (h, VectorFeatures(zeros, zeros), positions)
+        (_, v, _), by_layer = layers(carry, graph, shifts, geo)
+        hidden = list(by_layer)
         if m.vector_messages:
             hidden.append(jnp.log1p(v.invariants()))
         h = nn.LayerNorm(name="norm")(

@@ -35,7 +35,7 @@ def initial_parameters(
         *modules, name = [entry.key for entry in path]
         if name.endswith("kernel"):
             scale = SMALL if modules[-1].startswith("small_") else 1.0
-            bound = scale * np.sqrt(3.0 / leaf.shape[0])
+            bound = scale * np.sqrt(3.0 / leaf.shape[-2])  # layers are stacked in front
             values = rng.uniform(-bound, bound, leaf.shape)
         elif name == "embedding" or name.startswith("w["):
             values = rng.standard_normal(leaf.shape)

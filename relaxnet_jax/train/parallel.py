@@ -75,7 +75,9 @@ class Devices:
     def replicate(self, tree: Any) -> Any:
         """A copy on every device (leading axis), or the tree itself on one."""
         if self.n == 1:
-            return jax.tree.map(jax.numpy.asarray, tree)
+            # Copies that are bound to no device, also of what a checkpoint restored: else a
+            # resumed run would be another program, compiled again.
+            return jax.tree.map(lambda x: jax.numpy.array(np.asarray(x)), tree)
         return jax.tree.map(
             lambda x: np.broadcast_to(np.asarray(x)[None], (self.n, *np.shape(x))), tree
         )
