@@ -125,6 +125,12 @@ class _Run:
         self, config: Config, dataset: Dataset, report: ConsoleReport, devices: int | None
     ) -> None:
         self.config, self.dataset, self.report = config, dataset, report
+        self.devices = Devices(devices, report)
+        if self.devices.n > 1 and config.dynamics.solver != "rk4":
+            raise InputError(
+                f"dynamics.solver={config.dynamics.solver!r} runs on one device, not on "
+                f"{self.devices.n}; give --devices 1 or dynamics.solver=rk4"
+            )
         for reason, count in dataset.left_out.items():
             report(f"{count} relaxations left out: {reason}")
         train_set = [dataset.trajectories[i] for i in dataset.splits["train"]]
@@ -164,7 +170,6 @@ class _Run:
                 f"  bucket: {shape.n_graphs - 1} structures, {shape.n_atoms} atoms, {shape.n_slots} neighbours, "
                 f"{shape.n_bonds} bonds per atom"
             )
-        self.devices = Devices(devices, report)
         batched = self.devices.axis is not None
         self.train_step = self.devices.compile(
             make_train_step(config, self.scale, self.devices.axis),

@@ -1,9 +1,9 @@
 """One device or several: the only place that knows where steps run.
 
-`jax.vmap` with a named axis, the axis sharded over the devices: the semantics of `jax.pmap`
-(and of `jax.shard_map`), which cannot trace diffrax's differentiable loops: they mark arrays
-with the devices' mesh, and equinox takes a marked counter for another type than an unmarked
-one (patrick-kidger/diffrax#765).
+Several devices run `jax.pmap`. It cannot trace diffrax's own differentiable loops, which mark
+arrays with the devices' mesh and take a marked counter for another type than an unmarked one
+(patrick-kidger/diffrax#765); the RK4 solve is a plain scan for that reason too, and the adaptive
+solver is left to one device.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
 AXIS = "devices"
 
@@ -47,14 +46,12 @@ class Devices:
         if self.n == 1:
             transformed: Any = jax.jit(step, donate_argnums=donate)
         else:
-            mesh = jax.sharding.Mesh(np.array(jax.local_devices()[: self.n]), (AXIS,))
-            split, whole = (NamedSharding(mesh, PartitionSpec(*names)) for names in ((AXIS,), ()))
-            axes = tuple(0 if b else None for b in batched)
-            transformed = jax.jit(
-                jax.vmap(step, in_axes=axes, axis_name=AXIS),
-                in_shardings=tuple(split if b else whole for b in batched),
-                out_shardings=split,
+            transformed = jax.pmap(
+                step,
+                axis_name=AXIS,
+                in_axes=tuple(0 if b else None for b in batched),
                 donate_argnums=donate,
+                devices=jax.local_devices()[: self.n],
             )
         compiled: dict[Hashable, Any] = {}
 
