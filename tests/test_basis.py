@@ -177,7 +177,7 @@ def test_edge_expansion():
     vectors = (radii[:, None, None] * points).reshape(-1, 3)
     measure = (wr * radii**2)[:, None] * weights
     r = np.linalg.norm(vectors, axis=-1)
-    expansion = edge_expansion(jnp.asarray(vectors), jnp.asarray(r), c, n, l_max)
+    expansion = edge_expansion(jnp.asarray(vectors), jnp.asarray(r), c, n, l_max).product()
     assert str(expansion.irreps) == "1x0e+1x1o+1x2e"
     f = np.asarray(expansion.array)
     overlap = np.einsum("p,pna,pmb->namb", measure.reshape(-1), f, f)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import e3nn_jax as e3nn
 import jax.numpy as jnp
@@ -46,17 +47,32 @@ def real_spherical_harmonics(vectors: Array, l_max: int) -> e3nn.IrrepsArray:
     )
 
 
-def edge_expansion(vectors: Array, r: Array, cutoff: float, n: int, l_max: int) -> e3nn.IrrepsArray:
+class EdgeExpansion(NamedTuple):
+    """f_nlm = radial_nl(r) Y_lm(direction), equation (6b), kept as its two factors.
+
+    A map that treats all n of a degree alike, as every equivariant linear map does, acts on the
+    radial factor alone: with 6 roots and degrees to 3, on 24 numbers per edge instead of 96.
+
+    Attributes:
+      radial: (E, n, L+1). harmonics: irreps 0e + 1o + 2e + …, (E, (L+1)²).
+    """
+
+    radial: Array
+    harmonics: e3nn.IrrepsArray
+
+    def product(self) -> e3nn.IrrepsArray:
+        """f_nlm itself: IrrepsArray (E, n, (L+1)²), one set of irreps per root."""
+        degrees = self.radial.shape[-1]
+        repeats = jnp.array([2 * l + 1 for l in range(degrees)])
+        radial = jnp.repeat(self.radial, repeats, axis=-1, total_repeat_length=degrees**2)
+        return e3nn.IrrepsArray(self.harmonics.irreps, radial * self.harmonics.array[:, None, :])
+
+
+def edge_expansion(vectors: Array, r: Array, cutoff: float, n: int, l_max: int) -> EdgeExpansion:
     """f_nlm = j_l(z_ln r/c) Y_lm(direction), equation (6b), without the envelope.
 
     Args:
       vectors: (E, 3) Å. r: (E,) Å, their lengths. cutoff: c in Å.
-
-    Returns:
-      IrrepsArray (E, n, (l_max + 1)²): one set of irreps 0e + 1o + … per root.
     """
-    harmonics = real_spherical_harmonics(vectors, l_max)
-    radial = spherical_bessel_basis(r, cutoff, n, l_max)  # (E, n, L+1)
-    repeats = jnp.array([2 * l + 1 for l in range(l_max + 1)])
-    per_component = jnp.repeat(radial, repeats, axis=-1, total_repeat_length=(l_max + 1) ** 2)
-    return e3nn.IrrepsArray(harmonics.irreps, per_component * harmonics.array[:, None, :])
+    radial = spherical_bessel_basis(r, cutoff, n, l_max)
+    return EdgeExpansion(radial, real_spherical_harmonics(vectors, l_max))

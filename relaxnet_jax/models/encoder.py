@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import e3nn_jax as e3nn
 import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
-from relaxnet_jax.basis.angular import edge_expansion
+from relaxnet_jax.basis.angular import EdgeExpansion, edge_expansion
 from relaxnet_jax.config import GraphConfig, ModelConfig
 from relaxnet_jax.graph import MAX_ATOMIC_NUMBER, shift_vectors
 from relaxnet_jax.models.layers import (
@@ -21,7 +20,7 @@ from relaxnet_jax.models.layers import (
     VectorFeatures,
     geometry,
 )
-from relaxnet_jax.ops import gather_senders, sum_slots
+from relaxnet_jax.ops import gather_senders
 from relaxnet_jax.typing import Graph, Latent, Positions
 
 
@@ -31,7 +30,7 @@ class Encoding(NamedTuple):
     h: Latent
     vectors: VectorFeatures
     geometry: Geometry
-    expansion: e3nn.IrrepsArray
+    expansion: EdgeExpansion
 
 
 class PowerSpectrum(nn.Module):
@@ -44,15 +43,19 @@ class PowerSpectrum(nn.Module):
     channels: int
 
     @nn.compact
-    def __call__(self, expansion: e3nn.IrrepsArray, h: Array, graph: Graph) -> Array:
-        C, irreps = self.channels, expansion.irreps
-        mixed = e3nn.flax.Linear([(C, ir) for _, ir in irreps], name="mix")(expansion.axis_to_mul())
-        weights = gather_senders(
-            nn.Dense(C, name="weight")(h), graph.senders, graph.edges["reverse"]
-        )
+    def __call__(self, expansion: EdgeExpansion, h: Array, graph: Graph) -> Array:
+        C, n_atoms = self.channels, h.shape[0]
+        radial, harmonics = expansion
+        _, n_roots, degrees = radial.shape
+        mix = self.param("mix_kernel", nn.initializers.lecun_normal(), (degrees, n_roots, C))
+        weights = nn.Dense(C, name="weight")(h)
+        weights = gather_senders(weights, graph.senders, graph.edges["reverse"])
+        weighted = jnp.einsum("enl,lnc->elc", radial, mix) * weights[:, None]
+        weighted = weighted.reshape(n_atoms, -1, degrees, C)
         invariants = []
-        for chunk in mixed.chunks:  # (E, C, 2l+1)
-            total = sum_slots(chunk * weights[..., None], h.shape[0]) / PAIR_NORM
+        for l, chunk in enumerate(harmonics.chunks):  # (E, 1, 2l+1)
+            chunk = chunk.reshape(n_atoms, -1, 2 * l + 1)
+            total = jnp.einsum("nsc,nsm->ncm", weighted[:, :, l], chunk) / PAIR_NORM
             invariants.append(jnp.log1p(jnp.sum(total**2, -1)))
         return jnp.concatenate(invariants, -1)
 
@@ -107,7 +110,8 @@ class Encoder(nn.Module):
             h = h + nn.Dense(m.features, name="charge")(graph.nodes["charges"][:, None])
 
         expansion = edge_expansion(geo.vectors, geo.lengths, g.cutoff, m.n_bessel, m.l_max)
-        expansion = expansion * (g.cutoff**1.5 * geo.envelope[:, None, None])  # dimensionless
+        unit = g.cutoff**1.5 * geo.envelope[:, None, None]  # makes it dimensionless
+        expansion = expansion._replace(radial=expansion.radial * unit)
         spectrum = PowerSpectrum(m.expansion_channels, name="spectrum")(expansion, h, graph)
         h = h + MLP((m.features, m.features), name="input")(spectrum)
 

@@ -132,8 +132,9 @@ class _VelocityHead(nn.Module):
             + radial.reshape(n_atoms, -1, m.features)
         )
         gates = nn.Dense(m.n_bessel, name="small_gates")(hidden).reshape(-1, m.n_bessel)
-        l1 = encoding.expansion.filter("1o").array  # (E, n, 3), envelope included
-        u = sum_slots(jnp.einsum("en,ena->ea", gates, l1), n_atoms) / PAIR_NORM
+        radial, harmonics = encoding.expansion  # envelope included
+        along = jnp.sum(gates * radial[:, :, 1], 1, keepdims=True)
+        u = sum_slots(along * harmonics.filter("1o").array, n_atoms) / PAIR_NORM
         if m.vector_messages:
             polar, axial = encoding.vectors
             weights = nn.Dense(2 * m.vector_features, name="small_vectors")(nn.silu(own))

@@ -58,6 +58,8 @@ class Geometry:
       directions: (N, K, 3) unit vectors of the bonds.
       bond_radial: (N, K, R) both radial bases at the triplet cutoff.
       bond_envelope: (N, K) at the triplet cutoff, zero in unused slots.
+      bond_senders, bond_reverse: (N·K,) as `graph.senders` and ``graph.edges["reverse"]``, of
+        the first K slots alone.
     """
 
     vectors: Array
@@ -67,6 +69,8 @@ class Geometry:
     directions: Array
     bond_radial: Array
     bond_envelope: Array
+    bond_senders: Array
+    bond_reverse: Array
 
 
 def pair_geometry(
@@ -90,6 +94,13 @@ def geometry(
     def bonds(edge_values):
         return edge_values.reshape(n_atoms, -1, *edge_values.shape[1:])[:, :n_bonds]
 
+    # The reverse of a bond is a bond. That of a longer edge in the first K slots need not be one
+    # of them; it is taken for its own, as nothing passes along it: its envelope is zero.
+    n_slots = graph.senders.shape[0] // n_atoms
+    reverse = bonds(graph.edges["reverse"])
+    atom, slot = reverse // n_slots, reverse % n_slots
+    own = jnp.arange(n_atoms * n_bonds).reshape(n_atoms, n_bonds)
+    reverse = jnp.where(slot < n_bonds, atom * n_bonds + slot, own)
     bond_lengths = bonds(lengths)
     directions = bonds(vectors) / bond_lengths[..., None]
     bond_cut = envelope(bond_lengths, g.triplet_cutoff, m.envelope_power)
@@ -101,6 +112,8 @@ def geometry(
         directions=directions,
         bond_radial=radial_features(bond_lengths, g.triplet_cutoff, m.n_gaussian, m.n_bessel),
         bond_envelope=jnp.where(graph.nodes["bond_mask"], bond_cut, 0.0),
+        bond_senders=bonds(graph.senders).reshape(-1),
+        bond_reverse=reverse.reshape(-1),
     )
 
 
@@ -184,8 +197,8 @@ class TripletMPNN(nn.Module):
         # both j and k.
         normed = nn.LayerNorm(name="norm")(h)
         sent = nn.Dense(2 * width, use_bias=False, name="senders")(normed)
-        sent = gather_senders(sent, graph.senders, graph.edges["reverse"])
-        sent = sent.reshape(n_atoms, -1, 2 * width)[:, :n_bonds]
+        sent = gather_senders(sent, geo.bond_senders, geo.bond_reverse)
+        sent = sent.reshape(n_atoms, n_bonds, 2 * width)
         parts = sent + nn.Dense(2 * width, use_bias=False, name="bonds")(geo.bond_radial)
         centre = nn.Dense(width, name="receiver")(normed)
         part_j, part_k = parts[..., :width] + centre[:, None], parts[..., width:]
