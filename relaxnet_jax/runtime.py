@@ -29,7 +29,9 @@ def enable_compilation_cache() -> Path | None:
     Returns:
       The folder of compiled programs, None if it cannot be written (JAX then does without).
     """
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    # Level 2 still prints two screenfuls for every program loaded from the cache on a CPU, about
+    # tuning hints that it takes for missing features; what matters reaches Python as exceptions.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     # By default diffrax raises from inside a compiled program, through a Python callback, and
     # JAX caches no program that holds one. A solve that fails gives NaN instead, which
     # training skips and reports and prediction leaves out.

@@ -4,7 +4,7 @@ import os
 
 # Before diffrax is imported: it then compiles no Python callbacks, which JAX cannot cache.
 os.environ.setdefault("EQX_ON_ERROR", "nan")
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import jax
 import pytest

@@ -68,6 +68,14 @@ def test_large_group_is_not_the_default_test_split():
     assert "big" in as_sets(groups, splits)[0]
 
 
+def test_default_test_split_is_of_many_materials():
+    """Seven materials of 13 structures each among 510 of one: they wait for later folds."""
+    groups = [f"pure{k % 7}" for k in range(91)] + [f"alloy{k}" for k in range(509)]
+    sizes = [len({groups[i] for i in split_groups(groups, fold=k).test}) for k in range(20)]
+    assert sizes[0] == 30 and sizes == sorted(sizes, reverse=True)
+    assert sorted(sizes)[:7] == [18] * 7
+
+
 def test_validation_may_be_empty():
     splits = split_groups(some_groups(), (0.9, 0.0, 0.1))
     assert len(splits.validation) == 0 and len(splits.train) and len(splits.test)
