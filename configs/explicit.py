@@ -19,6 +19,18 @@ def get_config():
             "time_scale": True,
         },
         "graph": {"triplet_cutoff": 3.5},
-        "loss": {"energy": 5.0, "forces": 10.0, "positions": 100.0, "direction": 0.5},
-        "train": {"learning_rate": 2e-3, "max_buckets": 2},
+        "model": {"triplet_features": 16},
+        "loss": {
+            "energy": 5.0,
+            "monotonicity": 5.0,
+            "forces": 10.0,
+            "positions": 100.0,
+            "direction": 0.5,
+        },
+        "train": {
+            "batch_size": 8,
+            "learning_rate": 2e-3,
+            "weight_decay": 0.1,
+            "max_buckets": 2,
+        },
     }

@@ -28,6 +28,17 @@ def get_config():
             "l_angle": 3,
             "expansion_channels": 8,
         },
-        "loss": {"energy": 5.0, "forces": 10.0, "positions": 100.0, "direction": 0.5},
-        "train": {"learning_rate": 2e-3, "max_buckets": 2},
+        "loss": {
+            "energy": 5.0,
+            "monotonicity": 5.0,
+            "forces": 10.0,
+            "positions": 100.0,
+            "direction": 0.5,
+        },
+        "train": {
+            "batch_size": 8,
+            "learning_rate": 2e-3,
+            "weight_decay": 0.1,
+            "max_buckets": 1,
+        },
     }

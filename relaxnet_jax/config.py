@@ -192,7 +192,7 @@ class TrainConfig:
     clip_norm: float = 10.0
     epochs: int = 1000
     max_minutes: float = 0.0
-    cooldown: float = 0.3
+    cooldown: float = 0.5
     plateau_factor: float = 0.8
     plateau_patience: int = 8
     early_stop_patience: int = 20

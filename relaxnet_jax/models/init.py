@@ -11,10 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from relaxnet_jax.models.elements import element_properties
 from relaxnet_jax.models.energy import RelaxNetwork
 from relaxnet_jax.typing import Graph, Params
 
 SMALL = 0.1  # factor on the kernels of layers named small_*
+OWN = 0.3  # of an element's embedding: what sets it apart from elements with the same properties
 
 
 def initial_parameters(
@@ -23,8 +25,8 @@ def initial_parameters(
     """Parameters of the network for graphs laid out like ``graph`` (its sizes do not matter).
 
     Kernels are uniform with variance 1/fan_in (LeCun), a hundredth of it in layers named
-    ``small_*``; biases and ``log_*`` scalars zero; norm scales one; embeddings and e3nn weights
-    (which e3nn normalises itself) standard normal.
+    ``small_*``; biases and ``log_*`` scalars zero; norm scales one. Embeddings are a random
+    projection of the elements' properties, plus noise: similar elements start as neighbours.
     """
     shapes = jax.eval_shape(
         lambda g: network.init(jax.random.key(0), g, method="initialise")["params"], graph
@@ -37,8 +39,11 @@ def initial_parameters(
             scale = SMALL if modules[-1].startswith("small_") else 1.0
             bound = scale * np.sqrt(3.0 / leaf.shape[-2])  # layers are stacked in front
             values = rng.uniform(-bound, bound, leaf.shape)
-        elif name == "embedding" or name.startswith("w["):
-            values = rng.standard_normal(leaf.shape)
+        elif name == "embedding":
+            known = element_properties()
+            project = rng.standard_normal((known.shape[1], leaf.shape[1]))
+            values = known @ project / np.sqrt(known.shape[1])
+            values = values + OWN * rng.standard_normal(leaf.shape)
         elif name == "scale":
             values = np.ones(leaf.shape)
         elif name == "bias" or name.startswith("log_"):

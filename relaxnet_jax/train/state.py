@@ -29,15 +29,18 @@ class TrainState(NamedTuple):
 
 
 def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
-    """Gradient clipping and AdamW at unit learning rate; decay on matrices only."""
+    """Gradient clipping and AdamW at unit learning rate; decay on kernels only."""
 
-    def matrices(params):
-        return jax.tree.map(lambda p: p.ndim > 1, params)
+    # By name: with the layers stacked a bias is a matrix too.
+    def kernels(params):
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: path[-1].key.endswith("kernel"), params
+        )
 
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         optax.scale_by_adam(),
-        optax.add_decayed_weights(config.weight_decay, matrices),
+        optax.add_decayed_weights(config.weight_decay, kernels),
     )
 
 
