@@ -1,0 +1,361 @@
+"""vasprun.xml, read in one pass with one ionic step in memory.
+
+VASP writes each tag of interest on a line of its own, so the file is scanned for the few blocks a
+relaxation needs, and densities of states, eigenvalues and projections, nearly all of a large file,
+are passed over by their closing tag without being parsed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import IO, Literal, NamedTuple
+
+import numpy as np
+
+from relaxnet_jax.data.trajectory import (
+    RelaxationTrajectory,
+    reduced_formula,
+    unwrap_positions,
+)
+from relaxnet_jax.errors import InputError
+
+Energy = Literal["free", "sigma0", "internal"]
+ENERGIES: dict[Energy, bytes] = {
+    "free": b"e_fr_energy",
+    "sigma0": b"e_0_energy",
+    "internal": b"e_wo_entrp",
+}
+
+_CHUNK = 1 << 20
+_LONGEST_TAG = 512
+_LARGEST_BLOCK = 1 << 28  # bytes; far beyond any structure VASP can relax
+_KILOBAR = 1e-1 / 160.21766208  # eV/Å³; ASE's value of 0.1 GPa
+_SKIPPED = (b"dos", b"eigenvalues", b"projected", b"kpoints", b"dielectricfunction", b"dynmat")
+_TAG = re.compile(
+    rb"<(/?(?:modeling|calculation|atominfo|structure|varray|energy|scstep|"
+    + b"|".join(_SKIPPED)
+    + rb"))\b([^<>]*)>|<i\b[^<>]*name=\"(IBRION)\"[^<>]*>([^<>]*)</i>"
+)
+_NAME = re.compile(rb'name\s*=\s*"([^"]*)"')
+_VECTORS = re.compile(rb"<v[^<>]*>([^<>]*)</v>")
+_ATOM = re.compile(rb"<rc>\s*<c>([^<>]*)</c>\s*<c>[^<>]*</c>\s*</rc>")
+# Runs that are no relaxations, by IBRION; 1, 2 and 3 are. -1 and 0 with few steps are seen to by
+# the number of frames.
+_NO_RELAXATION = {
+    0: "molecular dynamics",
+    5: "finite differences for phonons",
+    6: "finite differences for phonons",
+    7: "perturbation theory for phonons",
+    8: "perturbation theory for phonons",
+    40: "an intrinsic reaction coordinate",
+    44: "the dimer method",
+}
+
+
+class _Step(NamedTuple):
+    """One ionic step: cell (3, 3) Å, fractional (N, 3), energy eV, forces (N, 3), stress or None."""
+
+    cell: np.ndarray
+    fractional: np.ndarray
+    energy: float
+    forces: np.ndarray
+    stress: np.ndarray | None
+
+
+class _Scanner:
+    """Looks for tags in a binary stream and forgets what it has passed."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self._buffer, self._at = file, b"", 0
+
+    def _more(self) -> bool:
+        """Reads on; False at the end of the file."""
+        chunk = self._file.read(_CHUNK)
+        self._buffer, self._at = self._buffer[self._at :] + chunk, 0
+        return bool(chunk)
+
+    def tag(self) -> re.Match[bytes] | None:
+        """The next tag of interest, None at the end of the file."""
+        while True:
+            match = _TAG.search(self._buffer, self._at)
+            if match:
+                self._at = match.end()
+                return match
+            # A tag may lie across the boundary.
+            self._at = max(self._at, len(self._buffer) - _LONGEST_TAG)
+            if not self._more():
+                return None
+
+    def until(self, end: bytes, keep: bool = True) -> bytes | None:
+        """What comes before ``end`` (or b"" if it is not kept); None if the file ends first."""
+        searched = self._at
+        while True:
+            found = self._buffer.find(end, searched)
+            if found >= 0:
+                text = self._buffer[self._at : found] if keep else b""
+                self._at = found + len(end)
+                return text
+            if not keep:
+                self._at = max(self._at, len(self._buffer) - len(end))
+            elif len(self._buffer) - self._at > _LARGEST_BLOCK:
+                raise InputError(f"no {end.decode()} within 256 MB: the file is damaged")
+            searched = max(len(self._buffer) - self._at - len(end), 0)
+            if not self._more():
+                return None
+
+
+def read_vasprun(
+    file: IO[bytes], name: str, energy: Energy = "free", source: str = "VASP"
+) -> RelaxationTrajectory:
+    """The relaxation of a vasprun.xml.
+
+    Positions are unwrapped; forces are raw; stresses have ASE's sign. Of each ionic step the
+    energy is that of the last electronic step.
+
+    Args:
+      file: opened in binary mode, decompressed.
+      name: id of the relaxation.
+      energy: "free" (TOTEN, consistent with the forces), "sigma0" (extrapolated to zero
+        smearing) or "internal" (without entropy).
+      source: where it came from.
+
+    Raises:
+      InputError: it is no relaxation of two or more complete ionic steps, or is damaged; the
+        message is one line without the name of the file.
+    """
+    parser = _Parser(_Scanner(file), energy)
+    try:
+        steps = list(parser.steps())
+    except (ValueError, OverflowError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"ionic step {parser.done}: {error}: the file is damaged") from error
+    if len(steps) < 2:
+        what = "a single ionic step" if steps else "no complete ionic step"
+        raise InputError(f"{what}: a relaxation needs two or more")
+    assert parser.numbers is not None
+    cells = np.array([step.cell for step in steps])
+    positions = np.array([step.fractional @ step.cell for step in steps])
+    stresses = [step.stress for step in steps if step.stress is not None]
+    pbc = np.ones(3, dtype=bool)
+    trajectory = RelaxationTrajectory(
+        id=name,
+        atomic_numbers=parser.numbers,
+        positions=positions,
+        cells=cells,
+        pbc=pbc,
+        energies=np.array([step.energy for step in steps]),
+        forces=np.array([step.forces for step in steps]),
+        fixed_mask=parser.fixed,
+        group=reduced_formula(parser.numbers),
+        stresses=np.array(stresses) if len(stresses) == len(steps) else None,
+        source=source,
+    )
+    try:
+        trajectory.validate()
+    except InputError as bad:
+        raise InputError(str(bad).removeprefix(f"relaxation {name!r}, ")) from None
+    unwrapped = unwrap_positions(trajectory.positions, cells, pbc)
+    return RelaxationTrajectory(**(vars(trajectory) | {"positions": unwrapped}))
+
+
+class _Parser:
+    """Turns tags into ionic steps.
+
+    Attributes:
+      numbers: (N,) atomic numbers, once read. fixed: (N,) bool. done: complete steps so far.
+    """
+
+    def __init__(self, scanner: _Scanner, energy: Energy) -> None:
+        self._scanner, self._energy = scanner, ENERGIES[energy]
+        self.numbers: np.ndarray | None = None
+        self.fixed = np.zeros(0, dtype=bool)
+        self.done = 0
+
+    def steps(self) -> Iterator[_Step]:
+        """The ionic steps. Raises InputError at damage, and at a file that is cut."""
+        step: dict[str, np.ndarray] | None = None
+        electronic: list[dict[bytes, float]] = []
+        final: dict[bytes, float] = {}
+        in_electronic = whole = False
+        while (match := self._scanner.tag()) is not None:
+            tag, attributes = match[1], match[2]
+            if tag is None:
+                self._check_ibrion(match[4])
+            elif tag in _SKIPPED:
+                self._skip(tag)
+            elif tag == b"atominfo":
+                self._read_atoms(self._block(tag))
+            elif tag == b"structure":
+                name = _NAME.search(attributes)
+                block = self._block(tag)
+                if step is not None and name is None:
+                    step["cell"] = self._vectors(block, b"basis", 3)
+                    step["fractional"] = self._vectors(block, b"positions", self._n_atoms)
+                elif name is not None and name[1] == b"initialpos":
+                    self._read_fixed(block)
+            elif tag in (b"calculation", b"/calculation") and (step is None) != (
+                tag == b"calculation"
+            ):
+                raise InputError(
+                    f"ionic step {self.done}: <calculation> without its other end: the file is "
+                    "damaged"
+                )
+            elif tag == b"calculation":
+                step, electronic, final = {}, [], {}
+            elif tag in (b"scstep", b"/scstep"):
+                in_electronic = tag == b"scstep"
+            elif step is None:
+                whole |= tag == b"/modeling"
+            elif tag == b"energy":
+                found = _energies(self._block(tag))
+                if in_electronic:
+                    electronic.append(found)
+                else:
+                    final = found
+            elif tag == b"varray":
+                name = _NAME.search(attributes)
+                if name is not None and name[1] in (b"forces", b"stress"):
+                    rows = self._n_atoms if name[1] == b"forces" else 3
+                    step[name[1].decode()] = _rows(self._block(tag), name[1], rows)
+            elif tag == b"/calculation":
+                yield self._finish(step, electronic, final)
+                step, self.done = None, self.done + 1
+        if not whole:
+            raise InputError(
+                f"ends after {self.done} complete ionic steps, without </modeling>: the run was "
+                "killed or the file is cut; run it to its end or fetch it again"
+            )
+
+    def _block(self, tag: bytes) -> bytes:
+        """Text up to the closing tag."""
+        text = self._scanner.until(b"</" + tag + b">")
+        if text is None:
+            raise InputError(
+                f"ends inside <{tag.decode()}> after {self.done} complete ionic steps: the run was "
+                "killed or the file is cut; run it to its end or fetch it again"
+            )
+        return text
+
+    def _skip(self, tag: bytes) -> None:
+        if self._scanner.until(b"</" + tag + b">", keep=False) is None:
+            raise InputError(
+                f"ends inside <{tag.decode()}> after {self.done} complete ionic steps: the run was "
+                "killed or the file is cut; run it to its end or fetch it again"
+            )
+
+    def _check_ibrion(self, text: bytes) -> None:
+        ibrion = int(text)
+        if ibrion in _NO_RELAXATION:
+            raise InputError(
+                f"IBRION={ibrion}, {_NO_RELAXATION[ibrion]}: give a relaxation (IBRION 1, 2 or 3)"
+            )
+
+    @property
+    def _n_atoms(self) -> int:
+        if self.numbers is None:
+            raise InputError("no <atominfo> before the first structure: the file is damaged")
+        return len(self.numbers)
+
+    def _read_atoms(self, block: bytes) -> None:
+        from ase.data import atomic_numbers
+
+        # atominfo holds two arrays: the atoms, then their types.
+        start = block.find(b'name="atoms"')
+        atoms = block[start : block.find(b"</array>", start)] if start >= 0 else b""
+        symbols = [text.strip().decode("ascii", "replace") for text in _ATOM.findall(atoms)]
+        # VASP cuts some symbols to two columns of its POTCAR's title.
+        symbols = [{"r": "Zr", "X": "Xe"}.get(symbol, symbol) for symbol in symbols]
+        unknown = sorted({s for s in symbols if s not in atomic_numbers or s == "X"})
+        if unknown or not symbols:
+            raise InputError(f"<atominfo>: elements {', '.join(unknown) or 'none'}: file damaged")
+        self.numbers = np.array([atomic_numbers[s] for s in symbols], dtype=np.int64)
+        self.fixed = np.zeros(len(symbols), dtype=bool)
+
+    def _read_fixed(self, block: bytes) -> None:
+        selective = _varray(block, b"selective")
+        if selective is None:
+            return
+        flags = [text.split() for text in _VECTORS.findall(selective)]
+        if len(flags) != self._n_atoms or any(
+            len(row) != 3 or set(row) - {b"T", b"F"} for row in flags
+        ):
+            raise InputError("selective dynamics: not three flags T or F per atom: file damaged")
+        held = np.array([[flag == b"F" for flag in row] for row in flags])
+        if np.any(held.any(1) & ~held.all(1)):
+            raise InputError(
+                "selective dynamics: an atom is held in some directions only: fix or free it"
+            )
+        self.fixed = held.all(1)
+
+    def _vectors(self, block: bytes, name: bytes, rows: int) -> np.ndarray:
+        text = _varray(block, name)
+        if text is None:
+            raise InputError(f"ionic step {self.done}: no {name.decode()}: the file is damaged")
+        return _rows(text, name, rows)
+
+    def _finish(
+        self,
+        step: dict[str, np.ndarray],
+        electronic: list[dict[bytes, float]],
+        final: dict[bytes, float],
+    ) -> _Step:
+        for field in ("cell", "fractional", "forces"):
+            if field not in step:
+                raise InputError(f"ionic step {self.done}: no {field}: the file is damaged")
+        free = final.get(b"e_fr_energy", electronic[-1].get(b"e_fr_energy") if electronic else None)
+        if free is None:
+            raise InputError(f"ionic step {self.done}: no free energy: the file is damaged")
+        if self._energy == b"e_fr_energy":
+            energy = free
+        else:
+            # VASP before 5.4 repeats other numbers under these names in the final block; the last
+            # electronic step has them right, up to what is added after it (van der Waals terms).
+            last = electronic[-1] if electronic else final
+            if self._energy not in last or b"e_fr_energy" not in last:
+                raise InputError(f"ionic step {self.done}: no {self._energy.decode()}")
+            energy = free + last[self._energy] - last[b"e_fr_energy"]
+        stress = step.get("stress")
+        if stress is not None:
+            stress = -_KILOBAR * stress.reshape(9)[[0, 4, 8, 5, 2, 1]]
+        return _Step(step["cell"], step["fractional"], energy, step["forces"], stress)
+
+
+def _varray(block: bytes, name: bytes) -> bytes | None:
+    """Text of the varray of this name."""
+    match = re.search(rb'<varray\s[^<>]*name="' + name + rb'"[^<>]*>(.*?)</varray>', block, re.S)
+    return match[1] if match else None
+
+
+def _rows(text: bytes, name: bytes, rows: int) -> np.ndarray:
+    """(rows, 3) numbers of a varray. Raises InputError if there are others."""
+    found = _VECTORS.findall(text)
+    tokens = b" ".join(found).split()
+    if len(found) != rows or len(tokens) != 3 * rows:
+        raise InputError(
+            f"{name.decode()}: {len(tokens)} numbers in {len(found)} rows instead of {rows} rows of "
+            "3: the file is damaged"
+        )
+    try:
+        return np.array(tokens, dtype="S").astype(np.float64).reshape(rows, 3)
+    except ValueError:
+        bad = next(t for t in tokens if not _is_number(t)).decode("ascii", "replace")
+        raise InputError(
+            f"{name.decode()}: {bad!r} is no number: VASP had no room for it, or the file is "
+            "damaged"
+        ) from None
+
+
+def _is_number(token: bytes) -> bool:
+    try:
+        float(token)
+    except ValueError:
+        return False
+    return True
+
+
+def _energies(block: bytes) -> dict[bytes, float]:
+    """Energies by name, eV; those VASP had no room for are left out."""
+    pairs = re.findall(rb'<i\s+name="(\w+)"[^<>]*>([^<>]*)</i>', block)
+    return {key: float(text) for key, text in pairs if _is_number(text)}
