@@ -127,8 +127,8 @@ def _add_data(commands) -> None:
         "files",
         nargs="+",
         metavar="FILE",
-        help="any file ASE reads that has energies "
-        "and forces of every ionic step: vasprun.xml, OUTCAR, extxyz, traj, db, …",
+        help="any file with energies and forces of every ionic step: vasprun.xml, OUTCAR, extxyz, "
+        "traj, db, …, also compressed; zip and tar archives; folders, searched for all of these",
     )
     p.add_argument("--out", required=True, metavar="NAME.h5", help="the store to write")
     p.add_argument(
@@ -136,6 +136,13 @@ def _add_data(commands) -> None:
         metavar="CSV",
         help="columns id and group: relaxations of one "
         "group are never split apart (default: of one composition)",
+    )
+    p.add_argument(
+        "--energy",
+        choices=("free", "sigma0", "internal"),
+        default="free",
+        help="of a vasprun.xml: free (TOTEN, consistent with the forces; the default), sigma0 "
+        "(without smearing), internal (without entropy)",
     )
     p = _command(kinds, "emt", "data_emt", "make the generated data: alloys relaxed with EMT")
     p.add_argument("--n", type=int, default=600, help="relaxations (default: 600)")

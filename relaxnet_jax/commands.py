@@ -88,7 +88,7 @@ def data_import(args: argparse.Namespace) -> int:
     from relaxnet_jax.data import import_files, read_groups
 
     groups = read_groups(args.groups) if args.groups else None
-    result = import_files(args.files, args.out, _note, groups)
+    result = import_files(args.files, args.out, _note, groups, args.energy)
     _say(
         f"{args.out}: {result.read} relaxations with {result.frames} ionic steps; "
         f"{len(result.skipped)} skipped"

@@ -247,7 +247,8 @@ def load_config(
       InputError: file not found, no ``get_config``, unknown key, wrong type or value.
     """
     if isinstance(source, Mapping):
-        values, origin, name = source, "config", str(source.get("name", "custom"))
+        values: Any = source
+        origin, name = "config", str(source.get("name", "custom"))
     else:
         path = find_config(source)
         origin, name = str(path), path.stem

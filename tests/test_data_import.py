@@ -118,7 +118,7 @@ def test_gzip(tmp_path, name):
         assert one.id == other.id
         np.testing.assert_array_equal(one.positions, other.positions)
     packed.write_bytes(packed.read_bytes()[:-30])
-    with pytest.raises(InputError, match=rf"{name}\.gz: damaged gzip file .*: fetch it again"):
+    with pytest.raises(InputError, match=rf"{name}\.gz: damaged gz file .*: fetch it again"):
         read(packed)
 
 

@@ -1,9 +1,10 @@
 """Relaxation data: reading, storing, splitting and generating. Pure NumPy, no JAX."""
 
-from relaxnet_jax.data.ase_io import SkippedRelaxation, read_relaxations
+from relaxnet_jax.data.ase_io import SkippedRelaxation
 from relaxnet_jax.data.frames import FrameSelection, select_frames
 from relaxnet_jax.data.generate import default_dataset, emt_relaxations
 from relaxnet_jax.data.importing import ImportReport, import_files, read_groups
+from relaxnet_jax.data.reading import read_relaxations
 from relaxnet_jax.data.splits import Splits, split_groups
 from relaxnet_jax.data.store import TrajectoryStore
 from relaxnet_jax.data.store_write import write_store

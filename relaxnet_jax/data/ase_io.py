@@ -1,16 +1,10 @@
-"""Relaxations from any file ASE reads, one relaxation in memory at a time."""
+"""Relaxations from files ASE reads, one relaxation in memory at a time."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import gzip
 import io
 import itertools
-import os
-import shutil
-import tempfile
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -49,52 +43,36 @@ class _Frame(NamedTuple):
     error: str = ""
 
 
-def read_relaxations(
-    path: str | os.PathLike[str],
+def read_frames(
+    path: Path, plain: Path, name: str
 ) -> Iterator[RelaxationTrajectory | SkippedRelaxation]:
-    """Reads the relaxations of a file, in order.
-
-    Consecutive frames that share ``traj_id`` in their ``info`` are one relaxation, and their
-    ``frame`` (if there) must ascend. Without ``traj_id`` the whole file is one relaxation,
-    named after the file. Energies are force-consistent (free) ones where ASE offers them;
-    forces are raw; ``FixAtoms`` becomes ``fixed_mask``; positions are unwrapped.
+    """The relaxations of a file ASE reads; see `reading.read_relaxations`.
 
     Args:
-      path: any file ASE reads as consecutive frames with energies and forces (extxyz, traj,
-        db, OUTCAR, ...), plain or gzipped.
-
-    Yields:
-      A validated `RelaxationTrajectory` of at least two frames, or a `SkippedRelaxation`.
+      path: the file, for messages. plain: it or a decompressed copy.
+      name: id of a relaxation that has no ``traj_id``.
 
     Raises:
-      InputError: the file is missing or unreadable, or no frame of it has energy and forces.
+      InputError: the file is unreadable, or no frame of it has energy and forces.
     """
-    path = Path(path)
-    if path.is_dir():
-        raise InputError(f"{path}: is a folder: name the files in it")
-    if not path.is_file():
-        raise InputError(f"{path}: no such file: check the path")
     labelled = False
     seen: set[str] = set()
-    with _plain(path) as plain:
-        frames = _frames(path, plain)
-        for name, members in itertools.groupby(frames, key=lambda frame: frame.name):
-            images, error = _collect(members)
-            try:
-                labels = [_labels(atoms) for atoms in images]
-                labelled |= any(e is not None and f is not None for e, f, _ in labels)
-                error = error or _complaint(images, labels)
-                built = (
-                    SkippedRelaxation(name, error)
-                    if error
-                    else _build(name, images, labels, path.name)
-                )
-            except (TypeError, ValueError) as bad:
-                built = SkippedRelaxation(name, f"{one_line(bad)}: repair or remove it")
-            if name in seen:
-                built = SkippedRelaxation(name, "id occurs twice: give each relaxation its own")
-            seen.add(name)
-            yield built
+    frames = _frames(path, plain, name)
+    for name, members in itertools.groupby(frames, key=lambda frame: frame.name):
+        images, error = _collect(members)
+        try:
+            labels = [_labels(atoms) for atoms in images]
+            labelled |= any(e is not None and f is not None for e, f, _ in labels)
+            error = error or _complaint(images, labels)
+            built = (
+                SkippedRelaxation(name, error) if error else _build(name, images, labels, path.name)
+            )
+        except (TypeError, ValueError) as bad:
+            built = SkippedRelaxation(name, f"{one_line(bad)}: repair or remove it")
+        if name in seen:
+            built = SkippedRelaxation(name, "id occurs twice: give each relaxation its own")
+        seen.add(name)
+        yield built
     if not labelled:
         raise InputError(
             f"{path}: no frame has energy and forces: give a file with both, under ASE's names "
@@ -102,34 +80,16 @@ def read_relaxations(
         )
 
 
-@contextlib.contextmanager
-def _plain(path: Path) -> Iterator[Path]:
-    """The file itself, or a decompressed copy: ASE's seeks in a gzip file are quadratic."""
-    if path.suffix != ".gz":
-        yield path
-        return
-    with tempfile.TemporaryDirectory(prefix="relaxnet-jax-") as folder:
-        plain = Path(folder) / path.stem
-        try:
-            with gzip.open(path) as packed, plain.open("wb") as out:
-                shutil.copyfileobj(packed, out, 1 << 20)
-        except (OSError, EOFError, zlib.error) as error:
-            raise InputError(
-                f"{path}: damaged gzip file ({one_line(error)}): fetch it again"
-            ) from error
-        yield plain
-
-
-def _frames(path: Path, plain: Path) -> Iterator[_Frame]:
+def _frames(path: Path, plain: Path, default: str) -> Iterator[_Frame]:
     """Frames with the name of their relaxation; reading ends at damage that hides the rest."""
-    name, n_read = plain.stem, 0
+    name, n_read = default, 0
     try:
         for item in _images(plain):
             if isinstance(item, str):
                 yield _Frame(name, None, f"frame {n_read} of the file: {item}")
             else:
                 info = item.info.get("key_value_pairs", {}) | item.info
-                name = _text(info.get("traj_id")) or plain.stem
+                name = _text(info.get("traj_id")) or default
                 yield _Frame(name, item)
             n_read += 1
     except Exception as error:

@@ -8,9 +8,12 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from relaxnet_jax.data.ase_io import SkippedRelaxation, read_relaxations
+from relaxnet_jax.data.ase_io import SkippedRelaxation
+from relaxnet_jax.data.reading import read_relaxations
+from relaxnet_jax.data.sources import find_sources
 from relaxnet_jax.data.store_write import write_store
 from relaxnet_jax.data.trajectory import RelaxationTrajectory
+from relaxnet_jax.data.vasp_xml import Energy
 from relaxnet_jax.errors import InputError
 
 
@@ -35,17 +38,20 @@ def import_files(
     out: str | os.PathLike[str],
     report: Callable[[str], None] | None = None,
     groups: Mapping[str, str] | None = None,
+    energy: Energy = "free",
 ) -> ImportReport:
-    """Imports files into one store.
+    """Imports files, folders and archives into one store.
 
     A relaxation that is unsound, and a file that cannot be read, is left out, reported, and
     the rest goes on.
 
     Args:
-      paths: files of ionic steps (see `read_relaxations`).
+      paths: files of ionic steps (see `read_relaxations`), and folders to search for them (see
+        `find_sources`).
       out: the store to write, ending in .h5; an existing one is replaced.
       report: called with one line for each file and each thing left out.
       groups: group of a relaxation by id (see `read_groups`), instead of the file's own.
+      energy: which energy of a vasprun.xml, see `read_vasprun`.
 
     Returns:
       Counts, and what was skipped.
@@ -54,12 +60,15 @@ def import_files(
       InputError: no relaxation could be read (nothing is left behind), or ``out`` cannot be
         written.
     """
-    files = [Path(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
-    if not files:
-        raise InputError("no files to import: name at least one")
-    if Path(out).resolve() in [file.resolve() for file in files]:
-        raise InputError(f"{out}: is also read: choose another output path")
     say = report or (lambda _: None)
+    found = find_sources([paths] if isinstance(paths, str | Path) else paths)
+    if not found.sources:
+        raise InputError("no files to import: name at least one")
+    if found.others:
+        say(f"{found.others} files in the folders are no files of relaxations, or the OUTCAR of a "
+            "run whose vasprun.xml is read")  # fmt: skip
+    if Path(out).resolve() in [source.path.resolve() for source in found.sources]:
+        raise InputError(f"{out}: is also read: choose another output path")
     skipped: list[tuple[str, str, str]] = []
     frames = 0
 
@@ -67,10 +76,10 @@ def import_files(
         nonlocal frames
         seen: set[str] = set()
         errors: list[InputError] = []
-        for file in files:
+        for file, name in found.sources:
             before, read = len(skipped), 0
             try:
-                for item in read_relaxations(file):
+                for item in read_relaxations(file, name, energy):
                     if isinstance(item, RelaxationTrajectory) and item.id in seen:
                         item = SkippedRelaxation(item.id, "id occurs in another file: rename it")
                     if isinstance(item, SkippedRelaxation):
@@ -92,17 +101,19 @@ def import_files(
             else:
                 say(f"{file}: {read} relaxations read, {len(skipped) - before} skipped")
         if not seen:
-            if len(errors) == 1 and len(files) == 1:
+            if len(errors) == 1 and len(found.sources) == 1:
                 raise errors[0]
-            name, label, reason = skipped[0]
-            where = f"{name}: {label}: " if label else f"{name}: "
+            culprit, label, reason = skipped[0]
+            where = f"{culprit}: {label}: " if label else f"{culprit}: "
             raise InputError(
                 f"{where}{reason} (nor could any of the other {len(skipped) - 1} be read)"
                 if len(skipped) > 1
                 else where + reason
             )
 
-    read = write_store(out, relaxations(), metadata={"files": [file.name for file in files]})
+    read = write_store(
+        out, relaxations(), metadata={"files": [source.path.name for source in found.sources]}
+    )
     return ImportReport(read=read, skipped=skipped, frames=frames)
 
 

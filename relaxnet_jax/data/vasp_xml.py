@@ -88,16 +88,23 @@ class _Scanner:
                 return None
 
     def until(self, end: bytes, keep: bool = True) -> bytes | None:
-        """What comes before ``end`` (or b"" if it is not kept); None if the file ends first."""
+        """What comes before ``end`` (or b"" if it is not kept); None if the file ends first.
+
+        Raises:
+          InputError: an ionic step begins or ends before it, so ``end`` is missing.
+        """
         searched = self._at
         while True:
             found = self._buffer.find(end, searched)
+            upto = found if found >= 0 else len(self._buffer)
+            if self._buffer.find(b"calculation>", max(searched - 12, self._at), upto) >= 0:
+                raise InputError(f"no {end.decode()} before the next ionic step: file damaged")
             if found >= 0:
                 text = self._buffer[self._at : found] if keep else b""
                 self._at = found + len(end)
                 return text
             if not keep:
-                self._at = max(self._at, len(self._buffer) - len(end))
+                self._at = max(self._at, len(self._buffer) - _LONGEST_TAG)
             elif len(self._buffer) - self._at > _LARGEST_BLOCK:
                 raise InputError(f"no {end.decode()} within 256 MB: the file is damaged")
             searched = max(len(self._buffer) - self._at - len(end), 0)
@@ -170,7 +177,7 @@ class _Parser:
     def __init__(self, scanner: _Scanner, energy: Energy) -> None:
         self._scanner, self._energy = scanner, ENERGIES[energy]
         self.numbers: np.ndarray | None = None
-        self.fixed = np.zeros(0, dtype=bool)
+        self.fixed: np.ndarray = np.zeros(0, dtype=bool)
         self.done = 0
 
     def steps(self) -> Iterator[_Step]:
@@ -236,6 +243,10 @@ class _Parser:
                 f"ends inside <{tag.decode()}> after {self.done} complete ionic steps: the run was "
                 "killed or the file is cut; run it to its end or fetch it again"
             )
+        if b"<" + tag in text:
+            raise InputError(
+                f"ionic step {self.done}: <{tag.decode()}> inside <{tag.decode()}>: file damaged"
+            )
         return text
 
     def _skip(self, tag: bytes) -> None:
@@ -287,7 +298,7 @@ class _Parser:
             raise InputError(
                 "selective dynamics: an atom is held in some directions only: fix or free it"
             )
-        self.fixed = held.all(1)
+        self.fixed = np.all(held, axis=1)
 
     def _vectors(self, block: bytes, name: bytes, rows: int) -> np.ndarray:
         text = _varray(block, name)

@@ -1,0 +1,312 @@
+"""vasprun.xml, and the folders and archives it comes in."""
+
+import bz2
+import gzip
+import io
+import lzma
+import tarfile
+import warnings
+import zipfile
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+import pytest
+
+from relaxnet_jax.cli import main
+from relaxnet_jax.data import (
+    SkippedRelaxation,
+    TrajectoryStore,
+    import_files,
+    read_relaxations,
+    vasp_xml,
+)
+from relaxnet_jax.data.sources import find_sources, relaxation_id
+from relaxnet_jax.data.vasp_xml import read_vasprun
+from relaxnet_jax.errors import InputError
+
+KILOBAR = 0.1 / 160.21766208  # eV/Å³
+SYMBOLS = ["Cu", "r ", "O "]  # VASP cuts zirconium's symbol
+
+
+def varray(name, rows):
+    lines = "\n".join("<v> " + " ".join(f"{x:.8f}" for x in row) + " </v>" for row in rows)
+    return f'<varray name="{name}" >\n{lines}\n</varray>\n'
+
+
+def energies(free, sigma0, internal):
+    names = zip(("e_fr_energy", "e_wo_entrp", "e_0_energy"), (free, internal, sigma0))
+    return (
+        "<energy>\n" + "".join(f'<i name="{n}"> {x:.8f} </i>\n' for n, x in names) + "</energy>\n"
+    )
+
+
+def steps(n=3):
+    """Cells, fractional positions, forces, stresses (kB), free energies of a small run."""
+    rng = np.random.default_rng(2)
+    cells = np.diag([4.0, 4.5, 5.0]) + 0.1 * rng.normal(size=(n, 3, 3))
+    fractional = np.array([[0.02, 0, 0], [0.5, 0.5, 0], [0, 0.5, 0.5]]) + 0.005 * rng.normal(
+        size=(n, 3, 3)
+    )
+    fractional %= 1.0  # the first atom crosses the cell's face
+    return (
+        cells,
+        fractional,
+        rng.normal(size=(n, 3, 3)),
+        rng.normal(size=(n, 3, 3)),
+        -10.0 - np.arange(n),
+    )
+
+
+def vasprun(n=3, ibrion=2, selective=None, big=10):
+    """Text of a vasprun.xml laid out as VASP writes it."""
+    cells, fractional, forces, stresses, free = steps(n)
+    atoms = "".join(f"<rc><c>{s}</c><c>   {k}</c></rc>\n" for k, s in enumerate(SYMBOLS))
+    types = "".join(
+        f"<rc><c>   1</c><c>{s}</c><c> 1.0</c><c> 1.0</c><c> PAW</c></rc>\n" for s in SYMBOLS
+    )
+    held = ""
+    if selective:
+        rows = "\n".join(f'<v type="logical" > {" ".join(row)} </v>' for row in selective)
+        held = f'<varray type="logical" name="selective" >\n{rows}\n</varray>\n'
+
+    def structure(k, name=""):
+        crystal = varray("basis", cells[k]) + varray("rec_basis", np.linalg.inv(cells[k]).T)
+        return (f"<structure{name}>\n<crystal>\n{crystal}</crystal>\n"
+                + varray("positions", fractional[k]) + held + "</structure>\n")  # fmt: skip
+
+    calculations = ""
+    for k in range(n):
+        scf = f"<scstep>\n{energies(1.0, 1.0, 1.0)}</scstep>\n" + (
+            f"<scstep>\n{energies(free[k] + 0.5, free[k] + 0.6, free[k] + 0.8)}</scstep>\n"
+        )
+        # As VASP before 5.4 has it: the other energies of the final block are not what they say.
+        final = energies(free[k], -0.01, -0.02)
+        eigenvalues = "<eigenvalues>\n" + "<r> 1.0 1.0 </r>\n" * big + "</eigenvalues>\n"
+        calculations += (
+            f"<calculation>\n{scf}{structure(k)}{varray('forces', forces[k])}"
+            f'{varray("stress", stresses[k])}{final}{eigenvalues}<dos>\n<i name="efermi"> 1 </i>'
+            f"\n</dos>\n</calculation>\n"
+        )
+    initial, last = structure(0, ' name="initialpos"'), structure(n - 1, ' name="finalpos"')
+    return (
+        '<?xml version="1.0" encoding="ISO-8859-1"?>\n<modeling>\n<incar>\n'
+        f'<i type="int" name="IBRION">     {ibrion}</i>\n</incar>\n<atominfo>\n'
+        f'<array name="atoms" >\n<set>\n{atoms}</set>\n</array>\n<array name="atomtypes" >\n<set>\n'
+        f"{types}</set>\n</array>\n</atominfo>\n{initial}{calculations}{last}</modeling>\n"
+    ).encode()
+
+
+def read(text, **options):
+    return read_vasprun(io.BytesIO(text), "run", **options)
+
+
+def refused(text):
+    with pytest.raises(InputError) as caught:
+        read(text)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("chunk", [1 << 20, 700])
+def test_fields(chunk, monkeypatch):
+    """All of it in one chunk, and with every tag across a boundary somewhere."""
+    monkeypatch.setattr(vasp_xml, "_CHUNK", chunk)
+    monkeypatch.setattr(vasp_xml, "_LONGEST_TAG", 100)
+    cells, fractional, forces, stresses, free = steps()
+    found = read(vasprun(big=200), source="here")
+    assert (found.id, found.formula, found.source, found.n_frames) == ("run", "CuOZr", "here", 3)
+    np.testing.assert_allclose(found.cells, cells, atol=1e-8)
+    np.testing.assert_allclose(found.forces, forces, atol=1e-8)
+    np.testing.assert_allclose(found.energies, free, atol=1e-12)
+    voigt = -KILOBAR * stresses.reshape(3, 9)[:, [0, 4, 8, 5, 2, 1]]
+    np.testing.assert_allclose(found.stresses, voigt, atol=1e-10)
+    assert not found.fixed_mask.any() and found.pbc.all()
+    inside = found.positions @ np.linalg.inv(cells)
+    np.testing.assert_allclose((inside - fractional + 0.5) % 1, 0.5, atol=1e-7)
+    assert np.abs(np.diff(inside, axis=0)).max() < 0.1  # unwrapped
+
+
+def test_energies():
+    """Of the last electronic step, moved by what VASP adds to the free energy afterwards."""
+    free = steps()[-1]
+    np.testing.assert_allclose(read(vasprun(), energy="sigma0").energies, free + 0.1, atol=1e-7)
+    np.testing.assert_allclose(read(vasprun(), energy="internal").energies, free + 0.3, atol=1e-7)
+
+
+def test_selective_dynamics():
+    found = read(vasprun(selective=["FFF", "TTT", "TTT"]))
+    assert found.fixed_mask.tolist() == [True, False, False]
+    assert "some directions only" in refused(vasprun(selective=["FFF", "TTF", "TTT"]))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ((b'"IBRION">     2', b'"IBRION">     0'), "IBRION=0, molecular dynamics"),
+        ((b'"IBRION">     2', b'"IBRION">     6'), "IBRION=6, finite differences"),
+        ((b"<c>Cu</c>", b"<c>Qq</c>"), "<atominfo>: elements Qq"),
+        ((b"<atominfo>", b""), "no <atominfo> before the first structure"),
+        ((b"</calculation>", b""), "ionic step 0: <calculation> without its other end"),
+        ((b"<calculation>", b""), "ionic step 0: <calculation> without its other end"),
+        ((b'name="forces" >\n<v>', b'name="forces" >\n'), "forces: 6 numbers in 2 rows instead of 3"),
+        ((b'name="forces" >\n<v>', b'name="forces" >\n<v> 1'), "forces: 10 numbers in 3 rows"),
+        ((b"</eigenvalues>", b""), "no </eigenvalues> before the next ionic step"),
+        ((b"</energy>", b""), "ionic step 0: <energy> inside <energy>"),
+        ((b"</modeling>", b""), "ends after 3 complete ionic steps, without </modeling>"),
+    ],
+)  # fmt: skip
+def test_damage(change, message):
+    assert message in refused(vasprun().replace(*change, 1))
+
+
+def test_overflow_and_nan():
+    text = vasprun()
+    at = text.index(b'name="forces"') + 24
+    end = text.index(b" ", at + 2)
+    for token in (b"**********", b"nan"):
+        message = refused(text[:at] + token + text[end:])
+        assert "forces" in message and ("no number" in message or "nan" in message.lower())
+
+
+def test_cut_anywhere():
+    """However a file is cut, it is refused in one line; so is one without relaxation."""
+    text = vasprun()
+    for length in np.linspace(0, len(text) - 12, 60).astype(int):
+        refused(text[:length])
+    assert "a single ionic step" in refused(vasprun(n=1))
+
+
+def test_mutations():
+    """Bytes cut, doubled or changed: a relaxation or one line, never anything else."""
+    rng, text = np.random.default_rng(0), vasprun()
+    outcomes = set()
+    for _ in range(300):
+        i, length = rng.integers(len(text)), rng.choice([1, 5, 50, 500])
+        middle = [b"", text[i : i + length] * 2, rng.bytes(length)][rng.integers(3)]
+        try:
+            found = read(text[:i] + middle + text[i + length :])
+            assert np.isfinite(found.positions).all() and found.n_frames in (2, 3, 4)
+            outcomes.add("read")
+        except InputError as error:
+            assert "\n" not in str(error)
+            outcomes.add("refused")
+    assert outcomes == {"read", "refused"}
+
+
+@pytest.mark.parametrize(("suffix", "pack"), [("", bytes), (".gz", gzip.compress),
+                                              (".xz", lzma.compress), (".bz2", bz2.compress)])  # fmt: skip
+def test_compressed(tmp_path, suffix, pack):
+    folder = tmp_path / "Cu-1"
+    folder.mkdir()
+    file = folder / f"vasprun.xml{suffix}"
+    file.write_bytes(pack(vasprun()))
+    (found,) = read_relaxations(file)
+    assert (found.id, found.source, found.n_frames) == ("Cu-1", file.name, 3)
+    if suffix:
+        file.write_bytes(file.read_bytes()[:-20])
+        with pytest.raises(InputError, match=f"damaged {suffix[1:]} file"):
+            list(read_relaxations(file))
+
+
+def fill(root):
+    """A tree of runs: names by VASP, by a database, and by a workflow of two relaxations."""
+    for name in ("a/vasprun.xml", "a/OUTCAR", "b/x/JVASP-1.vasprun.xml", "b/x/vasprun.xml.relax2",
+                 "b/notes.txt"):  # fmt: skip
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(vasprun() if "vasprun" in name else b"text")
+
+
+def test_folders(tmp_path):
+    """Searched recursively; ids are paths; the OUTCAR of a run with a vasprun.xml is not read."""
+    fill(tmp_path)
+    found = find_sources([tmp_path])
+    assert [s.id for s in found.sources] == ["a", "b/x/JVASP-1", "b/x/relax2"]
+    assert found.others == 2
+    lines = []
+    result = import_files([tmp_path], tmp_path / "out.h5", lines.append)
+    assert (result.read, result.frames, result.skipped) == (3, 9, [])
+    assert lines[0].startswith("2 files in the folders are no files of relaxations")
+    with TrajectoryStore(tmp_path / "out.h5") as store:
+        assert store.ids == ["a", "b/x/JVASP-1", "b/x/relax2"]
+    # Two files of one name, named one by one.
+    found = find_sources(
+        [tmp_path / "a" / "vasprun.xml", tmp_path / "b" / "x" / "vasprun.xml.relax2"]
+    )
+    assert [s.id for s in found.sources] == ["a", "b/x/relax2"]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="empty: holds no vasprun"):
+        find_sources([tmp_path / "empty"])
+
+
+@pytest.mark.parametrize(
+    ("name", "id"),
+    [("Au/run2/vasprun.xml.gz", "Au/run2"), ("JVASP-39.vasprun.xml", "JVASP-39"),
+     ("vasprun_7.xml", "7"), ("set.tar.gz", "set"), ("x/slabs.extxyz.xz", "x/slabs")],
+)  # fmt: skip
+def test_ids(name, id):
+    assert relaxation_id(PurePosixPath(name)) == id
+
+
+@pytest.mark.parametrize("suffix", [".zip", ".tar", ".tar.gz", ".tar.xz"])
+def test_archives(tmp_path, suffix):
+    tree = tmp_path / "tree"
+    fill(tree)
+    (tree / "a/vasprun.xml").write_bytes(vasprun()[:2000])
+    archive = tmp_path / f"runs{suffix}"
+    if suffix == ".zip":
+        with zipfile.ZipFile(archive, "w") as out:
+            for file in tree.rglob("*"):
+                out.write(file, file.relative_to(tree))
+    else:
+        with tarfile.open(archive, "w" + suffix[4:].replace(".", ":")) as out:
+            out.add(tree, arcname=".")
+    cut, *whole = read_relaxations(archive)
+    assert isinstance(cut, SkippedRelaxation) and cut.id == "runs/a" and "ends inside" in cut.reason
+    assert [found.id for found in whole] == ["runs/b/x/JVASP-1", "runs/b/x/relax2"]
+    archive.write_bytes(archive.read_bytes()[:700])
+    with pytest.raises(InputError, match="damaged archive|holds no"):
+        list(read_relaxations(archive))
+
+
+def test_command(tmp_path, capsys):
+    fill(tmp_path)
+    out = tmp_path / "set.h5"
+    assert main(["data", "import", str(tmp_path), "--out", str(out), "--energy", "sigma0"]) == 0
+    assert "3 relaxations with 9 ionic steps; 0 skipped" in capsys.readouterr().out
+    with TrajectoryStore(out) as store:
+        np.testing.assert_allclose(store[0].energies, steps()[-1] + 0.1, atol=1e-7)
+
+
+DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "vasp"
+REAL = sorted(DATA.glob("*.xml.gz"))
+
+
+@pytest.mark.skipif(not REAL, reason=f"{DATA} is not here")
+@pytest.mark.parametrize("file", REAL, ids=lambda f: f.name.split(".")[0])
+def test_same_as_ase(file, tmp_path):
+    """Every number of every ionic step, bit for bit."""
+    import ase.io
+
+    if file.name.startswith(("JVASP-39", "JVASP-42538")):
+        with pytest.raises(InputError, match="IBRION=8|single ionic step"):
+            list(read_relaxations(file))
+        return
+    if file.stat().st_size > 1e6:
+        pytest.skip("large: ASE takes too long")
+    (ours,) = read_relaxations(file)
+    plain = tmp_path / "vasprun.xml"
+    plain.write_bytes(gzip.decompress(file.read_bytes()))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = ase.io.read(plain, index=":")
+    assert len(theirs) == ours.n_frames
+    for k, atoms in enumerate(theirs):
+        np.testing.assert_array_equal(ours.cells[k], atoms.cell.array)
+        np.testing.assert_array_equal(ours.forces[k], atoms.get_forces(apply_constraint=False))
+        assert ours.energies[k] == atoms.calc.results["free_energy"]
+        if ours.stresses is not None:
+            np.testing.assert_array_equal(ours.stresses[k], atoms.calc.results["stress"])
+        shift = (ours.positions[k] - atoms.positions) @ np.linalg.inv(atoms.cell.array)
+        np.testing.assert_allclose(shift, np.round(shift), atol=1e-9)
+    fixed = [i for constraint in theirs[0].constraints for i in constraint.index]
+    assert np.flatnonzero(ours.fixed_mask).tolist() == sorted(fixed)
