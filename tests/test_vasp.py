@@ -264,7 +264,7 @@ def test_archives(tmp_path, suffix):
     assert isinstance(cut, SkippedRelaxation) and cut.id == "runs/a" and "ends inside" in cut.reason
     assert [found.id for found in whole] == ["runs/b/x/JVASP-1", "runs/b/x/relax2"]
     archive.write_bytes(archive.read_bytes()[:700])
-    with pytest.raises(InputError, match="damaged archive|holds no"):
+    with pytest.raises(InputError, match=r"damaged archive|holds no"):
         list(read_relaxations(archive))
 
 
@@ -288,7 +288,7 @@ def test_same_as_ase(file, tmp_path):
     import ase.io
 
     if file.name.startswith(("JVASP-39", "JVASP-42538")):
-        with pytest.raises(InputError, match="IBRION=8|single ionic step"):
+        with pytest.raises(InputError, match=r"IBRION=8|single ionic step"):
             list(read_relaxations(file))
         return
     if file.stat().st_size > 1e6:
