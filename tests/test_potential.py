@@ -193,7 +193,9 @@ def test_smooth_through_both_cutoffs(latent, update_positions):
         beyond = r > cutoff + 1e-9  # the grid holds the cutoff itself, give or take a rounding
         inside = r < cutoff - 1e-9
         assert np.abs(gradient[inside, mover]).max() > 1e-7
-        if name != "triplet":  # out of every reach: exactly constant, exactly no force
+        # Out of every reach: exactly constant, exactly no force. (Positions that move inside the
+        # encoder may bring atom 0 back into reach.)
+        if name == "dimer" or (name == "pair" and not update_positions):
             assert np.ptp(energy[beyond]) == 0 and np.ptp(energy) > 1e-9
             assert (gradient[beyond][:, mover] == 0).all()
             last = np.abs(gradient[np.flatnonzero(inside)[-1], mover]).max()
