@@ -32,7 +32,7 @@ def get_config():
             "energy": 5.0,
             "monotonicity": 5.0,
             "forces": 10.0,
-            "positions": 100.0,
+            "positions": 30.0,
             "direction": 0.5,
         },
         "train": {

@@ -172,7 +172,8 @@ class TrainConfig:
       epochs: most epochs.
       max_minutes: wall-clock limit (0: none); ends cleanly with a usable model.
       cooldown: with ``max_minutes``, the learning rate falls linearly to zero over this last
-        fraction of the time; a run without a time limit does not use it.
+        fraction of the time, and nothing but the deadline ends the run; a run without a time
+        limit does not use it.
       plateau_factor, plateau_patience: learning rate is multiplied by the factor after
         so many epochs without a better validation loss.
       early_stop_patience: epochs without a better validation loss before stopping.

@@ -280,7 +280,8 @@ class _Run:
             if time.perf_counter() >= deadline:
                 reason = f"train.max_minutes={t.max_minutes:g}"
                 break
-            if plateau.exhausted(epoch, t):
+            # A run that cools down to a deadline is at its best then, and not before.
+            if not (t.max_minutes and t.cooldown) and plateau.exhausted(epoch, t):
                 reason = f"no better validation loss for {t.early_stop_patience} epochs"
                 break
         checkpoints.close()
