@@ -83,7 +83,7 @@ def test_skin_widens(model):
     head = jax.tree.map(lambda a: 2.8 * a, model.params["velocity_gate"])
     fast = model.replace(params=model.params | {"velocity_gate": head})
     atoms, other = molecule(), molecule()
-    other.positions += [5.5, 2.7, 0.3]
+    other.positions += [5.0, 2.0, 0.3]
     atoms += other  # their atoms meet on the way
     (path,) = predict_structures(fast, [fast.structure(atoms)])
     assert path.skin > 0.5 and approach(path.positions) <= path.skin
