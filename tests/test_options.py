@@ -3,12 +3,14 @@
 import itertools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny import (
     SCHEMES,
     batch,
     compiled,
+    molecule,
     no_weights,
     random_rotation,
     split,
@@ -17,7 +19,7 @@ from tiny import (
     tiny_model,
 )
 
-from relaxnet_jax.model import create_model
+from relaxnet_jax.model import create_model, predict_trajectory
 
 SWITCHES = {
     "dynamics__latent": SCHEMES,
@@ -164,3 +166,23 @@ def test_updated_positions_keep_the_symmetry(latent):
     state = compiled(off).start(model.replace(config=off), graph, graph.nodes["positions"])
     if latent == "explicit":
         assert np.abs(state.latent - b.latent).max() > 1e-3
+
+
+@pytest.mark.parametrize("latent", SCHEMES)
+def test_one_copy_of_the_network_is_traced(latent):
+    """Neither more layers nor more frames make a larger program: what is compiled is a loop."""
+
+    def size(**changes):
+        config = tiny_config(latent, **changes)
+        model = tiny_model(config, dtype=np.float32)
+        graph = batch([molecule()], config, dtype=np.float32)
+
+        def loss(model):
+            return jnp.sum(predict_trajectory(model, graph).forces ** 2)
+
+        return len(str(jax.make_jaxpr(jax.grad(loss))(model)).splitlines())
+
+    small = size(model__layers=2)
+    # One more layer to initialise, slice and concatenate; twice the frames change constants only.
+    assert size(model__layers=3) < 1.02 * small
+    assert size(model__layers=2, dynamics__frames=6) == small

@@ -1,5 +1,6 @@
 """Training: it learns, resumes exactly, survives what goes wrong, and means the same on two devices."""
 
+import dataclasses
 import io
 import json
 import math
@@ -25,7 +26,7 @@ from relaxnet_jax.train import loop
 from relaxnet_jax.train.checkpoint import Checkpoints
 from relaxnet_jax.train.loop import train
 from relaxnet_jax.train.report import ConsoleReport
-from relaxnet_jax.train.state import Plateau, initial_train_state
+from relaxnet_jax.train.state import Plateau, initial_train_state, make_optimizer
 
 CHANGES = {
     # Nothing here depends on what the network can do: what compiles fast is enough.
@@ -260,6 +261,31 @@ def test_workdirs_are_guarded(run, folder):
     with pytest.raises(InputError, match=r"train\.batch_size is 4 there, 5 here"):
         train(config_of(batch_size=5), result.workdir, resume=True, report=report)
     assert not (folder / "nothing").exists()
+
+
+def test_adaptive_solver_runs_on_one_device(folder):
+    config = config_of()
+    config = dataclasses.replace(config, dynamics=dataclasses.replace(config.dynamics, solver="tsit5"))
+    report, _ = quiet()
+    with pytest.raises(InputError, match=r"'tsit5' runs on one device, not on 2; give --devices 1"):
+        train(config, folder / "adaptive", report=report, devices=2)
+    assert not (folder / "adaptive").exists()
+
+
+def test_weight_decay_is_on_kernels_only():
+    """Not on biases and norms, which are matrices too where layers are stacked, nor embeddings."""
+    params = create_model(config_of()).params
+    optimizer = make_optimizer(TrainConfig(weight_decay=0.5))
+    zero = jax.tree.map(np.zeros_like, params)
+    updates, _ = optimizer.update(zero, optimizer.init(params), params)
+    kernels = 0
+    for (path, update), value in zip(
+        jax.tree_util.tree_leaves_with_path(updates), jax.tree.leaves(params), strict=True
+    ):
+        kernel = path[-1].key.endswith("kernel")
+        kernels += kernel
+        np.testing.assert_allclose(update, 0.5 * value if kernel else 0 * value, rtol=1e-6)
+    assert kernels > 10
 
 
 def test_plateau():
