@@ -172,7 +172,8 @@ class TrainConfig:
       epochs: most epochs.
       max_minutes: wall-clock limit (0: none); ends cleanly with a usable model.
       cooldown: with ``max_minutes``, the learning rate falls linearly to zero over this last
-        fraction of the time, and nothing but the deadline ends the run; a run without a time
+        fraction of the time, nothing but the deadline ends the run, and its last model is kept
+        unless its validation loss is more than a tenth above the best; a run without a time
         limit does not use it.
       plateau_factor, plateau_patience: learning rate is multiplied by the factor after
         so many epochs without a better validation loss.

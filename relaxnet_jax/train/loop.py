@@ -44,6 +44,11 @@ RESUMABLE = (
     "checkpoint_every",
 )
 
+# A run that cools down to its deadline ends with a model that has settled. It is kept, unless its
+# validation loss, mostly noise of a few structures from epoch to epoch, is worse than the best by
+# more than this factor.
+KEEP_LAST = 1.1
+
 
 @dataclasses.dataclass
 class Result:
@@ -279,6 +284,11 @@ class _Run:
                 self.report("validation loss is not finite; it counts as no improvement")
             if time.perf_counter() >= deadline:
                 reason = f"train.max_minutes={t.max_minutes:g}"
+                loss = record["validation"]["loss"]
+                if t.cooldown and not record["best"] and loss <= KEEP_LAST * plateau.best:
+                    last = self.model(jax.device_get(self.devices.first(averaged)))
+                    save_model(last, workdir / "model")
+                    self.report(f"the last model is kept (validation loss {loss:.4f})")
                 break
             # A run that cools down to a deadline is at its best then, and not before.
             if not (t.max_minutes and t.cooldown) and plateau.exhausted(epoch, t):
