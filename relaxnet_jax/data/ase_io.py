@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import itertools
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ from relaxnet_jax.data.files import one_line
 from relaxnet_jax.data.trajectory import (
     RelaxationTrajectory,
     reduced_formula,
-    unwrap_positions,
+    sound_and_unwrapped,
 )
 from relaxnet_jax.errors import InputError
 
@@ -168,11 +167,9 @@ def _build(
         source=_text(info.get("source")) or code or source,
     )
     try:
-        trajectory.validate()
+        return sound_and_unwrapped(trajectory)
     except InputError as bad:
-        return SkippedRelaxation(name, str(bad).removeprefix(f"relaxation {name!r}, "))
-    unwrapped = unwrap_positions(trajectory.positions, trajectory.cells, trajectory.pbc)
-    return dataclasses.replace(trajectory, positions=unwrapped)
+        return SkippedRelaxation(name, str(bad))
 
 
 def _labels(atoms: ase.Atoms) -> _Labels:

@@ -62,9 +62,13 @@ def find_sources(paths: Sequence[str | os.PathLike[str]]) -> Found:
     named = [Path(path) for path in paths]
     root = Path(os.path.commonpath([p.absolute() if p.is_dir() else p.absolute().parent
                                     for p in named])) if named else Path()  # fmt: skip
+
+    def source(file: Path) -> Source:
+        return Source(file, relaxation_id(file.absolute().relative_to(root), root))
+
     for path in named:
         if not path.is_dir():
-            sources.append(Source(path, relaxation_id(path.absolute().relative_to(root), root)))
+            sources.append(source(path))
             continue
         inside = [Path(folder) / name for folder, _, names in os.walk(path) for name in names]
         chosen = relaxation_files(sorted(inside))
@@ -73,22 +77,19 @@ def find_sources(paths: Sequence[str | os.PathLike[str]]) -> Found:
                 f"{path}: holds no vasprun.xml, OUTCAR, extxyz, traj or db file: name the files"
             )
         others += len(inside) - len(chosen)
-        sources += [
-            Source(file, relaxation_id(file.absolute().relative_to(root), root)) for file in chosen
-        ]
+        sources += [source(file) for file in chosen]
     return Found(sources, others)
 
 
 def relaxation_files(names: Iterable[PurePath]) -> list:
     """Those of the names that are files of relaxations, each run once."""
-    names = list(names)
-    runs = {(n.parent, _VASP.sub("", plain_name(n))) for n in names if _kind(n) == "vasprun"}
-    return [
-        n
-        for n in names
-        if (kind := _kind(n))
-        and not (kind == "outcar" and (n.parent, _VASP.sub("", plain_name(n))) in runs)
-    ]
+
+    def run(name: PurePath) -> tuple[PurePath, str]:
+        return name.parent, _VASP.sub("", plain_name(name))
+
+    kinds = {name: _kind(name) for name in names}
+    runs = {run(name) for name, kind in kinds.items() if kind == "vasprun"}
+    return [n for n, kind in kinds.items() if kind and not (kind == "outcar" and run(n) in runs)]
 
 
 def _kind(name: PurePath) -> str:

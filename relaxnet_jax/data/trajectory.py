@@ -169,6 +169,21 @@ class RelaxationTrajectory:
         return self
 
 
+def sound_and_unwrapped(trajectory: RelaxationTrajectory) -> RelaxationTrajectory:
+    """A relaxation as it was read, validated and with unwrapped positions.
+
+    Raises:
+      InputError: it is unsound; the message does not name it, which is for its reader to do.
+    """
+    try:
+        trajectory.validate()
+    except InputError as bad:
+        prefix = f"relaxation {trajectory.id!r}, "
+        raise InputError(str(bad).removeprefix(prefix)) from None
+    unwrapped = unwrap_positions(trajectory.positions, trajectory.cells, trajectory.pbc)
+    return dataclasses.replace(trajectory, positions=unwrapped)
+
+
 def reduced_formula(atomic_numbers: np.ndarray) -> str:
     """Reduced chemical formula in Hill order of (N,) atomic numbers."""
     from ase.data import chemical_symbols

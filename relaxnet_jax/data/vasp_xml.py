@@ -16,7 +16,7 @@ import numpy as np
 from relaxnet_jax.data.trajectory import (
     RelaxationTrajectory,
     reduced_formula,
-    unwrap_positions,
+    sound_and_unwrapped,
 )
 from relaxnet_jax.errors import InputError
 
@@ -145,13 +145,12 @@ def read_vasprun(
     cells = np.array([step.cell for step in steps])
     positions = np.array([step.fractional @ step.cell for step in steps])
     stresses = [step.stress for step in steps if step.stress is not None]
-    pbc = np.ones(3, dtype=bool)
     trajectory = RelaxationTrajectory(
         id=name,
         atomic_numbers=parser.numbers,
         positions=positions,
         cells=cells,
-        pbc=pbc,
+        pbc=np.ones(3, dtype=bool),
         energies=np.array([step.energy for step in steps]),
         forces=np.array([step.forces for step in steps]),
         fixed_mask=parser.fixed,
@@ -159,12 +158,7 @@ def read_vasprun(
         stresses=np.array(stresses) if len(stresses) == len(steps) else None,
         source=source,
     )
-    try:
-        trajectory.validate()
-    except InputError as bad:
-        raise InputError(str(bad).removeprefix(f"relaxation {name!r}, ")) from None
-    unwrapped = unwrap_positions(trajectory.positions, cells, pbc)
-    return RelaxationTrajectory(**(vars(trajectory) | {"positions": unwrapped}))
+    return sound_and_unwrapped(trajectory)
 
 
 class _Parser:
@@ -191,7 +185,7 @@ class _Parser:
             if tag is None:
                 self._check_ibrion(match[4])
             elif tag in _SKIPPED:
-                self._skip(tag)
+                self._upto(tag, keep=False)
             elif tag == b"atominfo":
                 self._read_atoms(self._block(tag))
             elif tag == b"structure":
@@ -237,24 +231,22 @@ class _Parser:
 
     def _block(self, tag: bytes) -> bytes:
         """Text up to the closing tag."""
-        text = self._scanner.until(b"</" + tag + b">")
-        if text is None:
-            raise InputError(
-                f"ends inside <{tag.decode()}> after {self.done} complete ionic steps: the run was "
-                "killed or the file is cut; run it to its end or fetch it again"
-            )
+        text = self._upto(tag)
         if b"<" + tag in text:
             raise InputError(
                 f"ionic step {self.done}: <{tag.decode()}> inside <{tag.decode()}>: file damaged"
             )
         return text
 
-    def _skip(self, tag: bytes) -> None:
-        if self._scanner.until(b"</" + tag + b">", keep=False) is None:
+    def _upto(self, tag: bytes, keep: bool = True) -> bytes:
+        """Goes past the closing tag; see `_Scanner.until`."""
+        text = self._scanner.until(b"</" + tag + b">", keep)
+        if text is None:
             raise InputError(
                 f"ends inside <{tag.decode()}> after {self.done} complete ionic steps: the run was "
                 "killed or the file is cut; run it to its end or fetch it again"
             )
+        return text
 
     def _check_ibrion(self, text: bytes) -> None:
         ibrion = int(text)

@@ -20,7 +20,7 @@ from jax import Array
 from relaxnet_jax.basis.angular import zonal_harmonics
 from relaxnet_jax.basis.radial import envelope, radial_features
 from relaxnet_jax.config import GraphConfig, ModelConfig
-from relaxnet_jax.graph import edge_vectors
+from relaxnet_jax.graph import edge_vectors, n_slots
 from relaxnet_jax.ops import gather_senders, safe_norm, sum_slots
 from relaxnet_jax.typing import Graph, Positions
 
@@ -96,9 +96,8 @@ def geometry(
 
     # The reverse of a bond is a bond. That of a longer edge in the first K slots need not be one
     # of them; it is taken for its own, as nothing passes along it: its envelope is zero.
-    n_slots = graph.senders.shape[0] // n_atoms
     reverse = bonds(graph.edges["reverse"])
-    atom, slot = reverse // n_slots, reverse % n_slots
+    atom, slot = reverse // n_slots(graph), reverse % n_slots(graph)
     own = jnp.arange(n_atoms * n_bonds).reshape(n_atoms, n_bonds)
     reverse = jnp.where(slot < n_bonds, atom * n_bonds + slot, own)
     bond_lengths = bonds(lengths)

@@ -206,6 +206,10 @@ class _Run:
             statistics,
         )
 
+    def export(self, params: Any, workdir: Path) -> None:
+        """Writes the model with these (replicated) parameters to ``workdir/model``."""
+        save_model(self.model(jax.device_get(self.devices.first(params))), workdir / "model")
+
     def batches(self, split: str, rng: np.random.Generator | None):
         """(number of structures, stacked batch) of an epoch; an iterator and its length."""
         n = self.devices.n
@@ -267,9 +271,7 @@ class _Run:
             record["best"] = plateau.update(record["validation"]["loss"], epoch, t)
             record["seconds"] = time.perf_counter() - start
             if record["best"] or not (workdir / "model").exists():
-                save_model(
-                    self.model(jax.device_get(self.devices.first(averaged))), workdir / "model"
-                )
+                self.export(averaged, workdir)
             due = (epoch + 1) % t.checkpoint_every == 0 or epoch + 1 == t.epochs
             if not record["partial"] and (due or record["best"]):
                 progress = {
@@ -286,8 +288,7 @@ class _Run:
                 reason = f"train.max_minutes={t.max_minutes:g}"
                 loss = record["validation"]["loss"]
                 if t.cooldown and not record["best"] and loss <= KEEP_LAST * plateau.best:
-                    last = self.model(jax.device_get(self.devices.first(averaged)))
-                    save_model(last, workdir / "model")
+                    self.export(averaged, workdir)
                     self.report(f"the last model is kept (validation loss {loss:.4f})")
                 break
             # A run that cools down to a deadline is at its best then, and not before.
