@@ -169,6 +169,9 @@ class TrainConfig:
       batch_size: structures per batch and device.
       learning_rate, weight_decay: of AdamW.
       clip_norm: largest global gradient norm.
+      static_epochs: so many first epochs fit energies and forces at the data's own frames, one
+        random frame of each relaxation, without solving the ODE: an interatomic potential's
+        training, at a fraction of the cost. Implicit scheme only (0: none).
       epochs: most epochs.
       max_minutes: wall-clock limit (0: none); ends cleanly with a usable model.
       cooldown: with ``max_minutes``, the learning rate falls linearly to zero over this last
@@ -192,6 +195,7 @@ class TrainConfig:
     learning_rate: float = 5e-4
     weight_decay: float = 5e-5
     clip_norm: float = 10.0
+    static_epochs: int = 0
     epochs: int = 1000
     max_minutes: float = 0.0
     cooldown: float = 0.5
@@ -358,6 +362,11 @@ def check_config(config: Config) -> Config:
     require(
         t.learning_rate > 0 and t.clip_norm > 0,
         "train.learning_rate and train.clip_norm must be positive",
+    )
+    require(
+        t.static_epochs == 0 or (t.static_epochs > 0 and d.latent == "implicit"),
+        "train.static_epochs is 0 or more, and more than 0 only with dynamics.latent='implicit': "
+        "in the explicit scheme the energy depends on the latent's history",
     )
     require(0 <= t.cooldown <= 1, "train.cooldown must lie in [0, 1]")
     require(0 <= t.ema < 1, "train.ema must lie in [0, 1)")

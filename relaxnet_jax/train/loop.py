@@ -176,11 +176,14 @@ class _Run:
                 f"{shape.n_bonds} bonds per atom"
             )
         batched = self.devices.axis is not None
-        self.train_step = self.devices.compile(
-            make_train_step(config, self.scale, self.devices.axis),
-            "training step",
-            (True, True, False, False),
-            donate=(0,),
+        self.train_step, self.static_step = (
+            self.devices.compile(
+                make_train_step(config, self.scale, self.devices.axis, static),
+                "static training step" if static else "training step",
+                (True, True, False, False),
+                donate=(0,),
+            )
+            for static in (False, True)
         )
         self.eval_step = self.devices.compile(
             make_eval_step(config, self.scale, self.devices.axis), "validation step", (True, True)
@@ -268,6 +271,8 @@ class _Run:
             state, record = self._epoch(state, epoch, plateau.scale * t.learning_rate, deadline)
             averaged = state.ema if t.ema else state.params
             record["validation"] = self.validate(averaged)
+            if epoch < t.static_epochs:  # another loss: what it reaches is no mark for the solution
+                plateau = Plateau()
             record["best"] = plateau.update(record["validation"]["loss"], epoch, t)
             record["seconds"] = time.perf_counter() - start
             if record["best"] or not (workdir / "model").exists():
@@ -312,10 +317,11 @@ class _Run:
         sums: dict[str, float] = {}
         structures, done, skipped = 0, 0, 0
         begin, compiled = time.perf_counter(), self.devices.compile_seconds
+        step = self.static_step if epoch < t.static_epochs else self.train_step
         try:
             for size, batch in iterator:
                 now = np.float32(rate * self._cooling(deadline))
-                state, metrics = self.train_step(state, batch, now, key)
+                state, metrics = step(state, batch, now, key)
                 metrics = {
                     k: float(v) for k, v in jax.device_get(self.devices.first(metrics)).items()
                 }

@@ -12,7 +12,8 @@ from jax import Array
 from relaxnet_jax.config import Config
 from relaxnet_jax.losses import Targets, Term, coordinate_error, loss_terms, weighted_loss
 from relaxnet_jax.model import network_of
-from relaxnet_jax.solver import solve_trajectory
+from relaxnet_jax.potential import energies_and_forces
+from relaxnet_jax.solver import Trajectory, solve_trajectory
 from relaxnet_jax.train.state import TrainState, make_optimizer
 from relaxnet_jax.typing import Graph, Params
 
@@ -50,6 +51,43 @@ def make_loss(config: Config, scale: float, axis: str | None) -> Callable:
     return loss
 
 
+def make_static_loss(config: Config, scale: float, axis: str | None) -> Callable:
+    """loss(params, batch, key) -> (loss, means of the terms): energies and forces, no ODE.
+
+    One frame of each relaxation, drawn at random, is looked at where it truly is; so the terms
+    that compare positions, or one frame with the next, are zero. Only for the implicit scheme,
+    whose energy is a function of the positions alone.
+    """
+    network = network_of(config)
+
+    def loss(params: Params, batch: Batch, key: Array) -> tuple[Array, dict[str, Array]]:
+        graph, targets = batch
+        draws = jax.random.uniform(key, targets.frame_mask.shape)
+        frame = jnp.argmax(jnp.where(targets.frame_mask, draws, -1.0), axis=0)
+        node, structures = graph.nodes["graph"], jnp.arange(frame.shape[0])
+        atoms = jnp.arange(node.shape[0])
+        truth = Targets(
+            positions=jnp.asarray(targets.positions)[frame[node], atoms][None],
+            forces=jnp.asarray(targets.forces)[frame[node], atoms][None],
+            energies=jnp.asarray(targets.energies)[frame, structures][None],
+            frame_mask=jnp.asarray(targets.frame_mask)[frame, structures][None],
+            last=jnp.zeros_like(targets.last),
+        )
+        positions = truth.positions[0]
+        unit = jnp.asarray(scale, positions.dtype)
+        latent = jnp.zeros((positions.shape[0], 0), positions.dtype)
+        energies, forces, _ = energies_and_forces(network, params, unit, graph, positions, latent)
+        prediction = Trajectory(
+            positions[None], jnp.zeros_like(positions)[None], energies[None], forces[None]
+        )
+        terms = loss_terms(prediction, truth, graph, config.loss)
+        if axis is not None:
+            terms = jax.tree.map(_add_over(axis), terms, is_leaf=_is_term)
+        return weighted_loss(terms, config.loss)
+
+    return loss
+
+
 def _is_term(x) -> bool:
     return isinstance(x, Term)
 
@@ -64,13 +102,15 @@ def _add_over(axis: str) -> Callable[[Term], Term]:
     return add
 
 
-def make_train_step(config: Config, scale: float, axis: str | None = None) -> Callable:
-    """step(state, batch, learning_rate, key) -> (state, metrics).
+def make_train_step(
+    config: Config, scale: float, axis: str | None = None, static: bool = False
+) -> Callable:
+    """step(state, batch, learning_rate, key) -> (state, metrics), of either loss.
 
     A step whose loss or gradient is not finite changes nothing but the count of skipped steps.
     """
     loss, optimizer, decay = (
-        make_loss(config, scale, axis),
+        (make_static_loss if static else make_loss)(config, scale, axis),
         make_optimizer(config.train),
         config.train.ema,
     )
