@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from relaxnet_jax import __version__
+from relaxnet_jax.cli_data import add_data, command
 from relaxnet_jax.errors import InputError
 
 BAD_INPUT = 2
@@ -34,9 +35,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     try:
         args = build_parser().parse_args(argv)
-        from relaxnet_jax import commands
+        from relaxnet_jax import commands, data_commands
 
-        return getattr(commands, args.run)(args)
+        module = data_commands if args.run.startswith("data_") else commands
+        return getattr(module, args.run)(args)
     except InputError as error:
         return _fail(str(error))
     except KeyboardInterrupt:
@@ -66,20 +68,14 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_train(commands)
     _add_eval(commands)
-    _add_data(commands)
+    add_data(commands)
     _add_predict(commands)
     _add_demo(commands)
     return parser
 
 
-def _command(commands, name: str, run: str, text: str) -> argparse.ArgumentParser:
-    parser = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
-    parser.set_defaults(run=run)
-    return parser
-
-
 def _add_train(commands) -> None:
-    p = _command(commands, "train", "train", "train a model on relaxations")
+    p = command(commands, "train", "train", "train a model on relaxations")
     p.add_argument(
         "--config",
         metavar="FILE",
@@ -100,7 +96,7 @@ def _add_train(commands) -> None:
 
 
 def _add_eval(commands) -> None:
-    p = _command(commands, "eval", "evaluate", "measure a trained model on unseen relaxations")
+    p = command(commands, "eval", "evaluate", "measure a trained model on unseen relaxations")
     p.add_argument("--workdir", required=True, metavar="DIR", help="of the training run")
     p.add_argument(
         "--split",
@@ -118,45 +114,8 @@ def _add_eval(commands) -> None:
     )
 
 
-def _add_data(commands) -> None:
-    text = "make or import training data"
-    data = commands.add_parser("data", help=text, description=text[0].upper() + text[1:] + ".")
-    kinds = data.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    p = _command(kinds, "import", "data_import", "put relaxations of your own into a store")
-    p.add_argument(
-        "files",
-        nargs="+",
-        metavar="FILE",
-        help="any file with energies and forces of every ionic step: vasprun.xml, OUTCAR, extxyz, "
-        "traj, db, …, also compressed; zip and tar archives; folders, searched for all of these",
-    )
-    p.add_argument("--out", required=True, metavar="NAME.h5", help="the store to write")
-    p.add_argument(
-        "--groups",
-        metavar="CSV",
-        help="columns id and group: relaxations of one "
-        "group are never split apart (default: of one composition)",
-    )
-    p.add_argument(
-        "--energy",
-        choices=("free", "sigma0", "internal"),
-        default="free",
-        help="of a vasprun.xml: free (TOTEN, consistent with the forces; the default), sigma0 "
-        "(without smearing), internal (without entropy)",
-    )
-    p = _command(kinds, "emt", "data_emt", "make the generated data: alloys relaxed with EMT")
-    p.add_argument("--n", type=int, default=600, help="relaxations (default: 600)")
-    p.add_argument("--seed", type=int, default=0, help="of all random choices (default: 0)")
-    p.add_argument(
-        "--out",
-        metavar="NAME.h5",
-        help="the store to write (default: in the cache, "
-        "where training with data.path=emt finds it)",
-    )
-
-
 def _add_predict(commands) -> None:
-    p = _command(commands, "predict", "predict", "predict the relaxation of structures")
+    p = command(commands, "predict", "predict", "predict the relaxation of structures")
     p.add_argument("file", metavar="FILE", help="structures in any format ASE reads; all images")
     p.add_argument("--model", required=True, metavar="DIR", help="a training run or a model folder")
     p.add_argument(
@@ -175,7 +134,7 @@ def _add_predict(commands) -> None:
 
 
 def _add_demo(commands) -> None:
-    p = _command(commands, "demo", "demo", "show one test relaxation, predicted and true")
+    p = command(commands, "demo", "demo", "show one test relaxation, predicted and true")
     p.add_argument("--workdir", required=True, metavar="DIR", help="of the training run")
     p.add_argument(
         "--out", metavar="DIR", help="for trajectories and figure (default: WORKDIR/demo)"

@@ -9,14 +9,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import shlex
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from relaxnet_jax.config import Config, from_json, load_config, to_dict
+from relaxnet_jax.console import bar, note, q, say, status
 from relaxnet_jax.errors import InputError
 from relaxnet_jax.runtime import check_devices, enable_compilation_cache
 
@@ -36,9 +33,9 @@ def train(args: argparse.Namespace) -> int:
         run(config, workdir, resume=args.resume, devices=args.devices)
     except KeyboardInterrupt:
         if any((workdir / "checkpoints" / "latest").glob("[0-9]*")):
-            _note(f"\nstopped; continue with: relaxnet-jax train --resume --workdir {_q(workdir)}")
+            note(f"\nstopped; continue with: relaxnet-jax train --resume --workdir {q(workdir)}")
         raise
-    _say(f"next: relaxnet-jax eval --workdir {_q(workdir)}")
+    say(f"next: relaxnet-jax eval --workdir {q(workdir)}")
     return 0
 
 
@@ -72,54 +69,14 @@ def evaluate(args: argparse.Namespace) -> int:
     from relaxnet_jax.evaluate.run import evaluate_workdir, write_evaluation
     from relaxnet_jax.evaluate.tables import metrics_table
 
-    with _status("predicting…"):
-        result = evaluate_workdir(args.workdir, args.split, args.data, _note)
+    with status("predicting…"):
+        result = evaluate_workdir(args.workdir, args.split, args.data, note)
     default = Path(args.workdir, f"eval-{Path(args.data).stem if args.data else args.split}")
     files = write_evaluation(result, args.out or default)
     Console(highlight=False).print(metrics_table(result.results, result.name))
     for file in files:
-        _say(str(file))
-    _say(f"next: relaxnet-jax predict FILE --model {_q(args.workdir)}")
-    return 0
-
-
-def data_import(args: argparse.Namespace) -> int:
-    """``relaxnet-jax data import``."""
-    from relaxnet_jax.data import import_files, read_groups
-
-    groups = read_groups(args.groups) if args.groups else None
-    result = import_files(args.files, args.out, _note, groups, args.energy)
-    _say(
-        f"{args.out}: {result.read} relaxations with {result.frames} ionic steps; "
-        f"{len(result.skipped)} skipped"
-    )
-    for file, name, reason in result.skipped:
-        _say(f"  skipped {file}{f', {name}' if name else ''}: {reason}")
-    _say(f"next: relaxnet-jax train --config explicit.py --set data.path={_q(args.out)}")
-    return 0
-
-
-def data_emt(args: argparse.Namespace) -> int:
-    """``relaxnet-jax data emt``."""
-    from relaxnet_jax.data import TrajectoryStore, default_dataset, emt_relaxations, write_store
-
-    if args.n < 1:
-        raise InputError(f"--n {args.n}: give 1 or more relaxations")
-    if args.out:
-        metadata = {"generator": "emt", "n": args.n, "seed": args.seed}
-        with _bar("EMT relaxations", args.n) as advance:
-            made = emt_relaxations(args.n, args.seed, lambda done, _: advance(done))
-            write_store(args.out, made, metadata=metadata)
-        path = Path(args.out)
-    else:
-        with _status("EMT relaxations…"):
-            path = default_dataset(args.n, args.seed, _note)
-    with TrajectoryStore(path) as store:
-        _say(f"{path}: {len(store)} relaxations with {store.n_frames.sum()} ionic steps")
-    change = f"data.n_emt={args.n}" if args.n != 600 else ""
-    if args.out or args.seed:
-        change = f"data.path={_q(path)}"
-    _say("next: relaxnet-jax train --config explicit.py" + (f" --set {change}" if change else ""))
+        say(str(file))
+    say(f"next: relaxnet-jax predict FILE --model {q(args.workdir)}")
     return 0
 
 
@@ -137,22 +94,22 @@ def predict(args: argparse.Namespace) -> int:
     enable_compilation_cache()
     check_devices(None)
     model = _load(args.model)
-    found, unreadable = files.read_structures(source, _note)
-    usable, unfit = files.usable_structures(model, found, _note)
+    found, unreadable = files.read_structures(source, note)
+    usable, unfit = files.usable_structures(model, found, note)
     if len(usable) > 1 and not files.holds_many(out):
         raise InputError(f"{out}: takes one structure, {source} has {len(usable)}; write .extxyz")
-    with _bar("structures", len(usable)) as advance:
-        results, failed = files.predict_all(model, usable, args.frames, advance, _note)
+    with bar("structures", len(usable)) as advance:
+        results, failed = files.predict_all(model, usable, args.frames, advance, note)
     left_out = unreadable + unfit + failed
     if not results:
         more = f" (and {len(left_out) - 1} more left out)" if len(left_out) > 1 else ""
         raise InputError(f"{source}: no structure could be predicted: {left_out[0]}{more}")
     files.write_trajectories(results, out)
     for result in results[:20]:
-        _say(files.summary(result))
+        say(files.summary(result))
     if len(results) > 20:
-        _say(f"… and {len(results) - 20} more")
-    _say(
+        say(f"… and {len(results) - 20} more")
+    say(
         f"{out}: {len(results)} trajectories of {args.frames} frames"
         + (f"; {len(left_out)} structures left out" if left_out else "")
     )
@@ -178,17 +135,17 @@ def demo(args: argparse.Namespace) -> int:
     true = usable[int(np.argsort(moved, kind="stable")[len(moved) // 2])]
     start = [(true.id, model.structure(true.atoms(0), true.id))]
     frames = model.config.dynamics.frames
-    results, failed = files.predict_all(model, start, frames, lambda _: None, _note)
+    results, failed = files.predict_all(model, start, frames, lambda _: None, note)
     if not results:
         raise InputError(failed[0])
     caption = f"{true.id}, {true.formula}: test relaxation of median displacement; {name}"
     results[0].write(out / "predicted.extxyz")
     true.write(out / "true.extxyz")
     trajectory_figure(_without_drift(true, model), results[0], out / "trajectory.png", caption)
-    _say(f"predicted: {files.summary(results[0])}")
-    _say(f"true:      {files.summary(true)}")
+    say(f"predicted: {files.summary(results[0])}")
+    say(f"true:      {files.summary(true)}")
     for file in ("predicted.extxyz", "true.extxyz", "trajectory.png"):
-        _say(str(out / file))
+        say(str(out / file))
     return 0
 
 
@@ -204,7 +161,7 @@ def _test_relaxations(workdir: Path, model: RelaxNet) -> tuple[list[RelaxationTr
             f"{file}: missing or damaged ({type(error).__name__}); give the workdir "
             "of a complete training run"
         ) from None
-    found, _, name = read_trajectories(model.config.data.path, model.config, _note)
+    found, _, name = read_trajectories(model.config.data.path, model.config, note)
     return [t for t in found if t.id in ids], name
 
 
@@ -230,47 +187,3 @@ def _load(folder: str) -> RelaxNet:
     if not path.is_dir():
         raise InputError(f"{path}: no such folder; give a training run or its 'model' folder")
     return load_model(path / "model" if (path / "model").is_dir() else path)
-
-
-def _q(path: str | Path) -> str:
-    """A path as a shell takes it."""
-    return shlex.quote(str(path))
-
-
-def _say(line: str) -> None:
-    """A line of the result."""
-    print(line, flush=True)
-
-
-def _note(line: str) -> None:
-    """A remark."""
-    print(line, file=sys.stderr, flush=True)
-
-
-@contextmanager
-def _status(text: str) -> Iterator[None]:
-    """A spinner while something of unknown length happens; nothing where stderr is no terminal."""
-    from rich.console import Console
-
-    with Console(stderr=True).status(text):
-        yield
-
-
-@contextmanager
-def _bar(text: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar on stderr; yields a function to call with the number done."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (TextColumn(text), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    hidden = not console.is_terminal
-    with Progress(*columns, console=console, transient=True, disable=hidden) as bar:
-        task = bar.add_task("", total=total)
-        yield lambda done: bar.update(task, completed=done)

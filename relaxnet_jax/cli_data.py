@@ -1,0 +1,48 @@
+"""The arguments of ``relaxnet-jax data …``. `data_commands` does the work."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def command(commands, name: str, run: str, text: str) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def add_data(commands) -> None:
+    text = "make or import training data"
+    data = commands.add_parser("data", help=text, description=text[0].upper() + text[1:] + ".")
+    kinds = data.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    p = command(kinds, "import", "data_import", "put relaxations of your own into a store")
+    p.add_argument(
+        "files",
+        nargs="+",
+        metavar="FILE",
+        help="any file with energies and forces of every ionic step: vasprun.xml, OUTCAR, extxyz, "
+        "traj, db, …, also compressed; zip and tar archives; folders, searched for all of these",
+    )
+    p.add_argument("--out", required=True, metavar="NAME.h5", help="the store to write")
+    p.add_argument(
+        "--groups",
+        metavar="CSV",
+        help="columns id and group: relaxations of one "
+        "group are never split apart (default: of one composition)",
+    )
+    p.add_argument(
+        "--energy",
+        choices=("free", "sigma0", "internal"),
+        default="free",
+        help="of a vasprun.xml: free (TOTEN, consistent with the forces; the default), sigma0 "
+        "(without smearing), internal (without entropy)",
+    )
+    p = command(kinds, "emt", "data_emt", "make the generated data: alloys relaxed with EMT")
+    p.add_argument("--n", type=int, default=600, help="relaxations (default: 600)")
+    p.add_argument("--seed", type=int, default=0, help="of all random choices (default: 0)")
+    p.add_argument(
+        "--out",
+        metavar="NAME.h5",
+        help="the store to write (default: in the cache, "
+        "where training with data.path=emt finds it)",
+    )

@@ -1,0 +1,53 @@
+"""What commands write: results to stdout, remarks and progress to stderr."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def q(path: str | Path) -> str:
+    """A path as a shell takes it."""
+    return shlex.quote(str(path))
+
+
+def say(line: str) -> None:
+    """A line of the result."""
+    print(line, flush=True)
+
+
+def note(line: str) -> None:
+    """A remark."""
+    print(line, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def status(text: str) -> Iterator[None]:
+    """A spinner while something of unknown length happens; nothing where stderr is no terminal."""
+    from rich.console import Console
+
+    with Console(stderr=True).status(text):
+        yield
+
+
+@contextmanager
+def bar(text: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar on stderr; yields a function to call with the number done."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (TextColumn(text), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    hidden = not console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=hidden) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda done: bar.update(task, completed=done)

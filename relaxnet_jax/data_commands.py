@@ -1,0 +1,51 @@
+"""What the commands ``relaxnet-jax data …`` do. Each takes the parsed arguments and returns an
+exit code. None of them starts JAX.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from relaxnet_jax.console import bar, note, q, say, status
+from relaxnet_jax.errors import InputError
+
+
+def data_import(args: argparse.Namespace) -> int:
+    """``relaxnet-jax data import``."""
+    from relaxnet_jax.data import import_files, read_groups
+
+    groups = read_groups(args.groups) if args.groups else None
+    result = import_files(args.files, args.out, note, groups, args.energy)
+    say(
+        f"{args.out}: {result.read} relaxations with {result.frames} ionic steps; "
+        f"{len(result.skipped)} skipped"
+    )
+    for file, name, reason in result.skipped:
+        say(f"  skipped {file}{f', {name}' if name else ''}: {reason}")
+    say(f"next: relaxnet-jax train --config explicit.py --set data.path={q(args.out)}")
+    return 0
+
+
+def data_emt(args: argparse.Namespace) -> int:
+    """``relaxnet-jax data emt``."""
+    from relaxnet_jax.data import TrajectoryStore, default_dataset, emt_relaxations, write_store
+
+    if args.n < 1:
+        raise InputError(f"--n {args.n}: give 1 or more relaxations")
+    if args.out:
+        metadata = {"generator": "emt", "n": args.n, "seed": args.seed}
+        with bar("EMT relaxations", args.n) as advance:
+            made = emt_relaxations(args.n, args.seed, lambda done, _: advance(done))
+            write_store(args.out, made, metadata=metadata)
+        path = Path(args.out)
+    else:
+        with status("EMT relaxations…"):
+            path = default_dataset(args.n, args.seed, note)
+    with TrajectoryStore(path) as store:
+        say(f"{path}: {len(store)} relaxations with {store.n_frames.sum()} ionic steps")
+    change = f"data.n_emt={args.n}" if args.n != 600 else ""
+    if args.out or args.seed:
+        change = f"data.path={q(path)}"
+    say("next: relaxnet-jax train --config explicit.py" + (f" --set {change}" if change else ""))
+    return 0
