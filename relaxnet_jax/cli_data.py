@@ -37,6 +37,25 @@ def add_data(commands) -> None:
         help="of a vasprun.xml: free (TOTEN, consistent with the forces; the default), sigma0 "
         "(without smearing), internal (without entropy)",
     )
+    p = command(kinds, "split", "data_split", "fix who is trained, validated and tested on")
+    p.add_argument("store", metavar="NAME.h5", help="the set")
+    p.add_argument("--folds", type=int, default=1, metavar="K", help="of which each is test once")
+    p.add_argument(
+        "--by",
+        choices=("group", "formula", "elements"),
+        default="group",
+        help="what is never separated: a group as stored, a reduced formula, a set of elements",
+    )
+    p.add_argument(
+        "--fractions",
+        nargs=3,
+        type=float,
+        default=(0.9, 0.05, 0.05),
+        metavar=("TRAIN", "VALIDATION", "TEST"),
+        help="default: 0.9 0.05 0.05; of several folds each test part is 1/K",
+    )
+    p.add_argument("--seed", type=int, default=0, help="of the dealing (default: 0)")
+    p.add_argument("--out", metavar="FILE", help="default: NAME.splits.json beside the set")
     p = command(kinds, "emt", "data_emt", "make the generated data: alloys relaxed with EMT")
     p.add_argument("--n", type=int, default=600, help="relaxations (default: 600)")
     p.add_argument("--seed", type=int, default=0, help="of all random choices (default: 0)")

@@ -161,15 +161,15 @@ def _test_relaxations(workdir: Path, model: RelaxNet) -> tuple[list[RelaxationTr
             f"{file}: missing or damaged ({type(error).__name__}); give the workdir "
             "of a complete training run"
         ) from None
-    found, _, name = read_trajectories(model.config.data.path, model.config, note)
-    return [t for t in found if t.id in ids], name
+    found, _ = read_trajectories(model.config.data.path, model.config, note)
+    return list(found.named(ids)), found.name
 
 
 def _without_drift(true: RelaxationTrajectory, model: RelaxNet) -> RelaxationTrajectory:
     """The relaxation without rigid translation, as training and evaluation see it."""
     import numpy as np
 
-    from relaxnet_jax.data.pipeline import without_drift
+    from relaxnet_jax.data.sample import without_drift
     from relaxnet_jax.graph import masses_of
 
     if true.fixed_mask.any():

@@ -143,8 +143,10 @@ class DataConfig:
         "all" (every frame at its own pseudotime, up to ``max_frames``).
       max_frames: most frames per structure with frame_selection="all".
       splits: train, validation and test fractions of the groups.
-      fold: which of ``1/splits[2]`` rotations of the groups is the test split.
+      fold: which of ``1/splits[2]`` rotations of the groups (or of the folds of ``split_file``)
+        is the test split.
       seed: of the split.
+      split_file: of ``relaxnet-jax data split``, instead of ``splits`` and ``seed`` ("": none).
       limit: at most this many relaxations (0: all), drawn with ``seed``.
       variable_cell: relaxations whose cell changes are an "error" or "drop"ped (counted).
       n_emt: number of relaxations of the generated data.
@@ -156,6 +158,7 @@ class DataConfig:
     splits: tuple[float, float, float] = (0.9, 0.05, 0.05)
     fold: int = 0
     seed: int = 0
+    split_file: str = ""
     limit: int = 0
     variable_cell: Literal["error", "drop"] = "error"
     n_emt: int = 600

@@ -27,6 +27,28 @@ def data_import(args: argparse.Namespace) -> int:
     return 0
 
 
+def data_split(args: argparse.Namespace) -> int:
+    """``relaxnet-jax data split``."""
+    from relaxnet_jax.data import TrajectoryStore
+    from relaxnet_jax.data.split_file import make_folds, write_splits
+
+    source = Path(args.store)
+    out = Path(args.out or source.with_name(f"{source.stem}.splits.json"))
+    with TrajectoryStore(source) as store:
+        folds = make_folds(store, args.folds, args.by, tuple(args.fractions), args.seed)
+        facts = {"set": store.checksum, "by": args.by, "seed": args.seed}
+        write_splits(out, store.ids, folds, facts)
+    for k, fold in enumerate(folds):
+        sizes = ", ".join(f"{len(rows)} {name}" for name, rows in fold._asdict().items())
+        say(f"fold {k}: {sizes}")
+    say(f"{out}: {len(folds)} fold(s) by {args.by}")
+    say(
+        f"next: relaxnet-jax train --config explicit.py --set data.path={q(source)} "
+        f"data.split_file={q(out)}" + (" data.fold=0" if len(folds) > 1 else "")
+    )
+    return 0
+
+
 def data_emt(args: argparse.Namespace) -> int:
     """``relaxnet-jax data emt``."""
     from relaxnet_jax.data import TrajectoryStore, default_dataset, emt_relaxations, write_store

@@ -7,15 +7,10 @@ from ase.build import bulk
 from tiny import molecule, slab, systems, tiny_config
 
 from relaxnet_jax.batching import BatchShape, collate, fitting_shape, round_up, split_nodes
-from relaxnet_jax.data.pipeline import (
-    collate_samples,
-    epoch_iterator,
-    fit_element_energies,
-    frame_slots,
-    make_sample,
-    pack_epoch,
-    plan_buckets,
-)
+from relaxnet_jax.data.buckets import pack_epoch, plan_buckets, sizes_of
+from relaxnet_jax.data.pipeline import collate_samples, epoch_iterator
+from relaxnet_jax.data.references import fit_element_energies
+from relaxnet_jax.data.sample import frame_slots, make_sample
 from relaxnet_jax.data.trajectory import RelaxationTrajectory
 from relaxnet_jax.graph import fixed_atoms, structure_from_atoms
 
@@ -54,12 +49,12 @@ def structures():
 
 @pytest.mark.parametrize("batch_size, max_buckets", [(1, 1), (4, 3), (16, 3), (64, 5)])
 def test_plan_buckets(structures, batch_size, max_buckets):
-    buckets = plan_buckets(structures, batch_size, max_buckets, 0.0)
+    buckets = plan_buckets(sizes_of(structures), batch_size, max_buckets, 0.0)
     assert 1 <= len(buckets.shapes) <= max_buckets
     assert buckets.assignment.shape == (50,)
     used = 0
     slots = 0
-    for bucket, members in pack_epoch(buckets, structures, batch_size, None):
+    for bucket, members in pack_epoch(buckets, sizes_of(structures), batch_size, None):
         shape = buckets.shapes[bucket]
         graph = collate([structures[i] for i in members], shape)  # raises if they do not fit
         slots += shape.n_atoms * (shape.n_slots + shape.n_bonds**2)
@@ -69,27 +64,27 @@ def test_plan_buckets(structures, batch_size, max_buckets):
             used += (np.minimum(n.mask.sum(1), n.n_bonds) ** 2).sum()
         assert len(members) <= batch_size
     np.testing.assert_allclose(buckets.padding, 1 - used / slots, rtol=1e-12)
-    single = plan_buckets(structures, batch_size, 1, 0.0)
+    single = plan_buckets(sizes_of(structures), batch_size, 1, 0.0)
     assert buckets.padding <= single.padding
     if max_buckets > 1:
         assert buckets.padding < single.padding
 
 
 def test_no_more_buckets_than_needed(structures):
-    assert len(plan_buckets(structures, 8, 5, 0.99).shapes) == 1
+    assert len(plan_buckets(sizes_of(structures), 8, 5, 0.99).shapes) == 1
     same = [structures[0]] * 20
-    assert len(plan_buckets(same, 4, 3, 0.5).shapes) == 1
+    assert len(plan_buckets(sizes_of(same), 4, 3, 0.5).shapes) == 1
 
 
 @pytest.mark.parametrize("group", [1, 3])
 def test_pack_epoch(structures, group):
     """Every member exactly once; runs of one bucket; seeded."""
-    buckets = plan_buckets(structures, 4, 3, 0.0)
+    buckets = plan_buckets(sizes_of(structures), 4, 3, 0.0)
     members = np.arange(3, 45)
 
     def plan(seed):
         rng = None if seed is None else np.random.default_rng(seed)
-        return pack_epoch(buckets, structures, 4, rng, members, group)
+        return pack_epoch(buckets, sizes_of(structures), 4, rng, members, group)
 
     for seed in (None, 0, 1):
         packed = plan(seed)
@@ -110,8 +105,8 @@ def test_epoch_iterator():
     relaxations = [relaxation(a, name=str(k), seed=k) for k, a in enumerate(systems() * 2)]
     samples = [make_sample(t, CONFIG, np.zeros(119)) for t in relaxations]
     found = [s.structure for s in samples]
-    buckets = plan_buckets(found, 2, 2, 0.0)
-    plan = pack_epoch(buckets, found, 2, np.random.default_rng(0), group=2)
+    buckets = plan_buckets(sizes_of(found), 2, 2, 0.0)
+    plan = pack_epoch(buckets, sizes_of(found), 2, np.random.default_rng(0), group=2)
     count = 0
     for (bucket, indices), (b, i, (graph, targets)) in zip(
         plan, epoch_iterator(plan, samples, buckets, CONFIG), strict=True
@@ -220,7 +215,7 @@ def test_element_energies():
         # Composition energy at the end, 0.1 eV/atom above it on average along the way.
         energies = truth[numbers].sum() + len(numbers) * np.linspace(0.2, 0, 7)
         relaxations.append(type(t)(**{**t.__dict__, "energies": energies}))
-    table, spread, seen = fit_element_energies(relaxations, 119)
+    table, spread, seen = fit_element_energies(((t.atomic_numbers, t.energies) for t in relaxations), 119)
     np.testing.assert_allclose(table, truth, atol=1e-9)
     assert np.flatnonzero(seen).tolist() == [1, 8, 29]
     np.testing.assert_allclose(spread, np.linspace(0.2, 0, 7).std(), rtol=1e-9)
@@ -229,6 +224,6 @@ def test_element_energies():
 def test_element_energies_that_are_not_determined():
     """Only NaCl: the sum is right although no element's own energy is known."""
     rock = relaxation(bulk("NaCl", "rocksalt", a=5.6))
-    table, spread, seen = fit_element_energies([rock, rock], 119)
+    table, spread, seen = fit_element_energies([(rock.atomic_numbers, rock.energies)] * 2, 119)
     np.testing.assert_allclose(table[[11, 17]].sum(), rock.energies[-1])
     assert seen.sum() == 2 and spread >= 1e-3

@@ -10,7 +10,7 @@ import pytest
 from tiny import SCHEMES, tiny_config
 
 from relaxnet_jax.batching import collate, fitting_shape, split_nodes
-from relaxnet_jax.data.pipeline import plan_buckets
+from relaxnet_jax.data.buckets import plan_buckets, sizes_of
 from relaxnet_jax.errors import InputError
 from relaxnet_jax.graph import structure_from_atoms
 from relaxnet_jax.model import create_model, predict_trajectory
@@ -101,5 +101,5 @@ def test_buckets_of_real_data():
     """A few shapes hold the slabs with little padding."""
     config = tiny_config()
     structures = [structure_from_atoms(a, config) for _, a in first_frames("dft_slabs", 60)]
-    buckets = plan_buckets(structures, 8, 3, 0.25)
+    buckets = plan_buckets(sizes_of(structures), 8, 3, 0.25)
     assert buckets.padding < 0.6 and len(buckets.shapes) <= 3

@@ -19,6 +19,7 @@ from rich.console import Console
 from tiny import TINY
 
 from relaxnet_jax.config import TrainConfig, load_config, to_json
+from relaxnet_jax.data.sample_file import SampleView
 from relaxnet_jax.errors import InputError
 from relaxnet_jax.model import create_model, load_model
 from relaxnet_jax.predict import relax
@@ -195,23 +196,15 @@ def test_bad_structures_are_skipped_and_named(folder, monkeypatch):
     """A batch whose loss is not finite changes nothing, is counted, and its ids are told."""
     bad = []
 
-    def poisoned(*args, **kwargs):
-        samples = make_samples(*args, **kwargs)
-        sample = samples[args[0].index(trainable[0])]
-        sample.forces[:] = np.nan
-        bad.append(sample.id)
-        return samples
+    class Poisoned(SampleView):
+        def __getitem__(self, k):
+            sample = super().__getitem__(k)
+            if k == 0:
+                sample.forces[:] = np.nan
+                bad.append(sample.id)
+            return sample
 
-    make_samples, load = loop.make_samples, loop.load_dataset
-    trainable = []
-
-    def spy(config, report):
-        dataset = load(config, report)
-        trainable.append(dataset.trajectories[dataset.splits["train"][0]])
-        return dataset
-
-    monkeypatch.setattr(loop, "load_dataset", spy)
-    monkeypatch.setattr(loop, "make_samples", poisoned)
+    monkeypatch.setattr(loop, "SampleView", Poisoned)
     report, text = quiet()
     config = config_of(epochs=2, max_buckets=1)
     result = train(config, folder / "poisoned", report=report, devices=1)
@@ -309,7 +302,8 @@ import jax, numpy as np
 from pathlib import Path
 from relaxnet_jax.batching import fitting_shape
 from relaxnet_jax.config import from_json
-from relaxnet_jax.data.pipeline import collate_samples, make_sample
+from relaxnet_jax.data.pipeline import collate_samples
+from relaxnet_jax.data.sample import make_sample
 from relaxnet_jax.data.generate import emt_relaxations
 from relaxnet_jax.model import create_model
 from relaxnet_jax.train.parallel import Devices

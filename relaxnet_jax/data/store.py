@@ -25,10 +25,12 @@ from relaxnet_jax.data.store_write import (
     update_checksum,
     write_store,
 )
-from relaxnet_jax.data.trajectory import RelaxationTrajectory
+from relaxnet_jax.data.trajectory import CELL_TOLERANCE, RelaxationTrajectory
 from relaxnet_jax.errors import InputError
 
 __all__ = ["TrajectoryStore", "write_store"]
+
+BLOCK = 512  # relaxations looked at together where only a small column of them is read
 
 
 class _Shard:
@@ -203,6 +205,33 @@ class TrajectoryStore:
     def metadata(self) -> dict[str, Any]:
         """What was given to `write_store`, of the first file."""
         return dict(self._shards[0].metadata)
+
+    @property
+    def checksum(self) -> str:
+        """Hash of the content of all files, as written."""
+        return hashlib.sha256("".join(s.sha256 for s in self._shards).encode()).hexdigest()
+
+    def energies(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+        """Atomic numbers (N,) and energies (n,) eV of relaxation ``i``, and nothing else."""
+        k = int(np.searchsorted(self._starts, i, side="right")) - 1
+        shard, i = self._shards[k], i - int(self._starts[k])
+        with shard.guard():
+            numbers = shard.columns["atomic_numbers"][shard.atom[i] : shard.atom[i + 1]]
+            return numbers, shard.columns["energies"][shard.frame[i] : shard.frame[i + 1]]
+
+    def variable_cell(self) -> np.ndarray:
+        """(R,) bool: which relaxations change their cell, as `RelaxationTrajectory` has it."""
+        changes = [np.zeros(0, bool)]
+        for shard in self._shards:
+            for begin in range(0, shard.sizes["relaxations"], BLOCK):
+                ends = shard.frame[begin : begin + BLOCK + 1]
+                with shard.guard():
+                    cells = shard.columns["cells"][ends[0] : ends[-1]]
+                starts = ends[:-1] - ends[0]
+                first = np.repeat(cells[starts], np.diff(ends), axis=0)
+                moved = np.abs(cells - first).max(axis=(1, 2))
+                changes.append(np.maximum.reduceat(moved, starts) > CELL_TOLERANCE)
+        return np.concatenate(changes)
 
     def elements(self) -> np.ndarray:
         """(k,) int, the atomic numbers that occur, ascending."""

@@ -13,7 +13,7 @@ import numpy as np
 from relaxnet_jax.data.dataset import SPLITS, read_trajectories
 from relaxnet_jax.data.frames import select_frames
 from relaxnet_jax.data.importing import import_files
-from relaxnet_jax.data.pipeline import without_drift
+from relaxnet_jax.data.sample import without_drift
 from relaxnet_jax.data.trajectory import RelaxationTrajectory
 from relaxnet_jax.errors import InputError
 from relaxnet_jax.evaluate.figures import parity_figure, per_frame_figure
@@ -131,9 +131,9 @@ def evaluate_workdir(
             raise InputError(
                 f"{file}: missing or damaged ({type(error).__name__}); evaluate a file with --data"
             ) from None
-        found, _, name = read_trajectories(model.config.data.path, model.config, report)
-        trajectories = [t for t in found if t.id in ids]
-        name = f"{name}, {split} split"
+        found, _ = read_trajectories(model.config.data.path, model.config, report)
+        trajectories = list(found.named(ids))
+        name = f"{found.name}, {split} split"
     else:
         trajectories, name = read_any(data, model, report), data
     comparisons, left_out = compare(model, trajectories, report)
@@ -149,11 +149,11 @@ def read_any(
 ) -> list[RelaxationTrajectory]:
     """Relaxations of a store, or of any other file by importing it."""
     if path == "emt" or path.endswith((".h5", ".hdf5")) or Path(path).is_dir():
-        return read_trajectories(path, model.config, report)[0]
+        return list(read_trajectories(path, model.config, report)[0])
     with tempfile.TemporaryDirectory() as folder:
         store = str(Path(folder) / "imported.h5")
         import_files([path], store, report)
-        return read_trajectories(store, model.config, report)[0]
+        return list(read_trajectories(store, model.config, report)[0])
 
 
 def write_evaluation(evaluation: Evaluation, folder: str | Path) -> list[Path]:

@@ -15,15 +15,11 @@ import jax
 import numpy as np
 
 from relaxnet_jax.config import Config, from_json, to_dict, to_json
-from relaxnet_jax.data.dataset import Dataset, load_dataset, make_samples
-from relaxnet_jax.data.pipeline import (
-    Buckets,
-    Sample,
-    epoch_iterator,
-    fit_element_energies,
-    pack_epoch,
-    plan_buckets,
-)
+from relaxnet_jax.data.buckets import Buckets, pack_epoch, plan_buckets
+from relaxnet_jax.data.dataset import Dataset, load_dataset
+from relaxnet_jax.data.pipeline import epoch_iterator
+from relaxnet_jax.data.references import fit_element_energies
+from relaxnet_jax.data.sample_file import SampleFile, SampleView, prepare_samples
 from relaxnet_jax.errors import InputError
 from relaxnet_jax.graph import MAX_ATOMIC_NUMBER
 from relaxnet_jax.losses import Term, weighted_loss
@@ -138,20 +134,14 @@ class _Run:
             )
         for reason, count in dataset.left_out.items():
             report(f"{count} relaxations left out: {reason}")
-        train_set = [dataset.trajectories[i] for i in dataset.splits["train"]]
+        found = dataset.trajectories
         self.element_energies, self.scale, self.seen = fit_element_energies(
-            train_set, MAX_ATOMIC_NUMBER + 1
+            (found.store.energies(int(found.rows[i])) for i in dataset.splits["train"]),
+            MAX_ATOMIC_NUMBER + 1,
         )
-        samples = make_samples(
-            dataset.trajectories, config, self.element_energies, self.seen, report
-        )
-        used = [
-            i
-            for name in ("train", "validation")
-            for i in dataset.splits[name]
-            if samples[i] is not None
-        ]
-        self.samples: list[Sample] = [samples[i] for i in used]
+        file = prepare_samples(found, config, report)
+        used = self._usable(file)
+        self.samples = SampleView(file, used, self.element_energies)
         in_train = np.isin(used, dataset.splits["train"])
         self.members = {"train": np.flatnonzero(in_train), "validation": np.flatnonzero(~in_train)}
         for name, members in self.members.items():
@@ -161,9 +151,8 @@ class _Run:
                     "or change data.splits"
                 )
         t = config.train
-        self.structures = [s.structure for s in self.samples]
         self.buckets: Buckets = plan_buckets(
-            self.structures, t.batch_size, t.max_buckets, t.max_padding
+            self.samples.sizes, t.batch_size, t.max_buckets, t.max_padding
         )
         report(
             f"{dataset.name}: {len(self.members['train'])} training, {len(self.members['validation'])} validation, "
@@ -189,6 +178,21 @@ class _Run:
             make_eval_step(config, self.scale, self.devices.axis), "validation step", (True, True)
         )
         self._batched = batched
+
+    def _usable(self, file: SampleFile) -> np.ndarray:
+        """Rows of the training and validation relaxations that can be used; reports the others."""
+        unseen = (file.elements & ~self.seen).any(axis=1)
+        used = []
+        for i in (int(i) for name in ("train", "validation") for i in self.dataset.splits[name]):
+            if i in file.left_out:
+                self.report(f"left out: {file.left_out[i]}")
+            elif unseen[i]:
+                self.report(
+                    f"{file.ids[i]}: left out: contains an element absent from the training split"
+                )
+            else:
+                used.append(i)
+        return np.array(used, np.int64)
 
     def model(self, params: Any) -> RelaxNet:
         """The model with these parameters."""
@@ -217,7 +221,12 @@ class _Run:
         """(number of structures, stacked batch) of an epoch; an iterator and its length."""
         n = self.devices.n
         plan = pack_epoch(
-            self.buckets, self.structures, self.config.train.batch_size, rng, self.members[split], n
+            self.buckets,
+            self.samples.sizes,
+            self.config.train.batch_size,
+            rng,
+            self.members[split],
+            n,
         )
 
         def iterate():
@@ -318,8 +327,10 @@ class _Run:
         structures, done, skipped = 0, 0, 0
         begin, compiled = time.perf_counter(), self.devices.compile_seconds
         step = self.static_step if epoch < t.static_epochs else self.train_step
+        waited, asked = 0.0, begin
         try:
             for size, batch in iterator:
+                waited += time.perf_counter() - asked
                 now = np.float32(rate * self._cooling(deadline))
                 state, metrics = step(state, batch, now, key)
                 metrics = {
@@ -336,7 +347,8 @@ class _Run:
                     )
                 spent = time.perf_counter() - begin - (self.devices.compile_seconds - compiled)
                 report.batch(done, metrics["loss"], structures / max(spent, 1e-9))
-                if time.perf_counter() >= deadline:
+                asked = time.perf_counter()
+                if asked >= deadline:
                     break
         finally:
             report.end_epoch()
@@ -352,6 +364,7 @@ class _Run:
             "skipped": skipped,
             "structures_per_second": structures / max(seconds, 1e-9),
             "compile_seconds": self.devices.compile_seconds,
+            "waiting": waited / max(seconds, 1e-9),
         }
 
     def _cooling(self, deadline: float) -> float:

@@ -1,0 +1,90 @@
+"""One relaxation made ready for training (NumPy): its graph and the frames chosen of it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from relaxnet_jax.config import Config
+from relaxnet_jax.data.frames import select_frames
+from relaxnet_jax.data.trajectory import RelaxationTrajectory
+from relaxnet_jax.graph import Structure, build_structure, masses_of
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Sample:
+    """One relaxation ready for training: its initial structure and the chosen frames.
+
+    Arrays over the n frame slots: positions (n, N, 3) Å, forces (n, N, 3) eV/Å, energies (n,) eV
+    relative to the composition energy, frame_mask (n,), times (n,); absent slots are zero.
+    """
+
+    id: str
+    structure: Structure
+    positions: np.ndarray
+    forces: np.ndarray
+    energies: np.ndarray
+    frame_mask: np.ndarray
+    times: np.ndarray
+
+
+def frame_slots(config: Config) -> int:
+    """n, the number of frame slots of a batch."""
+    return (
+        config.dynamics.frames
+        if config.data.frame_selection == "equidistant"
+        else config.data.max_frames
+    )
+
+
+def without_drift(positions: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Frames (n, N, 3) translated rigidly so that their weighted centre stays where it began."""
+    centre = np.average(positions, axis=1, weights=weights)
+    return positions - (centre - centre[:1])[:, None]
+
+
+def make_sample(
+    trajectory: RelaxationTrajectory, config: Config, element_energies: np.ndarray
+) -> Sample:
+    """Chooses the frames of a relaxation and builds the graph of its first one.
+
+    The dynamics conserve momentum; so in a structure without fixed atoms the frames'
+    rigid translation, which has no physical meaning, is removed (about the centre of mass, or
+    the centroid with unit masses).
+
+    Raises:
+      InputError: see `graph.build_structure`.
+    """
+    t, n = trajectory, frame_slots(config)
+    structure = build_structure(
+        t.atomic_numbers,
+        t.positions[0],
+        t.cells[0],
+        t.pbc,
+        config,
+        fixed_mask=t.fixed_mask,
+        charges=t.charges,
+        name=t.id,
+    )
+    chosen = select_frames(t.n_frames, n, config.data.frame_selection)
+    positions = t.positions[chosen.indices]
+    if not t.fixed_mask.any():
+        atomic = config.dynamics.mass == "atomic"
+        weights = masses_of(t.atomic_numbers) if atomic else np.ones(t.n_atoms)
+        positions = without_drift(positions, weights)
+
+    def slots(values):
+        out = np.zeros((n, *values.shape[1:]))
+        out[chosen.slots] = values
+        return out
+
+    return Sample(
+        id=t.id,
+        structure=structure,
+        positions=slots(positions),
+        forces=slots(t.forces[chosen.indices]),
+        energies=slots(t.energies[chosen.indices] - element_energies[t.atomic_numbers].sum()),
+        frame_mask=slots(np.ones(len(chosen.slots))) > 0,
+        times=slots(chosen.times),
+    )

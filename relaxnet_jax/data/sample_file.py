@@ -1,0 +1,285 @@
+"""Samples on disk: neighbour lists are built once, and memory does not grow with the data set.
+
+A file holds one record per relaxation (its arrays one after the other, see `_FIELDS`), then an
+index (npz, no pickles), the index's length and `MAGIC`. It lies in the cache folder under a name
+made of what it depends on, so a later run on the same data and configuration finds it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import json
+import os
+import time
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import joblib
+import numpy as np
+
+from relaxnet_jax.batching import structure_cost
+from relaxnet_jax.config import Config
+from relaxnet_jax.data.buckets import Sizes
+from relaxnet_jax.data.files import atomic_path
+from relaxnet_jax.data.relaxations import Relaxations
+from relaxnet_jax.data.sample import Sample, frame_slots, make_sample
+from relaxnet_jax.errors import InputError
+from relaxnet_jax.graph import MAX_ATOMIC_NUMBER, Structure
+from relaxnet_jax.neighbors import Neighbors
+from relaxnet_jax.runtime import cache_folder
+
+MAGIC = b"relaxnet_jax samples 1\n"
+# Field: (dtype, shape in terms of N atoms, M slots, n frames). The order is that of a record.
+_FIELDS: dict[str, tuple[str, tuple[str | int, ...]]] = {
+    "frames": ("<f8", ("n", "N", 3)),
+    "forces": ("<f8", ("n", "N", 3)),
+    "energies": ("<f8", ("n",)),
+    "times": ("<f8", ("n",)),
+    "positions": ("<f8", ("N", 3)),
+    "charges": ("<f8", ("N",)),
+    "cell": ("<f8", (3, 3)),
+    "reach": ("<f8", (1,)),
+    "atomic_numbers": ("<i4", ("N",)),
+    "senders": ("<i4", ("N", "M")),
+    "reverse_slot": ("<i4", ("N", "M")),
+    "shifts": ("<i2", ("N", "M", 3)),
+    "mask": ("|b1", ("N", "M")),
+    "fixed_mask": ("|b1", ("N",)),
+    "pbc": ("|b1", (3,)),
+    "frame_mask": ("|b1", ("n",)),
+}
+CHUNK = 128  # relaxations prepared at a time
+PARALLEL = 2000  # relaxations from which worker processes are worth their start
+UNUSED_DAYS = 30  # after which a file of the cache is deleted
+
+
+@dataclasses.dataclass(frozen=True)
+class _Row:
+    """One relaxation's record, or why it has none."""
+
+    record: bytes
+    sizes: tuple[int, int, int, int]
+    elements: np.ndarray
+    reason: str
+
+
+class SampleFile:
+    """Samples of a set of relaxations, read from disk when indexed.
+
+    Attributes:
+      sizes: of all of them, zero where ``left_out``.
+      elements: (R, 119) bool, which elements each has.
+      left_out: reason by row, for those of which no sample could be made.
+    """
+
+    def __init__(self, path: Path, n_frames: int) -> None:
+        self.path, self.n_frames = path, n_frames
+        self._descriptor = os.open(path, os.O_RDONLY)
+        try:
+            index = self._read_index()
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+            self.close()
+            raise InputError(f"{path}: damaged cache file: delete it") from error
+        self.sizes = Sizes(*index["sizes"].T)
+        self.elements = np.unpackbits(index["elements"], axis=1).astype(bool)
+        self.elements = self.elements[:, : MAX_ATOMIC_NUMBER + 1]
+        self._offsets = index["offsets"]
+        texts = json.loads(index["texts"].tobytes().decode())
+        self.ids: list[str] = texts["ids"]
+        self.left_out: dict[int, str] = {int(k): v for k, v in texts["left_out"].items()}
+
+    def _read_index(self) -> dict[str, np.ndarray]:
+        end = os.fstat(self._descriptor).st_size - len(MAGIC) - 8
+        tail = os.pread(self._descriptor, len(MAGIC) + 8, end)
+        if tail[8:] != MAGIC:
+            raise ValueError("another format, or cut short")
+        length = int.from_bytes(tail[:8], "little")
+        packed = io.BytesIO(os.pread(self._descriptor, length, end - length))
+        with np.load(packed, allow_pickle=False) as index:
+            return {name: index[name] for name in index.files}
+
+    def close(self) -> None:
+        """Closes the file."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def __del__(self) -> None:
+        self.close()
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, row: int) -> Sample:
+        """The sample of a relaxation, with energies as stored; KeyError for one left out."""
+        if row in self.left_out:
+            raise KeyError(f"{self.ids[row]}: {self.left_out[row]}")
+        begin, end = int(self._offsets[row]), int(self._offsets[row + 1])
+        record = os.pread(self._descriptor, end - begin, begin)
+        n_bonds = int(self.sizes.bonds[row])
+        lengths = {"N": self.sizes.atoms[row], "M": self.sizes.slots[row], "n": self.n_frames}
+        return _decode(record, lengths, n_bonds, self.ids[row])
+
+
+class SampleView(Sequence[Sample]):
+    """Some samples of a file, their energies relative to the composition energies.
+
+    Attributes:
+      sizes: theirs, see `buckets.Sizes`.
+    """
+
+    def __init__(self, file: SampleFile, rows: np.ndarray, element_energies: np.ndarray) -> None:
+        self.file, self.rows, self.element_energies = file, rows, element_energies
+        self.sizes = Sizes(*(values[rows] for values in file.sizes))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, k):
+        sample = self.file[int(self.rows[k])]
+        composition = self.element_energies[sample.structure.atomic_numbers].sum()
+        energies = np.where(sample.frame_mask, sample.energies - composition, 0.0)
+        return dataclasses.replace(sample, energies=energies)
+
+
+def prepare_samples(
+    relaxations: Relaxations, config: Config, report: Callable[[str], None] = lambda _: None
+) -> SampleFile:
+    """The samples of these relaxations, from the cache or made now and put there.
+
+    Energies in them are total ones: subtract the composition energy on reading.
+
+    Raises:
+      InputError: the cache folder cannot be written to.
+    """
+    folder = cache_folder() / "samples"
+    path = folder / f"{_key(relaxations, config)}.bin"
+    if path.exists():
+        try:
+            found = SampleFile(path, frame_slots(config))
+            os.utime(path)
+            return found
+        except InputError:
+            report(f"{path}: damaged; made again")
+    start = time.perf_counter()
+    report(f"preparing {len(relaxations)} relaxations (once for these data and settings)…")
+    with atomic_path(path) as temporary:
+        _write(temporary, relaxations, config)
+    _delete_unused(folder)
+    report(f"prepared in {time.perf_counter() - start:.0f} s: {path}")
+    return SampleFile(path, frame_slots(config))
+
+
+def _key(relaxations: Relaxations, config: Config) -> str:
+    """Hash of everything the samples depend on."""
+    parts = [
+        MAGIC.decode(),
+        relaxations.store.checksum,
+        hashlib.sha256(relaxations.rows.astype("<i8").tobytes()).hexdigest(),
+        dataclasses.asdict(config.graph),
+        config.triplet_skin,
+        config.data.frame_selection,
+        frame_slots(config),
+        config.dynamics.mass,
+    ]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+
+def _write(path: Path, relaxations: Relaxations, config: Config) -> None:
+    offsets, sizes, elements, left_out = [0], [], [], {}
+    with path.open("wb") as file:
+        for row, made in enumerate(_rows(relaxations, config)):
+            file.write(made.record)
+            offsets.append(offsets[-1] + len(made.record))
+            sizes.append(made.sizes)
+            elements.append(made.elements)
+            if made.reason:
+                left_out[row] = made.reason
+        texts = json.dumps({"ids": relaxations.ids, "left_out": left_out}).encode()
+        packed = io.BytesIO()
+        np.savez(
+            packed,
+            offsets=np.array(offsets, "<i8"),
+            sizes=np.array(sizes, "<i8").reshape(-1, 4),
+            elements=np.array(elements),
+            texts=np.frombuffer(texts, np.uint8),
+        )
+        file.write(packed.getvalue())
+        file.write(len(packed.getvalue()).to_bytes(8, "little") + MAGIC)
+
+
+def _rows(relaxations: Relaxations, config: Config) -> Iterator[_Row]:
+    """All rows in order; in several processes where there are many."""
+    starts = range(0, len(relaxations), CHUNK)
+    parts = (
+        Relaxations(relaxations.store, relaxations.rows[k : k + CHUNK], relaxations.name)
+        for k in starts
+    )
+    jobs = joblib.cpu_count() if len(relaxations) >= PARALLEL else 1
+    if jobs == 1:
+        chunks: Iterator[list[_Row]] = (_make_rows(part, config) for part in parts)
+    else:
+        pool = joblib.Parallel(n_jobs=jobs, return_as="generator", pre_dispatch=2 * jobs)
+        chunks = pool(joblib.delayed(_make_rows)(part, config) for part in parts)
+    for chunk in chunks:
+        yield from chunk
+
+
+def _make_rows(part: Relaxations, config: Config) -> list[_Row]:
+    rows = []
+    for trajectory in part:
+        elements = np.zeros(MAX_ATOMIC_NUMBER + 1, bool)
+        elements[trajectory.atomic_numbers] = True
+        try:
+            sample = make_sample(trajectory, config, np.zeros(MAX_ATOMIC_NUMBER + 1))
+        except InputError as error:
+            rows.append(_Row(b"", (0, 0, 0, 0), np.packbits(elements), str(error)))
+            continue
+        s = sample.structure
+        sizes = (s.n_atoms, s.neighbors.n_slots, s.neighbors.n_bonds, structure_cost(s))
+        rows.append(_Row(_encode(sample), sizes, np.packbits(elements), ""))
+    return rows
+
+
+def _encode(sample: Sample) -> bytes:
+    s = sample.structure
+    values = vars(sample) | vars(s) | vars(s.neighbors)
+    values |= {"frames": sample.positions, "positions": s.positions}
+    return b"".join(
+        np.ascontiguousarray(values[name], dtype).tobytes() for name, (dtype, _) in _FIELDS.items()
+    )
+
+
+def _decode(record: bytes, lengths: dict[str, int], n_bonds: int, name: str) -> Sample:
+    at, found = 0, {}
+    for field, (dtype, letters) in _FIELDS.items():
+        shape = [lengths[x] if isinstance(x, str) else x for x in letters]
+        count = int(np.prod(shape))
+        # A copy: arrays of a sample may be written to, the record's bytes may not.
+        found[field] = np.frombuffer(record, dtype, count, at).reshape(shape).copy()
+        at += found[field].nbytes
+    neighbors = Neighbors(
+        senders=found["senders"],
+        shifts=found["shifts"].astype(np.int32),
+        mask=found["mask"],
+        reverse_slot=found["reverse_slot"],
+        n_bonds=n_bonds,
+        reach=float(found["reach"][0]),
+    )
+    fields = ("atomic_numbers", "positions", "cell", "pbc", "fixed_mask", "charges")
+    structure = Structure(**{k: found[k] for k in fields}, neighbors=neighbors)
+    rest = {k: found[k] for k in ("forces", "energies", "frame_mask", "times")}
+    return Sample(id=name, structure=structure, positions=found["frames"], **rest)
+
+
+def _delete_unused(folder: Path) -> None:
+    oldest = time.time() - 86400 * UNUSED_DAYS
+    for file in folder.glob("*.bin"):
+        try:
+            if file.stat().st_mtime < oldest:
+                file.unlink()
+        except OSError:  # another process was faster
+            continue

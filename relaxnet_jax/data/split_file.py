@@ -1,0 +1,112 @@
+"""Splits saved beside a set: who is trained on, validated on and tested on, fold by fold."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from relaxnet_jax.data.files import atomic_path
+from relaxnet_jax.data.splits import Splits, split_groups
+from relaxnet_jax.data.store import TrajectoryStore
+from relaxnet_jax.data.trajectory import reduced_formula
+from relaxnet_jax.errors import InputError
+
+By = Literal["group", "formula", "elements"]
+FORMAT = "relaxnet_jax splits"
+REMEDY = "make one with 'relaxnet-jax data split NAME.h5'"
+
+
+def make_folds(
+    store: TrajectoryStore,
+    folds: int,
+    by: By = "group",
+    fractions: tuple[float, float, float] = (0.9, 0.05, 0.05),
+    seed: int = 0,
+) -> list[Splits]:
+    """Splits of a set such that what belongs together is never separated.
+
+    Args:
+      folds: 1 for one split with these ``fractions``; k > 1 for k splits whose test parts, of
+        1/k each, are disjoint and together everything (validation keeps its fraction).
+      by: what belongs together: relaxations of one group as stored, of one reduced formula, or
+        of one set of elements.
+      fractions: training, validation, test; used where ``folds`` is 1, else only validation.
+
+    Raises:
+      InputError: see `split_groups`; fewer than 2 folds that are not 1.
+    """
+    if by not in get_args(By):
+        raise InputError(f"--by {by}: give one of {', '.join(get_args(By))}")
+    if folds < 1:
+        raise InputError(f"--folds {folds}: give 1 or more")
+    if folds > 1:
+        fractions = (1.0 - fractions[1] - 1.0 / folds, fractions[1], 1.0 / folds)
+        if fractions[0] <= 0:
+            raise InputError(
+                f"--folds {folds}: leaves nothing to train on beside {fractions[1]:g} for "
+                "validation: give more folds or less validation"
+            )
+    labels = store.groups if by == "group" else [_label(store, i, by) for i in range(len(store))]
+    kinds = len(set(labels))
+    # Of three kinds `split_groups` makes three folds, whatever is asked for.
+    if folds > 1 and (folds > kinds or (kinds == 3 and folds != 3)):
+        raise InputError(f"--folds {folds}: the set has {kinds} kinds of {by}: give {kinds} folds")
+    return [split_groups(labels, fractions, fold, seed) for fold in range(folds)]
+
+
+def _label(store: TrajectoryStore, i: int, by: By) -> str:
+    numbers, _ = store.energies(i)
+    if by == "formula":
+        return reduced_formula(numbers)
+    return "-".join(str(z) for z in np.unique(numbers))
+
+
+def write_splits(path: Path, ids: list[str], folds: list[Splits], facts: dict[str, Any]) -> None:
+    """Writes the ids of every fold; the file appears only when it is complete."""
+    named = [{k: [ids[i] for i in v] for k, v in fold._asdict().items()} for fold in folds]
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps({"format": FORMAT, **facts, "folds": named}, indent=1))
+
+
+def read_splits(
+    path: str | Path, ids: Sequence[str], fold: int = 0, known: Collection[str] = ()
+) -> tuple[Splits, int]:
+    """Rows of each split among ``ids``, and how many ids no split names.
+
+    Names in the file that are not among ``ids`` are passed over if they are ``known``:
+    relaxations of the set that are left out for a reason already told.
+
+    Raises:
+      InputError: no such file, not one of splits, no such fold, a name that is in two splits or
+        not known, or a split of which nothing is left.
+    """
+    path = Path(path)
+    try:
+        content = json.loads(path.read_text())
+        if content["format"] != FORMAT:
+            raise ValueError("not a file of splits")
+        folds = [{k: list(f[k]) for k in Splits._fields} for f in content["folds"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not a file of splits"
+        raise InputError(f"{path}: {reason}: {REMEDY}") from None
+    if not 0 <= fold < len(folds):
+        raise InputError(f"{path}: has folds 0 to {len(folds) - 1}, data.fold is {fold}")
+    rows = {name: row for row, name in enumerate(ids)}
+    seen: dict[str, str] = {}
+    for split, names in folds[fold].items():
+        for name in names:
+            if name not in rows and name not in known:
+                raise InputError(f"{path}: fold {fold}: {name!r} is not in the set: {REMEDY}")
+            if name in seen:
+                where = f"{seen[name]} and {split}" if seen[name] != split else f"{split} twice"
+                raise InputError(f"{path}: fold {fold}: {name!r} is in {where}: {REMEDY}")
+            seen[name] = split
+        if not any(name in rows for name in names):
+            raise InputError(f"{path}: fold {fold}: nothing is left of the {split} split: {REMEDY}")
+    arrays = ([rows[n] for n in folds[fold][k] if n in rows] for k in Splits._fields)
+    splits = Splits(*(np.sort(np.array(a, np.int64)) for a in arrays))
+    return splits, len(rows) - sum(map(len, splits))

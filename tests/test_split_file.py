@@ -1,0 +1,118 @@
+"""Splits saved beside a set."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from ase import Atoms
+from test_pipeline import relaxation
+from tiny import TINY
+
+from relaxnet_jax.cli import main
+from relaxnet_jax.config import load_config
+from relaxnet_jax.data.dataset import load_dataset
+from relaxnet_jax.data.split_file import make_folds, read_splits
+from relaxnet_jax.data.store import TrajectoryStore
+from relaxnet_jax.data.store_write import write_store
+from relaxnet_jax.errors import InputError
+
+
+@pytest.fixture
+def path(tmp_path):
+    """30 diatomics of 15 formulas of 6 elements; the groups are pairs of formulas."""
+    symbols = ["H", "C", "N", "O", "F", "S"]
+    pairs = [(a, b) for i, a in enumerate(symbols) for b in symbols[:i]]
+    made = []
+    for k in range(30):
+        a, b = pairs[k % 15]
+        atoms = Atoms([a, b], [[0, 0, 0], [1.2, 0, 0.1]])
+        t = relaxation(atoms, n=3, name=f"r{k}", seed=k)
+        made.append(dataclasses.replace(t, group=f"g{k % 15 // 2}"))
+    write_store(tmp_path / "set.h5", made)
+    return tmp_path / "set.h5"
+
+
+@pytest.mark.parametrize("by", ["group", "formula", "elements"])
+def test_folds_are_disjoint_and_whole(path, by):
+    with TrajectoryStore(path) as store:
+        folds = make_folds(store, 4, by, seed=1)
+        labels = {
+            "group": store.groups,
+            "formula": [store[i].formula for i in range(30)],
+            "elements": [tuple(sorted(set(store[i].atomic_numbers))) for i in range(30)],
+        }[by]
+    assert sorted(np.concatenate([f.test for f in folds])) == list(range(30))
+    for fold in folds:
+        assert sorted(np.concatenate(fold)) == list(range(30)) and min(map(len, fold)) > 0
+        kinds = [{labels[i] for i in rows} for rows in fold]
+        assert not (kinds[0] & kinds[1] or kinds[0] & kinds[2] or kinds[1] & kinds[2])
+
+
+def test_command_and_training_agree(path, capsys):
+    assert main(["data", "split", str(path), "--folds", "3", "--by", "formula", "--seed", "5"]) == 0
+    out = path.with_name("set.splits.json")
+    assert f"data.split_file={out}" in capsys.readouterr().out
+    content = json.loads(out.read_text())
+    assert content["by"] == "formula" and len(content["folds"]) == 3
+    settings = {"data.path": str(path), "data.split_file": str(out), "data.fold": 2}
+    dataset = load_dataset(load_config(TINY, settings))
+    assert {k: sorted(v) for k, v in dataset.ids().items()} == {
+        k: sorted(v) for k, v in content["folds"][2].items()
+    }
+    assert not dataset.left_out
+    first = out.read_bytes()
+    main(["data", "split", str(path), "--folds", "3", "--by", "formula", "--seed", "5"])
+    assert out.read_bytes() == first
+
+
+def test_relaxations_no_split_names_are_counted(path):
+    main(["data", "split", str(path)])
+    out = path.with_name("set.splits.json")
+    content = json.loads(out.read_text())
+    gone = content["folds"][0]["train"].pop()
+    out.write_text(json.dumps(content))
+    dataset = load_dataset(
+        load_config(TINY, {"data.path": str(path), "data.split_file": str(out)}))  # fmt: skip
+    assert list(dataset.left_out.values()) == [1]
+    assert all(gone not in names for names in dataset.ids().values())
+
+
+def test_bad_files_are_named(tmp_path):
+    file = tmp_path / "s.json"
+    good = {"train": ["a"], "validation": ["b"], "test": ["c"]}
+
+    def write(**changes):
+        file.write_text(json.dumps({"format": "relaxnet_jax splits", "folds": [good | changes]}))
+
+    ids = ["a", "b", "c"]
+    write()
+    splits, unnamed = read_splits(file, [*ids, "d"])
+    assert [s.tolist() for s in splits] == [[0], [1], [2]] and unnamed == 1
+    write(train=["a", "gone"])
+    assert read_splits(file, ids, known={"gone"})[1] == 0
+    with pytest.raises(InputError, match="'gone' is not in the set"):
+        read_splits(file, ids)
+    write(train=["gone"])
+    with pytest.raises(InputError, match="nothing is left of the train split"):
+        read_splits(file, ids, known={"gone"})
+    write(test=["c", "a"])
+    with pytest.raises(InputError, match="'a' is in train and test"):
+        read_splits(file, ids)
+    write()
+    with pytest.raises(InputError, match=r"folds 0 to 0, data\.fold is 1"):
+        read_splits(file, ids, fold=1)
+    for text in ("{", "[]", '{"folds": []}', '{"format": "relaxnet_jax splits", "folds": 3}'):
+        file.write_text(text)
+        with pytest.raises(InputError, match="not a file of splits"):
+            read_splits(file, ids)
+    with pytest.raises(InputError, match="No such file"):
+        read_splits(tmp_path / "none.json", ids)
+
+
+def test_impossible_folds(path):
+    with TrajectoryStore(path) as store:
+        with pytest.raises(InputError, match="8 kinds of group: give 8 folds"):
+            make_folds(store, 20)
+        with pytest.raises(InputError, match="--folds 0"):
+            make_folds(store, 0)
