@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,14 +56,17 @@ def write_store(
     path: str | os.PathLike[str],
     trajectories: Iterable[RelaxationTrajectory],
     *,
-    metadata: Mapping[str, Any] | None = None,
+    metadata: Mapping[str, Any] | Callable[[], Mapping[str, Any]] | None = None,
+    unique: bool = True,
 ) -> int:
     """Writes relaxations to an HDF5 store; the file appears only when it is complete.
 
     Args:
       path: a file ending in .h5 or .hdf5; an existing one is replaced.
       trajectories: consumed one at a time, so they need not fit in memory together.
-      metadata: JSON-able facts about the data set.
+      metadata: JSON-able facts about the data set, or a function that gives them when all
+        relaxations have been taken.
+      unique: whether two relaxations with one id are an error.
 
     Returns:
       The number of relaxations written.
@@ -76,6 +79,7 @@ def write_store(
     if target.suffix not in SUFFIXES:
         raise InputError(f"{target}: unknown suffix {target.suffix!r}: end the store in .h5")
     seen: set[str] = set()
+    count = 0
     with atomic_path(target) as temporary, h5py.File(temporary, "w") as file:
         writer = _Writer(file)
         for trajectory in trajectories:
@@ -83,16 +87,17 @@ def write_store(
                 trajectory.validate()
             except InputError as error:
                 raise InputError(f"{target}: {error}") from error
-            if trajectory.id in seen:
+            if unique and trajectory.id in seen:
                 raise InputError(
                     f"{target}: relaxation {trajectory.id!r}, id: given twice: rename one"
                 )
             seen.add(trajectory.id)
+            count += 1
             writer.append(trajectory)
-        if not seen:
+        if not count:
             raise InputError(f"{target}: no relaxations to write: give at least one")
-        writer.close(dict(metadata or {}))
-    return len(seen)
+        writer.close(dict((metadata() if callable(metadata) else metadata) or {}))
+    return count
 
 
 class _Writer:

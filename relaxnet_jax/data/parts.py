@@ -1,0 +1,211 @@
+"""Many tasks that make relaxations, on several processes or a cluster, one file kept for each.
+
+A run that was cut off goes on where it stopped: a task whose file is there is not done again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from relaxnet_jax.data.ase_io import SkippedRelaxation
+from relaxnet_jax.data.files import atomic_path, one_line
+from relaxnet_jax.data.pools import run_everywhere
+from relaxnet_jax.data.store import TrajectoryStore
+from relaxnet_jax.data.store_write import write_store
+from relaxnet_jax.data.trajectory import RelaxationTrajectory
+from relaxnet_jax.errors import InputError
+
+
+class Mark(NamedTuple):
+    """A line that a task puts between its relaxations, e.g. where a file of several ends."""
+
+    text: str
+
+
+Item = RelaxationTrajectory | SkippedRelaxation | Mark
+Work = Callable[[Any], Iterator[Any]]
+
+
+class PartResult(NamedTuple):
+    """What a task left.
+
+    Attributes:
+      index: of the task.
+      path: the store of its relaxations, or None where it has none.
+      log: for each thing the task yielded, in order: None for a relaxation, [id, reason] for a
+        skipped one, [text] for a `Mark`.
+      error: "" or, on one line, what ended the task: an `InputError` of its own (the relaxations
+        before it are kept), or anything unexpected (nothing is kept).
+    """
+
+    index: int
+    path: Path | None
+    log: list[list[str] | None]
+    error: str
+
+    @property
+    def skipped(self) -> list[SkippedRelaxation]:
+        """The relaxations left out."""
+        return [SkippedRelaxation(*entry) for entry in self.log if entry and len(entry) == 2]
+
+    def items(self) -> Iterator[Item]:
+        """What the task yielded, in order, one relaxation in memory at a time."""
+        with contextlib.ExitStack() as stack:
+            store = stack.enter_context(TrajectoryStore(self.path)) if self.path else None
+            read = itertools.count()
+            for entry in self.log:
+                if entry is None:
+                    assert store is not None
+                    yield store[next(read)]
+                else:
+                    yield SkippedRelaxation(*entry) if len(entry) == 2 else Mark(*entry)
+
+
+def run_parts(
+    tasks: Sequence[Any],
+    work: Work,
+    folder: str | os.PathLike[str],
+    *,
+    key: Callable[[Any], str],
+    jobs: int = 1,
+    scheduler: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Iterator[PartResult]:
+    """Does the tasks and yields what each left, in their order, whatever is done first.
+
+    Args:
+      tasks: picklable.
+      work: a function of a module (not a lambda) that yields the relaxations of a task, the
+        `SkippedRelaxation` it leaves out, and `Mark`; the same ones whenever it is called.
+      folder: takes one file per task, an .h5 store, or .json of a task without relaxation;
+        every other ``part-*`` in it is deleted. On a cluster all workers must reach it under
+        the same path, as they must all files that ``work`` reads.
+      key: what the result depends on; a file is used again where this is what it was.
+      jobs: processes on this machine; with 1 the work is done in this one.
+      scheduler: address of a Dask scheduler whose workers do the work instead.
+      progress: called with (tasks done, all tasks) after each.
+
+    Raises:
+      InputError: the folder cannot be written, ``distributed`` is not installed, or the
+        scheduler does not answer. What fails inside a task, even if it takes its process with
+        it, is that task's `PartResult.error`.
+    """
+    folder = Path(folder).absolute()
+    parts = [_Part.of(folder, index, key(task)) for index, task in enumerate(tasks)]
+    _clean(folder, {path.name for part in parts for path in (part.store, part.bare)})
+    calls = [(_do, (part, work, task)) for part, task in zip(parts, tasks)]
+    started = [part.started for part in parts]
+    errors: dict[int, str] = {}
+    following = 0
+    with contextlib.closing(run_everywhere(calls, started, jobs, scheduler)) as finished:
+        for count, done in enumerate(finished, 1):
+            errors[done.index] = done.error
+            parts[done.index].started.unlink(missing_ok=True)  # left by a process that died
+            if progress is not None:
+                progress(count, len(parts))
+            while following in errors:
+                yield _result(following, parts[following], errors.pop(following))
+                following += 1
+
+
+class _Part(NamedTuple):
+    """The files of a task: ``store`` or ``bare`` when it is done, ``started`` while it runs."""
+
+    store: Path
+    bare: Path
+    started: Path
+    key: str
+
+    @classmethod
+    def of(cls, folder: Path, index: int, key: str) -> _Part:
+        digest = hashlib.sha256(key.encode()).hexdigest()
+        stem = folder / f"part-{index:06d}-{digest[:16]}"
+        return cls(*(stem.with_suffix(s) for s in (".h5", ".json", ".started")), digest)
+
+
+def _clean(folder: Path, wanted: set[str]) -> None:
+    """Makes the folder; deletes what earlier runs left that is no part of this one."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in [*folder.glob("part-*"), *folder.glob(".part-*")]:
+            if file.name not in wanted:
+                file.unlink(missing_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"{folder}: cannot be written ({error.strerror}): choose another output path"
+        ) from error
+
+
+def _do(part: _Part, work: Work, task: Any) -> str:
+    """Does one task, unless it is done; returns what went wrong."""
+    if not part.store.parent.is_dir():
+        return f"{part.store.parent}: not there: let all workers reach this folder"
+    try:
+        if _read_log(part, verify=True) is None:
+            part.started.touch()
+            _write(part, work, task)
+    except Exception as error:
+        return f"{type(error).__name__}: {one_line(error)}"
+    finally:
+        part.started.unlink(missing_ok=True)
+    return ""
+
+
+def _write(part: _Part, work: Work, task: Any) -> None:
+    """The relaxations of a task as a store with its log; only the log where there is none."""
+    log: list[list[str] | None] = []
+    errors: list[str] = []
+
+    def relaxations() -> Iterator[RelaxationTrajectory]:
+        try:
+            for item in work(task):
+                if isinstance(item, RelaxationTrajectory):
+                    log.append(None)
+                    yield item
+                else:
+                    log.append(list(item))
+        except InputError as error:
+            errors.append(str(error))
+
+    def facts() -> dict[str, Any]:
+        return {"part": {"key": part.key, "log": log, "error": "".join(errors)}}
+
+    made = relaxations()
+    first = next(made, None)
+    if first is not None:
+        # Whether two tasks, or files of a task, share an id is for the reader of the parts.
+        write_store(part.store, itertools.chain([first], made), metadata=facts, unique=False)
+        return
+    with atomic_path(part.bare) as temporary:
+        temporary.write_text(json.dumps(facts()), encoding="utf-8")
+
+
+def _read_log(part: _Part, verify: bool = False) -> dict[str, Any] | None:
+    """Log and error of a finished part; None if there is none, or it is damaged."""
+    try:
+        if part.store.exists():
+            with TrajectoryStore(part.store) as store:
+                if verify:
+                    store.verify()
+                found = store.metadata["part"]
+        else:
+            found = json.loads(part.bare.read_text(encoding="utf-8"))["part"]
+        return found if found["key"] == part.key else None
+    except (OSError, InputError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _result(index: int, part: _Part, error: str) -> PartResult:
+    found = None if error else _read_log(part)
+    if found is None:
+        error = error or f"{part.store}: gone: let no other run use this folder"
+        return PartResult(index, None, [], error)
+    path = part.store if part.store.exists() else None
+    return PartResult(index, path, found["log"], found["error"])
