@@ -21,7 +21,8 @@ def add_data(commands) -> None:
         nargs="+",
         metavar="FILE",
         help="any file with energies and forces of every ionic step: vasprun.xml, OUTCAR, extxyz, "
-        "traj, db, …, also compressed; zip and tar archives; folders, searched for all of these",
+        "traj, db, the JSON of ALIGNN-FF and MPtrj, …, also compressed; zip and tar archives; "
+        "folders, searched for all of these but JSON",
     )
     p.add_argument("--out", required=True, metavar="NAME.h5", help="the store to write")
     p.add_argument(
@@ -56,6 +57,27 @@ def add_data(commands) -> None:
     )
     p.add_argument("--seed", type=int, default=0, help="of the dealing (default: 0)")
     p.add_argument("--out", metavar="FILE", help="default: NAME.splits.json beside the set")
+    p = command(kinds, "jarvis", "data_jarvis", "download relaxations of JARVIS-DFT into a store")
+    p.add_argument("--out", required=True, metavar="NAME.h5", help="the store to write")
+    p.add_argument(
+        "--ids",
+        metavar="IDS",
+        help="JVASP-39,JVASP-1002,… or a file with one a line (default: all, tens of thousands)",
+    )
+    p.add_argument("--limit", type=int, metavar="N", help="at most so many archives")
+    p.add_argument(
+        "--downloads", metavar="DIR", help="for the archives (default: NAME-downloads beside --out)"
+    )
+    p.add_argument(
+        "--index",
+        metavar="FILE_OR_URL",
+        help="of the raw files, e.g. of a mirror (default: figshare's)",
+    )
+    p.add_argument(
+        "--category",
+        default="DFT-SCF",
+        help="of the index (default: DFT-SCF, the geometry optimisations)",
+    )
     p = command(kinds, "emt", "data_emt", "make the generated data: alloys relaxed with EMT")
     p.add_argument("--n", type=int, default=600, help="relaxations (default: 600)")
     p.add_argument("--seed", type=int, default=0, help="of all random choices (default: 0)")

@@ -49,6 +49,26 @@ def data_split(args: argparse.Namespace) -> int:
     return 0
 
 
+def data_jarvis(args: argparse.Namespace) -> int:
+    """``relaxnet-jax data jarvis``."""
+    from relaxnet_jax.data.jarvis import fetch_jarvis, read_ids
+
+    ids = read_ids(args.ids) if args.ids is not None else None
+    result = fetch_jarvis(
+        args.out, ids, args.limit, args.downloads, args.index, args.category, note
+    )
+    say(
+        f"{args.out}: {result.imported.read} relaxations with {result.imported.frames} ionic "
+        f"steps; {result.came} archives came, {len(result.failed)} failed, "
+        f"{len(result.skipped)} skipped; {len(result.imported.skipped)} relaxations not read"
+    )
+    say(f"of each archive: {result.manifest}")
+    if result.failed:
+        say("the same command again fetches those that failed")
+    say(f"next: relaxnet-jax train --config explicit.py --set data.path={q(args.out)}")
+    return 0
+
+
 def data_emt(args: argparse.Namespace) -> int:
     """``relaxnet-jax data emt``."""
     from relaxnet_jax.data import TrajectoryStore, default_dataset, emt_relaxations, write_store

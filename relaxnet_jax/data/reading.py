@@ -7,12 +7,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from relaxnet_jax.data.ase_io import SkippedRelaxation, read_frames
+from relaxnet_jax.data.json_sets import json_layout, read_json_set
 from relaxnet_jax.data.sources import (
     archive_members,
     decompressed,
     is_archive,
+    is_json,
     is_vasprun,
     plain_copy,
+    plain_name,
     relaxation_id,
 )
 from relaxnet_jax.data.trajectory import RelaxationTrajectory
@@ -27,7 +30,8 @@ def read_relaxations(
 
     A vasprun.xml is one relaxation. Of other files, consecutive frames that share ``traj_id`` in
     their ``info`` are one relaxation, and their ``frame`` (if there) must ascend; without
-    ``traj_id`` the whole file is one. Of an archive every file of relaxations is read. Forces are
+    ``traj_id`` the whole file is one. JSON files of the ALIGNN-FF set and of MPtrj are recognised by
+    content (see `json_sets`). Of an archive every file of relaxations is read. Forces are
     raw, ``FixAtoms`` and selective dynamics become ``fixed_mask``, positions are unwrapped.
 
     Args:
@@ -55,7 +59,9 @@ def read_relaxations(
         yield from _read_file(path, path, name, energy)
         return
     for member in archive_members(path):
-        label = f"{name}/{relaxation_id(member.name)}"
+        own = relaxation_id(member.name)
+        # VASP's own file names at the top of an archive name nothing.
+        label = name if own == plain_name(member.name) else f"{name}/{own}"
         if member.path is None:
             yield SkippedRelaxation(label, member.error)
             continue
@@ -69,6 +75,10 @@ def _read_file(
     shown: Path, path: Path, name: str, energy: Energy
 ) -> Iterator[RelaxationTrajectory | SkippedRelaxation]:
     """The relaxations of a file at ``path`` that is called ``shown`` in messages."""
+    layout = json_layout(path) if is_json(path) else None
+    if layout is not None:
+        yield from read_json_set(shown, path, layout)
+        return
     if not is_vasprun(path):
         with plain_copy(path) as plain:
             yield from read_frames(shown, plain, name)

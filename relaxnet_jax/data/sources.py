@@ -115,6 +115,11 @@ def is_vasprun(name: PurePath) -> bool:
     return _kind(name) == "vasprun"
 
 
+def is_json(name: PurePath) -> bool:
+    """Whether it is a JSON file, by its name."""
+    return plain_name(name).lower().endswith(".json")
+
+
 def plain_name(name: PurePath) -> str:
     """File name without the suffix of a compression."""
     return name.stem if name.suffix in _COMPRESSED else name.name
@@ -184,8 +189,10 @@ def archive_members(archive: Path) -> Iterator[Member]:
     """
     with tempfile.TemporaryDirectory(prefix="relaxnet-jax-") as folder, _opened(archive) as opened:
         names, open_member = opened
-        chosen = relaxation_files(sorted(PurePosixPath(name) for name in names))
-        chosen = [name for name in chosen if not is_archive(name)]
+        inside = sorted(PurePosixPath(name) for name in names)
+        chosen = [name for name in relaxation_files(inside) if not is_archive(name)]
+        # Data sets come as one JSON file in a zip; beside other files JSON is something else.
+        chosen = chosen or [name for name in inside if is_json(name)]
         if not chosen:
             raise InputError(
                 f"{archive}: holds no vasprun.xml, OUTCAR, extxyz, traj or db file: name the "

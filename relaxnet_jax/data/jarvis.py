@@ -1,0 +1,296 @@
+"""JARVIS-DFT's raw VASP archives: from the index on figshare to a store.
+
+jarvis-tools names the index of raw files (``raw_files`` in `jarvis.db.figshare.get_db_info`): a
+zip with one JSON object, ``{category: [{"name": "JVASP-39.zip", "download_url": …, "size": …,
+"computed_md5": …}, …]}``, where entries that are no objects are passed over, as it does. The
+category "DFT-SCF" holds the geometry optimisations (POSCAR, INCAR, KPOINTS, OSZICAR, vasprun.xml);
+the others are band structures, optics, elastic constants and so on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gzip
+import hashlib
+import json
+import os
+import re
+import zipfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import urljoin
+
+from relaxnet_jax.data.download import Policy, fetch, verify_zip
+from relaxnet_jax.data.files import atomic_path, one_line
+from relaxnet_jax.data.importing import ImportReport, import_files
+from relaxnet_jax.data.sources import DAMAGE
+from relaxnet_jax.errors import InputError
+
+RELAXATIONS = "DFT-SCF"
+_SAFE = re.compile(r"[A-Za-z0-9][\w.+@-]*\.zip")
+_MD5 = re.compile(r"[0-9a-fA-F]{32}")
+
+
+class Archive(NamedTuple):
+    """An entry of the index: material, file name, address, and size and MD5 sum if it has them."""
+
+    id: str
+    name: str
+    url: str
+    size: int | None
+    md5: str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class JarvisReport:
+    """What `fetch_jarvis` did.
+
+    Attributes:
+      came: archives that are there. failed, skipped: ids with the reason, by archive.
+      manifest: the file that says so of each.
+      imported: what became of the relaxations.
+    """
+
+    came: int
+    failed: dict[str, str]
+    skipped: dict[str, str]
+    manifest: Path
+    imported: ImportReport
+
+
+class Manifest:
+    """JSON lines, one of each archive: ``name``, ``id``, ``status`` ("came", "failed" or
+    "skipped"), ``reason`` or ``how``, ``url``, ``bytes``, and ``not_read`` for relaxations that
+    could not be imported.
+
+    Lines are appended as things happen, a later one overriding an earlier of the same name, and
+    `compact` leaves one of each. What an interruption left of a line is passed over.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.lines: dict[str, dict[str, Any]] = {}
+        self._torn = False
+        if path.is_file():
+            text = path.read_text(encoding="utf-8", errors="replace")
+            self._torn = bool(text) and not text.endswith("\n")
+            for line in text.splitlines():
+                try:
+                    self.lines[str(json.loads(line)["name"])] = json.loads(line)
+                except (ValueError, TypeError, KeyError):
+                    continue
+
+    def add(self, name: str, **fields: Any) -> None:
+        """Records what became of an archive.
+
+        Raises:
+          InputError: the file cannot be written.
+        """
+        self.lines[name] = {"name": name, **fields}
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write("\n" * self._torn + json.dumps(self.lines[name]) + "\n")
+        except OSError as error:
+            raise InputError(
+                f"{self.path}: cannot be written ({error.strerror}): choose another output path"
+            ) from error
+        self._torn = False
+
+    def compact(self) -> None:
+        """Rewrites the file with one line of each archive."""
+        with atomic_path(self.path) as temporary:
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in self.lines.values()))
+
+
+def fetch_jarvis(
+    out: str | os.PathLike[str],
+    ids: Sequence[str] | None = None,
+    limit: int | None = None,
+    downloads: str | os.PathLike[str] | None = None,
+    index: str | None = None,
+    category: str = RELAXATIONS,
+    report: Callable[[str], None] | None = None,
+    policy: Policy | None = None,
+) -> JarvisReport:
+    """Downloads raw archives of JARVIS-DFT and imports their relaxations into a store.
+
+    What is there and sound is not fetched again, so an interrupted call is taken up by the same
+    call. An archive that cannot be had never stops the rest.
+
+    Args:
+      out: the store to write, ending in .h5; the manifest ``NAME.manifest.jsonl`` is beside it.
+      ids: materials, "JVASP-39"; by default all.
+      limit: at most so many archives.
+      downloads: folder for the archives, by default ``NAME-downloads`` beside the store.
+      index: a file or an address, by default figshare's; addresses in it may be relative to its
+        own.
+      category: of the index.
+      report: called with a line for each archive that fails, and by the import.
+      policy: how hard to try, see `Policy`.
+
+    Raises:
+      InputError: the index cannot be had or has no such category, no archive came, or none of
+        them holds a relaxation. The manifest is complete then, too.
+    """
+    say, out = report or (lambda _: None), Path(out)
+    if limit is not None and limit < 1:
+        raise InputError(f"--limit {limit}: give 1 or more archives")
+    folder = Path(downloads) if downloads else out.with_name(f"{out.stem}-downloads")
+    content, origin = read_index(index, folder, policy)
+    archives, skipped = select(content, category, ids, limit, origin)
+    manifest = Manifest(out.with_name(f"{out.stem}.manifest.jsonl"))
+    for name, reason in skipped.items():
+        manifest.add(name, id=_material(name), status="skipped", reason=reason)
+        say(f"{name}: skipped: {reason}")
+    known = sum(archive.size or 0 for archive in archives)
+    say(f"{len(archives)} archives" + (f", {known / 1e9:.3g} GB" if known else ""))
+    here: dict[str, Path] = {}
+    failed: dict[str, str] = {}
+    for k, archive in enumerate(archives, 1):
+        target = folder / category / archive.name
+        facts = {"id": archive.id, "url": archive.url}
+        try:
+            got = fetch(archive.url, target, verify_zip, archive.size, archive.md5, policy)
+        except InputError as error:
+            reason = failed[archive.name] = str(error).removeprefix(f"{archive.url}: ")
+            manifest.add(archive.name, **facts, status="failed", reason=reason)
+            say(f"{k}/{len(archives)} {archive.name}: failed: {reason}")
+        else:
+            here[archive.name] = target
+            manifest.add(archive.name, **facts, status="came", how=got.how, bytes=got.size)
+            say(f"{k}/{len(archives)} {archive.name}: {got.how}")
+    try:
+        if not here:
+            reasons = {**skipped, **failed}
+            name = next(iter(reasons), category)
+            raise InputError(
+                f"{name}: {reasons.get(name, 'no archives in the index')} (none of "
+                f"{len(reasons)} archives came; {manifest.path} has the reasons)"
+            )
+        imported = import_files(list(here.values()), out, say)
+        for name, path in here.items():
+            unread = [f"{id}: {why}" if id else why for file, id, why in imported.skipped
+                      if file == str(path)]  # fmt: skip
+            if unread:
+                manifest.lines[name]["not_read"] = unread
+    finally:
+        manifest.compact()
+    return JarvisReport(len(here), failed, skipped, manifest.path, imported)
+
+
+def read_index(
+    source: str | None, folder: Path, policy: Policy | None = None
+) -> tuple[dict[str, Any], str]:
+    """The index and its address ("" of a file). One from the net is kept in ``folder``.
+
+    Args:
+      source: a file or an address of JSON, also as zip or gzip; None for figshare's.
+
+    Raises:
+      InputError: it cannot be had, or is no index.
+    """
+    if source is None:
+        from jarvis.db.figshare import get_db_info
+
+        source = str(get_db_info()["raw_files"][0])
+    if not source.lower().startswith(("http://", "https://")):
+        path = Path(source)
+        if not path.is_file():
+            raise InputError(f"{source}: no such index: give a file or an address")
+        try:
+            return _parsed(path), ""
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from None
+    # One file for each address: mirrors may hold different versions.
+    tag = hashlib.sha256(source.encode()).hexdigest()[:8]
+    path = folder / f"index-{tag}.json"
+    fetch(source, path, lambda file: _parsed(file) and None, policy=policy)
+    return _parsed(path), source
+
+
+def _parsed(path: Path) -> dict[str, Any]:
+    """The index in a file. Raises InputError, which does not name the file, if it is none."""
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as packed:
+                names = [name for name in packed.namelist() if name.endswith(".json")]
+                data = packed.read(names[0]) if len(names) == 1 else b""
+        else:
+            data = path.read_bytes()
+            data = gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
+        index = json.loads(data)
+    except (*DAMAGE, ValueError, RuntimeError, RecursionError) as error:
+        raise InputError(f"no index ({one_line(error)}): fetch it again") from error
+    if not isinstance(index, dict) or not any(isinstance(v, list) for v in index.values()):
+        raise InputError("no index of raw files: give one of lists by category")
+    return index
+
+
+def select(
+    index: dict[str, Any],
+    category: str,
+    ids: Sequence[str] | None = None,
+    limit: int | None = None,
+    origin: str = "",
+) -> tuple[list[Archive], dict[str, str]]:
+    """(archives to fetch, why others are not, by name) out of an index.
+
+    Raises:
+      InputError: there is no such category.
+    """
+    entries = index.get(category)
+    if not isinstance(entries, list):
+        raise InputError(f"index: no category {category!r}: use one of {', '.join(index)}")
+    wanted = None if ids is None else set(ids)
+    archives: dict[str, Archive] = {}
+    skipped: dict[str, str] = {}
+    found = set()
+    for entry in entries:
+        if not isinstance(entry, dict):
+            continue
+        name, url = entry.get("name"), entry.get("download_url")
+        material = _material(str(name))
+        if wanted is not None and material not in wanted:
+            continue
+        found.add(material)
+        if not isinstance(name, str) or not _SAFE.fullmatch(name) or not isinstance(url, str):
+            skipped[str(name)] = "no zip archive with an address"
+        elif name not in archives:
+            size, md5 = entry.get("size"), str(entry.get("computed_md5") or "")
+            archives[name] = Archive(
+                material,
+                name,
+                urljoin(origin, url),
+                size if isinstance(size, int) and size > 0 else None,
+                md5 if _MD5.fullmatch(md5) else None,
+            )
+        elif urljoin(origin, url) != archives[name].url:
+            skipped[f"{name} ({url})"] = "another archive of this name comes first"
+    for missing in [] if ids is None else [id for id in ids if id not in found]:
+        skipped[missing] = f"not in the index under {category}"
+    return list(archives.values())[:limit], skipped
+
+
+def _material(name: str) -> str:
+    """ "JVASP-39" of "JVASP-39.zip" and "JVASP-39_Negative.zip"."""
+    return name.split(" ")[0].split("_")[0].removesuffix(".zip")
+
+
+def read_ids(text: str) -> list[str]:
+    """Ids from a file with one a line, or from text with commas between them.
+
+    Raises:
+      InputError: there are none, or the file cannot be read.
+    """
+    path = Path(text)
+    try:
+        if path.is_file():
+            text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read: give a text file with one id a line") from error
+    ids = [id for id in re.split(r"[,\s]+", text) if id]
+    if not ids:
+        raise InputError(f"--ids {path}: no ids: name them like JVASP-39,JVASP-1002")
+    return list(dict.fromkeys(ids))

@@ -1,0 +1,335 @@
+"""Relaxations from the JSON files of two collections: JARVIS's ALIGNN-FF set and MPtrj.
+
+ALIGNN-FF (jarvis-tools' ``alignn_ff_db``, and files laid out like it) is a list of records::
+
+    {"jid": "JVASP-6664_main-5", "atoms": {"lattice_mat": …, "coords": …, "elements": …,
+     "cartesian": false}, "total_energy": …, "forces": …, "stresses": …}
+
+What is before the last hyphen of ``jid`` names the relaxation, the number after it the ionic step
+(a field ``step`` or ``id`` says it instead if there; records that share a plain ``jid`` such as
+"JVASP-39" are in order). Records may come in any order. ``total_energy`` is in eV per atom in spite
+of its name (so JARVIS's list of data sets has it, and NIST's nfflr multiplies by the number of
+atoms); ``forces`` in eV/Å; ``stresses`` as in vasprun.xml, from which jarvis-tools reads it: 3×3,
+kB, pressure positive.
+
+MPtrj is an object of materials, each an object of frames::
+
+    {"mp-1234": {"mp-1234-0-3": {"structure": …, "uncorrected_total_energy": …, "force": …,
+     "stress": …}}}
+
+A frame's name is task, calculation and ionic step; the frames of one calculation are a relaxation.
+The energy is the uncorrected one (eV), which the forces (eV/Å) belong to. ``stress`` is VASP's: 3×3,
+kB, pressure positive. CHGNet trains on -0.1 times it as GPa, tension positive, and
+matbench-discovery's conversion for ASE is the same times ASE's GPa: eV/Å³ = -0.1/160.21766208 kB.
+
+Both sets are chosen ionic steps: of a relaxation some are missing, maybe the first or last, and
+those there are in order.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from relaxnet_jax.data.ase_io import SkippedRelaxation
+from relaxnet_jax.data.files import one_line
+from relaxnet_jax.data.json_stream import Item, JsonDamageError, items
+from relaxnet_jax.data.sources import decompressed, plain_copy
+from relaxnet_jax.data.trajectory import (
+    RelaxationTrajectory,
+    reduced_formula,
+    sound_and_unwrapped,
+)
+from relaxnet_jax.errors import InputError
+
+Layout = Literal["alignn", "mptrj"]
+_KILOBAR = 1e-1 / 160.21766208  # eV/Å³; ASE's value of 0.1 GPa
+# eV/atom; DFT total energies with pseudopotentials are within 20.
+_LARGEST_PER_ATOM = 60.0
+_LOOKED_AT = 10  # values, to tell the layout
+_STEP = re.compile(r"(.+)[-_](\d+)")
+_MATERIAL = re.compile(r"JVASP-\d+")
+_UNLABELLED = re.compile(r": no (forces?|total_energy|uncorrected_total_energy): ")
+
+
+class _Frame(NamedTuple):
+    """One ionic step: its number, (N,) elements, (N, 3) positions Å, (3, 3) cell Å, periodic
+    directions, energy eV, (N, 3) forces eV/Å, (6,) stress eV/Å³ in ASE's sign or None."""
+
+    step: int
+    numbers: np.ndarray
+    positions: np.ndarray
+    cell: np.ndarray
+    pbc: np.ndarray
+    energy: float
+    forces: np.ndarray
+    stress: np.ndarray | None
+
+
+def json_layout(path: Path) -> Layout | None:
+    """Which of the two layouts a JSON file has, by its first values; None if neither.
+
+    Raises:
+      InputError: a compressed file is damaged.
+    """
+    with decompressed(path) as stream:
+        try:
+            for item in itertools.islice(items(stream), _LOOKED_AT):
+                value = item.value
+                if not isinstance(value, dict):
+                    continue
+                if not item.key and "lattice_mat" in _mapping(value.get("atoms")):
+                    return "alignn"
+                if item.key and any("structure" in _mapping(frame) for frame in value.values()):
+                    return "mptrj"
+        except JsonDamageError:
+            return None
+    return None
+
+
+def read_json_set(
+    shown: Path, path: Path, layout: Layout
+) -> Iterator[RelaxationTrajectory | SkippedRelaxation]:
+    """The relaxations of a JSON file, one in memory at a time.
+
+    Args:
+      shown: the file, for messages. path: where it is, plain or compressed.
+      layout: see `json_layout`.
+
+    Yields:
+      A validated `RelaxationTrajectory` of at least two frames, or a `SkippedRelaxation`: one bad
+      record costs its relaxation. Damage ends the file.
+
+    Raises:
+      InputError: nothing can be read, or no record has energy and forces.
+    """
+    labelled = False
+    for item in (_mptrj if layout == "mptrj" else _alignn)(shown, path):
+        labelled |= isinstance(item, RelaxationTrajectory) or not _UNLABELLED.search(item.reason)
+        yield item
+    if not labelled:
+        fields = {
+            "mptrj": "force and uncorrected_total_energy",
+            "alignn": "forces and total_energy",
+        }
+        raise InputError(f"{shown}: no record has {fields[layout]}: give a file of ionic steps")
+
+
+def _mptrj(shown: Path, path: Path) -> Iterator[RelaxationTrajectory | SkippedRelaxation]:
+    n_read = 0
+    seen: set[str] = set()
+    with decompressed(path) as stream:
+        try:
+            for material in items(stream):
+                n_read += 1
+                for built in _material(material, shown.name):
+                    name = built.id
+                    if name in seen:
+                        built = SkippedRelaxation(name, "id occurs twice: remove one of them")
+                    seen.add(name)
+                    yield built
+        except JsonDamageError as error:
+            yield SkippedRelaxation(
+                "(rest)", f"file damaged after {n_read} materials ({error}): fetch it again"
+            )
+
+
+def _material(material: Item, source: str) -> Iterator[RelaxationTrajectory | SkippedRelaxation]:
+    """The relaxations of one material of MPtrj."""
+    runs: dict[str, list[tuple[int, str, Any]]] = {}
+    for name, record in _mapping(material.value).items():
+        match = _STEP.fullmatch(name)
+        if match is None:
+            yield SkippedRelaxation(name, "no ionic step in its name: name it mp-1234-0-3")
+            continue
+        runs.setdefault(match[1], []).append((int(match[2]), name, record))
+    if not _mapping(material.value):
+        yield SkippedRelaxation(material.key, "no frames: remove it")
+    for run, records in runs.items():
+        yield _relaxation(run, records, _mptrj_frame, f"{source} {material.key}")
+
+
+def _alignn(shown: Path, path: Path) -> Iterator[RelaxationTrajectory | SkippedRelaxation]:
+    """Records are looked up first, since those of a relaxation need not be neighbours."""
+    runs: dict[str, list[tuple[int, str, int, int]]] = {}
+    damage, last, n_read = "", "", 0
+    with plain_copy(path) as plain, plain.open("rb") as file:
+        try:
+            for n_read, item in enumerate(items(file), 1):
+                try:
+                    last, step, label = _record_id(item.value)
+                except InputError as error:
+                    yield SkippedRelaxation(f"record {n_read - 1}", str(error))
+                    continue
+                run = runs.setdefault(last, [])
+                place = len(run) if step is None else step
+                run.append((place, label, item.start, item.length))
+        except JsonDamageError as error:
+            damage = f"file damaged after {n_read} records ({error}): fetch it again"
+        for name, places in runs.items():
+            # More of this one may have been in the part that is lost.
+            if damage and name == last:
+                yield SkippedRelaxation(name, damage)
+                continue
+            records = []
+            for step, label, start, length in places:
+                file.seek(start)
+                records.append((step, label, json.loads(file.read(length))))
+            yield _relaxation(name, records, _alignn_frame, shown.name)
+
+
+def _record_id(record: Any) -> tuple[str, int | None, str]:
+    """(relaxation, ionic step or None, name of the record).
+
+    Raises:
+      InputError: it has none.
+    """
+    record = _mapping(record)
+    jid = record.get("jid")
+    if not isinstance(jid, str | int) or jid == "":
+        raise InputError("no jid: name the material and the ionic step, JVASP-39-3")
+    jid = str(jid)
+    for field in ("step", "id"):
+        value = record.get(field)
+        if isinstance(value, int) and not isinstance(value, bool):
+            return jid, value, f"{jid}-{value}"
+        match = _STEP.fullmatch(value) if isinstance(value, str) else None
+        if match is not None and not _MATERIAL.fullmatch(value):
+            return match[1], int(match[2]), value
+    match = _STEP.fullmatch(jid)
+    if match is None or _MATERIAL.fullmatch(jid):
+        return jid, None, jid
+    return match[1], int(match[2]), jid
+
+
+def _relaxation(
+    name: str,
+    records: list[tuple[int, str, Any]],
+    parse: Callable[[int, Mapping[str, Any]], _Frame],
+    source: str,
+) -> RelaxationTrajectory | SkippedRelaxation:
+    """The relaxation made of (step, name, record); skipped if one of them is unsound."""
+    frames: list[_Frame] = []
+    for step, label, record in sorted(records, key=lambda entry: entry[0]):
+        try:
+            if frames and step == frames[-1].step:
+                raise InputError("ionic step occurs twice: remove one of them")
+            frame = parse(step, _mapping(record))
+            if frames and not np.array_equal(frame.numbers, frames[0].numbers):
+                raise InputError("number, order or species of atoms change: sort the atoms alike")
+            if frames and not np.array_equal(frame.pbc, frames[0].pbc):
+                raise InputError("periodic directions change: keep them the same")
+        except KeyError as missing:
+            return SkippedRelaxation(name, f"{label}: no {missing.args[0]}: add it or remove it")
+        except InputError as error:
+            return SkippedRelaxation(name, f"{label}: {error}")
+        except (TypeError, ValueError, IndexError, AttributeError, OverflowError) as error:
+            return SkippedRelaxation(name, f"{label}: {one_line(error)}: repair or remove it")
+        frames.append(frame)
+    if len(frames) < 2:
+        return SkippedRelaxation(name, "a single frame: a relaxation needs two or more")
+    numbers = frames[0].numbers
+    stresses = [frame.stress for frame in frames if frame.stress is not None]
+    trajectory = RelaxationTrajectory(
+        id=name,
+        atomic_numbers=numbers,
+        positions=np.stack([frame.positions for frame in frames]),
+        cells=np.stack([frame.cell for frame in frames]),
+        pbc=frames[0].pbc,
+        energies=np.array([frame.energy for frame in frames]),
+        forces=np.stack([frame.forces for frame in frames]),
+        fixed_mask=np.zeros(len(numbers), dtype=bool),
+        group=reduced_formula(numbers),
+        stresses=np.stack(stresses) if len(stresses) == len(frames) else None,
+        source=source,
+    )
+    try:
+        return sound_and_unwrapped(trajectory)
+    except InputError as error:
+        return SkippedRelaxation(name, str(error))
+
+
+def _alignn_frame(step: int, record: Mapping[str, Any]) -> _Frame:
+    atoms = _mapping(record["atoms"])
+    numbers = _elements(atoms["elements"])
+    cell = _array("lattice_mat", atoms["lattice_mat"], (3, 3))
+    coords = _array("coords", atoms["coords"], (len(numbers), 3))
+    cartesian = atoms["cartesian"]
+    if not isinstance(cartesian, bool):
+        raise InputError(f"cartesian: {cartesian!r}: say true or false")
+    per_atom = float(record["total_energy"])
+    if abs(per_atom) > _LARGEST_PER_ATOM:
+        raise InputError(
+            f"total_energy: {per_atom:.6g} eV per atom is impossible: in this layout it is the "
+            "energy per atom, divide it by the number of atoms"
+        )
+    return _Frame(
+        step,
+        numbers,
+        coords if cartesian else coords @ cell,
+        cell,
+        np.ones(3, dtype=bool),
+        per_atom * len(numbers),
+        _array("forces", record["forces"], (len(numbers), 3)),
+        _stress("stresses", record.get("stresses")),
+    )
+
+
+def _mptrj_frame(step: int, record: Mapping[str, Any]) -> _Frame:
+    structure = _mapping(record["structure"])
+    lattice, sites = structure["lattice"], structure["sites"]
+    if any(len(site["species"]) != 1 or site["species"][0]["occu"] != 1 for site in sites):
+        raise InputError("structure: a site is shared or empty: give an ordered structure")
+    numbers = _elements([site["species"][0]["element"] for site in sites])
+    cell = _array("lattice", lattice["matrix"], (3, 3))
+    fractional = _array("abc", [site["abc"] for site in sites], (len(numbers), 3))
+    return _Frame(
+        step,
+        numbers,
+        fractional @ cell,
+        cell,
+        np.array(lattice.get("pbc", (True, True, True)), dtype=bool),
+        float(record["uncorrected_total_energy"]),
+        _array("force", record["force"], (len(numbers), 3)),
+        _stress("stress", record.get("stress")),
+    )
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _elements(symbols: list[str]) -> np.ndarray:
+    from ase.data import atomic_numbers
+
+    if not symbols:
+        raise InputError("no atoms: remove it")
+    names = [str(symbol).strip() for symbol in symbols]
+    unknown = sorted({name for name in names if not atomic_numbers.get(name)})
+    if unknown:
+        raise InputError(f"elements {', '.join(unknown)}: unknown: use chemical symbols")
+    return np.array([atomic_numbers[name] for name in names], dtype=np.int64)
+
+
+def _array(field: str, value: Any, shape: tuple[int, ...]) -> np.ndarray:
+    try:
+        array = np.array(value, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise InputError(f"{field}: not all numbers: repair or remove it") from None
+    if array.shape != shape:
+        raise InputError(f"{field}: shape {array.shape} instead of {shape}: repair or remove it")
+    return array
+
+
+def _stress(field: str, value: Any) -> np.ndarray | None:
+    """(6,) eV/Å³, Voigt order, tension positive, from (3, 3) kB with pressure positive."""
+    if value is None or value == "na" or value == []:
+        return None
+    full = _array(field, value, (3, 3))
+    return -_KILOBAR * full.reshape(9)[[0, 4, 8, 5, 2, 1]]

@@ -1,0 +1,133 @@
+"""The values of a JSON file's outermost list or object, one in memory at a time.
+
+The C decoder of the standard library parses each value whole, so it is fast, takes the NaN that
+Python writes, and says where each value lies, so that a file can be read in another order.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from typing import IO, Any, NamedTuple
+
+_CHUNK = 1 << 20
+_LARGEST = 1 << 29  # bytes of one value; far beyond any material's frames
+_SPACE = re.compile(r"[ \t\n\r]*")
+# A complaint this close to the end of what has been read may be about a token cut in two.
+_LONGEST_TOKEN = 32
+
+
+class JsonDamageError(ValueError):
+    """The file is no JSON from some byte on; the message says which, and why."""
+
+
+class Item(NamedTuple):
+    """A value of the outermost list or object.
+
+    Attributes:
+      key: its name in an object, "" in a list.
+      value: as Python objects.
+      start: byte where its text begins. length: bytes of its text.
+    """
+
+    key: str
+    value: Any
+    start: int
+    length: int
+
+
+class _Text:
+    """Text of a stream from ``start`` on. One character is one byte (Latin-1): JSON's own
+    characters are ASCII and never part of a UTF-8 sequence."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream, self._decoder = stream, json.JSONDecoder()
+        self.text, self.at, self.start = stream.read(_CHUNK).decode("latin-1"), 0, 0
+        if self.text.startswith("\xef\xbb\xbf"):
+            self.at = 3
+
+    @property
+    def byte(self) -> int:
+        return self.start + self.at
+
+    def _more(self) -> bool:
+        """Reads on, twice as much each time no value ends; False at the end of the file."""
+        rest = self.text[self.at :]
+        if len(rest) > _LARGEST:
+            raise JsonDamageError(f"byte {self.byte}: a value of more than {_LARGEST >> 20} MB")
+        chunk = self._stream.read(max(_CHUNK, len(rest))).decode("latin-1")
+        self.start, self.text, self.at = self.byte, rest + chunk, 0
+        return bool(chunk)
+
+    def next(self) -> str:
+        """The next character that is no space, "" at the end."""
+        while True:
+            self.at = _SPACE.match(self.text, self.at).end()  # type: ignore[union-attr]
+            if self.at < len(self.text):
+                return self.text[self.at]
+            if not self._more():
+                return ""
+
+    def expect(self, characters: str) -> str:
+        """Passes over one of the characters and returns it."""
+        found = self.next()
+        if not found or found not in characters:
+            what = f"{found!r} where {' or '.join(characters)} should be" if found else "cut off"
+            raise JsonDamageError(f"byte {self.byte}: {what}")
+        self.at += 1
+        return found
+
+    def value(self) -> tuple[Any, int, int]:
+        """(value, byte it begins at, length in bytes)."""
+        self.next()
+        while True:
+            try:
+                value, end = self._decoder.raw_decode(self.text, self.at)
+            except json.JSONDecodeError as error:
+                cut = "Unterminated" in error.msg or error.pos > len(self.text) - _LONGEST_TOKEN
+                if cut and self._more():
+                    continue
+                raise JsonDamageError(f"byte {self.start + error.pos}: {error.msg}") from None
+            except (ValueError, RecursionError) as error:
+                raise JsonDamageError(f"byte {self.byte}: {error}") from None
+            # A number that ends with what has been read may go on.
+            if end == len(self.text) and self._more():
+                continue
+            start, length = self.byte, end - self.at
+            self.at = end
+            return value, start, length
+
+
+def items(stream: IO[bytes]) -> Iterator[Item]:
+    """The values of the outermost list or object, in order.
+
+    Strings that are not ASCII come as Latin-1; keys come right.
+
+    Raises:
+      JsonDamageError: the outermost value is neither, or the file is damaged; values before are given.
+    """
+    text = _Text(stream)
+    close = {"[": "]", "{": "}"}[text.expect("[{")]
+    if text.next() != close:
+        separator = ","
+        while separator == ",":
+            key = ""
+            if close == "}":
+                key, _, _ = text.value()
+                if not isinstance(key, str):
+                    raise JsonDamageError(f"byte {text.byte}: {key!r} where a key should be")
+                text.expect(":")
+            yield Item(_utf8(key), *text.value())
+            separator = text.expect(f",{close}")
+    else:
+        text.expect(close)
+    if text.next():
+        raise JsonDamageError(f"byte {text.byte}: more after the end")
+
+
+def _utf8(text: str) -> str:
+    try:
+        return text.encode("latin-1").decode("utf-8")
+    except UnicodeError:
+        return text
