@@ -78,6 +78,11 @@ def add_data(commands) -> None:
         default="DFT-SCF",
         help="of the index (default: DFT-SCF, the geometry optimisations)",
     )
+    p = command(kinds, "info", "data_info", "say what a store holds")
+    p.add_argument("store", metavar="SET.h5", help="a store, or a folder of stores")
+    p.add_argument("--figure", metavar="PNG", help="draw the distributions")
+    p.add_argument("--json", action="store_true", help="print JSON")
+    _add_check(kinds)
     p = command(kinds, "emt", "data_emt", "make the generated data: alloys relaxed with EMT")
     p.add_argument("--n", type=int, default=600, help="relaxations (default: 600)")
     p.add_argument("--seed", type=int, default=0, help="of all random choices (default: 0)")
@@ -86,4 +91,35 @@ def add_data(commands) -> None:
         metavar="NAME.h5",
         help="the store to write (default: in the cache, "
         "where training with data.path=emt finds it)",
+    )
+
+
+def _add_check(kinds) -> None:
+    from relaxnet_jax.data.quality_reasons import REASONS
+
+    p = command(kinds, "check", "data_check", "find relaxations that make no physical sense")
+    p.add_argument("store", metavar="SET.h5", help="a store, or a folder of stores")
+    bounds = (
+        ("max-force", "eV/Å", "force on any free atom", 50),
+        ("max-energy-change", "eV/atom", "energy against the first frame's", 2),
+        ("converged", "eV/Å", "largest force of the last frame", 0.1),
+        ("energy-deviations", "K", "robust deviations from composition energies", 10),
+        ("charge-deviations", "K", "robust deviations from the element's median charge", 10),
+    )
+    for name, unit, text, default in bounds:
+        p.add_argument(
+            f"--{name}",
+            type=float,
+            metavar=unit,
+            default=float(default),
+            help=f"{text} (default: {default})",
+        )
+    p.add_argument("--json", action="store_true", help="print JSON, with all findings")
+    p.add_argument("--out", metavar="CLEAN.h5", help="write the relaxations that --drop leaves")
+    p.add_argument(
+        "--drop",
+        nargs="+",
+        default=[],
+        metavar="REASON",
+        help=f"what to leave out of --out: all, or some of {', '.join(REASONS)}",
     )

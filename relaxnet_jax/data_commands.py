@@ -5,6 +5,8 @@ exit code. None of them starts JAX.
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import json
 from pathlib import Path
 
 from relaxnet_jax.console import bar, note, q, say, status
@@ -66,6 +68,57 @@ def data_jarvis(args: argparse.Namespace) -> int:
     if result.failed:
         say("the same command again fetches those that failed")
     say(f"next: relaxnet-jax train --config explicit.py --set data.path={q(args.out)}")
+    return 0
+
+
+def data_info(args: argparse.Namespace) -> int:
+    """``relaxnet-jax data info``."""
+    from relaxnet_jax.data import TrajectoryStore
+    from relaxnet_jax.data.statistics import summarise, summary_lines
+
+    with TrajectoryStore(args.store) as store, bar("relaxations", len(store)) as advance:
+        summary = summarise(store, advance)
+    if args.figure:
+        from relaxnet_jax.evaluate.data_figure import distribution_figure
+
+        caption = f"{Path(args.store).name}: {summary.relaxations} relaxations"
+        distribution_figure(summary, args.figure, caption)
+        note(f"figure: {args.figure}")
+    if args.json:
+        say(json.dumps(summary.to_dict(), indent=1, ensure_ascii=False))
+    else:
+        for line in (f"{args.store}:", *summary_lines(summary)):
+            say(line)
+    return 0
+
+
+def data_check(args: argparse.Namespace) -> int:
+    """``relaxnet-jax data check``."""
+    from relaxnet_jax.data import TrajectoryStore
+    from relaxnet_jax.data.quality import Limits, check_store, report_lines, write_clean
+    from relaxnet_jax.data.quality_reasons import chosen
+
+    if bool(args.out) != bool(args.drop):
+        missing = "--drop all, or the reasons to drop" if args.out else "--out CLEAN.h5"
+        raise InputError(f"--{'out' if args.out else 'drop'}: not alone: also give {missing}")
+    reasons = chosen(args.drop)
+    names = ("max_force", "max_energy_change", "converged", "energy_deviations")
+    limits = Limits(**{name: getattr(args, name) for name in (*names, "charge_deviations")})
+    with TrajectoryStore(args.store) as store:
+        with bar("relaxations", len(store)) as advance:
+            report = check_store(store, limits, advance)
+        written = write_clean(store, report, reasons, args.out) if args.out else None
+    if args.json:
+        result = report.to_dict() | {"limits": dataclasses.asdict(limits)}
+        if written:
+            result |= {"out": args.out, "written": written[0], "dropped": written[1]}
+        say(json.dumps(result, indent=1, ensure_ascii=False))
+        return 0
+    for line in (f"{args.store}:", *report_lines(report)):
+        say(line)
+    if written:
+        why = ", ".join(args.drop)
+        say(f"{args.out}: {written[0]} relaxations written, {written[1]} dropped for {why}")
     return 0
 
 

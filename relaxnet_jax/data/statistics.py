@@ -1,0 +1,227 @@
+"""What is in a store: counts, distributions, groups, duplicates; one pass, a few numbers each."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from relaxnet_jax.data.duplicates import find_duplicates, invariants, key
+from relaxnet_jax.data.store import TrajectoryStore
+from relaxnet_jax.data.trajectory import RelaxationTrajectory
+from relaxnet_jax.data.work import displacements
+
+# Scalar of each relaxation: (what it is, unit).
+SCALARS: dict[str, tuple[str, str]] = {
+    "atoms": ("atoms", ""),
+    "frames": ("frames", ""),
+    "displacement": ("mean displacement", "Å"),
+    "max_displacement": ("largest displacement", "Å"),
+    "energy_drop": ("energy drop", "eV/atom"),
+    "first_fmax": ("first fmax", "eV/Å"),
+    "last_fmax": ("last fmax", "eV/Å"),
+    "volume_change": ("volume change", "%"),
+    "first_energy": ("first energy", "eV/atom"),
+    "last_energy": ("last energy", "eV/atom"),
+}
+
+_QUARTILES = ("min", "quartile", "median", "quartile", "max")
+
+
+@dataclasses.dataclass(frozen=True)
+class Distribution:
+    """Count of relaxations that have the number, and its quartiles over them (exact)."""
+
+    n: int
+    min: float
+    q1: float
+    median: float
+    q3: float
+    max: float
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class DataSummary:
+    """What a store holds.
+
+    Attributes:
+      relaxations, frames, atoms: counts; atoms of all structures, each once.
+      elements: (relaxations, atoms) that hold it, by symbol, in order of atomic number.
+      distributions: by name of `SCALARS`, those some relaxation has. Displacements are those of
+        free atoms from the first frame to the last (see `work.displacements`), mean and
+        largest of a relaxation; volume change is that of relaxations whose cell varies.
+      with_stresses, with_charges, with_fixed_atoms, variable_cell: numbers of relaxations.
+      groups, sources: distinct ones; largest: (name, relaxations), largest first, at most five.
+      duplicates: ids of relaxations that start from the same structure (see `duplicates`).
+      metadata: the store's own.
+      values: (R,) float64 by name of `SCALARS`, NaN where a relaxation has none; not in JSON.
+    """
+
+    relaxations: int
+    frames: int
+    atoms: int
+    elements: dict[str, tuple[int, int]]
+    distributions: dict[str, Distribution]
+    with_stresses: int
+    with_charges: int
+    with_fixed_atoms: int
+    variable_cell: int
+    groups: int
+    largest_groups: list[tuple[str, int]]
+    sources: int
+    largest_sources: list[tuple[str, int]]
+    duplicates: list[list[str]]
+    metadata: dict[str, Any]
+    values: dict[str, np.ndarray]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Ready for JSON; units as in `SCALARS`."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        del fields["values"]
+        fields["distributions"] = {
+            name: dataclasses.asdict(d) | {"unit": SCALARS[name][1]}
+            for name, d in self.distributions.items()
+        }
+        fields["elements"] = {
+            symbol: {"relaxations": r, "atoms": a} for symbol, (r, a) in self.elements.items()
+        }
+        return fields
+
+
+def summarise(
+    store: TrajectoryStore, advance: Callable[[int], None] = lambda _: None
+) -> DataSummary:
+    """Reads every relaxation once, and again those that may be duplicates.
+
+    Args:
+      store: open. Memory beyond it: 136 bytes for each relaxation.
+      advance: called with the number of relaxations read.
+    """
+    from ase.data import chemical_symbols
+
+    n = len(store)
+    values = {name: np.full(n, np.nan) for name in SCALARS}
+    keys, numbers = np.zeros(n, np.int64), np.zeros((n, 4))
+    texts = {name: np.zeros(n, np.int64) for name in ("group", "source")}
+    counts = dict.fromkeys(("stresses", "charges", "fixed", "variable"), 0)
+    relaxations, atoms = np.zeros(119, np.int64), np.zeros(119, np.int64)
+    for i in range(n):
+        t = store[i]
+        for name, value in scalars(t).items():
+            values[name][i] = value
+        keys[i], numbers[i] = key(t), invariants(t)
+        for name, hashes in texts.items():
+            hashes[i] = _hash(getattr(t, name))
+        counts["stresses"] += t.stresses is not None
+        counts["charges"] += t.charges is not None
+        counts["fixed"] += bool(t.fixed_mask.any())
+        counts["variable"] += not np.isnan(values["volume_change"][i])
+        of_elements = np.bincount(t.atomic_numbers, minlength=119)
+        atoms += of_elements
+        relaxations += of_elements > 0
+        advance(i + 1)
+    groups, largest_groups = _largest(texts["group"], lambda i: store[i].group)
+    sources, largest_sources = _largest(texts["source"], lambda i: store[i].source)
+    same = find_duplicates(keys, numbers, store.__getitem__)
+    return DataSummary(
+        relaxations=n,
+        frames=int(store.n_frames.sum()),
+        atoms=int(atoms.sum()),
+        elements={
+            chemical_symbols[z]: (int(relaxations[z]), int(atoms[z]))
+            for z in np.flatnonzero(atoms).tolist()
+        },
+        distributions={k: _distribution(v) for k, v in values.items() if np.isfinite(v).any()},
+        with_stresses=counts["stresses"],
+        with_charges=counts["charges"],
+        with_fixed_atoms=counts["fixed"],
+        variable_cell=counts["variable"],
+        groups=groups,
+        largest_groups=largest_groups,
+        sources=sources,
+        largest_sources=largest_sources,
+        duplicates=[[store[i].id for i in rows] for rows in same],
+        metadata=store.metadata,
+        values=values,
+    )
+
+
+def scalars(t: RelaxationTrajectory) -> dict[str, float]:
+    """The numbers of `SCALARS` one relaxation has, in their units."""
+    fmax = t.fmax
+    found = {
+        "atoms": t.n_atoms,
+        "frames": t.n_frames,
+        "energy_drop": float(t.energies[0] - t.energies[-1]) / t.n_atoms,
+        "first_energy": float(t.energies[0]) / t.n_atoms,
+        "last_energy": float(t.energies[-1]) / t.n_atoms,
+    }
+    free = ~t.fixed_mask
+    if free.any():
+        ends = np.array([0]), np.array([t.n_frames - 1])
+        moved = np.linalg.norm(displacements(t, *ends)[0, free], axis=-1)
+        found |= {"displacement": float(moved.mean()), "max_displacement": float(moved.max())}
+        found |= {"first_fmax": float(fmax[0]), "last_fmax": float(fmax[-1])}
+    if t.variable_cell:
+        first, last = np.abs(np.linalg.det(t.cells[[0, -1]]))
+        found["volume_change"] = 100 * (float(last / first) - 1) if first > 0 else np.nan
+    return found
+
+
+def summary_lines(summary: DataSummary) -> list[str]:
+    """The summary as text of at most 100 columns, but for ids and names."""
+    s = summary
+    lines = [
+        f"{s.relaxations} relaxations, {s.frames} frames, {s.atoms} atoms, "
+        f"{len(s.elements)} elements, {s.groups} groups, {s.sources} sources",
+        f"  with stresses {s.with_stresses}, charges {s.with_charges}, "
+        f"fixed atoms {s.with_fixed_atoms}, variable cell {s.variable_cell}",
+        "",
+        f"{'':28}{'relaxations':>11}" + "".join(f"{name:>11}" for name in _QUARTILES),
+    ]
+    for name, d in s.distributions.items():
+        label, unit = SCALARS[name]
+        quartiles = (d.min, d.q1, d.median, d.q3, d.max)
+        label += f" ({unit})" if unit else ""
+        lines.append(f"{label:28}{d.n:11d}" + "".join(f"{x:11.4g}" for x in quartiles))
+    lines += ["", "relaxations with element:"]
+    items = [f"{symbol} {count}" for symbol, (count, _) in s.elements.items()]
+    for k in range(0, len(items), 12):
+        lines.append("  " + ", ".join(items[k : k + 12]))
+    for title, largest in (("groups", s.largest_groups), ("sources", s.largest_sources)):
+        shown = ", ".join(f"{name or '(none)'} {count}" for name, count in largest)
+        lines.append(f"largest {title}: {shown}")
+    extra = sum(len(ids) - 1 for ids in s.duplicates)
+    lines.append(f"{extra} relaxations start from the same structure as another")
+    lines += [f"  {', '.join(ids[:5])}{', …' * (len(ids) > 5)}" for ids in s.duplicates[:5]]
+    if len(s.duplicates) > 5:
+        lines.append(f"  … {len(s.duplicates) - 5} more sets (--json lists all)")
+    lines.append(f"metadata: {', '.join(f'{k}={_short(v)}' for k, v in s.metadata.items())}")
+    return lines
+
+
+def _distribution(column: np.ndarray) -> Distribution:
+    values = column[np.isfinite(column)]
+    return Distribution(len(values), *np.quantile(values, [0, 0.25, 0.5, 0.75, 1]).tolist())
+
+
+def _largest(
+    hashes: np.ndarray, name: Callable[[int], str], n: int = 5
+) -> tuple[int, list[tuple[str, int]]]:
+    """Number of distinct texts, and the commonest with their counts, named by a row."""
+    _, first, counts = np.unique(hashes, return_index=True, return_counts=True)
+    top = np.lexsort((first, -counts))[:n]
+    return len(first), [(name(int(first[k])), int(counts[k])) for k in top]
+
+
+def _hash(text: str) -> int:
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else text[:57] + "..."

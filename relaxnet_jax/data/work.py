@@ -1,0 +1,92 @@
+"""What forces and stresses say a relaxation's energies do, and how far its atoms move."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from relaxnet_jax.data.trajectory import RelaxationTrajectory
+
+# (3, 3) matrix of a stress from its Voigt order xx yy zz yz xz xy.
+_VOIGT = np.array([[0, 5, 4], [5, 1, 3], [4, 3, 2]])
+
+
+def displacements(
+    trajectory: RelaxationTrajectory, start: np.ndarray, end: np.ndarray
+) -> np.ndarray:
+    """How atoms move between frames, without what the cell alone and a drift would move them.
+
+    Where the cell varies it is the change of fractional coordinates in the cell of the ``end``
+    frame. Where no atom is fixed, the mean over atoms is removed: nothing holds the structure
+    in its place, and a rigid translation changes nothing.
+
+    Args:
+      trajectory: N atoms.
+      start, end: (k,) int, frames.
+
+    Returns:
+      (k, N, 3), Å.
+    """
+    x, cells = trajectory.positions, trajectory.cells
+    if trajectory.variable_cell:
+        fractional = x[end] @ np.linalg.pinv(cells[end]) - x[start] @ np.linalg.pinv(cells[start])
+        moved = fractional @ cells[end]
+    else:
+        moved = x[end] - x[start]
+    return moved if trajectory.fixed_mask.any() else moved - moved.mean(axis=1, keepdims=True)
+
+
+def step_works(trajectory: RelaxationTrajectory) -> np.ndarray | None:
+    """Work of forces and stress along each step, by the labels of either of its ends.
+
+    The energy falls by their mean up to third order in the step (trapezoid rule). Works are
+    sum_i F_i·dx_i - V sum_ab sigma_ab d(strain)_ab, with dx at fixed strain.
+
+    Returns:
+      (2, n-1), eV: by the labels of the first and of the second frame of each step. None where
+      the cell varies and there are no stresses.
+    """
+    x, forces, cells = trajectory.positions, trajectory.forces, trajectory.cells
+    if not trajectory.variable_cell:
+        moved = np.diff(x, axis=0)
+        return np.stack([(f * moved).sum(axis=(1, 2)) for f in (forces[:-1], forces[1:])])
+    if trajectory.stresses is None:
+        return None
+    inverses = np.linalg.pinv(cells)
+    change = np.diff(x @ inverses, axis=0)
+    strains = (inverses[:-1] @ cells[1:] - np.eye(3), np.eye(3) - inverses[1:] @ cells[:-1])
+    stresses = (trajectory.stresses * np.abs(np.linalg.det(cells))[:, None])[:, _VOIGT]
+    works = []
+    for ends, strain in zip((slice(None, -1), slice(1, None)), strains):
+        of_forces = (forces[ends] * (change @ cells[ends])).sum(axis=(1, 2))
+        works.append(of_forces - (stresses[ends] * strain).sum(axis=(1, 2)))
+    return np.stack(works)
+
+
+def cell_jumps(trajectory: RelaxationTrajectory) -> list[tuple[int, int, float, float]]:
+    """Atoms that cross much of the cell within one step.
+
+    That is more than half of the shortest lattice vector, or nearer to another periodic image
+    than to where they were. A drift of the whole structure does not count.
+
+    Returns:
+      (frame, atom, displacement Å, bound Å) of the atom that moves furthest in each such step;
+      ``frame`` is where it arrives. Nothing where no direction is periodic.
+    """
+    periodic = np.asarray(trajectory.pbc, dtype=bool)
+    if trajectory.n_frames < 2 or not periodic.any():
+        return []
+    end = np.arange(1, trajectory.n_frames)
+    moved = displacements(trajectory, end - 1, end)
+    cells = trajectory.cells[1:]
+    images = np.round(moved @ np.linalg.pinv(cells)) * periodic
+    combinations = np.array(np.meshgrid(*[[-1, 0, 1] if p else [0] for p in periodic]))
+    combinations = combinations.reshape(3, -1).T
+    lattice = combinations[np.any(combinations, axis=1)] @ cells
+    bounds = 0.5 * np.linalg.norm(lattice, axis=-1).min(axis=1)
+    lengths = np.linalg.norm(moved, axis=-1)
+    bad = (lengths > bounds[:, None]) | np.any(images, axis=-1)
+    return [
+        (int(end[k]), int(atom), float(lengths[k, atom]), float(bounds[k]))
+        for k in np.flatnonzero(bad.any(axis=1))
+        for atom in [np.where(bad[k], lengths[k], -1).argmax()]
+    ]
