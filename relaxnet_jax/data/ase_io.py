@@ -158,7 +158,7 @@ def _build(
         pbc=first.pbc.copy(),
         energies=np.array([energy for energy, _, _ in labels], dtype=np.float64),
         forces=np.array([forces for _, forces, _ in labels], dtype=np.float64),
-        fixed_mask=_fixed(first),
+        fixed_mask=fixed_atoms(first),
         group=_text(info.get("group"))
         or _text(info.get("parent"))
         or reduced_formula(first.numbers),
@@ -208,14 +208,14 @@ def _complaint(images: list[ase.Atoms], labels: list[_Labels]) -> str:
         if missing:
             return f"frame {k}: no {' and no '.join(missing)}: every frame needs both"
         try:
-            if np.any(_fixed(atoms) != _fixed(first)):
+            if np.any(fixed_atoms(atoms) != fixed_atoms(first)):
                 return f"frame {k}, constraints: fixed atoms change: keep them the same"
         except InputError as error:
             return f"frame {k}, constraints: {error}"
     return ""
 
 
-def _fixed(atoms: ase.Atoms) -> np.ndarray:
+def fixed_atoms(atoms: ase.Atoms) -> np.ndarray:
     """(N,) bool from ``FixAtoms`` and from ``FixCartesian``/``FixScaled`` of all directions."""
     from ase.constraints import FixAtoms, FixCartesian, FixScaled
 

@@ -30,7 +30,7 @@ ENERGIES: dict[Energy, bytes] = {
 _CHUNK = 1 << 20
 _LONGEST_TAG = 512
 _LARGEST_BLOCK = 1 << 28  # bytes; far beyond any structure VASP can relax
-_KILOBAR = 1e-1 / 160.21766208  # eV/Å³; ASE's value of 0.1 GPa
+KILOBAR = 1e-1 / 160.21766208  # eV/Å³; ASE's value of 0.1 GPa
 _SKIPPED = (b"dos", b"eigenvalues", b"projected", b"kpoints", b"dielectricfunction", b"dynmat")
 _TAG = re.compile(
     rb"<(/?(?:modeling|calculation|atominfo|structure|varray|energy|scstep|"
@@ -183,7 +183,7 @@ class _Parser:
         while (match := self._scanner.tag()) is not None:
             tag, attributes = match[1], match[2]
             if tag is None:
-                self._check_ibrion(match[4])
+                check_ibrion(int(match[4]))
             elif tag in _SKIPPED:
                 self._upto(tag, keep=False)
             elif tag == b"atominfo":
@@ -247,13 +247,6 @@ class _Parser:
                 "killed or the file is cut; run it to its end or fetch it again"
             )
         return text
-
-    def _check_ibrion(self, text: bytes) -> None:
-        ibrion = int(text)
-        if ibrion in _NO_RELAXATION:
-            raise InputError(
-                f"IBRION={ibrion}, {_NO_RELAXATION[ibrion]}: give a relaxation (IBRION 1, 2 or 3)"
-            )
 
     @property
     def _n_atoms(self) -> int:
@@ -321,7 +314,7 @@ class _Parser:
             energy = free + last[self._energy] - last[b"e_fr_energy"]
         stress = step.get("stress")
         if stress is not None:
-            stress = -_KILOBAR * stress.reshape(9)[[0, 4, 8, 5, 2, 1]]
+            stress = -KILOBAR * stress.reshape(9)[[0, 4, 8, 5, 2, 1]]
         return _Step(step["cell"], step["fractional"], energy, step["forces"], stress)
 
 
@@ -343,14 +336,23 @@ def _rows(text: bytes, name: bytes, rows: int) -> np.ndarray:
     try:
         return np.array(tokens, dtype="S").astype(np.float64).reshape(rows, 3)
     except ValueError:
-        bad = next(t for t in tokens if not _is_number(t)).decode("ascii", "replace")
+        bad = next(t for t in tokens if not is_number(t)).decode("ascii", "replace")
         raise InputError(
             f"{name.decode()}: {bad!r} is no number: VASP had no room for it, or the file is "
             "damaged"
         ) from None
 
 
-def _is_number(token: bytes) -> bool:
+def check_ibrion(ibrion: int) -> None:
+    """Raises InputError if a run with this IBRION is no relaxation."""
+    if ibrion in _NO_RELAXATION:
+        raise InputError(
+            f"IBRION={ibrion}, {_NO_RELAXATION[ibrion]}: give a relaxation (IBRION 1, 2 or 3)"
+        )
+
+
+def is_number(token: bytes) -> bool:
+    """Whether Python takes it for a number."""
     try:
         float(token)
     except ValueError:
@@ -361,4 +363,4 @@ def _is_number(token: bytes) -> bool:
 def _energies(block: bytes) -> dict[bytes, float]:
     """Energies by name, eV; those VASP had no room for are left out."""
     pairs = re.findall(rb'<i\s+name="(\w+)"[^<>]*>([^<>]*)</i>', block)
-    return {key: float(text) for key, text in pairs if _is_number(text)}
+    return {key: float(text) for key, text in pairs if is_number(text)}

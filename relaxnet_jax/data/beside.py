@@ -1,0 +1,115 @@
+"""What lies beside a VASP run's file: charges, selective dynamics, the crystal it started from."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from relaxnet_jax.data.ase_io import fixed_atoms
+from relaxnet_jax.data.files import one_line
+from relaxnet_jax.data.sources import decompressed, plain_copy
+from relaxnet_jax.data.trajectory import RelaxationTrajectory
+from relaxnet_jax.data.vasp_outcar import Outcar
+from relaxnet_jax.errors import InputError
+
+if TYPE_CHECKING:
+    import ase
+
+Initial = Literal["cif"]
+# A CIF is the structure the run started from if lengths, angles and places agree to within these.
+# Å, degrees, Å; CIFs are often rounded to three decimals, a relaxed crystal differs by more.
+LENGTH_TOLERANCE = 0.01
+ANGLE_TOLERANCE = 0.1
+PLACE_TOLERANCE = 0.02
+
+
+def with_charges(trajectory: RelaxationTrajectory, outcar: Path) -> RelaxationTrajectory:
+    """The relaxation of a vasprun.xml with the charges of the OUTCAR of the same run.
+
+    They are the "tot" column of its last "total charge" table: the number of valence electrons
+    within each atom's PAW sphere (see `Outcar.charges`). Without a table it is returned as it was.
+
+    Raises:
+      InputError: the OUTCAR is cut, damaged or another run's; the message does not name it.
+    """
+    with decompressed(outcar) as stream:
+        run = Outcar(stream)
+        steps = sum(1 for _ in run.steps())
+        numbers = run.numbers
+    if not run.finished:
+        raise InputError(f"ends after {steps} complete ionic steps: fetch it again")
+    if not np.array_equal(numbers, trajectory.atomic_numbers) or steps != trajectory.n_frames:
+        raise InputError(
+            f"{steps} ionic steps of {len(numbers)} atoms, the vasprun.xml {trajectory.n_frames} "
+            f"of {trajectory.n_atoms}, or other elements: it is another run's"
+        )
+    if run.charges_fault:
+        raise InputError(run.charges_fault)
+    return dataclasses.replace(trajectory, charges=run.charges)
+
+
+def fixed_by(poscar: Path) -> np.ndarray:
+    """(N,) bool, the atoms that the selective dynamics of a POSCAR or CONTCAR holds fixed.
+
+    Raises:
+      InputError: it cannot be read, or an atom is held in some directions only; the message does
+        not name it.
+    """
+    return fixed_atoms(_structure(poscar, "vasp"))
+
+
+def difference(trajectory: RelaxationTrajectory, cif: Path) -> str:
+    """In what the first frame is not the crystal of a CIF; "" if it is.
+
+    Compared are composition, lengths and angles of the cell, and fractional coordinates, atoms of
+    one element in any order and in any periodic image. Orientation is not: a CIF has none.
+
+    Raises:
+      InputError: the CIF cannot be read; the message does not name it.
+    """
+    from ase.geometry import cell_to_cellpar
+    from scipy.optimize import linear_sum_assignment
+
+    crystal = _structure(cif, "cif")
+    numbers = trajectory.atomic_numbers
+    if sorted(crystal.numbers) != sorted(numbers):
+        found = trajectory.atoms(0).get_chemical_formula()
+        return f"{found} in the first frame, {crystal.get_chemical_formula()} in the CIF"
+    cell = trajectory.cells[0]
+    mine, its = cell_to_cellpar(cell), crystal.cell.cellpar()
+    for name, part, tolerance, unit in (
+        ("a, b, c", slice(0, 3), LENGTH_TOLERANCE, "Å"),
+        ("alpha, beta, gamma", slice(3, 6), ANGLE_TOLERANCE, "°"),
+    ):
+        if np.abs(mine[part] - its[part]).max() > tolerance:
+            values = [", ".join(f"{x:.3f}" for x in found[part]) for found in (mine, its)]
+            return f"{name} {values[0]} {unit} in the first frame, {values[1]} {unit} in the CIF"
+    fractional = np.linalg.solve(cell.T, trajectory.positions[0].T).T
+    for z in np.unique(numbers):
+        atoms = np.flatnonzero(numbers == z)
+        apart = fractional[atoms, None] - crystal.get_scaled_positions()[crystal.numbers == z]
+        distances = np.linalg.norm((apart - np.round(apart)) @ cell, axis=-1)
+        rows, columns = linear_sum_assignment(distances)
+        matched = distances[rows, columns]
+        if matched.max() > PLACE_TOLERANCE:
+            return (
+                f"atom {atoms[rows[matched.argmax()]]} of the first frame is {matched.max():.3f} Å "
+                "from its place in the CIF"
+            )
+    return ""
+
+
+def _structure(path: Path, form: str) -> ase.Atoms:
+    """The structure of a file, by ASE."""
+    import ase.io
+
+    with plain_copy(path) as plain, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return ase.io.read(plain, index=0, format=form)
+        except Exception as error:
+            raise InputError(f"cannot be read ({one_line(error)}): repair or remove it") from error

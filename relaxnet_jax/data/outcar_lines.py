@@ -1,0 +1,116 @@
+"""Lines and tables of an OUTCAR, out of a stream of which only a chunk is in memory."""
+
+from __future__ import annotations
+
+import re
+from typing import IO
+
+import numpy as np
+
+from relaxnet_jax.data.vasp_xml import is_number
+from relaxnet_jax.errors import InputError
+
+_CHUNK = 1 << 20
+_LONGEST_LINE = 1 << 16
+# What the lines of interest begin with, blanks aside ("Iteration" comes after dashes).
+_MARKS = (
+    b"TITEL  =",
+    b"VRHFIN =",
+    b"number of dos",
+    b"ions per type",
+    b"IBRION =",
+    b"using selective dynamics",
+    b" Iteration ",
+    b"total charge",
+    b"in kB",
+    b"direct lattice vectors",
+    b"POSITION  ",
+    b"free  energy",
+    b"energy  without entropy",
+    b"General timing and accounting",
+)
+_GLUED = re.compile(rb"(?<=\d)-")
+
+
+class Cut(Exception):  # noqa: N818 - the end of the file, not a fault of it
+    """The file ends inside a block."""
+
+
+class Scanner:
+    """Looks for lines of interest in a binary stream and forgets what it has passed.
+
+    Only lines that end in a line break are seen: the last one of a cut file may be half a number.
+    """
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self._buffer, self._at = file, b"", 0
+        self._hits: list[tuple[int, bytes]] = []
+
+    def _more(self) -> bool:
+        """Reads on; False at the end of the file."""
+        if len(self._buffer) - self._at > _LONGEST_LINE + 2 * _CHUNK:
+            raise InputError("lines longer than 64 kB, or a table without end: the file is damaged")
+        chunk = self._file.read(_CHUNK)
+        self._buffer, self._at = self._buffer[self._at :] + chunk, 0
+        upto = self._buffer.rfind(b"\n") + 1
+        hits = []
+        for mark in _MARKS:
+            found = self._buffer.find(mark, 0, upto)
+            while found >= 0:
+                hits.append((found, mark))
+                found = self._buffer.find(mark, found + 1, upto)
+        self._hits = sorted(hits, reverse=True)
+        return bool(chunk)
+
+    def line(self) -> tuple[bytes, bytes] | None:
+        """(what it begins with, the line) of the next line of interest, None at the end."""
+        while True:
+            while self._hits:
+                found, mark = self._hits.pop()
+                if found < self._at:
+                    continue
+                start = self._buffer.rfind(b"\n", 0, found) + 1
+                before = self._buffer[start:found].strip()
+                if before and not (mark == b" Iteration " and not before.strip(b"-")):
+                    continue
+                end = self._buffer.index(b"\n", found)
+                self._at = end + 1
+                return mark, self._buffer[found:end]
+            self._at = max(self._at, self._buffer.rfind(b"\n") + 1)
+            if not self._more():
+                return None
+
+    def lines(self, count: int) -> list[bytes]:
+        """The next ``count`` lines. Raises Cut if the file ends first."""
+        taken: list[bytes] = []
+        while len(taken) < count:
+            end = self._buffer.find(b"\n", self._at)
+            if end >= 0:
+                taken.append(self._buffer[self._at : end])
+                self._at = end + 1
+            elif not self._more():
+                raise Cut
+        return taken
+
+    def peek(self) -> bytes:
+        """The next line, which stays; b"" at the end of the file."""
+        while (end := self._buffer.find(b"\n", self._at)) < 0:
+            if not self._more():
+                return b""
+        return self._buffer[self._at : end]
+
+
+def table(lines: list[bytes], columns: int, what: str) -> np.ndarray:
+    """(rows, columns) numbers. Raises InputError if there are others."""
+    # Numbers of a Fortran format touch where the second is negative and fills its field.
+    found = [_GLUED.sub(b" -", line).split() for line in lines]
+    if any(len(row) != columns for row in found):
+        bad = next(len(row) for row in found if len(row) != columns)
+        raise InputError(f"{what}: {bad} numbers in a row of {columns}: the file is damaged")
+    try:
+        return np.array(found, dtype="S").astype(np.float64)
+    except ValueError:
+        token = next(t for row in found for t in row if not is_number(t)).decode("ascii", "replace")
+        raise InputError(
+            f"{what}: {token!r} is no number: VASP had no room for it, or the file is damaged"
+        ) from None

@@ -1,0 +1,308 @@
+"""OUTCAR, read in one pass with one ionic step in memory.
+
+Few lines of an OUTCAR are of interest, and each begins with words of its own: the text is searched
+for these words chunk by chunk, and what lies between is never split into lines.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from typing import IO, NamedTuple, NoReturn
+
+import numpy as np
+
+from relaxnet_jax.data.outcar_lines import Cut, Scanner, table
+from relaxnet_jax.data.trajectory import (
+    RelaxationTrajectory,
+    reduced_formula,
+    sound_and_unwrapped,
+)
+from relaxnet_jax.data.vasp_xml import KILOBAR, Energy, check_ibrion, is_number
+from relaxnet_jax.errors import InputError
+
+_SYMBOL = re.compile(rb"[A-Z][a-z]?(?![A-Za-z])")
+
+
+class _Step(NamedTuple):
+    """One ionic step: cell (3, 3) Å, positions (N, 3) Å, energy eV, forces (N, 3), stress or None.
+
+    ``own_cell``: whether the cell was printed for this very step.
+    """
+
+    cell: np.ndarray
+    own_cell: bool
+    positions: np.ndarray
+    energy: float
+    forces: np.ndarray
+    stress: np.ndarray | None
+
+
+def read_outcar(
+    file: IO[bytes],
+    name: str,
+    energy: Energy = "free",
+    source: str = "VASP",
+    fixed: np.ndarray | None = None,
+    note: Callable[[str], None] | None = None,
+) -> RelaxationTrajectory:
+    """The relaxation of an OUTCAR.
+
+    Positions are unwrapped; forces are raw; stresses have ASE's sign. Positions have the five
+    decimals of an OUTCAR (a vasprun.xml has more). Of each ionic step the energy is the one after
+    its last electronic step, converged or not, as in `vasp_xml.read_vasprun`. Of a run that was
+    killed, is still going or is cut, the complete ionic steps are kept. ``charges`` are the "tot"
+    column of the last "total charge" table (see `Outcar.charges`), None if there is none.
+
+    Args:
+      file: opened in binary mode, decompressed.
+      name: id of the relaxation.
+      energy: "free" (TOTEN, consistent with the forces), "sigma0" (extrapolated to zero
+        smearing) or "internal" (without entropy).
+      source: where it came from.
+      fixed: (N,) bool, True where selective dynamics held the atom. An OUTCAR does not say which
+        atoms these are; without it none is taken as fixed.
+      note: called with one line for each thing left out or assumed.
+
+    Raises:
+      InputError: it is no relaxation of two or more complete ionic steps, or is damaged; the
+        message is one line without the name of the file.
+    """
+    say = note or (lambda _: None)
+    run = Outcar(file, energy)
+    steps = list(run.steps())
+    if len(steps) < 2:
+        what = "a single ionic step" if steps else "no complete ionic step"
+        raise InputError(f"{what}: a relaxation needs two or more")
+    if len({step.own_cell for step in steps}) > 1:
+        missing = [step.own_cell for step in steps].index(False)
+        raise InputError(f"ionic step {missing}: no lattice vectors: the file is damaged")
+    if not run.finished:
+        say(
+            f"the run was killed, is still going or the file is cut: {len(steps)} complete ionic "
+            "steps kept"
+        )
+    if run.charges_fault:
+        say(f"charges left out: {run.charges_fault}")
+    numbers = run.numbers
+    if fixed is not None and fixed.shape != numbers.shape:
+        raise InputError(f"{len(numbers)} atoms, but {len(fixed)} flags of selective dynamics")
+    if fixed is None and run.selective:
+        say(
+            "selective dynamics, but an OUTCAR does not name the fixed atoms: none is taken as "
+            "fixed; put the run's POSCAR beside it"
+        )
+    stresses = [step.stress for step in steps if step.stress is not None]
+    trajectory = RelaxationTrajectory(
+        id=name,
+        atomic_numbers=numbers,
+        positions=np.array([step.positions for step in steps]),
+        cells=np.array([step.cell for step in steps]),
+        pbc=np.ones(3, dtype=bool),
+        energies=np.array([step.energy for step in steps]),
+        forces=np.array([step.forces for step in steps]),
+        fixed_mask=np.zeros(len(numbers), dtype=bool) if fixed is None else fixed,
+        group=reduced_formula(numbers),
+        stresses=np.array(stresses) if len(stresses) == len(steps) else None,
+        charges=run.charges,
+        source=source,
+    )
+    return sound_and_unwrapped(trajectory)
+
+
+class Outcar:
+    """The ionic steps of an OUTCAR, and what else is known once they have been read.
+
+    Attributes:
+      done: complete ionic steps so far.
+      finished: whether VASP came to its end and wrote its timings.
+      selective: whether selective dynamics was on.
+      charges: (N,) number of valence electrons within each atom's PAW sphere (radius RWIGS), the
+        column "tot" of the last table "total charge": a count of electrons (positive, in
+        electrons), no net charge, and without the electrons between the spheres. None without
+        table (LORBIT not set).
+      charges_fault: why the last table could not be read, or "".
+    """
+
+    def __init__(self, file: IO[bytes], energy: Energy = "free") -> None:
+        self._scanner, self._energy = Scanner(file), energy
+        self._titles: list[bytes] = []
+        self._valences: list[bytes] = []
+        self._n_ions: int | None = None
+        self._counts: list[int] | None = None
+        self._numbers: np.ndarray | None = None
+        self._table: tuple[np.ndarray | None, str] = (None, "")
+        self.done = 0
+        self.finished = self.selective = False
+        self.charges: np.ndarray | None = None
+        self.charges_fault = ""
+
+    @property
+    def numbers(self) -> np.ndarray:
+        """(N,) atomic numbers. Raises InputError where the head of the file is damaged."""
+        if self._numbers is None:
+            self._numbers = self._read_numbers()
+        return self._numbers
+
+    def steps(self) -> Iterator[_Step]:
+        """The complete ionic steps, in order. Raises InputError at damage other than a cut."""
+        try:
+            yield from self._steps()
+        except Cut:
+            if self.finished:
+                self._fail("ends inside a table")
+        if self.finished:
+            self.charges, self.charges_fault = self._table
+
+    def _fail(self, what: str, remedy: str = "the file is damaged") -> NoReturn:
+        raise InputError(f"ionic step {self.done}: {what}: {remedy}")
+
+    def _steps(self) -> Iterator[_Step]:
+        cell: np.ndarray | None = None
+        iteration: int | None = None
+        own_cell = False
+        stress = placed = free = None
+        while (hit := self._scanner.line()) is not None:
+            mark, line = hit
+            if mark == b" Iteration ":
+                number = re.match(rb" Iteration\s+(\d+)\(", line)
+                iteration = int(number[1]) if number else None
+            elif mark == b"total charge":
+                if line.split() == [b"total", b"charge"]:
+                    self._table = self._read_charges()
+            elif mark == b"in kB":
+                values = table([line[5:]], 6, f"ionic step {self.done}: stress")[0]
+                stress = -KILOBAR * values[[0, 1, 2, 4, 5, 3]]
+            elif mark == b"direct lattice vectors":
+                cell, own_cell = self._read_cell(), iteration is not None
+            elif mark == b"POSITION  ":
+                if b"TOTAL-FORCE" not in line:
+                    continue
+                if b"(ML)" in line:
+                    self._fail("made by a machine-learned force field", "give a run of DFT alone")
+                if placed is not None:
+                    self._fail("no energy")
+                placed = self._read_atoms()
+            elif mark == b"free  energy":
+                match = re.match(rb"free  energy\s+TOTEN\s*=\s*(\S+)\s+eV", line)
+                if match is None or placed is None or free is not None:
+                    self._fail(
+                        "no positions and forces" if match and placed is None else "free energy"
+                    )
+                free = match[1]
+            elif mark == b"energy  without entropy":
+                match = re.match(
+                    rb"energy  without entropy\s*=\s*(\S+)\s+energy\(sigma->0\)\s*=\s*(\S+)", line
+                )
+                if match is None or free is None or placed is None or cell is None:
+                    missing = "no lattice vectors" if match and free and placed else "energies"
+                    self._fail(missing)
+                if iteration is not None and iteration != self.done + 1:
+                    self._fail(f"the file counts it as {iteration - 1}")
+                token = {"free": free, "internal": match[1], "sigma0": match[2]}[self._energy]
+                if not is_number(token):
+                    self._fail(f"energy {token.decode('ascii', 'replace')!r} is no number")
+                self.charges, self.charges_fault = self._table
+                yield _Step(cell, own_cell, placed[:, :3], float(token), placed[:, 3:], stress)
+                self.done += 1
+                own_cell, stress = False, None
+                placed = free = None
+            elif mark == b"General timing and accounting":
+                self.finished = True
+            else:
+                self._read_head(mark, line)
+        if self.finished and placed is not None:
+            self._fail("no energy")
+
+    def _read_head(self, mark: bytes, line: bytes) -> None:
+        if mark == b"TITEL  =":
+            self._titles.append(line[len(mark) :])
+        elif mark == b"VRHFIN =":
+            self._valences.append(line[len(mark) :])
+        elif mark == b"using selective dynamics":
+            self.selective = True
+        elif mark == b"IBRION =":
+            match = re.match(rb"IBRION =\s*(-?\d+)\s+ionic relax", line)
+            if match:
+                check_ibrion(int(match[1]))
+        elif mark == b"number of dos":
+            match = re.search(rb"NIONS\s*=\s*(\d+)", line)
+            self._n_ions = int(match[1]) if match else None
+        elif mark == b"ions per type":
+            if self._counts is not None:
+                raise InputError("two runs in one file: give each its own")
+            text = line.partition(b"=")[2]
+            # Ten types a line.
+            while re.fullmatch(rb"[\s\d]*\d[\s\d]*", self._scanner.peek()):
+                text += b" " + self._scanner.lines(1)[0]
+            if not re.fullmatch(rb"[\s\d]*", text):
+                raise InputError("'ions per type': not all numbers: the file is damaged")
+            self._counts = [int(token) for token in text.split()]
+
+    def _read_numbers(self) -> np.ndarray:
+        from ase.data import atomic_numbers
+
+        counts = self._counts or []
+        n_atoms = sum(counts)
+        if not n_atoms or (self._n_ions is not None and n_atoms != self._n_ions):
+            raise InputError(
+                f"'ions per type' gives {n_atoms} atoms, NIONS {self._n_ions}: the file is damaged"
+            )
+        # Titles are "PAW_PBE Li_sv 10Sep2004", once per type; valences "Li: 1s2s2p".
+        titles = [[w for w in re.split(rb"\s+", t.strip()) if w] for t in self._titles]
+        named = [_element([re.split(rb"[_.\d]", w)[0] for w in words[:2]]) for words in titles]
+        valences = [_element([text.partition(b":")[0].strip()]) for text in self._valences]
+        lists = [found for found in (named, valences) if len(found) == len(counts)]
+        symbols = [{symbol for symbol in found if symbol} for found in zip(*lists)]
+        if not symbols or any(len(found) != 1 for found in symbols):
+            raise InputError(
+                f"elements of {len(counts)} kinds of atoms: TITEL gives "
+                f"{' '.join(s or '?' for s in named) or 'none'}, VRHFIN "
+                f"{' '.join(s or '?' for s in valences) or 'none'}: the file is damaged"
+            )
+        kinds = np.array([atomic_numbers[found.pop()] for found in symbols], dtype=np.int64)
+        return np.repeat(kinds, counts)
+
+    def _read_cell(self) -> np.ndarray:
+        rows = table(self._scanner.lines(3), 6, f"ionic step {self.done}: lattice vectors")
+        cell, reciprocal = rows[:, :3], rows[:, 3:]
+        if not np.allclose(cell @ reciprocal.T, np.eye(3), atol=1e-4):
+            self._fail("lattice vectors and reciprocal ones disagree")
+        return cell
+
+    def _read_atoms(self) -> np.ndarray:
+        """(N, 6): positions, Å, and forces, eV/Å."""
+        n_atoms = len(self.numbers)
+        rule, *rows, end = self._scanner.lines(n_atoms + 2)
+        if rule.strip(b" -\r") or end.strip(b" -\r") or not end.strip():
+            self._fail(f"positions and forces: not {n_atoms} rows")
+        return table(rows, 6, f"ionic step {self.done}: positions and forces")
+
+    def _read_charges(self) -> tuple[np.ndarray | None, str]:
+        """Column "tot" of a table, or why it cannot be read."""
+        n_atoms = len(self.numbers)
+        blank, head, rule, *rows = self._scanner.lines(n_atoms + 3)
+        titles = head.split()
+        fault = f"the last table 'total charge' has not {n_atoms} rows that end in a total"
+        if blank.strip() or titles[:3] != [b"#", b"of", b"ion"] or titles[-1] != b"tot":
+            return None, fault
+        try:
+            values = table(rows, len(titles) - 2, "the last table 'total charge'")
+        except InputError as bad:
+            return None, str(bad)
+        following = self._scanner.peek().split()
+        if np.any(values[:, 0] != np.arange(1, n_atoms + 1)) or rule.strip(b" -\r"):
+            return None, fault
+        if following and following[0].isdigit():
+            return None, fault
+        if not np.isfinite(values).all():
+            return None, fault
+        return values[:, -1].copy(), ""
+
+
+def _element(words: list[bytes]) -> str:
+    """The last of the words that is the symbol of an element, or ""."""
+    from ase.data import atomic_numbers
+
+    symbols = [w.decode() for w in words if _SYMBOL.fullmatch(w)]
+    return next((s for s in reversed(symbols) if s in atomic_numbers and s != "X"), "")
