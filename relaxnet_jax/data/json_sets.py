@@ -54,6 +54,7 @@ _KILOBAR = 1e-1 / 160.21766208  # eV/Å³; ASE's value of 0.1 GPa
 _LARGEST_PER_ATOM = 60.0
 _LOOKED_AT = 10  # values, to tell the layout
 _STEP = re.compile(r"(.+)[-_](\d+)")
+_MPTRJ_STEP = re.compile(r"(\w+-\d+-\d+)-(\d+)")
 _MATERIAL = re.compile(r"JVASP-\d+")
 _UNLABELLED = re.compile(r": no (forces?|total_energy|uncorrected_total_energy): ")
 
@@ -144,7 +145,7 @@ def _material(material: Item, source: str) -> Iterator[RelaxationTrajectory | Sk
     """The relaxations of one material of MPtrj."""
     runs: dict[str, list[tuple[int, str, Any]]] = {}
     for name, record in _mapping(material.value).items():
-        match = _STEP.fullmatch(name)
+        match = _MPTRJ_STEP.fullmatch(name)
         if match is None:
             yield SkippedRelaxation(name, "no ionic step in its name: name it mp-1234-0-3")
             continue
