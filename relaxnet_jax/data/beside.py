@@ -110,6 +110,9 @@ def _structure(path: Path, form: str) -> ase.Atoms:
     with plain_copy(path) as plain, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            return ase.io.read(plain, index=0, format=form)
+            images = list(ase.io.iread(plain, index=":", format=form))
         except Exception as error:
             raise InputError(f"cannot be read ({one_line(error)}): repair or remove it") from error
+    if len(images) != 1:
+        raise InputError(f"holds {len(images)} structures: give one")
+    return images[0]

@@ -3,44 +3,60 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from relaxnet_jax.data.ase_io import SkippedRelaxation, read_frames
+from relaxnet_jax.data.beside import Initial
 from relaxnet_jax.data.json_sets import json_layout, read_json_set
 from relaxnet_jax.data.sources import (
+    Beside,
+    Neighbours,
     archive_members,
-    decompressed,
     is_archive,
     is_json,
+    is_outcar,
     is_vasprun,
     plain_copy,
     plain_name,
     relaxation_id,
 )
 from relaxnet_jax.data.trajectory import RelaxationTrajectory
-from relaxnet_jax.data.vasp_xml import Energy, read_vasprun
+from relaxnet_jax.data.vasp_run import VaspOptions, read_run
+from relaxnet_jax.data.vasp_xml import Energy
 from relaxnet_jax.errors import InputError
 
 
 def read_relaxations(
-    path: str | os.PathLike[str], name: str | None = None, energy: Energy = "free"
+    path: str | os.PathLike[str],
+    name: str | None = None,
+    energy: Energy = "free",
+    initial: Initial | None = None,
+    note: Callable[[str], None] | None = None,
+    near: Beside | None = None,
 ) -> Iterator[RelaxationTrajectory | SkippedRelaxation]:
     """Reads the relaxations of a file, in order.
 
-    A vasprun.xml is one relaxation. Of other files, consecutive frames that share ``traj_id`` in
+    A vasprun.xml or OUTCAR is one relaxation. Under the same name beside it (in its folder or
+    archive), the OUTCAR of a vasprun.xml gives ``charges`` (valence electrons in each PAW sphere,
+    see `vasp_outcar.Outcar`), and the POSCAR or CONTCAR of an OUTCAR its fixed atoms; where these
+    are damaged the run is read without them. Of other files, consecutive frames that share ``traj_id`` in
     their ``info`` are one relaxation, and their ``frame`` (if there) must ascend; without
     ``traj_id`` the whole file is one. JSON files of the ALIGNN-FF set and of MPtrj are recognised by
     content (see `json_sets`). Of an archive every file of relaxations is read. Forces are
     raw, ``FixAtoms`` and selective dynamics become ``fixed_mask``, positions are unwrapped.
 
     Args:
-      path: vasprun.xml, any file ASE reads as consecutive frames with energies and forces
-        (extxyz, traj, db, OUTCAR, ...), plain or as .gz, .xz, .bz2, or a zip or tar archive.
+      path: vasprun.xml, OUTCAR, any file ASE reads as consecutive frames with energies and
+        forces (extxyz, traj, db, ...), plain or as .gz, .xz, .bz2, or a zip or tar archive.
       name: id of a relaxation the file does not name; by default the file's name without
         suffixes, and for VASP's own file names that of the folder.
-      energy: which energy of a vasprun.xml, see `vasp_xml.read_vasprun`; ASE's readers give
-        force-consistent (free) ones where they can.
+      energy: which energy of a vasprun.xml or OUTCAR, see `vasp_xml.read_vasprun`; ASE's
+        readers give force-consistent (free) ones where they can.
+      initial: "cif": the first frame of a vasprun.xml or OUTCAR must be the crystal of the CIF
+        beside it (see `beside.difference`). Other files are not compared.
+      note: called with one line, which names the file, for each thing left out or assumed.
+      near: what lies beside the file; by default its folder is looked through.
 
     Yields:
       A validated `RelaxationTrajectory` of at least two frames, or a `SkippedRelaxation`.
@@ -55,8 +71,9 @@ def read_relaxations(
         raise InputError(f"{path}: no such file: check the path")
     if name is None:
         name = relaxation_id(Path(path.name), path.absolute().parent)
+    options = VaspOptions(energy, initial, note or (lambda _: None))
     if not is_archive(path):
-        yield from _read_file(path, path, name, energy)
+        yield from _read_file(path, path, name, near or Neighbours().of(path), options)
         return
     for member in archive_members(path):
         own = relaxation_id(member.name)
@@ -66,26 +83,23 @@ def read_relaxations(
             yield SkippedRelaxation(label, member.error)
             continue
         try:
-            yield from _read_file(path / member.name, member.path, label, energy)
+            yield from _read_file(path / member.name, member.path, label, member.beside, options)
         except InputError as error:
             yield SkippedRelaxation(label, str(error).removeprefix(f"{path / member.name}: "))
 
 
 def _read_file(
-    shown: Path, path: Path, name: str, energy: Energy
+    shown: Path, path: Path, name: str, near: Beside, options: VaspOptions
 ) -> Iterator[RelaxationTrajectory | SkippedRelaxation]:
     """The relaxations of a file at ``path`` that is called ``shown`` in messages."""
+    if is_vasprun(path) or is_outcar(path):
+        yield read_run(shown, path, name, near, options)
+        return
+    if options.initial:
+        options.note(f"{shown}: not compared with a CIF: only vasprun.xml and OUTCAR are")
     layout = json_layout(path) if is_json(path) else None
     if layout is not None:
         yield from read_json_set(shown, path, layout)
         return
-    if not is_vasprun(path):
-        with plain_copy(path) as plain:
-            yield from read_frames(shown, plain, name)
-        return
-    with decompressed(path) as stream:
-        try:
-            trajectory = read_vasprun(stream, name, energy, source=shown.name)
-        except InputError as error:
-            raise InputError(f"{shown}: {error}") from None
-    yield trajectory
+    with plain_copy(path) as plain:
+        yield from read_frames(shown, plain, name)

@@ -25,7 +25,22 @@ _ARCHIVES = (".zip", ".tar", ".tgz", ".tar.gz", ".tar.xz", ".tar.bz2")
 # What a folder or an archive is searched for; a file named by the user is read whatever its name.
 _WANTED = (".extxyz", ".traj", ".db")
 _VASP = re.compile(r"(?i)[._-]?(vasprun|outcar)(?:[._-]?xml)?")
+_STRUCTURE = re.compile(r"(?i)[._-]?(poscar|contcar)(?:[._-]?vasp)?")
 DAMAGE = (OSError, EOFError, zlib.error, lzma.LZMAError, tarfile.TarError, zipfile.BadZipFile)
+
+
+class Beside(NamedTuple):
+    """What lies beside a VASP run's file and belongs to the same run; None where nothing does.
+
+    Attributes:
+      outcar: OUTCAR of a run with a vasprun.xml.
+      structure: POSCAR, or else CONTCAR.
+      cif: of the run's name, or the only one in a folder of a single run.
+    """
+
+    outcar: Path | None = None
+    structure: Path | None = None
+    cif: Path | None = None
 
 
 class Source(NamedTuple):
@@ -34,10 +49,12 @@ class Source(NamedTuple):
     Attributes:
       path: on disk.
       id: of its relaxation, where the file does not name it.
+      beside: what else there is of the same run.
     """
 
     path: Path
     id: str
+    beside: Beside = Beside()
 
 
 class Found(NamedTuple):
@@ -63,8 +80,11 @@ def find_sources(paths: Sequence[str | os.PathLike[str]]) -> Found:
     root = Path(os.path.commonpath([p.absolute() if p.is_dir() else p.absolute().parent
                                     for p in named])) if named else Path()  # fmt: skip
 
+    neighbours = Neighbours()
+
     def source(file: Path) -> Source:
-        return Source(file, relaxation_id(file.absolute().relative_to(root), root))
+        own = relaxation_id(file.absolute().relative_to(root), root)
+        return Source(file, own, neighbours.of(file))
 
     for path in named:
         if not path.is_dir():
@@ -83,13 +103,66 @@ def find_sources(paths: Sequence[str | os.PathLike[str]]) -> Found:
 
 def relaxation_files(names: Iterable[PurePath]) -> list:
     """Those of the names that are files of relaxations, each run once."""
-
-    def run(name: PurePath) -> tuple[PurePath, str]:
-        return name.parent, _VASP.sub("", plain_name(name))
-
     kinds = {name: _kind(name) for name in names}
-    runs = {run(name) for name, kind in kinds.items() if kind == "vasprun"}
-    return [n for n, kind in kinds.items() if kind and not (kind == "outcar" and run(n) in runs)]
+    runs = {_run(name) for name, kind in kinds.items() if kind == "vasprun"}
+    return [n for n, kind in kinds.items() if kind and not (kind == "outcar" and _run(n) in runs)]
+
+
+def _run(name: PurePath, words: re.Pattern[str] = _VASP) -> tuple[PurePath, str]:
+    """What the files of one run have in common: folder, and name without VASP's words."""
+    return name.parent, words.sub("", plain_name(name).removesuffix(".xml"))
+
+
+class Companions:
+    """Which files belong to one run, of all files in a folder or an archive."""
+
+    def __init__(self, names: Iterable[PurePath]) -> None:
+        self._found: dict[str, dict[tuple[PurePath, str], Any]] = {
+            kind: {} for kind in ("vasprun", "outcar", "poscar", "contcar", "cif")
+        }
+        for name in names:
+            plain = plain_name(name)
+            kind, key = _kind(name), _run(name)
+            if structure := _STRUCTURE.search(plain):
+                kind, key = structure[1].lower(), _run(name, _STRUCTURE)
+            elif plain.lower().endswith(".cif"):
+                kind, key = "cif", (name.parent, plain[:-4])
+            if kind in self._found and not plain.startswith("."):
+                self._found[kind].setdefault(key, name)
+
+    def of(self, name: PurePath) -> Beside:
+        """What is of the same run as a vasprun.xml or OUTCAR; nothing for other files."""
+        kind, key = _kind(name), _run(name)
+        if kind not in ("vasprun", "outcar"):
+            return Beside()
+        found = self._found
+        cif = found["cif"].get(key)
+        if cif is None:
+            cifs = [file for folder, file in found["cif"].items() if folder[0] == key[0]]
+            runs = {k for word in ("vasprun", "outcar") for k in found[word] if k[0] == key[0]}
+            cif = cifs[0] if len(cifs) == 1 and runs <= {key} else None
+        structure = found["poscar"].get(key) or found["contcar"].get(key)
+        return Beside(found["outcar"].get(key) if kind == "vasprun" else None, structure, cif)
+
+
+class Neighbours:
+    """What lies in a file's folder; the folder is listed once for all of its files in a row."""
+
+    def __init__(self) -> None:
+        self._folder: Path | None = None
+        self._companions = Companions([])
+
+    def of(self, path: Path) -> Beside:
+        """What is of the same run as a vasprun.xml or OUTCAR; nothing for other files."""
+        if _kind(path) not in ("vasprun", "outcar"):
+            return Beside()
+        if path.parent != self._folder:
+            try:
+                inside = sorted(file for file in path.parent.iterdir() if file.is_file())
+            except OSError:  # a folder that may be entered but not listed, or none
+                inside = []
+            self._folder, self._companions = path.parent, Companions(inside)
+        return self._companions.of(path)
 
 
 def _kind(name: PurePath) -> str:
@@ -99,10 +172,10 @@ def _kind(name: PurePath) -> str:
         return ""
     if is_archive(name):
         return "archive"
+    if plain.endswith(_WANTED):
+        return "frames"
     match = _VASP.search(plain)
-    if match:
-        return match[1].lower()
-    return "frames" if plain.endswith(_WANTED) else ""
+    return match[1].lower() if match else ""
 
 
 def is_archive(name: PurePath) -> bool:
@@ -113,6 +186,11 @@ def is_archive(name: PurePath) -> bool:
 def is_vasprun(name: PurePath) -> bool:
     """Whether it is a vasprun.xml, by its name."""
     return _kind(name) == "vasprun"
+
+
+def is_outcar(name: PurePath) -> bool:
+    """Whether it is an OUTCAR, by its name."""
+    return _kind(name) == "outcar"
 
 
 def is_json(name: PurePath) -> bool:
@@ -174,11 +252,12 @@ def plain_copy(path: Path) -> Iterator[Path]:
 
 class Member(NamedTuple):
     """A file out of an archive: its ``name`` there, and a ``path`` to it while it lasts, or the
-    ``error`` that kept it from being unpacked."""
+    ``error`` that kept it from being unpacked; what lies ``beside`` it, empty where damaged."""
 
     name: PurePosixPath
     path: Path | None
     error: str = ""
+    beside: Beside = Beside()
 
 
 def archive_members(archive: Path) -> Iterator[Member]:
@@ -190,7 +269,9 @@ def archive_members(archive: Path) -> Iterator[Member]:
     with tempfile.TemporaryDirectory(prefix="relaxnet-jax-") as folder, _opened(archive) as opened:
         names, open_member = opened
         inside = sorted(PurePosixPath(name) for name in names)
-        chosen = [name for name in relaxation_files(inside) if not is_archive(name)]
+        companions = Companions(inside)
+        chosen = relaxation_files(inside)
+        chosen = [name for name in chosen if not is_archive(name)]
         # Data sets come as one JSON file in a zip; beside other files JSON is something else.
         chosen = chosen or [name for name in inside if is_json(name)]
         if not chosen:
@@ -198,17 +279,29 @@ def archive_members(archive: Path) -> Iterator[Member]:
                 f"{archive}: holds no vasprun.xml, OUTCAR, extxyz, traj or db file: name the "
                 "archive that does"
             )
-        for name in chosen:
+
+        def unpacked(name: PurePosixPath) -> tuple[Path, str]:
+            """(where it is now, why it is empty or "")."""
             # Only the last part of the name is used: no member leaves this folder.
             path = Path(folder) / name.name
             try:
                 with open_member(names[str(name)]) as packed, path.open("wb") as out:
                     shutil.copyfileobj(packed, out, 1 << 20)
             except (*DAMAGE, RuntimeError, NotImplementedError) as error:
-                yield Member(name, None, f"damaged in the archive ({one_line(error)})")
-            else:
-                yield Member(name, path)
-            path.unlink(missing_ok=True)
+                path.write_bytes(b"")
+                return path, f"damaged in the archive ({one_line(error)})"
+            return path, ""
+
+        for name in chosen:
+            path, error = unpacked(name)
+            others = [
+                unpacked(PurePosixPath(other))[0] if other and not error else None
+                for other in companions.of(name)
+            ]
+            yield Member(name, None if error else path, error, Beside(*others))
+            for file in (path, *others):
+                if file is not None:
+                    file.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
