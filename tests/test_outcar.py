@@ -1,0 +1,392 @@
+"""OUTCAR, and what lies beside a vasprun.xml: charges, fixed atoms, the initial CIF."""
+
+import gzip
+import io
+import tarfile
+import warnings
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_vasp import KILOBAR, steps, vasprun
+
+from relaxnet_jax.cli import main
+from relaxnet_jax.data import TrajectoryStore, import_files, outcar_lines, read_relaxations
+from relaxnet_jax.data.sources import find_sources
+from relaxnet_jax.data.vasp_outcar import Outcar, read_outcar
+from relaxnet_jax.errors import InputError
+
+RULE = b" " + b"-" * 83 + b"\n"
+CHARGES = np.array([10.123, 2.5, 4.875])
+
+
+def table(values=CHARGES):
+    rows = "".join(
+        f"{k + 1:5d}     {1:8.3f}{1:8.3f}{q - 2:8.3f}{q:8.3f}\n" for k, q in enumerate(values)
+    )
+    return (f" total charge     \n \n# of ion       s       p       d       tot\n{'-' * 42}\n{rows}"
+            f"{'-' * 50}\ntot          1.0   1.0   1.0   {sum(values):.3f}\n \n").encode()  # fmt: skip
+
+
+def vectors(cell):
+    rows = np.hstack([cell, np.linalg.inv(cell).T])
+    text = "      direct lattice vectors                 reciprocal lattice vectors\n"
+    for row in rows:
+        left, right = ("".join(f"{x:13.9f}" for x in part) for part in (row[:3], row[3:]))
+        text += f" {left}  {right}\n"
+    return text.encode() + b"\n  length of vectors\n"
+
+
+def head(ibrion=2, selective=False):
+    text = b" vasp.5.4.4 complex\n POTCAR:    PAW_PBE Cu 05Jan2001\n"
+    for title, valence in (("Cu_pv 06Sep2000", "Cu: d10"), ("Zr_sv 04Jan2005", "r : 4s4p5s4d"),
+                           ("O 08Apr2002", "O: s2p4")):  # fmt: skip
+        text += f"   VRHFIN ={valence}      \n   TITEL  = PAW_PBE {title}      \n".encode()
+    text += (b"   number of dos      NEDOS =    301   number of ions     NIONS =      3\n"
+             b"   ions per type =               1   1   1\n NGX,Y,Z is equivalent\n"
+             b" SYSTEM =  in kB\n"
+             b"   IBRION = %6d    ionic relax: 0-MD 1-quasi-New 2-CG\n" % ibrion)  # fmt: skip
+    if selective:
+        text += b"   using selective dynamics as specified on POSCAR\n"
+    return text + vectors(steps()[0][0])
+
+
+def step(k, n=3, charges=True):
+    """Text of an ionic step, as VASP lays it out."""
+    cells, fractional, forces, stresses, free = steps(n)
+    symmetric = stresses[k] + stresses[k].T
+    six = symmetric.reshape(9)[[0, 4, 8, 1, 5, 2]]  # xx yy zz xy yz zx
+    text = f"{'-' * 40} Iteration {k + 1:6d}(   1)  {'-' * 39}\n".encode()
+    text += b"  free energy    TOTEN  =       123.0 eV\n  energy without entropy =  123.0\n"
+    text += f"{'-' * 40} Iteration {k + 1:6d}(   2)  {'-' * 39}\n".encode()
+    text += b" total charge-density along one line\n" + (table(CHARGES - 0.5) if charges else b"")
+    text += ("  in kB  " + "".join(f"{x:12.5f}" for x in six) + "\n").encode()
+    text += b" VOLUME and BASIS-vectors are now :\n" + vectors(cells[k])
+    text += b" POSITION                                       TOTAL-FORCE (eV/Angst)\n" + RULE
+    for x, f in zip(fractional[k] @ cells[k], forces[k]):
+        left, right = "".join(f"{a:13.5f}" for a in x), "".join(f"{a:14.6f}" for a in f)
+        text += f"{left}    {right}\n".encode()
+    text += RULE + b"    total drift:    0.0 0.0 0.0\n"
+    text += (f"  FREE ENERGIE OF THE ION-ELECTRON SYSTEM (eV)\n  {'-' * 40}\n"
+             f"  free  energy   TOTEN  = {free[k]:18.8f} eV\n\n"
+             f"  energy  without entropy={free[k] + 0.3:18.8f}  energy(sigma->0) ="
+             f"{free[k] + 0.1:18.8f}\n").encode()  # fmt: skip
+    return text
+
+
+def outcar(n=3, charges=True, **options):
+    text = head(**options) + b"".join(step(k, n, charges) for k in range(n))
+    text += b" reached required accuracy\n" + (table() if charges else b"")
+    return text + b" General timing and accounting informations for this job:\n  ====\n"
+
+
+def read(text, **options):
+    notes = []
+    found = read_outcar(io.BytesIO(text), "run", note=notes.append, **options)
+    return found, notes
+
+
+def refused(text, **options):
+    with pytest.raises(InputError) as caught:
+        read(text, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("chunk", [1 << 20, 61])
+def test_fields(chunk, monkeypatch):
+    """All of it in one chunk, and with every line across a boundary somewhere."""
+    monkeypatch.setattr(outcar_lines, "_CHUNK", chunk)
+    cells, fractional, forces, stresses, free = steps()
+    found, notes = read(outcar(), source="here")
+    assert notes == []
+    assert (found.id, found.formula, found.source, found.n_frames) == ("run", "CuOZr", "here", 3)
+    np.testing.assert_allclose(found.cells, cells, atol=1e-9)
+    np.testing.assert_allclose(found.forces, forces, atol=6e-7)
+    np.testing.assert_allclose(found.energies, free, atol=1e-8)
+    symmetric = (stresses + stresses.swapaxes(1, 2)).reshape(3, 9)
+    voigt = -KILOBAR * symmetric[:, [0, 4, 8, 5, 2, 1]]
+    np.testing.assert_allclose(found.stresses, voigt, atol=1e-8)
+    np.testing.assert_allclose(found.charges, CHARGES)
+    assert not found.fixed_mask.any() and found.pbc.all()
+    inside = found.positions @ np.linalg.inv(cells)
+    np.testing.assert_allclose((inside - fractional + 0.5) % 1, 0.5, atol=1e-5)
+    assert np.abs(np.diff(inside, axis=0)).max() < 0.1  # unwrapped
+
+
+def test_energies():
+    free = steps()[-1]
+    for energy, shift in (("free", 0), ("sigma0", 0.1), ("internal", 0.3)):
+        np.testing.assert_allclose(read(outcar(), energy=energy)[0].energies, free + shift)
+
+
+def test_glued_numbers():
+    """Negative numbers that fill their field touch the one before."""
+    text = outcar()
+    at = text.index(b"TOTAL-FORCE")
+    row = text.index(b"\n", text.index(b"\n", at) + 1) + 1
+    end = text.index(b"\n", row)
+    glued = b"      0.00000      0.00000-1234.00000         0.500000-1000.250000     0.000000"
+    found = next(Outcar(io.BytesIO(text[:row] + glued + text[end:])).steps())
+    np.testing.assert_array_equal(found.positions[0], [0, 0, -1234])
+    np.testing.assert_array_equal(found.forces[0], [0.5, -1000.25, 0])
+
+
+def test_many_kinds():
+    """VASP breaks the numbers of ions after ten kinds."""
+    text = head().replace(b"NIONS =      3", b"NIONS =     24")
+    text = text.replace(b"1   1   1\n", b"  ".join([b"2"] * 10) + b"\n    2  2\n")
+    titles = b"".join(b"   TITEL  = PAW_PBE Cu 1\n" for _ in range(9))
+    run = Outcar(io.BytesIO(text.replace(b"   number of dos", titles + b"   number of dos")))
+    assert list(run.steps()) == [] and run.numbers.tolist() == [29, 29, 40, 40, 8, 8] + [29] * 18
+
+
+def test_unfinished():
+    """However an OUTCAR is cut: the complete steps, and a remark; or one line, if they are none."""
+    text = outcar()
+    whole = read(text)[0]
+    counts = set()
+    for length in np.linspace(0, len(text) - 60, 80).astype(int):
+        try:
+            found, notes = read(text[:length])
+        except InputError as error:
+            assert "a relaxation needs two or more" in str(error)
+            continue
+        assert f"{found.n_frames} complete ionic steps kept" in notes[0]
+        np.testing.assert_array_equal(found.positions, whole.positions[: found.n_frames])
+        np.testing.assert_array_equal(found.energies, whole.energies[: found.n_frames])
+        np.testing.assert_allclose(found.charges, CHARGES - 0.5)  # of the last complete step
+        counts.add(found.n_frames)
+    assert counts == {2, 3}
+    assert "a single ionic step" in refused(outcar(n=1))
+
+
+BROKEN = {
+    "md": ((b"IBRION =      2", b"IBRION =      0"), "IBRION=0, molecular dynamics"),
+    "ions": ((b"1   1   1", b"1   1   2"), "'ions per type' gives 4 atoms, NIONS 3"),
+    "element": ((b"PAW_PBE Cu_pv", b"PAW_PBE Qq_pv"), None),
+    "elements": ((b"PAW_PBE Cu_pv", b"PAW_PBE Ag_pv"), "TITEL gives Ag Zr O, VRHFIN Cu ? O"),
+    "nameless": ((b"PAW_PBE Zr_sv", b"PAW_PBE"), "TITEL gives Cu ? O"),
+    "forces": ((b"TOTAL-FORCE", b"TOTAL-FARCE"), "ionic step 0: no positions and forces"),
+    "rows": ((RULE, b""), "ionic step 0: positions and forces: not 3 rows"),
+    "ml": ((b"TOTAL-FORCE (eV/Angst)", b"TOTAL-FORCE (eV/Angst) (ML)"), "machine-learned"),
+    "energy": ((b"  free  energy", b"  fr"), "ionic step 0: energies"),
+    "entropy": ((b"  energy  without", b"  energy"), "ionic step 0: no energy"),
+    "step": ((step(1), b""), "ionic step 1: the file counts it as 2"),
+    "cell": ((b"direct lattice vectors", b"direct"), "volume|no lattice vectors"),
+    "stress": ((b"in kB ", b"in kB *"), "ionic step 0: stress: 7 numbers|is no number"),
+    "twice": ((b" NGX,Y,Z", b"   ions per type =    3\n NGX,Y,Z"), "two runs in one file"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", BROKEN)
+def test_damage(fault):
+    import re
+
+    change, message = BROKEN[fault]
+    text = outcar()
+    assert change[0] in text
+    if fault == "cell":  # not in the head: there it is not needed
+        at = text.index(b"VOLUME")
+        text = text[:at] + text[at:].replace(*change, 1)
+        assert "ionic step 0: no lattice vectors" in refused(text)
+        return
+    text = text.replace(*change, 1)
+    if message is None:
+        assert read(text)[0].formula == "CuOZr"  # the other line has it
+    else:
+        assert re.search(re.escape(message).replace(r"\|", "|"), refused(text))
+
+
+def test_overflow_and_reciprocal():
+    text = outcar()
+    at = text.index(b"TOTAL-FORCE")
+    at = text.index(b"\n", text.index(b"\n", at) + 1) + 1
+    message = refused(text[:at] + b"*************" + text[at + 13 :])
+    assert "positions and forces: '*************' is no number" in message
+    at = text.index(b"direct lattice vectors", text.index(b"VOLUME"))
+    at = text.index(b"4.", at)
+    assert "reciprocal ones disagree" in refused(text[:at] + b"5" + text[at + 1 :])
+
+
+def test_charges_table():
+    assert read(outcar(charges=False))[0].charges is None
+    text = outcar()
+    at = text.rindex(b"10.123")
+    found, notes = read(text[:at] + b"******" + text[at + 6 :])
+    assert found.charges is None and "charges left out" in notes[0] and "'******'" in notes[0]
+    at = text.rindex(b"    2     ")
+    found, notes = read(text[:at] + text[text.index(b"\n", at) + 1 :])
+    assert found.charges is None and len(notes) == 1
+
+
+POSCAR = b"""run
+1.0
+4 0 0
+0 4.5 0
+0 0 5
+Cu Zr O
+1 1 1
+Selective dynamics
+Direct
+0 0 0 F F F
+0.5 0.5 0 T T T
+0 0.5 0.5 T T T
+"""
+
+
+def folder(root, **files):
+    root.mkdir(exist_ok=True)
+    for name, content in files.items():
+        (root / name.replace("__", ".")).write_bytes(content)
+    return root
+
+
+@pytest.mark.parametrize("where", ["folder", "zip", "tar.gz"])
+def test_fixed_atoms_from_poscar(tmp_path, where):
+    run = folder(tmp_path / "a", OUTCAR=outcar(selective=True), POSCAR=POSCAR)
+    path = pack(run, tmp_path / f"a.{where}") if where != "folder" else run / "OUTCAR"
+    notes = []
+    (found,) = read_relaxations(path, note=notes.append)
+    assert found.fixed_mask.tolist() == [True, False, False] and notes == []
+    if where != "folder":
+        return
+    (run / "POSCAR").write_bytes(POSCAR.replace(b"F F F", b"F T F"))
+    with pytest.raises(InputError, match="POSCAR: an atom is held in some directions only"):
+        list(read_relaxations(path))
+    (run / "POSCAR").write_bytes(b"nonsense")
+    (found,) = read_relaxations(path, note=notes.append)
+    assert not found.fixed_mask.any() and len(notes) == 2
+    assert f"{path}: selective dynamics left out: POSCAR: cannot be read" in notes[0]
+    assert "none is taken as fixed" in notes[1]
+
+
+def pack(root, archive):
+    if archive.suffix == ".zip":
+        with zipfile.ZipFile(archive, "w") as out:
+            for file in sorted(root.iterdir()):
+                out.write(file, f"{root.name}/{file.name}")
+    else:
+        with tarfile.open(archive, "w:gz") as out:
+            out.add(root, arcname=root.name)
+    return archive
+
+
+@pytest.mark.parametrize("where", ["folder", "zip", "tar.gz"])
+def test_charges_beside_a_vasprun(tmp_path, where):
+    run = folder(tmp_path / "a", vasprun__xml=vasprun(), OUTCAR=outcar())
+    path = pack(run, tmp_path / f"a.{where}") if where != "folder" else run / "vasprun.xml"
+    notes = []
+    (found,) = read_relaxations(path, note=notes.append)
+    np.testing.assert_allclose(found.charges, CHARGES)
+    assert notes == [] and found.n_frames == 3
+    if where == "folder":
+        import_files([run], tmp_path / "out.h5")
+        with TrajectoryStore(tmp_path / "out.h5") as store:
+            np.testing.assert_allclose(store[0].charges, CHARGES)
+
+
+@pytest.mark.parametrize(
+    ("beside", "reason"),
+    [(outcar()[:-4000], "complete ionic steps: fetch it again"), (b"", "'ions per type' gives 0"),
+     (outcar(n=2), "it is another run's"), (gzip.compress(b"x")[:9], "gives 0 atoms"),
+     (outcar().replace(b"10.123", b"******"), "is no number")],
+)  # fmt: skip
+def test_damaged_outcar_does_not_lose_the_run(tmp_path, beside, reason):
+    run = folder(tmp_path / "a", vasprun__xml=vasprun(), OUTCAR=beside)
+    lines = []
+    report = import_files([run], tmp_path / "out.h5", lines.append)
+    assert (report.read, report.skipped) == (1, [])
+    (line,) = [line for line in lines if "charges left out: OUTCAR: " in line]
+    assert reason in line and line.startswith(f"{run / 'vasprun.xml'}: ")
+    with TrajectoryStore(tmp_path / "out.h5") as store:
+        assert store[0].charges is None
+
+
+def cif(cell, fractional, symbols=("Cu", "Zr", "O")):
+    from ase import Atoms
+    from ase.io import write
+
+    atoms = Atoms(symbols, cell=cell, scaled_positions=fractional, pbc=True)
+    file = io.BytesIO()
+    write(file, atoms, format="cif")
+    return file.getvalue()
+
+
+def test_initial_cif(tmp_path):
+    cells, fractional = steps()[:2]
+    order = [2, 0, 1]
+    good = cif(cells[0], fractional[0][order] + [1, 0, -2], ("O", "Cu", "Zr"))
+    moved = fractional[0] + [[0, 0, 0], [0.02, 0, 0], [0, 0, 0]]
+    bad = {
+        "elements": (cif(cells[0], fractional[0], ("Cu", "Cu", "O")), "Cu2O in the CIF"),
+        "cell": (cif(cells[0] * 1.01, fractional[0]), "a, b, c"),
+        "moved": (cif(cells[0], moved), "atom 1 of the first frame is 0.08"),
+        "words": (b"nonsense", "words.cif: "),
+    }
+    for name in ("good", *bad, "none"):
+        folder(tmp_path / name, vasprun__xml=vasprun(), OUTCAR=outcar())
+        if name != "none":
+            (tmp_path / name / f"{name}.cif").write_bytes(good if name == "good" else bad[name][0])
+    out = tmp_path / "out.h5"
+    report = import_files([tmp_path], out, initial="cif")
+    assert report.read == 1
+    with TrajectoryStore(out) as store:
+        assert store.ids == ["good"]
+    reasons = {Path(file).parent.name: reason for file, _, reason in report.skipped}
+    assert set(reasons) == {*bad, "none"}
+    assert all(message in reasons[name] for name, (_, message) in bad.items()), reasons
+    assert "no CIF of this run beside it" in reasons["none"]
+    assert import_files([tmp_path], out).read == 6  # unless asked for
+    assert main(["data", "import", str(tmp_path), "--out", str(out), "--initial", "cif"]) == 0
+
+
+def test_companions(tmp_path):
+    """By the name of the run; a single CIF also where the folder holds a single run."""
+    for name in ("A.vasprun.xml", "A.OUTCAR.gz", "B.vasprun.xml.gz", "B.cif", "x.cif", "C/OUTCAR",
+                 "C/CONTCAR", "C/any.cif", "D/vasprun.xml.relax1", "D/OUTCAR.relax1",
+                 "D/POSCAR.relax2", "D/POSCAR.relax1.gz"):  # fmt: skip
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    found = {s.id: [p and p.name for p in s.beside] for s in find_sources([tmp_path]).sources}
+    assert found == {
+        "A": ["A.OUTCAR.gz", None, None],
+        "B": [None, None, "B.cif"],
+        "C": [None, "CONTCAR", "any.cif"],
+        "D/relax1": ["OUTCAR.relax1", "POSCAR.relax1.gz", None],
+    }
+
+
+DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "vasp"
+REAL = sorted(DATA.glob("*OUTCAR.gz"))
+
+
+@pytest.mark.skipif(not REAL, reason=f"{DATA} is not here")
+@pytest.mark.parametrize("file", REAL, ids=lambda f: f.name.split(".")[0])
+def test_same_as_ase(file, tmp_path, monkeypatch):
+    """Every number of every ionic step; of stresses, the order of two factors differs."""
+    import ase.io
+
+    from relaxnet_jax.data import vasp_outcar
+
+    if file.name.startswith("JVASP-39"):
+        with pytest.raises(InputError, match="IBRION=8"):
+            list(read_relaxations(file))
+        monkeypatch.setattr(vasp_outcar, "check_ibrion", lambda ibrion: None)
+    text = gzip.decompress(file.read_bytes())
+    plain = tmp_path / "OUTCAR"
+    plain.write_bytes(text)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = ase.io.read(plain, index=":", format="vasp-out")
+    run, other = Outcar(io.BytesIO(text)), Outcar(io.BytesIO(text), "sigma0")
+    for ours, sigma0, atoms in zip(run.steps(), other.steps(), theirs, strict=True):
+        assert run.numbers.tolist() == atoms.numbers.tolist()
+        np.testing.assert_array_equal(ours.cell, atoms.cell.array)
+        np.testing.assert_array_equal(ours.positions, atoms.positions)
+        np.testing.assert_array_equal(ours.forces, atoms.get_forces(apply_constraint=False))
+        assert ours.energy == atoms.calc.results["free_energy"]
+        assert sigma0.energy == atoms.calc.results["energy"]
+        np.testing.assert_allclose(ours.stress, atoms.calc.results["stress"], rtol=1e-14)
+    assert run.finished != file.name.startswith("Si2")
