@@ -128,7 +128,8 @@ class Server:
 
 
 @pytest.fixture
-def server():
+def server(monkeypatch):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
     server = Server()
     yield server
     server.http.shutdown()
@@ -393,5 +394,11 @@ def test_default_index(monkeypatch, server, tmp_path):
 
 def test_ids(tmp_path):
     assert read_ids("JVASP-1, JVASP-2,JVASP-1") == ["JVASP-1", "JVASP-2"]
-    with pytest.raises(InputError, match="no ids"):
-        read_ids(",")
+    many = [f"JVASP-{k}" for k in range(1000)]
+    assert read_ids(",".join(many)) == many
+    for nothing in (",", ""):
+        with pytest.raises(InputError, match="no ids"):
+            read_ids(nothing)
+    (tmp_path / "ids").write_bytes(b"\xff\xfe")
+    with pytest.raises(InputError, match="ids: cannot be read"):
+        read_ids(str(tmp_path / "ids"))

@@ -165,9 +165,10 @@ def fetch_jarvis(
         if not here:
             reasons = {**skipped, **failed}
             name = next(iter(reasons), category)
+            others = f" (nor did any of the other {len(reasons) - 1} come)" * (len(reasons) > 1)
             raise InputError(
-                f"{name}: {reasons.get(name, 'no archives in the index')} (none of "
-                f"{len(reasons)} archives came; {manifest.path} has the reasons)"
+                f"{name}: {reasons.get(name, 'no archives in the index')}{others}: "
+                f"see {manifest.path}"
             )
         imported = import_files(list(here.values()), out, say)
         for name, path in here.items():
@@ -206,8 +207,12 @@ def read_index(
     # One file for each address: mirrors may hold different versions.
     tag = hashlib.sha256(source.encode()).hexdigest()[:8]
     path = folder / f"index-{tag}.json"
-    fetch(source, path, lambda file: _parsed(file) and None, policy=policy)
+    fetch(source, path, _verify_index, policy=policy)
     return _parsed(path), source
+
+
+def _verify_index(path: Path) -> None:
+    _parsed(path)
 
 
 def _parsed(path: Path) -> dict[str, Any]:
@@ -284,13 +289,14 @@ def read_ids(text: str) -> list[str]:
     Raises:
       InputError: there are none, or the file cannot be read.
     """
-    path = Path(text)
-    try:
-        if path.is_file():
-            text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read: give a text file with one id a line") from error
+    given = text
+    # Not Path.is_file: a list of ids is too long for a file name.
+    if os.path.isfile(given):
+        try:
+            text = Path(given).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{given}: cannot be read: give a text of one id a line") from error
     ids = [id for id in re.split(r"[,\s]+", text) if id]
     if not ids:
-        raise InputError(f"--ids {path}: no ids: name them like JVASP-39,JVASP-1002")
+        raise InputError(f"--ids {given!r}: no ids: name them like JVASP-39,JVASP-1002")
     return list(dict.fromkeys(ids))
