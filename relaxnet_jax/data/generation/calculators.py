@@ -1,0 +1,148 @@
+"""The calculators relaxations are made with, by name."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from relaxnet_jax.data.files import one_line
+from relaxnet_jax.data.generate import ELEMENTS, SOURCE
+from relaxnet_jax.errors import InputError
+
+_FACTORY = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
+# Up to plutonium without those its training data, the Materials Project's, lack.
+_CHGNET_ABSENT = (84, 85, 86, 87, 88)
+
+
+class Calculator(NamedTuple):
+    """A kind of calculator.
+
+    Attributes:
+      make: gives a fresh ASE calculator.
+      label: short name for ids.
+      source: what the trajectories' ``source`` says.
+      elements: atomic numbers it knows, None for any.
+      version: changes when its results may.
+    """
+
+    make: Callable[[], Any]
+    label: str
+    source: str
+    elements: frozenset[int] | None
+    version: str
+
+
+def load_calculator(name: str) -> Calculator:
+    """The calculator called ``name``.
+
+    "emt" is ASE's EMT for Al, Cu, Ag, Au, Ni, Pd and Pt; "chgnet" the pretrained CHGNet
+    potential (the extra ``chgnet``). MODULE:FACTORY imports MODULE, from the working directory
+    or the environment, and takes from it the callable FACTORY, which returns an ASE calculator
+    when called without arguments. It is called for every relaxation, so that none depends on
+    another. This runs the code of that module: name only what you would run yourself.
+
+    Raises:
+      InputError: no such calculator, module or factory, or CHGNet is not installed.
+    """
+    if name == "emt":
+        return _emt()
+    if name == "chgnet":
+        return _chgnet()
+    if not _FACTORY.fullmatch(name):
+        raise InputError(
+            f"--calculator {name}: unknown: give emt, chgnet or MODULE:FACTORY, a function of "
+            "your own that returns an ASE calculator"
+        )
+    return _factory(name)
+
+
+def _emt() -> Calculator:
+    import ase
+    from ase.calculators.emt import EMT
+    from ase.data import atomic_numbers
+
+    # EMT also has made-up parameters for H, C, N and O.
+    known = frozenset(atomic_numbers[s] for s in ELEMENTS)
+    return Calculator(EMT, "emt", SOURCE, known, ase.__version__)
+
+
+@functools.cache
+def _chgnet() -> Calculator:
+    try:
+        import torch
+        from chgnet import __version__
+        from chgnet.model.dynamics import CHGNetCalculator
+        from chgnet.model.model import CHGNet
+    except ImportError as error:
+        raise InputError(
+            f"--calculator chgnet: CHGNet cannot be imported ({one_line(error)}): "
+            "pip install 'relaxnet-jax[chgnet]'"
+        ) from error
+    # Sums over several threads round otherwise: results would depend on the number of jobs.
+    torch.set_num_threads(1)
+    model = CHGNet.load(use_device="cpu", verbose=False)
+    known = frozenset(range(1, 95)) - frozenset(_CHGNET_ABSENT)
+
+    def make() -> Any:
+        return CHGNetCalculator(model, use_device="cpu", on_isolated_atoms="error")
+
+    version = getattr(model, "version", None) or __version__
+    source = f"CHGNet {version} (not DFT)"
+    return Calculator(make, "chgnet", source, known, f"{version} {__version__}")
+
+
+def _factory(name: str) -> Calculator:
+    module_name, _, attribute = name.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:  # the module's own code runs and may raise anything
+        raise InputError(
+            f"--calculator {name}: module {module_name} cannot be imported "
+            f"({type(error).__name__}: {one_line(error)}): repair it or its name"
+        ) from error
+    make = getattr(module, attribute, None)
+    if not callable(make):
+        raise InputError(
+            f"--calculator {name}: {module_name} has no function {attribute}: "
+            "name one that returns an ASE calculator"
+        )
+    file = getattr(module, "__file__", None)
+    version = hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else ""
+    return Calculator(make, attribute, f"calculator {name}", None, version)
+
+
+def check_calculator(name: str, relax_cell: bool) -> Calculator:
+    """Loads the calculator and makes one, so that a wrong one is refused before any work.
+
+    Raises:
+      InputError: it cannot be loaded or made, is no ASE calculator, or lacks forces, or the
+        stress that relaxing the cell needs.
+    """
+    calculator = load_calculator(name)
+    try:
+        made = calculator.make()
+    except Exception as error:  # the user's own code
+        raise InputError(
+            f"--calculator {name}: the factory fails ({type(error).__name__}: "
+            f"{one_line(error)}): repair it"
+        ) from error
+    offered = getattr(made, "implemented_properties", None)
+    if offered is None or not callable(getattr(made, "get_property", None)):
+        raise InputError(
+            f"--calculator {name}: gives a {type(made).__name__}, no ASE calculator: return one"
+        )
+    needed = ("energy", "forces", "stress") if relax_cell else ("energy", "forces")
+    missing = [need for need in needed if need not in offered]
+    if missing:
+        remedy = "leave out --relax-cell" if missing == ["stress"] else "choose another"
+        raise InputError(f"--calculator {name}: has no {' and no '.join(missing)}: {remedy}")
+    return calculator

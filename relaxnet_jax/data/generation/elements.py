@@ -1,0 +1,95 @@
+"""Which elements may stand in for each other, and how large their atoms are."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from typing import Any
+
+import numpy as np
+
+from relaxnet_jax.data.trajectory import reduced_formula
+
+# Groups 1 to 18 of the periodic table. Hydrogen is no alkali metal and stands alone, and so do
+# the f elements beside lanthanum, which belong to no group.
+_GROUPS = (
+    (3, 11, 19, 37, 55),
+    (4, 12, 20, 38, 56),
+    (21, 39, 57),
+    (22, 40, 72),
+    (23, 41, 73),
+    (24, 42, 74),
+    (25, 43, 75),
+    (26, 44, 76),
+    (27, 45, 77),
+    (28, 46, 78),
+    (29, 47, 79),
+    (30, 48, 80),
+    (5, 13, 31, 49, 81),
+    (6, 14, 32, 50, 82),
+    (7, 15, 33, 51, 83),
+    (8, 16, 34, 52),
+    (9, 17, 35, 53),
+    (2, 10, 18, 36, 54),
+)
+_GROUP_OF = {z: group for group in _GROUPS for z in group}
+
+
+def group_of(number: int) -> tuple[int, ...]:
+    """Atomic numbers of the element's group of the periodic table, ascending, itself included.
+
+    Astatine, radon and all below them are left out; an element of no group is its own.
+    """
+    return _GROUP_OF.get(number, (number,))
+
+
+def family_formula(numbers: np.ndarray) -> str:
+    """The reduced formula with every element replaced by the lightest of its group.
+
+    All that substitution can make of a material shares it with the material: NaCl and KBr are
+    both "FLi".
+    """
+    return reduced_formula(np.array([group_of(int(z))[0] for z in numbers]))
+
+
+def substituted(
+    numbers: np.ndarray,
+    probability: float,
+    allowed: Collection[int] | None,
+    rng: np.random.Generator,
+) -> np.ndarray:
+    """(N,) atomic numbers in which elements have been replaced by others of their group.
+
+    All atoms of an element change together, and elements that differ stay different.
+
+    Args:
+      numbers: (N,) int.
+      probability: of replacing each element.
+      allowed: atomic numbers to choose from; None for all.
+      rng: of the choices.
+    """
+    result = np.array(numbers)
+    present = {int(z) for z in np.unique(numbers)}
+    for z in sorted(present):
+        # Drawn whether or not it is used, so that one element's luck does not hang on another's.
+        wanted, choice = rng.random(), rng.random()
+        others = [o for o in group_of(z) if o not in present and (allowed is None or o in allowed)]
+        if others and wanted < probability:
+            new = others[int(choice * len(others))]
+            present.add(new)
+            result[numbers == z] = new
+    return result
+
+
+def radii(numbers: Iterable[int]) -> np.ndarray:
+    """(N,) covalent radii, Å."""
+    from ase.data import covalent_radii
+
+    table: Any = covalent_radii
+    return np.asarray(table)[np.asarray(numbers)]
+
+
+def names(numbers: Iterable[int]) -> str:
+    """Symbols of the elements, each once, in order of atomic number."""
+    from ase.data import chemical_symbols
+
+    return ", ".join(chemical_symbols[z] for z in sorted({int(z) for z in numbers}))

@@ -1,0 +1,135 @@
+"""One relaxation, every ionic step of it kept, or the reason why there is none."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from relaxnet_jax.data.ase_io import _labels, fixed_atoms
+from relaxnet_jax.data.files import one_line
+from relaxnet_jax.data.generation.settings import Settings
+from relaxnet_jax.data.generation.start import too_close
+from relaxnet_jax.data.trajectory import RelaxationTrajectory
+from relaxnet_jax.errors import InputError
+
+if TYPE_CHECKING:
+    from ase import Atoms
+
+MAX_FORCE = 100.0  # eV/Å; beyond, atoms sit in each other or the calculator extrapolates
+MAX_RISE = 1.0  # eV/atom above the start, where a relaxation only goes down
+MAX_SWELL = 3.0  # factor by which a cell's volume may change
+MIN_CONTACT = 0.5  # of the sum of two covalent radii
+MAX_STEP = 0.2  # Å an atom moves in one step
+UNCONVERGED = ", not converged"
+
+Failure = str
+
+
+def relax(
+    atoms: Atoms, calculator: Any, settings: Settings, name: str, group: str, source: str
+) -> RelaxationTrajectory | Failure:
+    """Relaxes the atoms (in place) with ASE and keeps every ionic step.
+
+    Energies are the force-consistent ones where the calculator tells them apart, forces the
+    atoms' own and raw, also where the cell relaxes; stresses are kept where the calculator has
+    them and all directions are periodic.
+
+    Args:
+      atoms: the start.
+      calculator: a fresh ASE calculator.
+      settings: of the data set.
+      name, group, source: of the trajectory.
+
+    Returns:
+      The validated trajectory; or a line "KIND: DETAIL" that says why the relaxation is none:
+      it did not converge, left what is physical, or the calculator failed.
+    """
+    atoms.calc = calculator
+    frames: list[tuple[Any, ...]] = []
+    converged = False
+    try:
+        with warnings.catch_warnings():
+            # E.g. of an optimiser whose step is cut; what matters shows in the result.
+            warnings.simplefilter("ignore")
+            for done in _steps(atoms, settings):
+                frames.append(_frame(atoms))
+                converged = bool(done)
+                failure = _unphysical(atoms, frames)
+                if failure:
+                    return f"unphysical: {failure} at step {len(frames) - 1}"
+    except Exception as error:  # calculators raise anything
+        return f"calculator failed: {type(error).__name__}: {one_line(error)}"
+    if not converged and not settings.keep_unconverged:
+        return f"not converged: after {settings.max_steps} steps"
+    if len(frames) < 2:
+        return "nothing to relax: the start is a minimum"
+    if frames[-1][2] > frames[0][2]:
+        return "unphysical: ends at a higher energy than it starts at"
+    positions, cells, energies, forces, stresses = (list(column) for column in zip(*frames))
+    charges = atoms.get_initial_charges()
+    trajectory = RelaxationTrajectory(
+        id=name,
+        atomic_numbers=atoms.numbers.astype(np.int64),
+        positions=np.array(positions),
+        cells=np.array(cells),
+        pbc=atoms.pbc.copy(),
+        energies=np.array(energies, dtype=np.float64),
+        forces=np.array(forces, dtype=np.float64),
+        fixed_mask=fixed_atoms(atoms),
+        group=group,
+        stresses=None if any(s is None for s in stresses) else np.array(stresses, np.float64),
+        charges=np.array(charges, dtype=np.float64) if np.any(charges) else None,
+        source=source + ("" if converged else UNCONVERGED),
+    )
+    try:
+        return trajectory.validate()
+    except InputError as error:
+        return f"unphysical: {str(error).partition(', ')[2] or error}"
+
+
+def _steps(atoms: Atoms, settings: Settings) -> Any:
+    """The optimiser's iterator; yields whether the present step is converged."""
+    from ase.filters import FrechetCellFilter
+    from ase.optimize import FIRE, LBFGS
+
+    kind: Any = {"lbfgs": LBFGS, "fire": FIRE}[settings.optimizer]
+    target: Any = FrechetCellFilter(atoms) if settings.relax_cell else atoms
+    optimizer = kind(target, maxstep=MAX_STEP, logfile=None)
+    return optimizer.irun(fmax=settings.fmax, steps=settings.max_steps)
+
+
+def _frame(atoms: Atoms) -> tuple[Any, ...]:
+    """Positions, cell, energy, forces and stress (or None) of the present step."""
+    # The optimiser has just had these forces, so nothing is computed twice.
+    calculator: Any = atoms.calc
+    stress: Any = None
+    if atoms.pbc.all() and "stress" in calculator.implemented_properties:
+        calculator.get_property("stress", atoms)
+        stress = _labels(atoms)[2]
+    energy, forces, _ = _labels(atoms)
+    if energy is None or forces is None:
+        raise RuntimeError("it leaves no energy and forces in its results")
+    copies = (np.array(forces), None if stress is None else np.array(stress))
+    return atoms.get_positions(), atoms.cell.array.copy(), energy, *copies
+
+
+def _unphysical(atoms: Atoms, frames: list[tuple[Any, ...]]) -> Failure:
+    """What is wrong with the last frame; empty if nothing is."""
+    _, first_cell, first_energy, _, _ = frames[0]
+    _, cell, energy, forces, stress = frames[-1]
+    if not all(np.isfinite(v).all() for v in (energy, forces, stress) if v is not None):
+        return "energy, forces or stress not finite"
+    largest = np.linalg.norm(forces, axis=-1).max()
+    if largest > MAX_FORCE:
+        return f"force of {largest:.3g} eV/Å"
+    rise = (energy - first_energy) / len(atoms)
+    if rise > MAX_RISE:
+        return f"energy {rise:.3g} eV/atom above the start"
+    volume, first_volume = (abs(np.linalg.det(c)) for c in (cell, first_cell))
+    if first_volume > 0 and not 1 / MAX_SWELL < volume / first_volume < MAX_SWELL:
+        return f"volume {volume / first_volume:.3g} times that of the start"
+    if too_close(atoms, MIN_CONTACT):
+        return "two atoms too close"
+    return ""
