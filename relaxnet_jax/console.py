@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 
@@ -51,3 +51,17 @@ def bar(text: str, total: int) -> Iterator[Callable[[int], None]]:
     with Progress(*columns, console=console, transient=True, disable=hidden) as bar:
         task = bar.add_task("", total=total)
         yield lambda done: bar.update(task, completed=done)
+
+
+@contextmanager
+def lazy_bar(text: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar whose total is known only later; yields a function of (done, total)."""
+    with ExitStack() as stack:
+        advances: list[Callable[[int], None]] = []
+
+        def progress(done: int, total: int) -> None:
+            if not advances:
+                advances.append(stack.enter_context(bar(text, total)))
+            advances[0](done)
+
+        yield progress

@@ -56,6 +56,8 @@ def read_trajectories(
     generated = path == "emt"
     file = default_dataset(config.data.n_emt, 0, report) if generated else path
     store = TrajectoryStore(file)
+    if store.incomplete:
+        report(f"{path}: not complete, {len(store)} relaxations so far: run what makes it again")
     changes = store.variable_cell()
     left_out = {"the cell changes": int(changes.sum())} if changes.any() else {}
     if changes.any() and config.data.variable_cell == "error":

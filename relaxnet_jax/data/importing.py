@@ -2,19 +2,36 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
+import glob
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import shutil
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from relaxnet_jax.data.ase_io import SkippedRelaxation
-from relaxnet_jax.data.reading import read_relaxations
-from relaxnet_jax.data.sources import find_sources
+from relaxnet_jax.data.beside import Initial
+from relaxnet_jax.data.import_tasks import (
+    TASK_BYTES,
+    ReadTask,
+    key,
+    read_files,
+    size_of,
+    split_task,
+    stamped,
+)
+from relaxnet_jax.data.parts import Item, Mark, run_parts
+from relaxnet_jax.data.shards import SHARD_SIZE, write_shards
+from relaxnet_jax.data.sources import Source, find_sources
 from relaxnet_jax.data.store_write import write_store
 from relaxnet_jax.data.trajectory import RelaxationTrajectory
 from relaxnet_jax.data.vasp_xml import Energy
 from relaxnet_jax.errors import InputError
+
+# Below this another process takes longer to start than to read.
+ALONE_BYTES = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,82 +56,190 @@ def import_files(
     report: Callable[[str], None] | None = None,
     groups: Mapping[str, str] | None = None,
     energy: Energy = "free",
+    initial: Initial | None = None,
+    *,
+    jobs: int | None = 1,
+    scheduler: str | None = None,
+    shard_size: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> ImportReport:
-    """Imports files, folders and archives into one store.
+    """Imports files, folders and archives into one store, or a folder of them.
 
     A relaxation that is unsound, and a file that cannot be read, is left out, reported, and
-    the rest goes on.
+    the rest goes on. Whatever reads the files, and however often it was cut off and called
+    again, the result is the same to the byte. What was read before a cut is kept beside ``out``
+    in the folder ``.NAME.parts`` until the import is complete (not of imports of up to 64 MB by
+    one process).
 
     Args:
       paths: files of ionic steps (see `read_relaxations`), and folders to search for them (see
         `find_sources`).
-      out: the store to write, ending in .h5; an existing one is replaced.
+      out: the store to write, ending in .h5; an existing one is replaced. Without suffix, or
+        where it is a folder, a folder of shards (see `write_shards`).
       report: called with one line for each file and each thing left out.
       groups: group of a relaxation by id (see `read_groups`), instead of the file's own.
       energy: which energy of a vasprun.xml, see `read_vasprun`.
+      initial: what the first frame must agree with, see `read_relaxations`.
+      jobs: processes; None for as many as there are usable cores, if there is enough to read.
+      scheduler: address of a Dask scheduler whose workers read instead; they must reach the
+        files and the folder of ``out`` under the same paths as this process.
+      shard_size: relaxations per shard, 10,000 by default.
+      progress: called with (files done, all files) after each file.
 
     Returns:
       Counts, and what was skipped.
 
     Raises:
-      InputError: no relaxation could be read (nothing is left behind), or ``out`` cannot be
-        written.
+      InputError: no relaxation could be read (nothing is left behind), ``out`` cannot be
+        written, or see `run_parts`.
     """
     say = report or (lambda _: None)
+    out = Path(out)
+    sharded = out.is_dir() or not out.suffix
+    if shard_size is not None and not sharded:
+        raise InputError(f"{out}: shards need a folder: name one, without suffix")
+    if jobs is not None and jobs < 1:
+        raise InputError(f"jobs {jobs}: give 1 or more")
     found = find_sources([paths] if isinstance(paths, str | Path) else paths)
     if not found.sources:
         raise InputError("no files to import: name at least one")
     if found.others:
         say(f"{found.others} files in the folders are no files of relaxations, or the OUTCAR of a "
             "run whose vasprun.xml is read")  # fmt: skip
-    if Path(out).resolve() in [source.path.resolve() for source in found.sources]:
+    if out.resolve() in [source.path.resolve() for source in found.sources]:
         raise InputError(f"{out}: is also read: choose another output path")
-    skipped: list[tuple[str, str, str]] = []
-    frames = 0
-
-    def relaxations() -> Iterator[RelaxationTrajectory]:
-        nonlocal frames
-        seen: set[str] = set()
-        errors: list[InputError] = []
-        for file, name in found.sources:
-            before, read = len(skipped), 0
-            try:
-                for item in read_relaxations(file, name, energy):
-                    if isinstance(item, RelaxationTrajectory) and item.id in seen:
-                        item = SkippedRelaxation(item.id, "id occurs in another file: rename it")
-                    if isinstance(item, SkippedRelaxation):
-                        skipped.append((str(file), *item))
-                        say(f"{file}: skipped {item.id}: {item.reason}")
-                        continue
-                    if groups is not None:
-                        item = dataclasses.replace(item, group=groups.get(item.id, item.group))
-                    seen.add(item.id)
-                    frames += item.n_frames
-                    read += 1
-                    yield item
-            except InputError as error:
-                # The error says why no relaxation of this file was read.
-                errors.append(error)
-                reason = str(error).removeprefix(f"{file}: ")
-                skipped[before:] = [(str(file), "", reason)]
-                say(f"{file}: skipped: {reason}")
+    task = ReadTask(stamped(found.sources), energy, initial)
+    total = sum(size_of(file) for file in task.files)
+    if jobs is None:
+        jobs = usable_cores() if len(found.sources) > 1 and total > ALONE_BYTES else 1
+    folder = out.absolute().with_name(f".{out.absolute().name}.parts")
+    if scheduler is None and not folder.exists() and (
+        len(found.sources) == 1 or (jobs == 1 and total <= TASK_BYTES)
+    ):  # fmt: skip
+        items: Iterator[Item] = read_files(task)
+    else:
+        _remove_unfinished(out, folder)
+        items = _read_in_parts(split_task(task), folder, jobs, scheduler)
+    merged = _Merged(found.sources, groups, say, progress)
+    metadata = {"files": [source.path.name for source in found.sources]}
+    try:
+        with contextlib.closing(merged.relaxations(items)) as relaxations:
+            if sharded:
+                write_shards(out, relaxations, shard_size or SHARD_SIZE, metadata=metadata)
             else:
-                say(f"{file}: {read} relaxations read, {len(skipped) - before} skipped")
-        if not seen:
-            if len(errors) == 1 and len(found.sources) == 1:
-                raise errors[0]
-            culprit, label, reason = skipped[0]
-            where = f"{culprit}: {label}: " if label else f"{culprit}: "
-            raise InputError(
-                f"{where}{reason} (nor could any of the other {len(skipped) - 1} be read)"
-                if len(skipped) > 1
-                else where + reason
-            )
+                write_store(out, relaxations, metadata=metadata)
+    except KeyboardInterrupt:
+        if any(folder.glob("part-*")):
+            say(f"{out}: not complete; the same command goes on from here")
+        raise
+    finally:
+        if merged.done:
+            shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            folder.rmdir()  # if nothing was read
+    return ImportReport(read=len(merged.seen), skipped=merged.skipped, frames=merged.frames)
 
-    read = write_store(
-        out, relaxations(), metadata={"files": [source.path.name for source in found.sources]}
-    )
-    return ImportReport(read=read, skipped=skipped, frames=frames)
+
+def usable_cores() -> int:
+    """Cores this process may use, by affinity and by the limits of its container."""
+    import joblib
+
+    return joblib.cpu_count()
+
+
+def _read_in_parts(
+    tasks: list[ReadTask], folder: Path, jobs: int, scheduler: str | None
+) -> Iterator[Item]:
+    """What `read_files` yields for the tasks together."""
+    results = run_parts(tasks, read_files, folder, key=key, jobs=jobs, scheduler=scheduler)
+    with contextlib.closing(results):
+        for task, result in zip(tasks, results):
+            if not result.error:
+                yield from result.items()
+            elif len(task.files) == 1:
+                yield Mark("end", result.error)
+            else:
+                # One of the files is at fault; the others are not to go with it.
+                alone = [task._replace(files=(file,)) for file in task.files]
+                inner = folder / f"task-{result.number:06d}"
+                yield from _read_in_parts(alone, inner, max(jobs, 2), scheduler)
+
+
+def _remove_unfinished(out: Path, folder: Path) -> None:
+    """Deletes the half-written store that an import killed earlier has left beside ``out``."""
+    if folder.exists():
+        for path in out.parent.glob(f".{glob.escape(out.stem)}.*.tmp{out.suffix}"):
+            path.unlink(missing_ok=True)
+
+
+class _Merged:
+    """What came of the files, as their relaxations go by.
+
+    Attributes:
+      skipped, frames: see `ImportReport`. seen: ids. done: whether everything has gone by.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        groups: Mapping[str, str] | None,
+        say: Callable[[str], None],
+        progress: Callable[[int, int], None] | None,
+    ) -> None:
+        self.sources, self.groups, self.say = sources, groups, say
+        self.progress = progress or (lambda done, total: None)
+        self.skipped: list[tuple[str, str, str]] = []
+        self.frames = 0
+        self.seen: set[str] = set()
+        self.done = False
+
+    def relaxations(self, items: Iterable[Item]) -> Generator[RelaxationTrajectory, None, None]:
+        """Those to store, of all files; an id that occurs again is left out.
+
+        Raises:
+          InputError: there is none.
+        """
+        left = iter(items)
+        for count, source in enumerate(self.sources, 1):
+            yield from self._of_file(str(source.path), left)
+            self.progress(count, len(self.sources))
+        self.done = True
+        if not self.seen:
+            raise InputError(self._nothing())
+
+    def _of_file(self, file: str, items: Iterator[Item]) -> Iterator[RelaxationTrajectory]:
+        before, read = len(self.skipped), 0
+        for item in items:
+            if isinstance(item, Mark) and item.kind == "note":
+                self.say(item.text)
+                continue
+            if isinstance(item, Mark):
+                if item.text:
+                    self.skipped[before:] = [(file, "", item.text)]
+                    self.say(f"{file}: skipped: {item.text}")
+                else:
+                    left_out = len(self.skipped) - before
+                    self.say(f"{file}: {read} relaxations read, {left_out} skipped")
+                return
+            if isinstance(item, RelaxationTrajectory) and item.id in self.seen:
+                item = SkippedRelaxation(item.id, "id occurs in another file: rename it")
+            if isinstance(item, SkippedRelaxation):
+                self.skipped.append((file, *item))
+                self.say(f"{file}: skipped {item.id}: {item.reason}")
+                continue
+            if self.groups is not None:
+                item = dataclasses.replace(item, group=self.groups.get(item.id, item.group))
+            self.seen.add(item.id)
+            self.frames += item.n_frames
+            read += 1
+            yield item
+
+    def _nothing(self) -> str:
+        culprit, label, reason = self.skipped[0]
+        line = f"{culprit}: {label}: {reason}" if label else f"{culprit}: {reason}"
+        if len(self.skipped) > 1:
+            line += f" (nor could any of the other {len(self.skipped) - 1} be read)"
+        return line
 
 
 def read_groups(path: str | os.PathLike[str]) -> dict[str, str]:

@@ -10,7 +10,7 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,10 +26,12 @@ from relaxnet_jax.errors import InputError
 class Mark(NamedTuple):
     """A line that a task puts between its relaxations, e.g. where a file of several ends."""
 
+    kind: str
     text: str
 
 
 Item = RelaxationTrajectory | SkippedRelaxation | Mark
+LogEntry = list[str] | dict[str, str] | None
 Work = Callable[[Any], Iterator[Any]]
 
 
@@ -37,23 +39,23 @@ class PartResult(NamedTuple):
     """What a task left.
 
     Attributes:
-      index: of the task.
+      number: of the task, from 0.
       path: the store of its relaxations, or None where it has none.
       log: for each thing the task yielded, in order: None for a relaxation, [id, reason] for a
-        skipped one, [text] for a `Mark`.
+        skipped one, {kind: text} for a `Mark`.
       error: "" or, on one line, what ended the task: an `InputError` of its own (the relaxations
         before it are kept), or anything unexpected (nothing is kept).
     """
 
-    index: int
+    number: int
     path: Path | None
-    log: list[list[str] | None]
+    log: list[LogEntry]
     error: str
 
     @property
     def skipped(self) -> list[SkippedRelaxation]:
         """The relaxations left out."""
-        return [SkippedRelaxation(*entry) for entry in self.log if entry and len(entry) == 2]
+        return [SkippedRelaxation(*entry) for entry in self.log if isinstance(entry, list)]
 
     def items(self) -> Iterator[Item]:
         """What the task yielded, in order, one relaxation in memory at a time."""
@@ -61,11 +63,12 @@ class PartResult(NamedTuple):
             store = stack.enter_context(TrajectoryStore(self.path)) if self.path else None
             read = itertools.count()
             for entry in self.log:
-                if entry is None:
-                    assert store is not None
+                if isinstance(entry, list):
+                    yield SkippedRelaxation(*entry)
+                elif entry is not None:
+                    yield from (Mark(*pair) for pair in entry.items())
+                elif store is not None:
                     yield store[next(read)]
-                else:
-                    yield SkippedRelaxation(*entry) if len(entry) == 2 else Mark(*entry)
 
 
 def run_parts(
@@ -77,7 +80,7 @@ def run_parts(
     jobs: int = 1,
     scheduler: str | None = None,
     progress: Callable[[int, int], None] | None = None,
-) -> Iterator[PartResult]:
+) -> Generator[PartResult, None, None]:
     """Does the tasks and yields what each left, in their order, whatever is done first.
 
     Args:
@@ -106,8 +109,8 @@ def run_parts(
     following = 0
     with contextlib.closing(run_everywhere(calls, started, jobs, scheduler)) as finished:
         for count, done in enumerate(finished, 1):
-            errors[done.index] = done.error
-            parts[done.index].started.unlink(missing_ok=True)  # left by a process that died
+            errors[done.number] = done.error
+            parts[done.number].started.unlink(missing_ok=True)  # left by a process that died
             if progress is not None:
                 progress(count, len(parts))
             while following in errors:
@@ -127,7 +130,8 @@ class _Part(NamedTuple):
     def of(cls, folder: Path, index: int, key: str) -> _Part:
         digest = hashlib.sha256(key.encode()).hexdigest()
         stem = folder / f"part-{index:06d}-{digest[:16]}"
-        return cls(*(stem.with_suffix(s) for s in (".h5", ".json", ".started")), digest)
+        store, bare, started = (stem.with_suffix(s) for s in (".h5", ".json", ".started"))
+        return cls(store, bare, started, digest)
 
 
 def _clean(folder: Path, wanted: set[str]) -> None:
@@ -160,7 +164,7 @@ def _do(part: _Part, work: Work, task: Any) -> str:
 
 def _write(part: _Part, work: Work, task: Any) -> None:
     """The relaxations of a task as a store with its log; only the log where there is none."""
-    log: list[list[str] | None] = []
+    log: list[LogEntry] = []
     errors: list[str] = []
 
     def relaxations() -> Iterator[RelaxationTrajectory]:
@@ -170,7 +174,7 @@ def _write(part: _Part, work: Work, task: Any) -> None:
                     log.append(None)
                     yield item
                 else:
-                    log.append(list(item))
+                    log.append({item.kind: item.text} if isinstance(item, Mark) else [*item])
         except InputError as error:
             errors.append(str(error))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,15 +17,15 @@ CONNECT_SECONDS = 20
 
 
 class Done(NamedTuple):
-    """Call ``index`` has returned ``error``, or ended its process."""
+    """Call ``number`` has returned ``error``, or ended its process."""
 
-    index: int
+    number: int
     error: str
 
 
 def run_everywhere(
     calls: Sequence[Call], started: Sequence[Path], jobs: int = 1, scheduler: str | None = None
-) -> Iterator[Done]:
+) -> Generator[Done, None, None]:
     """Makes the calls and yields each when it is done, in any order.
 
     Args:
@@ -53,14 +53,16 @@ def _call(index: int, function: Callable[..., str], arguments: tuple) -> Done:
     return Done(index, function(*arguments))
 
 
-def _processes(calls: Sequence[Call], started: Sequence[Path], jobs: int) -> Iterator[Done]:
+def _processes(
+    calls: Sequence[Call], started: Sequence[Path], jobs: int
+) -> Generator[Done, None, None]:
     """On this machine. A process that dies takes joblib's pool with it: the calls that were
     running are then made one by one, so that the one at fault is found, and the rest goes on."""
     pending = dict(enumerate(calls))
     while pending:
         try:
             for done in _pool(pending, jobs):
-                del pending[done.index]
+                del pending[done.number]
                 yield done
         except BrokenProcessPool:
             suspects = [i for i in pending if started[i].exists()] or [*pending][:jobs]
@@ -73,7 +75,7 @@ def _processes(calls: Sequence[Call], started: Sequence[Path], jobs: int) -> Ite
                 yield done
 
 
-def _pool(calls: dict[int, Call], jobs: int) -> Iterator[Done]:
+def _pool(calls: dict[int, Call], jobs: int) -> Generator[Done, None, None]:
     from joblib import Parallel, delayed
 
     # One call at a time: they take seconds each, and a batch would be lost as a whole.
@@ -83,7 +85,7 @@ def _pool(calls: dict[int, Call], jobs: int) -> Iterator[Done]:
         yield from results
 
 
-def _cluster(calls: Sequence[Call], scheduler: str) -> Iterator[Done]:
+def _cluster(calls: Sequence[Call], scheduler: str) -> Generator[Done, None, None]:
     """On a Dask cluster, which itself moves the calls of a lost worker to others, up to its
     limit of losses per call."""
     try:
@@ -105,10 +107,10 @@ def _cluster(calls: Sequence[Call], scheduler: str) -> Iterator[Done]:
             for index, call in enumerate(calls)
         }
         try:
-            for future in as_completed(futures):
-                error = future.exception()
+            for future in as_completed(futures, loop=client.loop):
+                failure = future.exception()
                 index = futures.pop(future)
-                yield future.result() if error is None else Done(index, _failure(error))
+                yield future.result() if failure is None else Done(index, _failure(failure))
         finally:
             client.cancel([*futures])
 

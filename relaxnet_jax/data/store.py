@@ -15,6 +15,7 @@ import h5py
 import numpy as np
 
 from relaxnet_jax.data.files import one_line
+from relaxnet_jax.data.shards import incomplete
 from relaxnet_jax.data.store_write import (
     COLUMNS,
     FORMAT,
@@ -232,6 +233,11 @@ class TrajectoryStore:
                 moved = np.abs(cells - first).max(axis=(1, 2))
                 changes.append(np.maximum.reduceat(moved, starts) > CELL_TOLERANCE)
         return np.concatenate(changes)
+
+    @property
+    def incomplete(self) -> bool:
+        """Whether shards of the set are missing: it is still being written, or was cut off."""
+        return incomplete([shard.metadata.get("shard") for shard in self._shards])
 
     def elements(self) -> np.ndarray:
         """(k,) int, the atomic numbers that occur, ascending."""

@@ -48,6 +48,7 @@ COLUMNS: dict[str, tuple[str, str, tuple[int, ...]]] = {
     "positions": ("pairs", "<f8", (3,)),
     "forces": ("pairs", "<f8", (3,)),
 }
+Metadata = Mapping[str, Any] | Callable[[], Mapping[str, Any]] | None
 TEXTS = ("id", "group", "source")
 OFFSETS = ("atom_offset", "frame_offset", "pair_offset")
 
@@ -56,7 +57,7 @@ def write_store(
     path: str | os.PathLike[str],
     trajectories: Iterable[RelaxationTrajectory],
     *,
-    metadata: Mapping[str, Any] | Callable[[], Mapping[str, Any]] | None = None,
+    metadata: Metadata = None,
     unique: bool = True,
 ) -> int:
     """Writes relaxations to an HDF5 store; the file appears only when it is complete.
@@ -78,10 +79,22 @@ def write_store(
     target = Path(path)
     if target.suffix not in SUFFIXES:
         raise InputError(f"{target}: unknown suffix {target.suffix!r}: end the store in .h5")
+    with atomic_path(target) as temporary:
+        return fill_store(temporary, target, trajectories, metadata, unique)
+
+
+def fill_store(
+    file: Path,
+    target: Path,
+    trajectories: Iterable[RelaxationTrajectory],
+    metadata: Metadata = None,
+    unique: bool = True,
+) -> int:
+    """`write_store` into the open path ``file``, called ``target`` in messages."""
     seen: set[str] = set()
     count = 0
-    with atomic_path(target) as temporary, h5py.File(temporary, "w") as file:
-        writer = _Writer(file)
+    with h5py.File(file, "w") as opened:
+        writer = _Writer(opened)
         for trajectory in trajectories:
             try:
                 trajectory.validate()

@@ -1,0 +1,124 @@
+"""What the processes of an import do: a few files each."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from relaxnet_jax.data.beside import Initial
+from relaxnet_jax.data.files import one_line
+from relaxnet_jax.data.parts import Item, Mark
+from relaxnet_jax.data.reading import read_relaxations
+from relaxnet_jax.data.sources import Beside, Neighbours, Source
+from relaxnet_jax.data.vasp_xml import Energy
+from relaxnet_jax.errors import InputError
+
+# A task reads up to this much, so that many small files do not each cost a file of their own,
+# and no more than a sixteenth of the files, so that few do not all end up on one process.
+TASK_FILES = 32
+TASK_BYTES = 64 << 20
+MIN_TASKS = 16
+
+
+class ReadFile(NamedTuple):
+    """A file to read, as the process that reads it must know it.
+
+    Attributes:
+      path: absolute. shown: as the user named it. id: of its relaxation.
+      beside: what else there is of its run, absolute.
+      stamps: (size in bytes, time of change in ns) of all of these, (-1, -1) where there is none.
+    """
+
+    path: str
+    shown: str
+    id: str
+    beside: tuple[str | None, ...]
+    stamps: tuple[tuple[int, int], ...]
+
+
+class ReadTask(NamedTuple):
+    """Files that one process reads, and the options: see `read_relaxations`."""
+
+    files: tuple[ReadFile, ...]
+    energy: Energy
+    initial: Initial | None
+
+
+def stamped(sources: Iterable[Source]) -> tuple[ReadFile, ...]:
+    """Sources with what tells whether they, or what lies beside them, have changed."""
+    files, neighbours = [], Neighbours()
+    for source in sources:
+        path = source.path.absolute()
+        beside = [str(found) if found else None for found in neighbours.of(path)]
+        stamps = tuple(_stamp(name) for name in (str(path), *beside))
+        files.append(ReadFile(str(path), str(source.path), source.id, tuple(beside), stamps))
+    return tuple(files)
+
+
+def _stamp(path: str | None) -> tuple[int, int]:
+    with contextlib.suppress(OSError):
+        if path is not None:
+            stat = os.stat(path)
+            return stat.st_size, stat.st_mtime_ns
+    return -1, -1
+
+
+def size_of(file: ReadFile) -> int:
+    """Bytes that reading the file reads."""
+    return sum(max(size, 0) for size, _ in file.stamps)
+
+
+def key(task: ReadTask) -> str:
+    """What the result of a task depends on."""
+    from relaxnet_jax import __version__
+
+    return json.dumps([__version__, *task])
+
+
+def read_files(task: ReadTask) -> Iterator[Item]:
+    """Reads the files in order: relaxations, those skipped, and a `Mark` for each remark
+    ("note") and for the end of each file ("end", with the reason if it cannot be read)."""
+    for file in task.files:
+        notes: list[str] = []
+        near = Beside(*(Path(path) if path else None for path in file.beside))
+        found = read_relaxations(file.path, file.id, task.energy, task.initial, notes.append, near)
+        reason = ""
+        try:
+            for item in found:
+                yield from _remarks(notes, file)
+                yield item
+        except InputError as error:
+            # The error says why no relaxation of this file was read.
+            reason = str(error).removeprefix(f"{file.path}: ")
+        except MemoryError:
+            raise
+        except Exception as error:
+            reason = f"cannot be read ({type(error).__name__}: {one_line(error)}): report this"
+        yield from _remarks(notes, file)
+        yield Mark("end", reason)
+
+
+def _remarks(notes: list[str], file: ReadFile) -> Iterator[Mark]:
+    """The notes taken so far, with files called as the user does."""
+    name = Path(file.path).name
+    folder, shown = (path.removesuffix(name) for path in (file.path, file.shown))
+    while notes:
+        yield Mark("note", notes.pop(0).replace(folder, shown))
+
+
+def split_task(task: ReadTask) -> list[ReadTask]:
+    """Tasks of a few consecutive files each, the same whatever is to do them."""
+    most = min(TASK_FILES, -(-len(task.files) // MIN_TASKS))
+    chunks: list[list[ReadFile]] = []
+    filled = 0
+    for file in task.files:
+        if not chunks or len(chunks[-1]) == most or filled + size_of(file) > TASK_BYTES:
+            chunks.append([])
+            filled = 0
+        chunks[-1].append(file)
+        filled += size_of(file)
+    return [task._replace(files=tuple(chunk)) for chunk in chunks]
