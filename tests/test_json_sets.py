@@ -7,6 +7,7 @@ import json
 import random
 import tracemalloc
 import zipfile
+from pathlib import Path
 
 import ase.io
 import numpy as np
@@ -371,6 +372,46 @@ def test_items():
                 b"[1] 2", b"[" + b"9" * 5000 + b"]", b"[" * 100_000):  # fmt: skip
         with pytest.raises(JsonDamageError, match=r"^byte \d+: "):
             run(bad)
+
+
+@pytest.mark.parametrize("chunk", range(1, 9))
+def test_items_across_chunks(monkeypatch, chunk):
+    monkeypatch.setattr(json_stream, "_CHUNK", chunk)
+    values = [12345, -1.5e-10, True, 'a"\\b', {"a": [12, None]}, [], 7]
+    for text in (json.dumps(values), json.dumps(dict(zip("abcdefg", values)), indent=1)):
+        found = list(items(io.BytesIO(text.encode())))
+        assert [item.value for item in found] == values
+        for item in found:
+            assert json.loads(text[item.start : item.start + item.length]) == item.value
+
+
+VASP = Path(__file__).resolve().parents[2] / "shared" / "data" / "vasp"
+
+
+@pytest.mark.parametrize("name", ["MoS2_monolayer", "Zr3O", "Li"])
+def test_real_run_through_jarvis(tmp_path, name):
+    """A real vasprun.xml as jarvis-tools makes records of it, and as our reader reads it."""
+    from jarvis.io.vasp.outputs import Vasprun
+
+    packed = VASP / f"{name}.vasprun.xml.gz"
+    if not packed.is_file():
+        pytest.skip(f"{packed} is not here")
+    plain = tmp_path / "vasprun.xml"
+    plain.write_bytes(gzip.decompress(packed.read_bytes()))
+    (ours,) = read(plain)
+    run = Vasprun(str(plain))
+    records = [
+        {"jid": f"JVASP-1_main-{k}", "atoms": structure.to_dict(), "forces": forces.tolist(),
+         "stresses": stress.tolist(), "total_energy": energy / structure.num_atoms}
+        for k, (structure, forces, stress, energy) in enumerate(
+            zip(run.all_structures, run.all_forces, run.all_stresses, ours.energies))
+    ]  # fmt: skip
+    (theirs,) = read(save(tmp_path / "a.json", records))
+    assert theirs.n_frames == ours.n_frames and theirs.formula == ours.formula
+    for field in ("atomic_numbers", "cells", "positions", "energies", "forces", "stresses"):
+        np.testing.assert_allclose(
+            getattr(theirs, field), getattr(ours, field), atol=1e-9, err_msg=field
+        )
 
 
 def test_malformed_is_noticed_at_once(monkeypatch):

@@ -260,7 +260,7 @@ def _alignn_frame(step: int, record: Mapping[str, Any]) -> _Frame:
     atoms = _mapping(record["atoms"])
     numbers = _elements(atoms["elements"])
     cell = _array("lattice_mat", atoms["lattice_mat"], (3, 3))
-    coords = _array("coords", atoms["coords"], (len(numbers), 3))
+    coords = _per_atom("coords", atoms["coords"], len(numbers))
     cartesian = atoms["cartesian"]
     if not isinstance(cartesian, bool):
         raise InputError(f"cartesian: {cartesian!r}: say true or false")
@@ -277,7 +277,7 @@ def _alignn_frame(step: int, record: Mapping[str, Any]) -> _Frame:
         cell,
         np.ones(3, dtype=bool),
         per_atom * len(numbers),
-        _array("forces", record["forces"], (len(numbers), 3)),
+        _per_atom("forces", record["forces"], len(numbers)),
         _stress("stresses", record.get("stresses")),
     )
 
@@ -326,6 +326,13 @@ def _array(field: str, value: Any, shape: tuple[int, ...]) -> np.ndarray:
     if array.shape != shape:
         raise InputError(f"{field}: shape {array.shape} instead of {shape}: repair or remove it")
     return array
+
+
+def _per_atom(field: str, value: Any, n_atoms: int) -> np.ndarray:
+    """(N, 3); jarvis-tools gives a lone atom's vector without the first axis."""
+    if n_atoms == 1 and isinstance(value, list) and len(value) == 3:
+        value = [value]
+    return _array(field, value, (n_atoms, 3))
 
 
 def _stress(field: str, value: Any) -> np.ndarray | None:

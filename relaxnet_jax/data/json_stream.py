@@ -57,7 +57,8 @@ class _Text:
         if len(rest) > _LARGEST:
             raise JsonDamageError(f"byte {self.byte}: a value of more than {_LARGEST >> 20} MB")
         chunk = self._stream.read(max(_CHUNK, len(rest))).decode("latin-1")
-        self.start, self.text, self.at = self.byte, rest + chunk, 0
+        if chunk:
+            self.start, self.text, self.at = self.byte, rest + chunk, 0
         return bool(chunk)
 
     def next(self) -> str:
@@ -91,8 +92,9 @@ class _Text:
                 raise JsonDamageError(f"byte {self.start + error.pos}: {error.msg}") from None
             except (ValueError, RecursionError) as error:
                 raise JsonDamageError(f"byte {self.byte}: {error}") from None
-            # A number that ends with what has been read may go on.
-            if end == len(self.text) and self._more():
+            # A number near the end of what has been read may go on: "-1." is taken for -1.
+            near = end > len(self.text) - _LONGEST_TOKEN and self.text[end - 1] not in '"]}'
+            if near and self._more():
                 continue
             start, length = self.byte, end - self.at
             self.at = end
