@@ -77,6 +77,11 @@ def cell_jumps(trajectory: RelaxationTrajectory) -> list[tuple[int, int, float, 
         return []
     end = np.arange(1, trajectory.n_frames)
     moved = displacements(trajectory, end - 1, end)
+    if not trajectory.fixed_mask.any():
+        # Of few atoms, one that jumps drags the mean with it: the middle atom is the drift.
+        middle = np.median(moved, axis=1, keepdims=True)
+        nearest = np.linalg.norm(moved - middle, axis=-1).argmin(axis=1)
+        moved = moved - moved[np.arange(len(end)), nearest][:, None]
     cells = trajectory.cells[1:]
     images = np.round(moved @ np.linalg.pinv(cells)) * periodic
     combinations = np.array(np.meshgrid(*[[-1, 0, 1] if p else [0] for p in periodic]))
