@@ -191,6 +191,7 @@ class TrainConfig:
       max_padding: padding fraction below which no further bucket is opened.
       noise: Å, standard deviation of Gaussian noise on the initial positions.
       checkpoint_every: epochs between checkpoints.
+      checkpoint_minutes: after which there is one within an epoch, too.
       tensorboard: also write TensorBoard events (needs the ``tensorboard`` extra).
     """
 
@@ -211,6 +212,7 @@ class TrainConfig:
     max_padding: float = 0.25
     noise: float = 0.0
     checkpoint_every: int = 1
+    checkpoint_minutes: float = 30.0
     tensorboard: bool = False
 
 
@@ -373,6 +375,7 @@ def check_config(config: Config) -> Config:
     )
     require(0 <= t.cooldown <= 1, "train.cooldown must lie in [0, 1]")
     require(0 <= t.ema < 1, "train.ema must lie in [0, 1)")
+    require(t.checkpoint_minutes >= 0, "train.checkpoint_minutes must not be negative")
     require(
         t.epochs >= 1 and t.checkpoint_every >= 1 and t.max_buckets >= 1,
         "train.epochs, train.checkpoint_every and train.max_buckets must be at least 1",

@@ -192,6 +192,30 @@ def test_resume_after_a_kill(run, folder):
     same_run(result.workdir, workdir, config_of())
 
 
+def test_resume_within_an_epoch(run, folder, monkeypatch):
+    """Killed after a checkpoint in the middle of an epoch: taken up at the next batch."""
+    result, _ = run
+    workdir = folder / "within"
+    original = Checkpoints.save
+
+    def save(self, state, progress, best):
+        original(self, state, progress, best)
+        self.wait()
+        if progress["tally"]["batches"] == 2 and progress["epoch"] == 1:
+            raise RuntimeError("killed")
+
+    config = config_of(checkpoint_minutes=0.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "save", save)
+        with pytest.raises(RuntimeError, match="killed"):
+            train(config, workdir, report=quiet()[0], devices=1)
+    assert [r["epoch"] for r in records(workdir)] == [0, 1]
+    report, text = quiet()
+    train(config_of(), workdir, resume=True, report=report, devices=1)
+    assert "resuming after epoch 1 and 2 batches" in text.getvalue()
+    same_run(result.workdir, workdir, config_of())
+
+
 def test_bad_structures_are_skipped_and_named(folder, monkeypatch):
     """A batch whose loss is not finite changes nothing, is counted, and its ids are told."""
     bad = []

@@ -26,13 +26,14 @@ class Checkpoints:
             for name, keep in (("latest", 2), ("best", 1))
         }
 
-    def save(self, epoch: int, state: TrainState, progress: dict[str, Any], best: bool) -> None:
-        """Saves the state after ``epoch``; returns before it is on disk."""
+    def save(self, state: TrainState, progress: dict[str, Any], best: bool) -> None:
+        """Saves the state under the number of its step; returns before it is on disk."""
         # The step donates its buffers, so what is written in the background must be a copy.
         state = jax.device_get(state)
+        step = int(state.step)
         for name in ("latest", "best") if best else ("latest",):
             self._managers[name].save(
-                epoch,
+                step,
                 args=ocp.args.Composite(
                     state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(progress)
                 ),
@@ -45,8 +46,8 @@ class Checkpoints:
           InputError: there is none, or it cannot be read.
         """
         manager = self._managers[which]
-        epoch = manager.latest_step()
-        if epoch is None:
+        step = manager.latest_step()
+        if step is None:
             raise InputError(
                 f"{self._folder / which}: no checkpoint to resume from; start without --resume "
                 "in another --workdir"
@@ -54,14 +55,14 @@ class Checkpoints:
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         try:
             restored = manager.restore(
-                epoch,
+                step,
                 args=ocp.args.Composite(
                     state=ocp.args.StandardRestore(abstract), progress=ocp.args.JsonRestore()
                 ),
             )
         except Exception as error:  # orbax and tensorstore raise many kinds for damaged files
             raise InputError(
-                f"{self._folder / which / str(epoch)}: damaged checkpoint ({type(error).__name__}); delete this "
+                f"{self._folder / which / str(step)}: damaged checkpoint ({type(error).__name__}); delete this "
                 "folder to resume from the one before"
             ) from error
         return restored["state"], restored["progress"]

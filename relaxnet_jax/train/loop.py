@@ -8,6 +8,7 @@ import importlib.util
 import json
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from relaxnet_jax.train.parallel import Devices
 from relaxnet_jax.train.report import ConsoleReport, MetricsLog
 from relaxnet_jax.train.state import Plateau, TrainState, initial_train_state
 from relaxnet_jax.train.step import make_eval_step, make_train_step
+from relaxnet_jax.train.tally import Tally
 
 # Fields that may differ when a run is resumed: they say when to stop, not what is computed.
 RESUMABLE = (
@@ -38,6 +40,7 @@ RESUMABLE = (
     "early_stop_patience",
     "tensorboard",
     "checkpoint_every",
+    "checkpoint_minutes",
 )
 
 # A run that cools down to its deadline ends with a model that has settled. It is kept, unless its
@@ -217,8 +220,9 @@ class _Run:
         """Writes the model with these (replicated) parameters to ``workdir/model``."""
         save_model(self.model(jax.device_get(self.devices.first(params))), workdir / "model")
 
-    def batches(self, split: str, rng: np.random.Generator | None):
-        """(number of structures, stacked batch) of an epoch; an iterator and its length."""
+    def batches(self, split: str, rng: np.random.Generator | None, done: int = 0):
+        """(number of structures, stacked batch) of an epoch after the first ``done``; an iterator,
+        and how many the whole epoch has."""
         n = self.devices.n
         plan = pack_epoch(
             self.buckets,
@@ -231,7 +235,8 @@ class _Run:
 
         def iterate():
             group: list[tuple[int, Any]] = []
-            for _, indices, batch in epoch_iterator(plan, self.samples, self.buckets, self.config):
+            rest = plan[done * n :]
+            for _, indices, batch in epoch_iterator(rest, self.samples, self.buckets, self.config):
                 group.append((len(indices), batch))
                 if len(group) == n:
                     yield sum(size for size, _ in group), self.devices.stack([b for _, b in group])
@@ -257,7 +262,7 @@ class _Run:
         """Runs until an end is reached."""
         config, t = self.config, self.config.train
         state = initial_train_state(create_model(config, t.seed).params, t)
-        plateau, first, elapsed = Plateau(), 0, 0.0
+        plateau, first, elapsed, tally = Plateau(), 0, 0.0, Tally()
         checkpoints = Checkpoints(workdir / "checkpoints")
         if resume:
             state, progress = checkpoints.restore(state)
@@ -267,7 +272,9 @@ class _Run:
                 progress["seconds"],
             )
             plateau.best = math.inf if plateau.best is None else plateau.best
-            self.report(f"resuming after epoch {progress['epoch']}")
+            tally = Tally(**progress["tally"])
+            within = f" and {tally.batches} batches" if tally.batches else ""
+            self.report(f"resuming after epoch {progress['epoch']}{within}")
         log = MetricsLog(workdir, first - 1, t.tensorboard)
         parameters = sum(x.size for x in jax.tree.leaves(state.params))
         self.report(
@@ -276,8 +283,22 @@ class _Run:
         state = self.devices.replicate(state)
         start, reason, epoch = time.perf_counter() - elapsed, "epochs", first - 1
         deadline = start + 60 * t.max_minutes if t.max_minutes else math.inf
+
+        def keep(state: TrainState, epoch: int, tally: Tally, best: bool = False) -> None:
+            progress = {
+                "epoch": epoch,
+                "seconds": time.perf_counter() - start,
+                "plateau": _jsonable(plateau),
+                "tally": dataclasses.asdict(tally),
+            }
+            checkpoints.save(self.devices.first(state), progress, best)
+
         for epoch in range(first, t.epochs):
-            state, record = self._epoch(state, epoch, plateau.scale * t.learning_rate, deadline)
+            rate = plateau.scale * t.learning_rate
+            state, record = self._epoch(
+                state, epoch, rate, deadline, tally, lambda s, done, e=epoch: keep(s, e - 1, done)
+            )
+            tally = Tally()
             averaged = state.ema if t.ema else state.params
             record["validation"] = self.validate(averaged)
             if epoch < t.static_epochs:  # another loss: what it reaches is no mark for the solution
@@ -288,12 +309,7 @@ class _Run:
                 self.export(averaged, workdir)
             due = (epoch + 1) % t.checkpoint_every == 0 or epoch + 1 == t.epochs
             if not record["partial"] and (due or record["best"]):
-                progress = {
-                    "epoch": epoch,
-                    "seconds": record["seconds"],
-                    "plateau": _jsonable(plateau),
-                }
-                checkpoints.save(epoch, self.devices.first(state), progress, record["best"])
+                keep(state, epoch, tally, record["best"])
             log.write(record)
             self.report.epoch(record, _time_left(deadline, record, epoch, t.epochs))
             if not math.isfinite(record["validation"]["loss"]):
@@ -318,53 +334,54 @@ class _Run:
             workdir, workdir / "model", epoch + 1, plateau.best, reason, self.devices.compilations
         )
 
-    def _epoch(self, state: TrainState, epoch: int, rate: float, deadline: float):
+    def _epoch(
+        self,
+        state: TrainState,
+        epoch: int,
+        rate: float,
+        deadline: float,
+        tally: Tally,
+        keep: Callable[[TrainState, Tally], None],
+    ) -> tuple[TrainState, dict[str, Any]]:
+        """The rest of an epoch after what ``tally`` says is done; ``keep`` is called now and then."""
         t, report = self.config.train, self.report
-        iterator, count = self.batches("train", np.random.default_rng((t.seed, epoch)))
+        iterator, count = self.batches(
+            "train", np.random.default_rng((t.seed, epoch)), tally.batches
+        )
         key = jax.random.key_data(jax.random.key(t.seed))
         report.start_epoch(epoch, count)
-        sums: dict[str, float] = {}
-        structures, done, skipped = 0, 0, 0
-        begin, compiled = time.perf_counter(), self.devices.compile_seconds
         step = self.static_step if epoch < t.static_epochs else self.train_step
-        waited, asked = 0.0, begin
+        before = tally.seconds + self.devices.compile_seconds
+        begin = asked = saved = time.perf_counter()
         try:
             for size, batch in iterator:
-                waited += time.perf_counter() - asked
+                tally.waited += time.perf_counter() - asked
                 now = np.float32(rate * self._cooling(deadline))
                 state, metrics = step(state, batch, now, key)
                 metrics = {
                     k: float(v) for k, v in jax.device_get(self.devices.first(metrics)).items()
                 }
-                done, structures = done + 1, structures + size
-                if metrics.pop("finite"):
-                    for name, value in metrics.items():
-                        sums[name] = sums.get(name, 0.0) + value
-                else:
-                    skipped += 1
+                if not tally.add(metrics, size):
                     report(
                         f"step skipped: loss or gradient not finite; structures: {self._names(batch)}"
                     )
-                spent = time.perf_counter() - begin - (self.devices.compile_seconds - compiled)
-                report.batch(done, metrics["loss"], structures / max(spent, 1e-9))
                 asked = time.perf_counter()
+                tally.seconds = before + asked - begin - self.devices.compile_seconds
+                speed = tally.structures / max(tally.seconds, 1e-9)
+                report.batch(tally.batches, metrics["loss"], speed)
                 if asked >= deadline:
                     break
+                if asked - saved >= 60 * t.checkpoint_minutes and tally.batches < count:
+                    keep(state, tally)
+                    saved = time.perf_counter()
         finally:
             report.end_epoch()
-        means = {name: value / max(done - skipped, 1) for name, value in sums.items()} or {
-            "loss": math.nan
-        }
-        seconds = time.perf_counter() - begin - (self.devices.compile_seconds - compiled)
         return state, {
             "epoch": epoch,
-            "partial": done < count,
+            "partial": tally.batches < count,
             "learning_rate": rate,
-            "train": means,
-            "skipped": skipped,
-            "structures_per_second": structures / max(seconds, 1e-9),
             "compile_seconds": self.devices.compile_seconds,
-            "waiting": waited / max(seconds, 1e-9),
+            **tally.record(),
         }
 
     def _cooling(self, deadline: float) -> float:

@@ -1,0 +1,52 @@
+"""What an epoch has added up so far; goes into a checkpoint, so an epoch can be taken up again."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+
+@dataclasses.dataclass
+class Tally:
+    """Sums over the batches of an epoch.
+
+    Attributes:
+      batches: done, the position in the epoch's plan. structures: in them.
+      skipped: batches without an update, their loss or gradient not being finite.
+      seconds: spent on them without compiling. waited: of these, until a batch was there.
+      sums: of each metric over the batches that were not skipped.
+    """
+
+    batches: int = 0
+    structures: int = 0
+    skipped: int = 0
+    seconds: float = 0.0
+    waited: float = 0.0
+    sums: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    def add(self, metrics: dict[str, float], structures: int) -> bool:
+        """Takes a batch in; returns whether it was an update."""
+        self.batches, self.structures = self.batches + 1, self.structures + structures
+        if not metrics["finite"]:
+            self.skipped += 1
+            return False
+        for name, value in metrics.items():
+            if name != "finite":
+                self.sums[name] = self.sums.get(name, 0.0) + value
+        return True
+
+    def means(self) -> dict[str, float]:
+        """Of every metric; a loss that is not a number where nothing was added."""
+        n = self.batches - self.skipped
+        return {name: value / n for name, value in self.sums.items()} if n else {"loss": math.nan}
+
+    def record(self) -> dict[str, Any]:
+        """What an epoch's record says of its training."""
+        spent = max(self.seconds, 1e-9)
+        return {
+            "train": self.means(),
+            "skipped": self.skipped,
+            "structures_per_second": self.structures / spent,
+            "waiting": self.waited / spent,
+        }
