@@ -310,3 +310,65 @@ def test_same_as_ase(file, tmp_path):
         np.testing.assert_allclose(shift, np.round(shift), atol=1e-9)
     fixed = [i for constraint in theirs[0].constraints for i in constraint.index]
     assert np.flatnonzero(ours.fixed_mask).tolist() == sorted(fixed)
+
+
+EVERY = sorted(DATA.glob("*.gz"))
+
+
+def mutated(text, rng):
+    """A copy with bytes cut, swapped or doubled, or with a line or a tag taken out."""
+    i, j = np.sort(rng.integers(len(text), size=2))
+    length = int(rng.choice([1, 10, 200, 5000]))
+    kind = rng.integers(6)
+    if kind == 0:
+        return text[:i] + text[i + length :]
+    if kind == 1:
+        a, b = text[i : i + length], text[j : j + length]
+        return text[:i] + b + text[i + len(a) : j] + a + text[j + len(b) :]
+    if kind == 2:
+        return text[: i + length] + text[i:]
+    if kind == 3:
+        return text[:i]
+    mark = rng.choice([b"<calculation>", b"</varray>", b"<energy>", b"</modeling>", b"POSITION",
+                       b"TOTEN", b"in kB", b"direct lattice", b"total charge", b"\n"])  # fmt: skip
+    at = text.find(mark, i)
+    at = text.find(mark) if at < 0 else at
+    if at < 0:
+        return text[:i] + rng.bytes(length) + text[i + length :]
+    end = at + len(mark) if kind == 4 else text.find(b"\n", at + 1)
+    return text[:at] + text[end:]
+
+
+@pytest.mark.heavy
+@pytest.mark.skipif(not EVERY, reason=f"{DATA} is not here")
+@pytest.mark.parametrize("file", EVERY, ids=lambda f: f.name.removesuffix(".gz"))
+def test_mutations_of_real_files(file, tmp_path):
+    """100 damaged copies of each: a relaxation or one line; and no other result changes."""
+    rng, text = np.random.default_rng(list(file.name.encode())), gzip.decompress(file.read_bytes())
+    kind = "vasprun.xml" if "vasprun" in file.name else "OUTCAR"
+    (tmp_path / "good").mkdir()
+    (tmp_path / "good" / "vasprun.xml").write_bytes(vasprun())
+    import_files([tmp_path], tmp_path / "alone.h5")
+    with TrajectoryStore(tmp_path / "alone.h5") as store:
+        alone = store[0]
+    counts = {"read": 0, "refused": 0}
+    for batch in range(20):
+        for k in range(5):
+            folder = tmp_path / f"mutant-{k}"
+            folder.mkdir(exist_ok=True)
+            (folder / kind).write_bytes(mutated(text, rng))
+        report = import_files([tmp_path], tmp_path / "all.h5")
+        assert report.read + len(report.skipped) == 6, batch
+        for _, _, reason in report.skipped:
+            assert "\n" not in reason and "report this" not in reason, reason
+        with TrajectoryStore(tmp_path / "all.h5") as store:
+            good = store[store.ids.index("good")]
+            for trajectory in (store[i] for i in range(len(store))):
+                trajectory.validate()
+        for field in ("atomic_numbers", "positions", "cells", "energies", "forces", "stresses"):
+            np.testing.assert_array_equal(getattr(good, field), getattr(alone, field))
+        assert good.charges is None
+        counts["read"] += report.read - 1
+        counts["refused"] += len(report.skipped)
+    print(file.name, counts)
+    assert sum(counts.values()) == 100

@@ -143,7 +143,8 @@ def read_vasprun(
         raise InputError(f"{what}: a relaxation needs two or more")
     assert parser.numbers is not None
     cells = np.array([step.cell for step in steps])
-    positions = np.array([step.fractional @ step.cell for step in steps])
+    with np.errstate(invalid="ignore", over="ignore"):  # what is not finite is refused below
+        positions = np.array([step.fractional @ step.cell for step in steps])
     stresses = [step.stress for step in steps if step.stress is not None]
     trajectory = RelaxationTrajectory(
         id=name,
