@@ -24,7 +24,16 @@ def add_data(commands) -> None:
         "traj, db, the JSON of ALIGNN-FF and MPtrj, …, also compressed; zip and tar archives; "
         "folders, searched for all of these but JSON",
     )
-    p.add_argument("--out", required=True, metavar="NAME.h5", help="the store to write")
+    p.add_argument(
+        "--out",
+        required=True,
+        metavar="NAME.h5",
+        help="the store to write; a name without suffix: a folder of shards",
+    )
+    _add_parallel(p)
+    p.add_argument(
+        "--shard-size", type=int, metavar="N", help="relaxations per shard (default: 10000)"
+    )
     p.add_argument(
         "--groups",
         metavar="CSV",
@@ -35,8 +44,14 @@ def add_data(commands) -> None:
         "--energy",
         choices=("free", "sigma0", "internal"),
         default="free",
-        help="of a vasprun.xml: free (TOTEN, consistent with the forces; the default), sigma0 "
+        help="of a vasprun.xml or OUTCAR: free (TOTEN, consistent with the forces; the default), sigma0 "
         "(without smearing), internal (without entropy)",
+    )
+    p.add_argument(
+        "--initial",
+        choices=("cif",),
+        help="cif: compare the first frame of each vasprun.xml and OUTCAR with the .cif of the "
+        "same name (or the only one) beside it, and leave out the runs that differ",
     )
     p = command(kinds, "split", "data_split", "fix who is trained, validated and tested on")
     p.add_argument("store", metavar="NAME.h5", help="the set")
@@ -83,6 +98,7 @@ def add_data(commands) -> None:
     p.add_argument("--figure", metavar="PNG", help="draw the distributions")
     p.add_argument("--json", action="store_true", help="print JSON")
     _add_check(kinds)
+    _add_generate(kinds)
     p = command(kinds, "emt", "data_emt", "make the generated data: alloys relaxed with EMT")
     p.add_argument("--n", type=int, default=600, help="relaxations (default: 600)")
     p.add_argument("--seed", type=int, default=0, help="of all random choices (default: 0)")
@@ -92,6 +108,89 @@ def add_data(commands) -> None:
         help="the store to write (default: in the cache, "
         "where training with data.path=emt finds it)",
     )
+
+
+def _add_parallel(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "--jobs",
+        type=int,
+        metavar="N",
+        help="processes (default: the usable cores, one where there is little to read)",
+    )
+    p.add_argument(
+        "--scheduler",
+        metavar="ADDRESS",
+        help="of a Dask scheduler, e.g. tcp://host:8786, whose workers do the work; they must "
+        "reach all files, and the folder of --out, under the same paths",
+    )
+
+
+def _add_generate(kinds) -> None:
+    p = command(kinds, "generate", "data_generate", "make training data by relaxing structures")
+    p.add_argument(
+        "--calculator",
+        required=True,
+        metavar="NAME",
+        help="emt, chgnet, or MODULE:FACTORY: a function of yours, imported and called without "
+        "arguments, that returns an ASE calculator",
+    )
+    p.add_argument(
+        "--structures",
+        required=True,
+        nargs="+",
+        metavar="FILE",
+        help="files ASE reads, each image one; prototypes: the mineral prototypes of jarvis-tools",
+    )
+    p.add_argument("--n", type=int, required=True, help="relaxations")
+    p.add_argument("--out", required=True, metavar="NAME.h5", help="the store to write")
+    p.add_argument("--seed", type=int, default=0, help="of all random choices (default: 0)")
+    p.add_argument(
+        "--rattle",
+        nargs=2,
+        type=float,
+        default=(0.02, 0.15),
+        metavar=("LOW", "HIGH"),
+        help="Å, range of the standard deviation per coordinate (default: 0.02 0.15)",
+    )
+    p.add_argument(
+        "--strain", type=float, default=0.02, help="largest component, ± (default: 0.02)"
+    )
+    p.add_argument(
+        "--substitute",
+        type=float,
+        default=0.0,
+        metavar="P",
+        help="probability of replacing each element by another of its group (default: 0)",
+    )
+    p.add_argument(
+        "--supercell",
+        nargs=3,
+        type=int,
+        default=(1, 1, 1),
+        metavar=("A", "B", "C"),
+        help="repetitions (default: 1 1 1)",
+    )
+    p.add_argument("--relax-cell", action="store_true", help="relax the cell too")
+    p.add_argument("--optimizer", choices=("lbfgs", "fire"), default="lbfgs", help="default: lbfgs")
+    p.add_argument("--fmax", type=float, default=0.03, help="eV/Å (default: 0.03)")
+    p.add_argument("--max-steps", type=int, default=200, metavar="N", help="default: 200")
+    p.add_argument(
+        "--keep-unconverged", action="store_true", help="keep what --max-steps ends, labelled so"
+    )
+    p.add_argument(
+        "--max-atoms", type=int, default=40, metavar="N", help="refuse larger ones (default: 40)"
+    )
+    p.add_argument(
+        "--attempts", type=int, default=5, metavar="N", help="per relaxation (default: 5)"
+    )
+    p.add_argument(
+        "--group-by",
+        choices=("parent", "formula"),
+        default="parent",
+        help="what splits keep together: all made from one structure or prototype (the default), "
+        "or all of one composition",
+    )
+    _add_parallel(p)
 
 
 def _add_check(kinds) -> None:

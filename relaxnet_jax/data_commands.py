@@ -5,11 +5,12 @@ exit code. None of them starts JAX.
 from __future__ import annotations
 
 import argparse
+import collections
 import dataclasses
 import json
 from pathlib import Path
 
-from relaxnet_jax.console import bar, note, q, say, status
+from relaxnet_jax.console import bar, lazy_bar, note, q, say, status
 from relaxnet_jax.errors import InputError
 
 
@@ -18,7 +19,19 @@ def data_import(args: argparse.Namespace) -> int:
     from relaxnet_jax.data import import_files, read_groups
 
     groups = read_groups(args.groups) if args.groups else None
-    result = import_files(args.files, args.out, note, groups, args.energy)
+    with lazy_bar("files") as progress:
+        result = import_files(
+            args.files,
+            args.out,
+            note,
+            groups,
+            args.energy,
+            args.initial,
+            jobs=args.jobs,
+            scheduler=args.scheduler,
+            shard_size=args.shard_size,
+            progress=progress,
+        )
     say(
         f"{args.out}: {result.read} relaxations with {result.frames} ionic steps; "
         f"{len(result.skipped)} skipped"
@@ -75,8 +88,10 @@ def data_info(args: argparse.Namespace) -> int:
     """``relaxnet-jax data info``."""
     from relaxnet_jax.data import TrajectoryStore
     from relaxnet_jax.data.statistics import summarise, summary_lines
+    from relaxnet_jax.data.store import SEQUENTIAL
 
-    with TrajectoryStore(args.store) as store, bar("relaxations", len(store)) as advance:
+    opened = TrajectoryStore(args.store, chunk_cache=SEQUENTIAL)
+    with opened as store, bar("relaxations", len(store)) as advance:
         summary = summarise(store, advance)
     if args.figure:
         from relaxnet_jax.evaluate.data_figure import distribution_figure
@@ -97,6 +112,7 @@ def data_check(args: argparse.Namespace) -> int:
     from relaxnet_jax.data import TrajectoryStore
     from relaxnet_jax.data.quality import Limits, check_store, report_lines, write_clean
     from relaxnet_jax.data.quality_reasons import chosen
+    from relaxnet_jax.data.store import SEQUENTIAL
 
     if bool(args.out) != bool(args.drop):
         missing = "--drop all, or the reasons to drop" if args.out else "--out CLEAN.h5"
@@ -104,7 +120,7 @@ def data_check(args: argparse.Namespace) -> int:
     reasons = chosen(args.drop)
     names = ("max_force", "max_energy_change", "converged", "energy_deviations")
     limits = Limits(**{name: getattr(args, name) for name in (*names, "charge_deviations")})
-    with TrajectoryStore(args.store) as store:
+    with TrajectoryStore(args.store, chunk_cache=SEQUENTIAL) as store:
         with bar("relaxations", len(store)) as advance:
             report = check_store(store, limits, advance)
         written = write_clean(store, report, reasons, args.out) if args.out else None
@@ -143,4 +159,38 @@ def data_emt(args: argparse.Namespace) -> int:
     if args.out or args.seed:
         change = f"data.path={q(path)}"
     say("next: relaxnet-jax train --config explicit.py" + (f" --set {change}" if change else ""))
+    return 0
+
+
+def data_generate(args: argparse.Namespace) -> int:
+    """``relaxnet-jax data generate``."""
+    from relaxnet_jax.data.generation import Settings, generate_set
+
+    names = [field.name for field in dataclasses.fields(Settings)]
+    values = {name: getattr(args, name) for name in names}
+    values |= {name: tuple(values[name]) for name in ("rattle", "supercell")}
+    with bar("relaxations", args.n) as advance:
+        result = generate_set(
+            args.structures,
+            args.n,
+            args.out,
+            Settings(**values),
+            jobs=args.jobs,
+            scheduler=args.scheduler,
+            progress=advance,
+            report=note,
+        )
+    say(f"{args.out}: {result.made} relaxations with {result.frames} ionic steps")
+    if result.unconverged:
+        say(f"  {result.unconverged} of them not converged (their source says so)")
+    kinds = collections.Counter(reason.partition(":")[0] for _, reason in result.refused)
+    for kind, count in kinds.most_common():
+        say(f"  {count} structures refused: {kind}")
+    for kind, count in result.failed.items():
+        say(f"  {count} attempts failed: {kind}")
+    for name, reason in result.lost:
+        say(f"  left out {name}: {reason}")
+    for indices, reason in result.broken:
+        say(f"  missing {indices}: {reason}; run the command again to try them once more")
+    say(f"next: relaxnet-jax train --config explicit.py --set data.path={q(args.out)}")
     return 0

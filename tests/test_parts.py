@@ -9,12 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from part_work import deadly, work
 from test_data_import import frames, save
 from test_data_store import assert_same, random_trajectory
 
 from relaxnet_jax.cli import main
 from relaxnet_jax.config import load_config
-from relaxnet_jax.data import SkippedRelaxation, TrajectoryStore, import_files, importing
+from relaxnet_jax.data import SkippedRelaxation, TrajectoryStore, import_files, importing, pools
 from relaxnet_jax.data.dataset import load_dataset
 from relaxnet_jax.data.import_tasks import ReadTask, split_task, stamped
 from relaxnet_jax.data.parts import Mark, run_parts
@@ -26,25 +27,8 @@ HERE = Path(__file__).parent
 
 
 @pytest.fixture(autouse=True)
-def workers_find_this_module(monkeypatch):
+def workers_find_part_work(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(HERE), prepend=os.pathsep)
-
-
-def work(task):
-    """Yields relaxation ``k``, one left out, and a mark; or does what ``task`` says."""
-    calls, k, fault = task
-    with open(Path(calls) / f"{k}", "a") as file:
-        file.write("x")
-    if fault == "kill":
-        os.kill(os.getpid(), signal.SIGKILL)
-    if fault == "raise":
-        raise RuntimeError("no\nluck")
-    if fault != "empty":
-        yield random_trajectory(k)
-    yield SkippedRelaxation(f"left-{k}", "why")
-    yield Mark("end", "ä")
-    if fault == "refuse":
-        raise InputError("x: bad: mend it")
 
 
 def key(task):
@@ -267,7 +251,7 @@ def test_changed_source_is_read_again(tmp_path, monkeypatch):
 
 
 def test_a_file_that_kills_its_process(tmp_path, monkeypatch):
-    """Costs itself only, not the files of its task. (It is read where the module says so.)"""
+    """Costs itself only, not the files of its task."""
     source = fill(tmp_path / "in", 18)
     (source / "016.db").write_text("x")
     monkeypatch.setattr(importing, "read_files", deadly)
@@ -276,14 +260,6 @@ def test_a_file_that_kills_its_process(tmp_path, monkeypatch):
     assert [Path(file).name for file, _, _ in deaths] == ["016.db"]
     assert report.read == 18 * 2 - 4 - 2 + 1
     assert [p.name for p in sorted(tmp_path.iterdir())] == ["in", "out.h5"]
-
-
-def deadly(task):
-    from relaxnet_jax.data.import_tasks import read_files
-
-    if any(file.path.endswith(".db") for file in task.files):
-        os.kill(os.getpid(), signal.SIGKILL)
-    yield from read_files(task)
 
 
 def test_shards(tmp_path):
@@ -355,11 +331,12 @@ def test_command(tmp_path, capsys):
     assert len(os.listdir(out)) == 3
 
 
-def test_dask(tmp_path):
-    """The same bytes by the workers of a cluster; a worker that is killed costs its file only."""
+def test_dask(tmp_path, monkeypatch):
+    """The same bytes by the workers of a cluster; what fails there is its task's error."""
     distributed = pytest.importorskip("distributed", reason="Dask (extra dask) is not installed")
     source = fill(tmp_path / "in")
     expected = imported(source, tmp_path / "out.h5")
+    monkeypatch.setattr(pools, "CONNECT_SECONDS", 1)
     with pytest.raises(InputError, match=r"scheduler tcp://127\.0\.0\.1:1: does not answer"):
         imported(source, tmp_path / "out.h5", scheduler="tcp://127.0.0.1:1")
     assert sorted(os.listdir(tmp_path)) == ["in", "out.h5"]

@@ -121,11 +121,12 @@ def import_files(
         _remove_unfinished(out, folder)
         items = _read_in_parts(split_task(task), folder, jobs, scheduler)
     merged = _Merged(found.sources, groups, say, progress)
+    size = SHARD_SIZE if shard_size is None else shard_size
     metadata = {"files": [source.path.name for source in found.sources]}
     try:
         with contextlib.closing(merged.relaxations(items)) as relaxations:
             if sharded:
-                write_shards(out, relaxations, shard_size or SHARD_SIZE, metadata=metadata)
+                write_shards(out, relaxations, size, metadata=metadata)
             else:
                 write_store(out, relaxations, metadata=metadata)
     except KeyboardInterrupt:
