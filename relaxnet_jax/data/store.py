@@ -33,16 +33,18 @@ __all__ = ["TrajectoryStore", "write_store"]
 
 BLOCK = 512  # relaxations looked at together where only a small column of them is read
 
+SEQUENTIAL = 256 * 1024  # bytes of chunk cache: a few chunks of 64 KiB
+
 
 class _Shard:
     """One open HDF5 file with its offsets."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, chunk_cache: int | None = None) -> None:
         self.path = path
         if not path.is_file():
             raise InputError(f"{path}: no such store: {REMEDY}")
         try:
-            self.file = h5py.File(path, "r")
+            self.file = h5py.File(path, "r", rdcc_nbytes=chunk_cache)
         except OSError as error:
             raise InputError(f"{path}: not an HDF5 file or damaged: {REMEDY}") from error
         try:
@@ -123,13 +125,21 @@ class TrajectoryStore:
 
     Args:
       path: a store, a folder of stores (its .h5 files by name), or a sequence of them.
+      chunk_cache: bytes of unpacked chunks kept for each column; by default what HDF5 takes, 1
+        or 8 MiB by its version. To read in order once, `SEQUENTIAL` is enough.
 
     Raises:
       InputError: a file is missing, not a store of this format and version, or damaged; the
         folder holds none; two files hold the same id.
     """
 
-    def __init__(self, path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+        *,
+        chunk_cache: int | None = None,
+    ) -> None:
+        self._chunk_cache = chunk_cache
         given = [path] if isinstance(path, str | os.PathLike) else list(path)
         self.paths: list[Path] = []
         for entry in map(Path, given):
@@ -145,7 +155,7 @@ class TrajectoryStore:
         self._shards: list[_Shard] = []
         with contextlib.ExitStack() as stack:
             for path in self.paths:
-                self._shards.append(_Shard(path))
+                self._shards.append(_Shard(path, self._chunk_cache))
                 stack.callback(self._shards[-1].file.close)
             stack.pop_all()
         sizes = [shard.sizes["relaxations"] for shard in self._shards]
@@ -155,11 +165,11 @@ class TrajectoryStore:
             raise InputError(f"{self.paths[0]}, ...: stores share ids: give each relaxation once")
 
     def __getstate__(self) -> dict[str, Any]:
-        """Only the paths: open files cannot go to another process."""
-        return {"paths": self.paths}
+        """No files: open ones cannot go to another process."""
+        return {"paths": self.paths, "chunk_cache": self._chunk_cache}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.paths = state["paths"]
+        self.paths, self._chunk_cache = state["paths"], state["chunk_cache"]
         self._open()
 
     def __enter__(self) -> TrajectoryStore:
