@@ -121,7 +121,7 @@ def test_a_killed_run_goes_on(alloys, tmp_path):
     )
     out = tmp_path / "set.h5"
     argv = ["data", "generate", "--calculator", "slow_emt:factory", "--structures", alloys]
-    argv += ["--n", "20", "--out"]
+    argv += ["--n", "12", "--jobs", "1", "--out"]
     (tmp_path / "slowly").touch()
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
     run = [sys.executable, "-m", "relaxnet_jax.cli", *argv]
@@ -134,7 +134,7 @@ def test_a_killed_run_goes_on(alloys, tmp_path):
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     assert not out.exists()
-    assert 1 <= len(list(parts.glob("part-*.h5"))) < 3
+    assert len(list(parts.glob("part-*.h5"))) == 1
 
     def calls(target):
         (tmp_path / "calls").write_text("")
@@ -284,18 +284,18 @@ def test_refused_by_name(tmp_path, capsys):
 
 def test_failures_are_counted_and_replaced(alloys, tmp_path):
     out = tmp_path / "a.h5"
-    report = make(alloys, out, 8, max_steps=12, attempts=4)
+    report = make(alloys, out, 8, max_steps=8, attempts=4)
     assert report.failed.keys() == {"not converged"} and report.failed["not converged"] > 3
     assert report.made + len(report.lost) == 8 and report.made >= 1
     assert report.failed["not converged"] >= 4 * len(report.lost)
     for _, reason in report.lost:
-        assert reason == "4 attempts failed, the last: not converged: after 12 steps"
+        assert reason == "4 attempts failed, the last: not converged: after 8 steps"
     assert all(t.fmax[-1] < 0.03 for t in stored(out))
-    kept = make(alloys, out, 8, max_steps=12, keep_unconverged=True)
+    kept = make(alloys, out, 8, max_steps=8, keep_unconverged=True)
     assert kept.made == 8 and not kept.failed and kept.unconverged > 0
     marked = [t for t in stored(out) if t.source.endswith(", not converged")]
     assert len(marked) == kept.unconverged
-    assert all(t.n_frames == 13 and t.fmax[-1] >= 0.03 for t in marked)
+    assert all(t.n_frames == 9 and t.fmax[-1] >= 0.03 for t in marked)
 
 
 class Broken(EMT):
@@ -320,9 +320,12 @@ def crash(results):
     ("fault", "reason"),
     [
         (crash, "calculator failed: ZeroDivisionError: SCF lost"),
-        (lambda r: r.update(energy=np.nan), "unphysical: energy, forces or stress not finite at"),
+        (
+            lambda r: r.update(free_energy=np.nan),
+            "unphysical: energy, forces or stress not finite at",
+        ),
         (lambda r: r.update(forces=500 * np.ones((4, 3))), "unphysical: force of 866 eV/Å at"),
-        (lambda r: r.update(energy=1e3), "unphysical: energy 250 eV/atom above the start at"),
+        (lambda r: r.update(free_energy=1e3), "unphysical: energy 250 eV/atom above the start at"),
     ],
 )
 def test_unphysical_relaxations(fault, reason):

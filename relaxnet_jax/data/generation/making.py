@@ -26,6 +26,7 @@ from relaxnet_jax.data.generation.parents import Parent, Parents, read_parents, 
 from relaxnet_jax.data.generation.relaxing import UNCONVERGED, relax
 from relaxnet_jax.data.generation.settings import GENERATOR_VERSION, Settings
 from relaxnet_jax.data.generation.start import MIN_CONTACT, draw_start
+from relaxnet_jax.data.importing import usable_cores
 from relaxnet_jax.data.parts import PartResult, run_parts
 from relaxnet_jax.data.store_write import SUFFIXES, write_store
 from relaxnet_jax.data.trajectory import RelaxationTrajectory, reduced_formula
@@ -77,7 +78,7 @@ def generate_set(
     out: str | os.PathLike[str],
     settings: Settings,
     *,
-    jobs: int = 1,
+    jobs: int | None = 1,
     scheduler: str | None = None,
     progress: Callable[[int], None] | None = None,
     report: Callable[[str], None] | None = None,
@@ -93,7 +94,8 @@ def generate_set(
       n: number of relaxations; one all of whose attempts fail is left out.
       out: the store to write, ending in .h5; an existing one is replaced.
       settings: how each is made.
-      jobs: processes that work at once. scheduler: address of a Dask scheduler instead.
+      jobs: processes that work at once, None for as many as there are usable cores.
+      scheduler: address of a Dask scheduler instead.
       progress: called with the number of relaxations done.
       report: called with a line for each of the first structures refused.
 
@@ -102,6 +104,7 @@ def generate_set(
         relaxation came of them.
     """
     settings.check()
+    jobs = usable_cores() if jobs is None else jobs
     if jobs < 1:
         raise InputError(f"--jobs {jobs}: give 1 or more processes")
     if n < 1:
@@ -176,7 +179,7 @@ class _Tally:
         """The relaxations; _NothingMadeError if there are none."""
         for result in results:
             if result.error:
-                indices = self.chunks[result.index].indices
+                indices = self.chunks[result.number].indices
                 self.broken.append((f"{indices[0]} to {indices[-1]}", result.error))
             for item in result.items():
                 if isinstance(item, RelaxationTrajectory):
