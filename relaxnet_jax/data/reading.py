@@ -40,11 +40,12 @@ def read_relaxations(
     A vasprun.xml or OUTCAR is one relaxation. Under the same name beside it (in its folder or
     archive), the OUTCAR of a vasprun.xml gives ``charges`` (valence electrons in each PAW sphere,
     see `vasp_outcar.Outcar`), and the POSCAR or CONTCAR of an OUTCAR its fixed atoms; where these
-    are damaged the run is read without them. Of other files, consecutive frames that share ``traj_id`` in
-    their ``info`` are one relaxation, and their ``frame`` (if there) must ascend; without
-    ``traj_id`` the whole file is one. JSON files of the ALIGNN-FF set and of MPtrj are recognised by
-    content (see `json_sets`). Of an archive every file of relaxations is read. Forces are
-    raw, ``FixAtoms`` and selective dynamics become ``fixed_mask``, positions are unwrapped.
+    are damaged the run is read without them. Of other files, consecutive frames that share
+    ``traj_id`` in their ``info`` are one relaxation, and their ``frame`` (if there) must ascend;
+    without ``traj_id`` the whole file is one. JSON files of the ALIGNN-FF set and of MPtrj are
+    recognised by content (see `json_sets`). Of an archive every file of relaxations is read.
+    Forces are raw, ``FixAtoms`` and selective dynamics become ``fixed_mask``, positions are
+    unwrapped.
 
     Args:
       path: vasprun.xml, OUTCAR, any file ASE reads as consecutive frames with energies and
