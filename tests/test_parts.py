@@ -345,9 +345,9 @@ def test_dask(tmp_path, monkeypatch):
     ) as cluster:
         address = cluster.scheduler_address
         assert imported(source, tmp_path / "out.h5", scheduler=address) == expected
-        tasks = Tasks(tmp_path, ["", "raise", "", "empty"])
+        tasks = Tasks(tmp_path, ["", "raise", "", "kill"])
         results = list(run_parts(tasks, work, tmp_path / "parts", key=key, scheduler=address))
-        assert [r.error for r in results] == ["", "RuntimeError: no luck", "", ""]
+        assert [r.error for r in results] == ["", "RuntimeError: no luck", "", pools.DIED]
         assert_same(next(results[2].items()), random_trajectory(2))
 
 
