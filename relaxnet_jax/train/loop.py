@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import importlib.util
 import json
@@ -284,7 +285,7 @@ class _Run:
         start, reason, epoch = time.perf_counter() - elapsed, "epochs", first - 1
         deadline = start + 60 * t.max_minutes if t.max_minutes else math.inf
 
-        def keep(state: TrainState, epoch: int, tally: Tally, best: bool = False) -> None:
+        def keep(state: TrainState, tally: Tally, epoch: int, best: bool = False) -> None:
             progress = {
                 "epoch": epoch,
                 "seconds": time.perf_counter() - start,
@@ -296,7 +297,7 @@ class _Run:
         for epoch in range(first, t.epochs):
             rate = plateau.scale * t.learning_rate
             state, record = self._epoch(
-                state, epoch, rate, deadline, tally, lambda s, done, e=epoch: keep(s, e - 1, done)
+                state, epoch, rate, deadline, tally, functools.partial(keep, epoch=epoch - 1)
             )
             tally = Tally()
             averaged = state.ema if t.ema else state.params
@@ -309,7 +310,7 @@ class _Run:
                 self.export(averaged, workdir)
             due = (epoch + 1) % t.checkpoint_every == 0 or epoch + 1 == t.epochs
             if not record["partial"] and (due or record["best"]):
-                keep(state, epoch, tally, record["best"])
+                keep(state, tally, epoch, record["best"])
             log.write(record)
             self.report.epoch(record, _time_left(deadline, record, epoch, t.epochs))
             if not math.isfinite(record["validation"]["loss"]):
