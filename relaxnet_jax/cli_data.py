@@ -194,7 +194,7 @@ def _add_generate(kinds) -> None:
 
 
 def _add_check(kinds) -> None:
-    from relaxnet_jax.data.quality_reasons import REASONS
+    from relaxnet_jax.data.quality.reasons import REASONS
 
     p = command(kinds, "check", "data_check", "find relaxations that make no physical sense")
     p.add_argument("store", metavar="SET.h5", help="a store, or a folder of stores")

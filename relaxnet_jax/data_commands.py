@@ -87,7 +87,7 @@ def data_jarvis(args: argparse.Namespace) -> int:
 def data_info(args: argparse.Namespace) -> int:
     """``relaxnet-jax data info``."""
     from relaxnet_jax.data import TrajectoryStore
-    from relaxnet_jax.data.statistics import summarise, summary_lines
+    from relaxnet_jax.data.quality.statistics import summarise, summary_lines
     from relaxnet_jax.data.store import SEQUENTIAL
 
     opened = TrajectoryStore(args.store, chunk_cache=SEQUENTIAL)
@@ -110,8 +110,8 @@ def data_info(args: argparse.Namespace) -> int:
 def data_check(args: argparse.Namespace) -> int:
     """``relaxnet-jax data check``."""
     from relaxnet_jax.data import TrajectoryStore
-    from relaxnet_jax.data.quality import Limits, check_store, report_lines, write_clean
-    from relaxnet_jax.data.quality_reasons import chosen
+    from relaxnet_jax.data.quality.checks import Limits, check_store, report_lines, write_clean
+    from relaxnet_jax.data.quality.reasons import chosen
     from relaxnet_jax.data.store import SEQUENTIAL
 
     if bool(args.out) != bool(args.drop):

@@ -9,8 +9,8 @@ from matplotlib.image import imread
 
 from relaxnet_jax.cli import main
 from relaxnet_jax.data import RelaxationTrajectory, TrajectoryStore, write_store
-from relaxnet_jax.data.duplicates import invariants, same_structure
-from relaxnet_jax.data.statistics import summarise, summary_lines
+from relaxnet_jax.data.quality.duplicates import invariants, same_structure
+from relaxnet_jax.data.quality.statistics import summarise, summary_lines
 
 
 def relaxation(name, seed=0, numbers=(29, 29, 8, 8, 8), n=3, **fields):

@@ -21,7 +21,7 @@ from relaxnet_jax.data import (
     read_relaxations,
     write_store,
 )
-from relaxnet_jax.data.quality import (
+from relaxnet_jax.data.quality.checks import (
     REASONS,
     Limits,
     check_relaxation,
@@ -29,7 +29,7 @@ from relaxnet_jax.data.quality import (
     report_lines,
     write_clean,
 )
-from relaxnet_jax.data.work import cell_jumps, displacements, step_works
+from relaxnet_jax.data.quality.work import cell_jumps, displacements, step_works
 from relaxnet_jax.errors import InputError
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"

@@ -12,9 +12,10 @@ import pytest
 from test_vasp import KILOBAR, steps, vasprun
 
 from relaxnet_jax.cli import main
-from relaxnet_jax.data import TrajectoryStore, import_files, outcar_lines, read_relaxations
+from relaxnet_jax.data import TrajectoryStore, import_files, read_relaxations
 from relaxnet_jax.data.sources import find_sources
-from relaxnet_jax.data.vasp_outcar import Outcar, read_outcar
+from relaxnet_jax.data.vasp import outcar_lines
+from relaxnet_jax.data.vasp.outcar import Outcar, read_outcar
 from relaxnet_jax.errors import InputError
 
 RULE = b" " + b"-" * 83 + b"\n"
@@ -368,12 +369,12 @@ def test_same_as_ase(file, tmp_path, monkeypatch):
     """Every number of every ionic step; of stresses, the order of two factors differs."""
     import ase.io
 
-    from relaxnet_jax.data import vasp_outcar
+    from relaxnet_jax.data.vasp import outcar
 
     if file.name.startswith("JVASP-39"):
         with pytest.raises(InputError, match="IBRION=8"):
             list(read_relaxations(file))
-        monkeypatch.setattr(vasp_outcar, "check_ibrion", lambda ibrion: None)
+        monkeypatch.setattr(outcar, "check_ibrion", lambda ibrion: None)
     text = gzip.decompress(file.read_bytes())
     plain = tmp_path / "OUTCAR"
     plain.write_bytes(text)

@@ -18,10 +18,10 @@ from relaxnet_jax.data import (
     TrajectoryStore,
     import_files,
     read_relaxations,
-    vasp_xml,
 )
 from relaxnet_jax.data.sources import find_sources, relaxation_id
-from relaxnet_jax.data.vasp_xml import read_vasprun
+from relaxnet_jax.data.vasp import vasprun as reader
+from relaxnet_jax.data.vasp.vasprun import read_vasprun
 from relaxnet_jax.errors import InputError
 
 KILOBAR = 0.1 / 160.21766208  # eV/Å³
@@ -110,8 +110,8 @@ def refused(text):
 @pytest.mark.parametrize("chunk", [1 << 20, 700])
 def test_fields(chunk, monkeypatch):
     """All of it in one chunk, and with every tag across a boundary somewhere."""
-    monkeypatch.setattr(vasp_xml, "_CHUNK", chunk)
-    monkeypatch.setattr(vasp_xml, "_LONGEST_TAG", 100)
+    monkeypatch.setattr(reader, "_CHUNK", chunk)
+    monkeypatch.setattr(reader, "_LONGEST_TAG", 100)
     cells, fractional, forces, stresses, free = steps()
     found = read(vasprun(big=200), source="here")
     assert (found.id, found.formula, found.source, found.n_frames) == ("run", "CuOZr", "here", 3)

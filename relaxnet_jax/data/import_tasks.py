@@ -9,12 +9,12 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from relaxnet_jax.data.beside import Initial
 from relaxnet_jax.data.files import one_line
 from relaxnet_jax.data.parts import Item, Mark
 from relaxnet_jax.data.reading import read_relaxations
 from relaxnet_jax.data.sources import Beside, Neighbours, Source
-from relaxnet_jax.data.vasp_xml import Energy
+from relaxnet_jax.data.vasp.beside import Initial
+from relaxnet_jax.data.vasp.vasprun import Energy
 from relaxnet_jax.errors import InputError
 
 # A task reads up to this much, so that many small files do not each cost a file of their own,

@@ -12,7 +12,6 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from pathlib import Path
 
 from relaxnet_jax.data.ase_io import SkippedRelaxation
-from relaxnet_jax.data.beside import Initial
 from relaxnet_jax.data.import_tasks import (
     TASK_BYTES,
     ReadTask,
@@ -27,7 +26,8 @@ from relaxnet_jax.data.shards import SHARD_SIZE, write_shards
 from relaxnet_jax.data.sources import Source, find_sources
 from relaxnet_jax.data.store_write import write_store
 from relaxnet_jax.data.trajectory import RelaxationTrajectory
-from relaxnet_jax.data.vasp_xml import Energy
+from relaxnet_jax.data.vasp.beside import Initial
+from relaxnet_jax.data.vasp.vasprun import Energy
 from relaxnet_jax.errors import InputError
 
 # Below this another process takes longer to start than to read.

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from relaxnet_jax.data.ase_io import SkippedRelaxation, read_frames
-from relaxnet_jax.data.beside import Initial
 from relaxnet_jax.data.json_sets import json_layout, read_json_set
 from relaxnet_jax.data.sources import (
     Beside,
@@ -22,8 +21,9 @@ from relaxnet_jax.data.sources import (
     relaxation_id,
 )
 from relaxnet_jax.data.trajectory import RelaxationTrajectory
-from relaxnet_jax.data.vasp_run import VaspOptions, read_run
-from relaxnet_jax.data.vasp_xml import Energy
+from relaxnet_jax.data.vasp.beside import Initial
+from relaxnet_jax.data.vasp.run import VaspOptions, read_run
+from relaxnet_jax.data.vasp.vasprun import Energy
 from relaxnet_jax.errors import InputError
 
 
@@ -39,7 +39,7 @@ def read_relaxations(
 
     A vasprun.xml or OUTCAR is one relaxation. Under the same name beside it (in its folder or
     archive), the OUTCAR of a vasprun.xml gives ``charges`` (valence electrons in each PAW sphere,
-    see `vasp_outcar.Outcar`), and the POSCAR or CONTCAR of an OUTCAR its fixed atoms; where these
+    see `outcar.Outcar`), and the POSCAR or CONTCAR of an OUTCAR its fixed atoms; where these
     are damaged the run is read without them. Of other files, consecutive frames that share
     ``traj_id`` in their ``info`` are one relaxation, and their ``frame`` (if there) must ascend;
     without ``traj_id`` the whole file is one. JSON files of the ALIGNN-FF set and of MPtrj are
@@ -52,7 +52,7 @@ def read_relaxations(
         forces (extxyz, traj, db, ...), plain or as .gz, .xz, .bz2, or a zip or tar archive.
       name: id of a relaxation the file does not name; by default the file's name without
         suffixes, and for VASP's own file names that of the folder.
-      energy: which energy of a vasprun.xml or OUTCAR, see `vasp_xml.read_vasprun`; ASE's
+      energy: which energy of a vasprun.xml or OUTCAR, see `vasprun.read_vasprun`; ASE's
         readers give force-consistent (free) ones where they can.
       initial: "cif": the first frame of a vasprun.xml or OUTCAR must be the crystal of the CIF
         beside it (see `beside.difference`). Other files are not compared.

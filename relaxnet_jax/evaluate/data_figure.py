@@ -8,7 +8,7 @@ import matplotlib
 import numpy as np
 from matplotlib.ticker import MaxNLocator
 
-from relaxnet_jax.data.statistics import DataSummary
+from relaxnet_jax.data.quality.statistics import DataSummary
 from relaxnet_jax.evaluate.figures import SERIES, SPARE, STYLE, _figure, _save
 
 _BINS = 40

@@ -12,13 +12,13 @@ from typing import IO, NamedTuple, NoReturn
 
 import numpy as np
 
-from relaxnet_jax.data.outcar_lines import Cut, Scanner, table
 from relaxnet_jax.data.trajectory import (
     RelaxationTrajectory,
     reduced_formula,
     sound_and_unwrapped,
 )
-from relaxnet_jax.data.vasp_xml import KILOBAR, Energy, check_ibrion, is_number
+from relaxnet_jax.data.vasp.outcar_lines import Cut, Scanner, table
+from relaxnet_jax.data.vasp.vasprun import KILOBAR, Energy, check_ibrion, is_number
 from relaxnet_jax.errors import InputError
 
 _SYMBOL = re.compile(rb"[A-Z][a-z]?(?![A-Za-z])")
@@ -50,7 +50,7 @@ def read_outcar(
 
     Positions are unwrapped; forces are raw; stresses have ASE's sign. Positions have the five
     decimals of an OUTCAR (a vasprun.xml has more). Of each ionic step the energy is the one after
-    its last electronic step, converged or not, as in `vasp_xml.read_vasprun`. Of a run that was
+    its last electronic step, converged or not, as in `vasprun.read_vasprun`. Of a run that was
     killed, is still going or is cut, the complete ionic steps are kept. ``charges`` are the "tot"
     column of the last "total charge" table (see `Outcar.charges`), None if there is none.
 

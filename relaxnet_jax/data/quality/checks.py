@@ -32,13 +32,13 @@ from typing import Any
 
 import numpy as np
 
-from relaxnet_jax.data.charges import Charges
-from relaxnet_jax.data.composition import Compositions
-from relaxnet_jax.data.quality_reasons import REASONS, chosen
+from relaxnet_jax.data.quality.charges import Charges
+from relaxnet_jax.data.quality.composition import Compositions
+from relaxnet_jax.data.quality.reasons import REASONS, chosen
+from relaxnet_jax.data.quality.work import cell_jumps, step_works
 from relaxnet_jax.data.store import TrajectoryStore
 from relaxnet_jax.data.store_write import write_store
 from relaxnet_jax.data.trajectory import RelaxationTrajectory
-from relaxnet_jax.data.work import cell_jumps, step_works
 from relaxnet_jax.errors import InputError
 
 # eV/atom and share of the works: at these some 1 % of real DFT relaxations are flagged.

@@ -8,11 +8,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from relaxnet_jax.data.beside import Initial, difference, fixed_by, with_charges
 from relaxnet_jax.data.sources import Beside, decompressed, is_vasprun
 from relaxnet_jax.data.trajectory import RelaxationTrajectory
-from relaxnet_jax.data.vasp_outcar import read_outcar
-from relaxnet_jax.data.vasp_xml import Energy, read_vasprun
+from relaxnet_jax.data.vasp.beside import Initial, difference, fixed_by, with_charges
+from relaxnet_jax.data.vasp.outcar import read_outcar
+from relaxnet_jax.data.vasp.vasprun import Energy, read_vasprun
 from relaxnet_jax.errors import InputError
 
 

@@ -13,7 +13,7 @@ from relaxnet_jax.data.ase_io import fixed_atoms
 from relaxnet_jax.data.files import one_line
 from relaxnet_jax.data.sources import decompressed, plain_copy
 from relaxnet_jax.data.trajectory import RelaxationTrajectory
-from relaxnet_jax.data.vasp_outcar import Outcar
+from relaxnet_jax.data.vasp.outcar import Outcar
 from relaxnet_jax.errors import InputError
 
 if TYPE_CHECKING:

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from relaxnet_jax.data.duplicates import find_duplicates, invariants, key
+from relaxnet_jax.data.quality.duplicates import find_duplicates, invariants, key
+from relaxnet_jax.data.quality.work import displacements
 from relaxnet_jax.data.store import TrajectoryStore
 from relaxnet_jax.data.trajectory import RelaxationTrajectory
-from relaxnet_jax.data.work import displacements
 
 # Scalar of each relaxation: (what it is, unit).
 SCALARS: dict[str, tuple[str, str]] = {

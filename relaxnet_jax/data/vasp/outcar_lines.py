@@ -7,7 +7,7 @@ from typing import IO
 
 import numpy as np
 
-from relaxnet_jax.data.vasp_xml import is_number
+from relaxnet_jax.data.vasp.vasprun import is_number
 from relaxnet_jax.errors import InputError
 
 _CHUNK = 1 << 20

@@ -1,0 +1,1 @@
+"""VASP: vasprun.xml and OUTCAR, read in one pass, and what lies beside them."""
