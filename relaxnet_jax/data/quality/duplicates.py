@@ -28,7 +28,7 @@ _RANDOM = np.random.default_rng(20)
 # Half of the reciprocal vectors up to index 2; the other half has the same amplitudes.
 _VECTORS = np.array([h for h in itertools.product(range(-2, 3), repeat=3) if h > (0, 0, 0)])
 _WEIGHTS = _RANDOM.dirichlet(np.ones(len(_VECTORS)), size=4)
-# How far the numbers of one structure may differ: some three times what displacements of up to
+# How far the numbers of one structure may differ: twice what displacements of up to half of
 # TOLERANCE have been seen to change in cells from 3 Å.
 _WINDOW = 2e-3
 
