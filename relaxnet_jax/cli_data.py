@@ -115,7 +115,7 @@ def _add_parallel(p: argparse.ArgumentParser) -> None:
         "--jobs",
         type=int,
         metavar="N",
-        help="processes (default: the usable cores, one where there is little to read)",
+        help="processes (default: the usable cores, one for little work)",
     )
     p.add_argument(
         "--scheduler",
