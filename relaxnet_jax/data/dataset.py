@@ -11,11 +11,11 @@ from relaxnet_jax.config import Config
 from relaxnet_jax.data.generate import default_dataset
 from relaxnet_jax.data.relaxations import Relaxations
 from relaxnet_jax.data.split_file import read_splits
-from relaxnet_jax.data.splits import split_groups
+from relaxnet_jax.data.splits import Splits, split_groups
 from relaxnet_jax.data.store import SEQUENTIAL, TrajectoryStore
 from relaxnet_jax.errors import InputError
 
-SPLITS = ("train", "validation", "test")
+SPLITS = Splits._fields
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +83,7 @@ def load_dataset(config: Config, report: Callable[[str], None] = lambda _: None)
     limit = config.data.limit
     if limit and limit < len(found):
         chosen = np.random.default_rng(config.data.seed).permutation(len(found))[:limit]
-        found = Relaxations(found.store, found.rows[np.sort(chosen)], found.name)
+        found = found.take(np.sort(chosen))
     data = config.data
     if data.split_file:
         ids, known = found.ids, set(found.store.ids)
@@ -92,4 +92,4 @@ def load_dataset(config: Config, report: Callable[[str], None] = lambda _: None)
             left_out[f"not named in {data.split_file}"] = unnamed
     else:
         splits = split_groups(found.groups, data.splits, data.fold, data.seed)
-    return Dataset(found, dict(zip(SPLITS, splits)), left_out)
+    return Dataset(found, splits._asdict(), left_out)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ from relaxnet_jax.data.store import TrajectoryStore
 from relaxnet_jax.data.store_write import write_store
 from relaxnet_jax.data.trajectory import RelaxationTrajectory, reduced_formula
 from relaxnet_jax.errors import InputError
+from relaxnet_jax.runtime import cache_folder
 
 if TYPE_CHECKING:
     import ase
@@ -87,11 +87,8 @@ def default_dataset(
     Raises:
       InputError: the cache folder cannot be written, or ``n`` is below 1.
     """
-    import platformdirs
-
     say = report or (lambda _: None)
-    folder = os.environ.get("RELAXNET_JAX_CACHE") or platformdirs.user_cache_dir("relaxnet_jax")
-    path = Path(folder) / f"emt-n{n}-seed{seed}-v{GENERATOR_VERSION}.h5"
+    path = cache_folder() / f"emt-n{n}-seed{seed}-v{GENERATOR_VERSION}.h5"
     if path.exists():
         try:
             with TrajectoryStore(path) as store:

@@ -77,7 +77,8 @@ class Manifest:
             self._torn = bool(text) and not text.endswith("\n")
             for line in text.splitlines():
                 try:
-                    self.lines[str(json.loads(line)["name"])] = json.loads(line)
+                    entry = json.loads(line)
+                    self.lines[str(entry["name"])] = entry
                 except (ValueError, TypeError, KeyError):
                     continue
 

@@ -46,10 +46,10 @@ from relaxnet_jax.data.trajectory import (
     reduced_formula,
     sound_and_unwrapped,
 )
+from relaxnet_jax.data.vasp.vasprun import stress_of
 from relaxnet_jax.errors import InputError
 
 Layout = Literal["alignn", "mptrj"]
-_KILOBAR = 1e-1 / 160.21766208  # eV/Å³; ASE's value of 0.1 GPa
 # eV/atom; DFT total energies with pseudopotentials are within 20.
 _LARGEST_PER_ATOM = 60.0
 _LOOKED_AT = 10  # values, to tell the layout
@@ -339,5 +339,4 @@ def _stress(field: str, value: Any) -> np.ndarray | None:
     """(6,) eV/Å³, Voigt order, tension positive, from (3, 3) kB with pressure positive."""
     if value is None or value == "na" or value == []:
         return None
-    full = _array(field, value, (3, 3))
-    return -_KILOBAR * full.reshape(9)[[0, 4, 8, 5, 2, 1]]
+    return stress_of(_array(field, value, (3, 3)))

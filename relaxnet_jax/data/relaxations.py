@@ -25,7 +25,7 @@ class Relaxations(Sequence[RelaxationTrajectory]):
 
     def __getitem__(self, i):
         if isinstance(i, slice):
-            return Relaxations(self.store, self.rows[i], self.name)
+            return self.take(i)
         return self.store[int(self.rows[i])]
 
     def __iter__(self) -> Iterator[RelaxationTrajectory]:
@@ -47,4 +47,8 @@ class Relaxations(Sequence[RelaxationTrajectory]):
         """Those with these ids."""
         wanted = set(ids)
         keep = [name in wanted for name in self.ids]
-        return Relaxations(self.store, self.rows[np.array(keep, bool)], self.name)
+        return self.take(np.array(keep, bool))
+
+    def take(self, which: np.ndarray | slice) -> Relaxations:
+        """Some of them, by position or mask."""
+        return Relaxations(self.store, self.rows[which], self.name)

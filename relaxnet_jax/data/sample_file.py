@@ -214,10 +214,7 @@ def _write(path: Path, relaxations: Relaxations, config: Config) -> None:
 def _rows(relaxations: Relaxations, config: Config) -> Iterator[_Row]:
     """All rows in order; in several processes where there are many."""
     starts = range(0, len(relaxations), CHUNK)
-    parts = (
-        Relaxations(relaxations.store, relaxations.rows[k : k + CHUNK], relaxations.name)
-        for k in starts
-    )
+    parts = (relaxations[k : k + CHUNK] for k in starts)
     jobs = joblib.cpu_count() if len(relaxations) >= PARALLEL else 1
     if jobs == 1:
         chunks: Iterator[list[_Row]] = (_make_rows(part, config) for part in parts)

@@ -188,9 +188,13 @@ class TrajectoryStore:
 
     def __getitem__(self, i: int) -> RelaxationTrajectory:
         """Reads relaxation ``i`` (negative from the end); IndexError beyond the last."""
-        i = range(len(self))[operator.index(i)]
+        shard, i = self._locate(range(len(self))[operator.index(i)])
+        return shard.read(i)
+
+    def _locate(self, i: int) -> tuple[_Shard, int]:
+        """The file of relaxation ``i``, and its number there."""
         k = int(np.searchsorted(self._starts, i, side="right")) - 1
-        return self._shards[k].read(i - int(self._starts[k]))
+        return self._shards[k], i - int(self._starts[k])
 
     @property
     def ids(self) -> list[str]:
@@ -224,8 +228,7 @@ class TrajectoryStore:
 
     def energies(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         """Atomic numbers (N,) and energies (n,) eV of relaxation ``i``, and nothing else."""
-        k = int(np.searchsorted(self._starts, i, side="right")) - 1
-        shard, i = self._shards[k], i - int(self._starts[k])
+        shard, i = self._locate(i)
         with shard.guard():
             numbers = shard.columns["atomic_numbers"][shard.atom[i] : shard.atom[i + 1]]
             return numbers, shard.columns["energies"][shard.frame[i] : shard.frame[i + 1]]

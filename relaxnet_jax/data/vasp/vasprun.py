@@ -315,7 +315,7 @@ class _Parser:
             energy = free + last[self._energy] - last[b"e_fr_energy"]
         stress = step.get("stress")
         if stress is not None:
-            stress = -KILOBAR * stress.reshape(9)[[0, 4, 8, 5, 2, 1]]
+            stress = stress_of(stress)
         return _Step(step["cell"], step["fractional"], energy, step["forces"], stress)
 
 
@@ -342,6 +342,12 @@ def _rows(text: bytes, name: bytes, rows: int) -> np.ndarray:
             f"{name.decode()}: {bad!r} is no number: VASP had no room for it, or the file is "
             "damaged"
         ) from None
+
+
+def stress_of(kilobar: np.ndarray) -> np.ndarray:
+    """(6,) stress in eV/Å³, Voigt order, tension positive, of VASP's (3, 3) in kB, whose sign is
+    that of a pressure."""
+    return -KILOBAR * kilobar.reshape(9)[[0, 4, 8, 5, 2, 1]]
 
 
 def check_ibrion(ibrion: int) -> None:
