@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 os.environ.setdefault("EQX_ON_ERROR", "nan")
 
 _HOMES = {
+    "RelaxNetCalculator": "relaxnet_jax.calculator",
     "load_config": "relaxnet_jax.config",
     "RelaxationTrajectory": "relaxnet_jax.data.trajectory",
     "RelaxNet": "relaxnet_jax.model",
@@ -29,6 +30,7 @@ __version__ = "0.1.0"
 __all__ = sorted([*_HOMES, "__version__"])
 
 if TYPE_CHECKING:
+    from relaxnet_jax.calculator import RelaxNetCalculator as RelaxNetCalculator
     from relaxnet_jax.config import load_config as load_config
     from relaxnet_jax.data.trajectory import RelaxationTrajectory as RelaxationTrajectory
     from relaxnet_jax.errors import InputError as InputError

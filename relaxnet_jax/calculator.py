@@ -1,0 +1,205 @@
+"""`RelaxNetCalculator`: a model's potential energy surface as an ASE calculator."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ase.calculators.calculator import Calculator, all_changes
+from jax import Array
+
+from relaxnet_jax import dynamics
+from relaxnet_jax.batching import BatchShape, collate, fitting_shape
+from relaxnet_jax.errors import InputError
+from relaxnet_jax.graph import structure_from_atoms
+from relaxnet_jax.model import RelaxNet
+from relaxnet_jax.potential import energies_and_forces
+from relaxnet_jax.typing import Graph, Latent, Positions
+
+if TYPE_CHECKING:
+    from ase import Atoms
+
+NOT_A_POTENTIAL = (
+    "the explicit scheme's energy E(x; h) depends on the structure h was encoded from: it is no "
+    "potential; use head_start(atoms, model) and another calculator, train an implicit model "
+    "(implicit.py), or give RelaxNetCalculator(model, reference=atoms) to hold h there"
+)
+
+
+@jax.jit
+def _encode(model: RelaxNet, graph: Graph) -> Latent:
+    """h of the graph's own positions in the explicit scheme; (N, 0) in the implicit one."""
+    return dynamics.initial_state(
+        model.network, model.params, graph, jnp.asarray(graph.nodes["positions"])
+    ).latent
+
+
+@jax.jit
+def _evaluate(
+    model: RelaxNet, graph: Graph, positions: Positions, latent: Latent
+) -> tuple[Array, Array]:
+    network = model.network
+    result = energies_and_forces(
+        network, model.params, model.energy_scale, graph, positions, latent
+    )
+    return result.energies, result.forces
+
+
+def compiled_shapes() -> int:
+    """How many padded shapes have been compiled for calculators in this process."""
+    return _evaluate._cache_size()  # type: ignore[attr-defined]
+
+
+class _Neighbourhood(NamedTuple):
+    """A neighbour list, on the device as a padded graph, and the structure it was made for."""
+
+    atoms: Atoms
+    graph: Graph
+    latent: Latent
+    composition_energy: float
+
+
+class RelaxNetCalculator(Calculator):
+    """Energy (eV), forces (eV/Å) and free energy (the same) of a model, for ASE.
+
+    An implicit model is a potential: E(x) = E(encoder(x)), F = -dE/dx of exactly that energy, so
+    optimisers, molecular dynamics and phonons may use it.
+
+    An explicit model is none. Its latent h is a state of its own that starts at encoder(x(0)) and
+    evolves along a path; forces are -∂E(x; h)/∂x at fixed h. Encoding anew at every x would give
+    forces that are not the gradient of the energies beside them: optimisers would stall and
+    dynamics drift. So h is held at ``reference``, E(x; h(reference)) is a function of x with its
+    exact gradient, and positions further from the reference than half the skin, where no training
+    frame ever paired them with that h, are refused.
+
+    The neighbour list, made for pairs up to the cutoff plus ``skin``, is kept until an atom has
+    moved by more than skin/2, or until cell, elements, charges or periodicity change. Programs are
+    compiled once per padded shape, and a shape only grows while the atoms stay the same. Forces
+    are raw; ASE applies constraints. Stress is not implemented: ASE's
+    ``PropertyNotImplementedError``.
+
+    Args:
+      model: from `load_model` or `create_model`.
+      reference: the structure h is encoded from; needed by an explicit model, refused for an
+        implicit one.
+      skin: Å, at least 0; that of the model's configuration by default.
+
+    Raises:
+      InputError: a wrong combination of scheme and ``reference``, or a negative skin; and, when
+        energies are asked for, an element the model never saw, a structure that cannot be used,
+        or one that is too far from the reference.
+    """
+
+    name = "relaxnet"
+    # Declared as ASE's base class declares them.
+    implemented_properties: list[str] = ["energy", "free_energy", "forces"]  # noqa: RUF012
+    ignored_changes: set[str] = {"initial_magmoms"}  # noqa: RUF012
+
+    def __init__(
+        self, model: RelaxNet, reference: Atoms | None = None, skin: float | None = None
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.skin = model.config.graph.skin if skin is None else float(skin)
+        if not 0 <= self.skin < np.inf:
+            raise InputError(f"skin={skin}: give a length in Å, at least 0")
+        explicit = model.config.dynamics.latent == "explicit"
+        if explicit and reference is None:
+            raise InputError(NOT_A_POTENTIAL)
+        if not explicit and reference is not None:
+            raise InputError(
+                "reference: the implicit scheme encodes every structure anew; leave it out"
+            )
+        self.lists_built = 0
+        self._shape: BatchShape | None = None
+        self._near: _Neighbourhood | None = None
+        self._reference = None if reference is None else self._around(reference.copy())
+
+    def calculate(self, atoms=None, properties=("energy",), system_changes=all_changes) -> None:
+        """ASE's entry: fills ``results``."""
+        super().calculate(atoms, properties, system_changes)
+        assert self.atoms is not None
+        near = self._neighbourhood(self.atoms)
+        positions = np.zeros(near.graph.nodes["positions"].shape, _dtype(self.model))
+        positions[: len(self.atoms)] = self.atoms.positions
+        energies, forces = jax.device_get(_evaluate(self.model, near.graph, positions, near.latent))
+        energy = float(energies[0]) + near.composition_energy
+        self.results = {
+            "energy": energy,
+            "free_energy": energy,
+            "forces": np.asarray(forces[: len(self.atoms)], np.float64),
+        }
+
+    def _neighbourhood(self, atoms: Atoms) -> _Neighbourhood:
+        """The list in use if it still serves these atoms, otherwise a new one.
+
+        What changed is asked of the list's own atoms: ASE's ``system_changes`` compares with the
+        last call, which may have failed.
+        """
+        if self._reference is not None:
+            self._check_near_reference(atoms, self._reference.atoms)
+            return self._reference
+        if self._near is None or not self._serves(self._near.atoms, atoms):
+            same = self._near is not None and np.array_equal(
+                self._near.atoms.numbers, atoms.numbers
+            )
+            self._shape = self._shape if same else None
+            self._near = self._around(atoms.copy())
+        return self._near
+
+    def _serves(self, built: Atoms, atoms: Atoms) -> bool:
+        """Whether every pair within the cutoff is in the list of ``built``."""
+        return _same_but_positions(built, atoms) and _moved(built, atoms) <= self.skin / 2
+
+    def _check_near_reference(self, atoms: Atoms, reference: Atoms) -> None:
+        if not _same_but_positions(reference, atoms):
+            raise InputError(
+                "reference: cell, elements, charges or periodicity differ from those of the atoms; "
+                "make a calculator for each reference"
+            )
+        moved = _moved(reference, atoms)
+        if not moved <= self.skin / 2:
+            raise InputError(
+                f"reference: an atom is {moved:.3f} Å from it, more than half the skin "
+                f"({self.skin / 2:g} Å); the explicit scheme's energy holds near it only: "
+                "encode a new reference there, or use an implicit model"
+            )
+
+    def _around(self, atoms: Atoms) -> _Neighbourhood:
+        """Neighbour list and padded graph of these atoms, on the device."""
+        model = self.model
+        name = atoms.get_chemical_formula()
+        model.check_elements(atoms.numbers, name)
+        graph_config = dataclasses.replace(model.config.graph, skin=self.skin)
+        config = dataclasses.replace(model.config, graph=graph_config)
+        structure = structure_from_atoms(atoms, config, name)
+        needed = dataclasses.astuple(fitting_shape([structure], rounded=True))
+        before = needed if self._shape is None else dataclasses.astuple(self._shape)
+        self._shape = BatchShape(*map(max, needed, before))
+        graph: Any = jax.device_put(collate([structure], self._shape, _dtype(model)))
+        self.lists_built += 1
+        return _Neighbourhood(
+            atoms, graph, _encode(model, graph), model.composition_energy(atoms.numbers)
+        )
+
+
+def _same_but_positions(a: Atoms, b: Atoms) -> bool:
+    return (
+        np.array_equal(a.numbers, b.numbers)
+        and np.array_equal(a.cell.array, b.cell.array)
+        and np.array_equal(a.pbc, b.pbc)
+        and np.array_equal(a.get_initial_charges(), b.get_initial_charges())
+    )
+
+
+def _moved(a: Atoms, b: Atoms) -> float:
+    """Å, the largest displacement; inf where a position is not finite."""
+    largest = np.linalg.norm(b.positions - a.positions, axis=1).max(initial=0.0)
+    return float(largest) if np.isfinite(largest) else np.inf
+
+
+def _dtype(model: RelaxNet) -> Any:
+    return jax.tree.leaves(model.params)[0].dtype
