@@ -22,8 +22,10 @@ _HOMES = {
     "save_model": "relaxnet_jax.model",
     "predict_trajectory": "relaxnet_jax.model",
     "relax": "relaxnet_jax.predict",
+    "head_start": "relaxnet_jax.starting",
     "solve_trajectory": "relaxnet_jax.solver",
     "train": "relaxnet_jax.train.loop",
+    "trust_flags": "relaxnet_jax.trust",
     "InputError": "relaxnet_jax.errors",
 }
 __version__ = "0.1.0"
@@ -41,7 +43,9 @@ if TYPE_CHECKING:
     from relaxnet_jax.model import save_model as save_model
     from relaxnet_jax.predict import relax as relax
     from relaxnet_jax.solver import solve_trajectory as solve_trajectory
+    from relaxnet_jax.starting import head_start as head_start
     from relaxnet_jax.train.loop import train as train
+    from relaxnet_jax.trust import trust_flags as trust_flags
 
 
 def __getattr__(name: str):

@@ -1,0 +1,84 @@
+"""A head start for any ASE optimiser: atoms moved to where the model expects them to relax."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from relaxnet_jax.data.trajectory import RelaxationTrajectory
+from relaxnet_jax.errors import InputError
+from relaxnet_jax.model import RelaxNet
+from relaxnet_jax.predict import as_trajectory, predict_structures
+from relaxnet_jax.trust import Flag, trust_flags, unusable
+
+if TYPE_CHECKING:
+    from ase import Atoms
+
+
+class HeadStart(NamedTuple):
+    """What `head_start` did.
+
+    Attributes:
+      path: the predicted relaxation.
+      flags: what speaks against it, see `trust.trust_flags`.
+      moved: whether the atoms were moved; False where a flag says the geometry is unusable.
+    """
+
+    path: RelaxationTrajectory
+    flags: tuple[Flag, ...]
+    moved: bool
+
+
+def head_start(atoms: Atoms, model: RelaxNet, n_frames: int = 5) -> HeadStart:
+    """Moves the atoms, in place, to the relaxed structure the model predicts::
+
+        head_start(atoms, model)
+        LBFGS(atoms).run(fmax=0.05)
+
+    The model itself holds what `FixAtoms` (or `FixCartesian` in all directions) holds. Other
+    constraints are applied by ASE to the final positions, as whenever positions are set, and
+    flagged. Where the prediction is unusable the atoms stay where they are, with a warning, so
+    that an optimiser starts from there.
+
+    Args:
+      atoms: moved; its calculator is not used.
+      model: from `load_model` or `create_model`, of either scheme.
+      n_frames: of the path that is returned and judged, at least 2.
+
+    Raises:
+      InputError: atoms that cannot be used, an element the model never saw, or n_frames < 2.
+    """
+    if n_frames < 2:
+        raise InputError(
+            f"n_frames={n_frames}: a path has at least 2 frames, the first and the last"
+        )
+    name = atoms.get_chemical_formula()
+    structure = model.structure(atoms, name)
+    (solved,) = predict_structures(model, [structure], np.linspace(0.0, 1.0, n_frames))
+    path = as_trajectory(name, structure, solved)
+    flags = trust_flags(path, model, solved.skin) + constraint_flags(atoms)
+    if unusable(flags):
+        grave = next(flag for flag in flags if flag.unusable)
+        warnings.warn(f"{name}: no head start, {grave.name}: {grave.detail}", stacklevel=2)
+        return HeadStart(path, flags, False)
+    atoms.set_positions(path.positions[-1])
+    return HeadStart(path, flags, True)
+
+
+def constraint_flags(atoms: Atoms) -> tuple[Flag, ...]:
+    """A flag where atoms have constraints of which the model knows nothing."""
+    from ase.constraints import FixAtoms, FixCartesian
+
+    ignored = sorted(
+        {
+            type(c).__name__
+            for c in atoms.constraints
+            if not (isinstance(c, FixAtoms) or (isinstance(c, FixCartesian) and np.all(c.mask)))
+        }
+    )
+    if not ignored:
+        return ()
+    text = f"the path ignores {', '.join(ignored)}; the final structure does not"
+    return (Flag("constraints ignored", text),)

@@ -1,0 +1,113 @@
+"""What speaks against a predicted path: flags, from the path and the model alone.
+
+None of them says how large the error is; each says that something is so which is not so in a good
+prediction. They need no second model and cost nothing beside a prediction.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from ase.data import chemical_symbols, covalent_radii
+
+from relaxnet_jax.data.trajectory import RelaxationTrajectory
+from relaxnet_jax.model import RelaxNet
+from relaxnet_jax.neighbors import pairs_within
+from relaxnet_jax.predict import approach
+
+# Of the sum of two covalent radii. The shortest bonds there are, multiple ones to oxygen and
+# nitrogen, come to 0.67 (uranyl) and more.
+MIN_CONTACT = 0.6
+MAX_RISE = 2e-3  # eV/atom; a relaxation's energy only falls
+AT_REST = 0.05  # eV/Å; forces below need not fall any more
+
+
+class Flag(NamedTuple):
+    """One thing that speaks against a prediction.
+
+    Attributes:
+      name: one of "untrained", "unseen element", "not finite", "skin exceeded",
+        "atoms too close", "energy rises", "forces do not fall", "constraints ignored".
+      detail: one line with the numbers.
+      unusable: the final geometry should not be used, not even as a start.
+    """
+
+    name: str
+    detail: str
+    unusable: bool = False
+
+
+def trust_flags(path: RelaxationTrajectory, model: RelaxNet, skin: float) -> tuple[Flag, ...]:
+    """All flags of a predicted path, the gravest first; empty where nothing speaks against it.
+
+    Args:
+      path: predicted, n frames.
+      model: that predicted it.
+      skin: Å, of the neighbour list it was predicted with.
+    """
+    flags = list(_elements(path, model))
+    values = (path.positions, path.energies, path.forces)
+    if not all(np.isfinite(v).all() for v in values):
+        text = "positions, energies or forces of the path are not finite"
+        return (Flag("not finite", text, True), *flags)
+    for found in (_skin(path, skin), contact_flag(path), _rise(path), _forces(path)):
+        if found is not None:
+            flags.append(found)
+    return tuple(sorted(flags, key=lambda flag: not flag.unusable))
+
+
+def unusable(flags: tuple[Flag, ...]) -> bool:
+    """Whether one of them forbids using the final geometry."""
+    return any(flag.unusable for flag in flags)
+
+
+def _elements(path: RelaxationTrajectory, model: RelaxNet):
+    if not model.elements:
+        yield Flag("untrained", "the model's parameters are random")
+        return
+    unseen = sorted({int(z) for z in path.atomic_numbers} - set(model.elements))
+    if unseen:
+        symbols = ", ".join(chemical_symbols[z] for z in unseen)
+        yield Flag("unseen element", f"the model never saw {symbols}", True)
+
+
+def _skin(path: RelaxationTrajectory, skin: float) -> Flag | None:
+    needed = approach(path.positions)
+    if needed <= skin:
+        return None
+    text = f"atoms may have approached by {needed:.2f} Å, the neighbour list allows {skin:g}"
+    return Flag("skin exceeded", text, True)
+
+
+def contact_flag(path: RelaxationTrajectory) -> Flag | None:
+    """A flag where two atoms of the last frame are nearer than `MIN_CONTACT` of the sum of their
+    covalent radii, periodic images included; None if none are."""
+    radii = np.asarray(covalent_radii)[path.atomic_numbers]
+    x, cell = path.positions[-1], path.cells[-1]
+    i, j, _, distances = pairs_within(x, cell, path.pbc, 2 * MIN_CONTACT * radii.max())
+    if not len(distances):
+        return None
+    ratio = distances / (radii[i] + radii[j])
+    worst = int(ratio.argmin())
+    if ratio[worst] >= MIN_CONTACT:
+        return None
+    a, b = (chemical_symbols[path.atomic_numbers[k[worst]]] + str(k[worst]) for k in (i, j))
+    text = f"{a} and {b} end {distances[worst]:.2f} Å apart"
+    return Flag("atoms too close", text, True)
+
+
+def _rise(path: RelaxationTrajectory) -> Flag | None:
+    above = (path.energies - np.minimum.accumulate(path.energies)) / path.n_atoms
+    frame = int(above.argmax())
+    if above[frame] <= MAX_RISE:
+        return None
+    text = f"frame {frame} lies {1e3 * above[frame]:.1f} meV/atom above an earlier one"
+    return Flag("energy rises", text)
+
+
+def _forces(path: RelaxationTrajectory) -> Flag | None:
+    first, last = path.fmax[0], path.fmax[-1]
+    if last < first or last <= AT_REST:
+        return None
+    return Flag("forces do not fall", f"fmax goes from {first:.3f} to {last:.3f} eV/Å")

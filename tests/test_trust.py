@@ -1,0 +1,141 @@
+"""Trust flags, each by what raises it, and the head start that heeds them."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from ase import Atoms
+from ase.calculators.emt import EMT
+from ase.constraints import FixAtoms, FixCartesian, FixedLine
+from ase.optimize import LBFGS
+from tiny import slab, tiny_config, tiny_model
+
+from relaxnet_jax.data.trajectory import RelaxationTrajectory
+from relaxnet_jax.errors import InputError
+from relaxnet_jax.predict import relax
+from relaxnet_jax.starting import constraint_flags, head_start
+from relaxnet_jax.trust import trust_flags, unusable
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model(tiny_config("explicit", model__layers=1), dtype=np.float32)
+
+
+@pytest.fixture(scope="module")
+def trained(model):
+    return model.replace(elements=(1, 8, 78))
+
+
+def path(**changes):
+    """A sound path: three copper atoms in a row, one comes 0.1 Å nearer, energy and forces fall."""
+    x = np.array([[0.0, 0, 0], [2.6, 0, 0], [0.0, 2.6, 0]])
+    positions = np.stack([x, x - [[0, 0, 0], [0.05, 0, 0], [0, 0, 0]],
+                          x - [[0, 0, 0], [0.1, 0, 0], [0, 0, 0]]])  # fmt: skip
+    good = RelaxationTrajectory(
+        id="a",
+        atomic_numbers=np.full(3, 29),
+        positions=positions,
+        cells=np.repeat(9.0 * np.eye(3)[None], 3, 0),
+        pbc=np.ones(3, bool),
+        energies=np.array([-9.0, -9.1, -9.15]),
+        forces=np.stack([np.full((3, 3), f) for f in (0.5, 0.2, 0.01)]),
+        fixed_mask=np.zeros(3, bool),
+    )
+    return dataclasses.replace(good, **changes)
+
+
+def names(trajectory, model, skin=0.5):
+    return [flag.name for flag in trust_flags(trajectory, model, skin)]
+
+
+def test_flags(model):
+    copper = model.replace(elements=(29,))
+    good = path()
+    assert names(good, copper) == []
+    assert names(good, copper, skin=0.09) == ["skin exceeded"]
+    assert names(good, model) == ["untrained"]
+    assert names(good, model.replace(elements=(1,))) == ["unseen element"]
+    # A rise counts from the lowest energy before it, and 6 meV of three atoms are none.
+    assert names(path(energies=np.array([-9.0, -9.2, -9.1])), copper) == ["energy rises"]
+    assert names(path(energies=np.array([-9.0, -9.2, -9.195])), copper) == []
+    (rise,) = trust_flags(path(energies=np.array([-9.0, -9.2, -9.05])), copper, 0.5)
+    assert "frame 2 lies 50.0 meV/atom" in rise.detail and not rise.unusable
+    forces = good.forces * np.array([1.0, 1.0, 60.0])[:, None, None]
+    assert names(path(forces=forces), copper) == ["forces do not fall"]
+    assert names(path(forces=forces, fixed_mask=np.ones(3, bool)), copper) == []
+    # A structure at rest has nothing to lose.
+    assert names(path(forces=good.forces * 0.05), copper) == []
+    assert names(path(forces=np.full((3, 3, 3), 0.02)), copper) == []
+    broken = good.positions.copy()
+    broken[-1, 0, 0] = np.nan
+    (flag,) = trust_flags(path(positions=broken), copper, 0.5)
+    assert flag.name == "not finite" and unusable((flag,))
+
+
+def test_contacts_count_images(model):
+    """0.6 of 2 x 1.32 Å is 1.584 Å."""
+    copper = model.replace(elements=(29,))
+    for gap, expected in ((1.60, []), (1.57, ["atoms too close"])):
+        positions = path().positions.copy()
+        positions[-1, 1, 0] = 9.0 - gap  # across the border
+        assert names(path(positions=positions), copper, skin=9.0) == expected
+    (flag,) = trust_flags(path(positions=positions), copper, 9.0)
+    assert flag.detail == "Cu0 and Cu1 end 1.57 Å apart" and flag.unusable
+    both = trust_flags(path(positions=positions), copper, 0.5)
+    assert [f.name for f in both] == ["skin exceeded", "atoms too close"]
+    nitrogen = path(atomic_numbers=np.full(3, 7), positions=path().positions * 1.10 / 2.5)
+    assert names(nitrogen, model.replace(elements=(7,))) == []  # as short as N2
+
+
+def test_head_start_moves_atoms_where_the_model_says(trained):
+    atoms = slab()
+    start = atoms.positions.copy()
+    result = head_start(atoms, trained, n_frames=3)
+    expected = relax(trained, slab(), n_frames=3)
+    assert result.moved
+    np.testing.assert_allclose(atoms.positions, expected.positions[-1], atol=1e-6)
+    np.testing.assert_array_equal(atoms.positions, result.path.positions[-1])
+    np.testing.assert_array_equal(atoms.positions[:2], start[:2])
+    assert np.abs(atoms.positions[2:] - start[2:]).max() > 0.01
+    assert result.path.n_frames == 3 and "untrained" not in [f.name for f in result.flags]
+    with pytest.raises(InputError, match="n_frames=1"):
+        head_start(atoms, trained, n_frames=1)
+    with pytest.raises(InputError, match="never saw C"):
+        head_start(Atoms("CO", [[0, 0, 0], [0, 0, 1.1]]), trained)
+
+
+def test_head_start_before_an_optimiser(trained):
+    """The two lines of the documentation."""
+    atoms = slab()
+    atoms.calc = EMT()
+    head_start(atoms, trained, n_frames=3)
+    begun = atoms.positions.copy()
+    assert LBFGS(atoms, logfile=None).run(fmax=0.3, steps=100)
+    assert np.abs(atoms.positions - begun).max() > 1e-3
+
+
+def test_other_constraints(trained):
+    """ASE applies them; the flag says that the path did not know."""
+    atoms = slab()
+    atoms.set_constraint([FixAtoms([0, 1]), FixedLine(5, [0, 0, 1.0])])
+    start = atoms.positions.copy()
+    result = head_start(atoms, trained, n_frames=3)
+    np.testing.assert_allclose(atoms.positions[5, :2], start[5, :2], atol=1e-12)
+    assert np.abs(result.path.positions[-1, 5, :2] - start[5, :2]).max() > 1e-3
+    assert [f.name for f in result.flags][-1] == "constraints ignored"
+    assert "FixedLine" in result.flags[-1].detail
+    atoms.set_constraint([FixAtoms([0]), FixCartesian([1])])
+    assert constraint_flags(atoms) == ()
+    atoms.set_constraint(FixCartesian([1], mask=(True, False, False)))
+    assert [f.name for f in constraint_flags(atoms)] == ["constraints ignored"]
+
+
+def test_unusable_predictions_move_nothing(trained):
+    broken = trained.replace(params=jax.tree.map(lambda a: a * np.nan, trained.params))
+    atoms = slab()
+    with pytest.warns(UserWarning, match="no head start, not finite"):
+        result = head_start(atoms, broken, n_frames=3)
+    assert not result.moved and result.flags[0].name == "not finite"
+    np.testing.assert_array_equal(atoms.positions, slab().positions)
