@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, overload
 
@@ -10,7 +12,7 @@ import jax
 import numpy as np
 
 from relaxnet_jax import solver
-from relaxnet_jax.batching import collate, fitting_shape, split_nodes
+from relaxnet_jax.batching import BatchShape, collate, fitting_shape, split_nodes
 from relaxnet_jax.data.trajectory import RelaxationTrajectory
 from relaxnet_jax.errors import InputError
 from relaxnet_jax.graph import Structure, build_structure
@@ -32,6 +34,7 @@ class Path:
     Attributes:
       times (n,), positions (n, N, 3) Å, velocities (n, N, 3), energies (n,) eV total,
       forces (n, N, 3) eV/Å; skin: Å, of the neighbour list that was used.
+      failure: why there is no prediction (all values are then NaN), else empty.
     """
 
     times: np.ndarray
@@ -40,6 +43,7 @@ class Path:
     energies: np.ndarray
     forces: np.ndarray
     skin: float
+    failure: str = ""
 
 
 def _solve(model: RelaxNet, graph: Any, times: Any) -> solver.Trajectory:
@@ -65,7 +69,9 @@ def predict_structures(
 
     Structures of similar cost share a batch, and shapes are rounded up, so few are compiled.
     Where atoms approach by more than the skin, the neighbour list could miss a pair: those
-    structures are solved again with a wider one.
+    structures are solved again with a wider one. A batch that does not fit in the device's memory
+    is halved until it does; the path of a structure that does not fit alone says so in
+    ``failure``, and the others go on.
 
     Args:
       times: (n,) pseudotimes in [0, 1]; the configuration's frames by default.
@@ -77,6 +83,7 @@ def predict_structures(
         raise InputError("times: must be pseudotimes in [0, 1], one dimension, at least one")
     on_grid = len(times) == len(grid) and np.allclose(times, grid, atol=1e-12)
     done: dict[int, Path] = {}
+    batches = _Batches(model, None if on_grid else times, len(times))
     pending = {i: (s, model.config.graph.skin) for i, s in enumerate(structures)}
     for widening in range(MAX_WIDENINGS + 1):
         retry = {}
@@ -86,9 +93,7 @@ def predict_structures(
         )
         for begin in range(0, len(order), batch_size):
             members = order[begin : begin + batch_size]
-            paths = _predict_batch(
-                model, [pending[i][0] for i in members], None if on_grid else times, batch_size
-            )
+            paths = batches.predict([pending[i][0] for i in members], batch_size)
             for i, raw in zip(members, paths):
                 structure, skin = pending[i]
                 needed = approach(raw.positions)
@@ -130,14 +135,62 @@ def _with_skin(model: RelaxNet, s: Structure, skin: float) -> Structure:
     )
 
 
-def _predict_batch(
-    model: RelaxNet, structures: Sequence[Structure], times, batch_size: int
-) -> list[Path]:
+class _Batches:
+    """Solves batches, and smaller ones where they do not fit in memory.
+
+    Attributes:
+      too_much: the least padded cost that did not fit so far. A batch of that cost is split
+        without being tried: what is tried is compiled first.
+    """
+
+    def __init__(self, model: RelaxNet, times: np.ndarray | None, n_frames: int) -> None:
+        self.model, self.times, self.n_frames = model, times, n_frames
+        self.too_much = math.inf
+
+    def predict(self, structures: Sequence[Structure], batch_size: int) -> list[Path]:
+        """The paths of one batch; see `predict_structures`."""
+        shape = _batch_shape(structures, batch_size)
+        if len(structures) == 1 or shape.cost < self.too_much:
+            try:
+                return _predict_batch(self.model, structures, self.times, shape)
+            except (jax.errors.JaxRuntimeError, MemoryError) as error:
+                if not out_of_memory(error):
+                    raise
+                self.too_much = min(self.too_much, shape.cost)
+        # Out here the exception, and the arrays its traceback holds, are gone.
+        if len(structures) == 1:
+            return [_without_memory(structures[0], self.n_frames)]
+        middle = len(structures) // 2
+        parts = structures[:middle], structures[middle:]
+        return [path for part in parts for path in self.predict(part, len(part))]
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether a program did not fit in the device's (or the host's) memory."""
+    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
+
+
+def _without_memory(structure: Structure, n_frames: int) -> Path:
+    device = jax.devices()[0].device_kind
+    frames = np.full((n_frames, structure.n_atoms, 3), np.nan)
+    message = (
+        f"its {structure.n_atoms} atoms do not fit in the memory of one device ({device}); "
+        "predict it where there is more"
+    )
+    return Path(np.zeros(0), frames, frames, np.full(n_frames, np.nan), frames, 0.0, message)
+
+
+def _batch_shape(structures: Sequence[Structure], batch_size: int) -> BatchShape:
     shape = fitting_shape(structures, rounded=True)
     # The last, smaller batch of a set takes the full number of structures: one shape fewer.
-    shape = dataclasses.replace(
+    return dataclasses.replace(
         shape, n_graphs=max(shape.n_graphs, batch_size + 1 if len(structures) > 1 else 2)
     )
+
+
+def _predict_batch(
+    model: RelaxNet, structures: Sequence[Structure], times, shape: BatchShape
+) -> list[Path]:
     dtype = jax.tree.leaves(model.params)[0].dtype
     graph = collate(structures, shape, dtype)
     result = jax.device_get(
@@ -185,7 +238,8 @@ def relax(model, atoms, n_frames=5, batch_size=16):
       batch_size: structures solved at once.
 
     Returns:
-      A `RelaxationTrajectory` (a list of them for a sequence).
+      A `RelaxationTrajectory` (a list of them for a sequence). Of a structure too large for the
+      device's memory all values are NaN, and a warning names it.
 
     Raises:
       InputError: a structure that cannot be used, named by its place in the sequence; or
@@ -200,6 +254,9 @@ def relax(model, atoms, n_frames=5, batch_size=16):
     names = [a.info.get("traj_id") or f"{i}-{a.get_chemical_formula()}" for i, a in enumerate(many)]
     structures = [model.structure(a, str(name)) for a, name in zip(many, names)]
     paths = predict_structures(model, structures, np.linspace(0.0, 1.0, n_frames), batch_size)
+    for name, path in zip(names, paths):
+        if path.failure:
+            warnings.warn(f"{name}: {path.failure}", RuntimeWarning, stacklevel=2)
     results = [as_trajectory(str(n), s, p) for n, s, p in zip(names, structures, paths)]
     return results[0] if single else results
 

@@ -94,7 +94,7 @@ def predict_all(
     progress: Callable[[int], None],
     say: Say,
 ) -> tuple[list[RelaxationTrajectory], list[str]]:
-    """Predicted trajectories, and complaints about predictions that are not finite."""
+    """Predicted trajectories, and complaints about those that failed or are not finite."""
     from relaxnet_jax.predict import as_trajectory, predict_structures
 
     if not usable:
@@ -107,10 +107,11 @@ def predict_all(
         if all(np.isfinite(values).all() for values in numbers):
             results.append(as_trajectory(name, structure, path))
         else:
-            bad.append(
-                f"{name}: the prediction is not finite; the structure is too far from what "
-                "the model was trained on"
+            reason = path.failure or (
+                "the prediction is not finite; the structure is too far from what the model was "
+                "trained on"
             )
+            bad.append(f"{name}: {reason}")
             say(f"left out: {bad[-1]}")
     return results, bad
 

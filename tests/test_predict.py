@@ -10,10 +10,12 @@ from ase import Atoms
 from tiny import crystal, molecule, slab, systems, tiny_config, tiny_model
 
 import relaxnet_jax
+from relaxnet_jax import predict
 from relaxnet_jax.config import load_config, to_dict
 from relaxnet_jax.errors import InputError
 from relaxnet_jax.model import RelaxNet, create_model, load_model, predict_trajectory, save_model
 from relaxnet_jax.predict import approach, compiled_shapes, predict_structures, relax
+from relaxnet_jax.structure_files import predict_all
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +116,45 @@ def test_diverged_predictions_do_not_loop(model):
     broken = model.replace(params=jax.tree.map(lambda a: a * np.nan, model.params))
     (path,) = predict_structures(broken, [broken.structure(molecule())])
     assert not np.isfinite(path.positions[-1]).all()
+
+
+def test_batches_that_do_not_fit_are_split(model, monkeypatch):
+    """A batch is halved until it fits; one structure that never does is named, the rest goes on."""
+    atoms = [molecule()[:n] for n in (2, 3, 4, 5, 6)] + [molecule() + slab()]
+    whole = relax(model, atoms[:5], n_frames=3, batch_size=4)
+    real, tried = predict._solve_compiled, []
+
+    def small_device(model, graph, times):
+        tried.append(int(graph.n_node[np.asarray(graph.globals["mask"])].sum()))
+        if tried[-1] > 8:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes")
+        return real(model, graph, times)
+
+    monkeypatch.setattr(predict, "_solve_compiled", small_device)
+    done = []
+    structures = [model.structure(a) for a in atoms]
+    paths = predict_structures(model, structures, np.linspace(0, 1, 3), 4, done.append)
+    assert done[-1] == 6
+    assert [bool(p.failure) for p in paths] == [False] * 5 + [True]
+    assert "13 atoms do not fit" in paths[5].failure and np.isnan(paths[5].positions).all()
+    for path, other in zip(paths, whole):
+        np.testing.assert_allclose(path.positions, other.positions, atol=2e-5)
+        np.testing.assert_allclose(path.energies, other.energies, atol=1e-3)
+    # What failed once is split the next time without being tried: it would be compiled.
+    assert len([n for n in tried if n > 8]) < len(tried) / 2
+    with pytest.warns(RuntimeWarning, match="large: its 13 atoms do not fit"):
+        atoms[5].info["traj_id"] = "large"
+        assert np.isnan(relax(model, atoms[5], n_frames=3).energies).all()
+    named = [(a.info.get("traj_id", "small"), s) for a, s in zip(atoms, structures)]
+    results, bad = predict_all(model, named, 3, lambda _: None, lambda _: None)
+    assert len(results) == 5 and len(bad) == 1 and bad[0].startswith("large: its 13 atoms")
+
+    def broken(model, graph, times):
+        raise jax.errors.JaxRuntimeError("INTERNAL: something else")
+
+    monkeypatch.setattr(predict, "_solve_compiled", broken)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
+        relax(model, molecule(), n_frames=3)
 
 
 def test_unseen_elements(model):

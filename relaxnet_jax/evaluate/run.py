@@ -71,6 +71,8 @@ def compare(
     paths = predict_structures(model, structures, batch_size=batch_size)
     comparisons = []
     for t, path in zip(kept, paths):
+        if path.failure:
+            report(f"{t.id}: {path.failure}")
         chosen = select_frames(t.n_frames, n, "equidistant")
         true = t.positions[chosen.indices]
         if not t.fixed_mask.any():
