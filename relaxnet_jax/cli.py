@@ -10,9 +10,11 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from types import ModuleType
 from typing import NoReturn
 
 from relaxnet_jax import __version__
+from relaxnet_jax.cli_benchmark import add_benchmark
 from relaxnet_jax.cli_data import add_data, command
 from relaxnet_jax.errors import InputError
 
@@ -35,10 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     try:
         args = build_parser().parse_args(argv)
-        from relaxnet_jax import commands, data_commands
-
-        module = data_commands if args.run.startswith("data_") else commands
-        return getattr(module, args.run)(args)
+        return getattr(_module(args.run), args.run)(args)
     except InputError as error:
         return _fail(str(error))
     except KeyboardInterrupt:
@@ -51,6 +50,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         if error.filename is None:
             raise
         return _fail(f"{error.filename}: {error.strerror}; check the path and its permissions")
+
+
+def _module(run: str) -> ModuleType:
+    """The module that has the function of this name."""
+    from relaxnet_jax import benchmark_commands, commands, data_commands
+
+    by_prefix = {"data_": data_commands, "benchmark_": benchmark_commands}
+    return next((m for prefix, m in by_prefix.items() if run.startswith(prefix)), commands)
 
 
 def _fail(message: str) -> int:
@@ -71,6 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_data(commands)
     _add_predict(commands)
     _add_demo(commands)
+    add_benchmark(commands)
     return parser
 
 

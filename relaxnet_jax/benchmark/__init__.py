@@ -1,0 +1,1 @@
+"""What it costs: speed, memory and scaling, and the same beside other programs."""

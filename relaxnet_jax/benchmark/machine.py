@@ -1,0 +1,106 @@
+"""What the figures were measured on, and the most it can do."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from relaxnet_jax.benchmark.timing import measure
+
+PACKAGES = ("relaxnet-jax", "jax", "jaxlib", "flax", "e3nn-jax", "diffrax", "numpy")
+ENOUGH = 0.05  # s, a matrix product that takes this long is large enough to be a ceiling
+LARGEST = 16384
+
+
+def describe(packages: tuple[str, ...] = PACKAGES) -> dict[str, Any]:
+    """Device, cores, memory, load and versions."""
+    device = jax.devices()[0]
+    return {
+        "platform": device.platform,
+        "device": device.device_kind if device.platform != "cpu" else processor(),
+        "devices": jax.local_device_count(),
+        "processor": processor(),
+        "cores": usable_cores(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "load_average": round(os.getloadavg()[0], 2),
+        "versions": {"python": platform.python_version()} | {p: _version(p) for p in packages},
+    }
+
+
+def processor() -> str:
+    """The name of the CPU."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # not Linux
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def usable_cores() -> int:
+    """Cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def available_bytes() -> int | None:
+    """Memory that is free on the device, or on the host for a CPU; None where nobody says."""
+    device = jax.devices()[0]
+    if device.platform != "cpu":
+        stats = device.memory_stats() or {}
+        limit = stats.get("bytes_limit")
+        return None if limit is None else int(limit) - int(stats.get("bytes_in_use", 0))
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((1024 * int(x.split()[1]) for x in lines if x.startswith("MemAvailable")), None)
+
+
+def device_peak_bytes() -> int | None:
+    """Most memory in use on the device since the process began; None where it is not counted."""
+    stats = jax.devices()[0].memory_stats() or {}
+    peak = stats.get("peak_bytes_in_use")
+    return None if peak is None else int(peak)
+
+
+def ceilings(seconds: float = 2.0) -> dict[str, float]:
+    """FLOP/s of a large f32 matrix product (at JAX's default precision) and bytes/s of copies.
+
+    The product is doubled in size until it takes `ENOUGH` seconds. One copy reads and writes more
+    than any cache holds, 256 MiB (1 GiB on accelerators); the other one goes over 1 MiB (16 MiB)
+    again and again, which the cache nearest to all cores (L2) holds.
+    """
+    size, product = 1024, jax.jit(jnp.matmul)
+    while True:
+        x = jnp.full((size, size), 0.5, jnp.float32)
+        timing = measure(lambda x=x: product(x, x), seconds)  # type: ignore[misc]
+        if timing.median >= ENOUGH or 2 * size > LARGEST:
+            break
+        size *= 2
+    accelerator = jax.devices()[0].platform != "cpu"
+    return {
+        "matmul_size": size,
+        "matmul_flops_per_s": 2.0 * size**3 / timing.median,
+        "copy_bytes_per_s": _copy_rate(2**28 if accelerator else 2**26, 1, seconds),
+        "cache_copy_bytes_per_s": _copy_rate(2**22 if accelerator else 2**18, 200, seconds),
+    }
+
+
+def _copy_rate(length: int, times: int, seconds: float) -> float:
+    """Bytes/s of reading and writing ``length`` f32 numbers, ``times`` times in one program."""
+    move = jax.jit(lambda x: jax.lax.fori_loop(0, times, lambda _, x: x + 1.0, x))
+    source = jnp.zeros(length, jnp.float32)
+    return 2 * 4 * length * times / measure(lambda: move(source), seconds).median
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # run from a source tree that is not installed
+        return "not installed"

@@ -1,0 +1,173 @@
+"""A benchmark's document as tables, CSV files and a figure."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from rich.table import Table
+
+from relaxnet_jax.data.files import atomic_path
+from relaxnet_jax.evaluate.figures import SERIES, SPARE, STYLE, _figure, _save
+
+
+def steps_of(document: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The entries that are steps of a bucket."""
+    return {k: v for k, v in document["entries"].items() if "structures_per_s" in v}
+
+
+def curve(document: dict[str, Any], kind: str, unit: str) -> list[dict[str, Any]]:
+    """The entries of a curve, e.g. of ("inference", "atoms"), in order of their abscissa."""
+    found = [
+        v
+        for k, v in document["entries"].items()
+        if f"/ {kind} /" in k and k.endswith(f" {unit}") and "seconds_per_atom" in v
+    ]
+    return sorted(found, key=lambda entry: entry[unit])
+
+
+def device_line(document: dict[str, Any]) -> str:
+    """Device, cores and versions in a line."""
+    m = document["machine"]
+    versions = ", ".join(f"{name} {v}" for name, v in m["versions"].items())
+    return f"{m['device']} ({m['platform']}), {m['cores']} cores; {versions}"
+
+
+def remarks(document: dict[str, Any]) -> list[str]:
+    """What a reader of the figures must know."""
+    m, lines = document["machine"], []
+    if m["load_average"] >= 0.5 * m["cores"]:
+        lines.append(
+            f"the load of this machine was {m['load_average']} on {m['cores']} cores when the run "
+            "began: figures taken beside other work are worse than the machine's own"
+        )
+    for name, entry in document["entries"].items():
+        if "skipped" in entry:
+            lines.append(f"{name}: {entry['skipped']}")
+        if entry.get("costs", {}).get("loops_of_unknown_length"):
+            lines.append(f"{name}: loops of unknown length are counted once in FLOP and bytes")
+    if document["missing"]:
+        lines.append(
+            f"no time was left for {len(document['missing'])} measurements; the same command "
+            "goes on with them"
+        )
+    return lines
+
+
+def steps_tables(document: dict[str, Any]) -> list[Table]:
+    """Speed, and what it is made of: a row per configuration, bucket and step in each."""
+    speed, costs = (Table(title=title, title_justify="left") for title in ("Speed", "Costs"))
+    _columns(speed, "structures/s", "atoms·frames/s", "ms", "min–max", "cold s", "cached s")
+    _columns(costs, "padding", "MiB", "GFLOP", "GB", "matmul", "copy", "cached")
+    for name, e in steps_of(document).items():
+        s, c = e["seconds"], e["compile_s"]
+        label = name.replace(" / ", " ").replace("training step", "training")
+        speed.add_row(
+            label,
+            f"{e['structures_per_s']:.4g}",
+            f"{e['atom_frames_per_s']:.4g}",
+            f"{1e3 * s['median']:.4g}",
+            f"{1e3 * s['fastest']:.3g}–{1e3 * s['slowest']:.3g}",
+            f"{c['trace'] + c['compile']:.1f}",
+            f"{c['cached_trace'] + c['cached_compile']:.1f}",
+        )
+        costs.add_row(
+            label,
+            _percent(e["padding"]),
+            f"{e['memory_bytes'] / 2**20:.0f}",
+            f"{e['costs']['flops'] / 1e9:.2f}",
+            f"{e['costs']['xla_bytes'] / 1e9:.2f}",
+            _percent(e.get("share_of_matmul")),
+            _percent(e.get("share_of_copy")),
+            _percent(e.get("share_of_cache_copy")),
+        )
+    return [speed, costs]
+
+
+def _columns(table: Table, *names: str) -> None:
+    table.add_column("step")
+    for name in names:
+        table.add_column(name, justify="right")
+
+
+def ceilings_line(document: dict[str, Any]) -> str | None:
+    """The ceilings in a line."""
+    c = document["entries"].get("ceilings")
+    if c is None:
+        return None
+    return (
+        f"ceilings: matrix product {c['matmul_flops_per_s'] / 1e9:.0f} GFLOP/s, copy "
+        f"{c['copy_bytes_per_s'] / 1e9:.1f} GB/s, within the cache "
+        f"{c['cache_copy_bytes_per_s'] / 1e9:.1f} GB/s"
+    )
+
+
+def _percent(share: float | None) -> str:
+    return "–" if share is None else f"{100 * share:.0f} %"
+
+
+CURVES = (("inference", "atoms"), ("inference", "frames"), ("training step", "atoms"))
+CURVE_COLUMNS = (
+    "kind",
+    "atoms",
+    "frames",
+    "seconds",
+    "fastest",
+    "slowest",
+    "repeats",
+    "seconds_per_atom",
+    "seconds_per_atom_and_frame",
+    "memory_bytes",
+    "memory_bytes_per_atom",
+    "compile_s",
+)
+
+
+def write_curves(document: dict[str, Any], folder: Path) -> list[Path]:
+    """scaling.csv and, of two points or more, scaling.png; returns what was written."""
+    rows = []
+    for kind, unit in CURVES:
+        for entry in curve(document, kind, unit):
+            seconds = entry["seconds"] | {"seconds": entry["seconds"]["median"]}
+            values = entry | seconds | {"kind": f"{kind} by {unit}"}
+            rows.append([values[name] for name in CURVE_COLUMNS])
+    if not rows:
+        return []
+    files = [folder / "scaling.csv"]
+    with atomic_path(files[0]) as temporary, temporary.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(CURVE_COLUMNS)
+        writer.writerows(rows)
+    if len(rows) > 1:
+        files.append(folder / "scaling.png")
+        scaling_figure(document, files[1])
+    return files
+
+
+def scaling_figure(document: dict[str, Any], path: Path) -> None:
+    """Time and memory per atom against atoms, and time per atom against frames."""
+    panels: Sequence[tuple[str, str, str, float]] = (
+        ("atoms", "seconds_per_atom", "time per atom (ms)", 1e3),
+        ("atoms", "memory_bytes_per_atom", "memory per atom (KiB)", 2.0**-10),
+        ("frames", "seconds_per_atom", "time per atom (ms)", 1e3),
+    )
+    styles = {"inference": SERIES["model"], "training step": SPARE[0]}
+    config = document["identity"]["configs"][0]["name"]
+    caption = f"{config}: supercells of B2 NiAl on {device_line(document)}"
+    with matplotlib.rc_context(STYLE):
+        figure = _figure(8.0, 3.0, caption)
+        axes = figure.subplots(1, len(panels))
+        for axis, (unit, field, ylabel, factor) in zip(axes, panels):
+            for kind, style in styles.items():
+                points = curve(document, kind, unit)
+                if points:
+                    x = [p[unit] for p in points]
+                    axis.plot(x, [factor * p[field] for p in points], label=kind, **style)
+            axis.set(xlabel=unit, ylabel=ylabel, xscale="log", yscale="log")
+        handles, names = axes[0].get_legend_handles_labels()
+        if handles:
+            figure.legend(handles, names, loc="outside upper center", ncols=len(names))
+        _save(figure, path)

@@ -1,0 +1,159 @@
+"""Time and memory per atom against the number of atoms, and against the number of frames."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ase import Atoms
+from ase.spacegroup import crystal
+
+from relaxnet_jax import dynamics
+from relaxnet_jax.batching import collate, fitting_shape
+from relaxnet_jax.benchmark.costs import memory_bytes
+from relaxnet_jax.benchmark.machine import available_bytes
+from relaxnet_jax.benchmark.timing import compile_once, measure
+from relaxnet_jax.benchmark.work import Step, Work, inference_step, training_step
+from relaxnet_jax.config import Config
+from relaxnet_jax.graph import Structure, structure_from_atoms
+from relaxnet_jax.losses import Targets
+from relaxnet_jax.model import RelaxNet, create_model
+from relaxnet_jax.predict import out_of_memory
+from relaxnet_jax.typing import Graph
+
+# Repetitions of the two-atom cell: 2, 20, 100, 500, 2,000, 6,000 and 20,000 atoms.
+CELLS = (
+    (1, 1, 1),
+    (1, 2, 5),
+    (2, 5, 5),
+    (5, 5, 10),
+    (10, 10, 10),
+    (10, 15, 20),
+    (20, 20, 25),
+)
+FRAMES = (1, 2, 5, 10, 20, 50)
+FRAME_CELL = (2, 5, 5)
+ROOM = 0.9  # of the free memory that a program may need
+
+
+def supercell(repeat: tuple[int, int, int]) -> Atoms:
+    """B2 NiAl, its two atoms moved off their sites: every copy of the cell is alike.
+
+    So the neighbours of an atom, and the work for it, are the same in every supercell.
+    """
+    cell = crystal(["Ni", "Al"], [(0, 0, 0), (0.5, 0.5, 0.5)], spacegroup=221, cellpar=[2.89] * 3)
+    cell.positions += np.random.default_rng(0).normal(0, 0.05, cell.positions.shape)
+    return cell.repeat(repeat)
+
+
+def atoms_entry(config: Config, repeat: tuple[int, int, int], training: bool) -> dict[str, Any]:
+    """Seconds and memory per atom of the path of one supercell, or of a training step on it."""
+    model = create_model(config)
+    structure = structure_from_atoms(supercell(repeat), config)
+    graph = _graph([structure])
+    step = inference_step(model, graph)
+    if training:
+        work = Work(config, "supercell", model, ())
+        step = training_step(work, (graph, _targets(graph, config)))
+    return {"atoms": structure.n_atoms, "frames": config.dynamics.frames} | _measure(
+        step, structure.n_atoms * config.dynamics.frames, structure.n_atoms
+    )
+
+
+def frames_entry(config: Config, frames: int) -> dict[str, Any]:
+    """Seconds of a path of so many frames, solved on its own grid; one frame is the first alone."""
+    solved = dataclasses.replace(config.dynamics, frames=max(frames, 2))
+    model = create_model(dataclasses.replace(config, dynamics=solved))
+    structure = structure_from_atoms(supercell(FRAME_CELL), model.config)
+    graph = _graph([structure])
+    step = inference_step(model, graph) if frames > 1 else _first_frame(model, graph)
+    return {"atoms": structure.n_atoms, "frames": frames} | _measure(
+        step, structure.n_atoms * frames, structure.n_atoms
+    )
+
+
+def _graph(structures: list[Structure]) -> Graph:
+    return jax.device_put(collate(structures, fitting_shape(structures)))
+
+
+def _targets(graph: Graph, config: Config) -> Targets:
+    """Frames that stay where they begin: what a step costs does not depend on them."""
+    n, shape = config.dynamics.frames, graph.nodes["positions"].shape
+    n_graphs = graph.n_node.shape[0]
+    positions = jnp.broadcast_to(graph.nodes["positions"], (n, *shape))
+    energies = jnp.zeros((n, n_graphs), jnp.float32)
+    present = jnp.broadcast_to(graph.globals["mask"], (n, n_graphs))
+    last = jnp.full(n_graphs, n - 1, jnp.int32)
+    return Targets(positions, jnp.zeros_like(positions), energies, present, last)
+
+
+def _first_frame(model: RelaxNet, graph: Graph) -> Step:
+    """Energy and forces of the initial structure."""
+
+    def solve(params, graph):
+        network, scale = model.network, jnp.asarray(model.energy_scale)
+        state = dynamics.initial_state(network, params, graph, graph.nodes["positions"])
+        return dynamics.evaluate(network, params, scale, graph, state)
+
+    return Step(solve, (model.params, graph))
+
+
+def _measure(step: Step, atom_frames: int, atoms: int) -> dict[str, Any]:
+    """What a step takes; a reason instead where it does not fit in memory."""
+    try:
+        _, compiled, seconds = compile_once(step.function, step.arguments)
+        need, free = memory_bytes(compiled), available_bytes()
+        found: dict[str, Any] = {
+            "compile_s": seconds,
+            "memory_bytes": need,
+            "memory_bytes_per_atom": need / atoms,
+        }
+        if free is not None and need > ROOM * free:
+            return found | {"skipped": f"needs {need / 2**30:.1f} GiB, {free / 2**30:.1f} are free"}
+        timing = measure(step.runner(compiled), seconds=2.0)
+    except (jax.errors.JaxRuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        return {"skipped": "does not fit in memory"}
+    return found | {
+        "seconds": dataclasses.asdict(timing),
+        "seconds_per_atom": timing.median / atoms,
+        "seconds_per_atom_and_frame": timing.median / atom_frames,
+    }
+
+
+Entries = list[tuple[str, Callable[[], dict[str, Any]]]]
+
+
+def scaling_entries(config: Config, fast: bool, only: tuple[str, ...]) -> Entries:
+    """(key, measurement) of every point of the curves; cheap and telling ones first."""
+    cells = CELLS[:4:2] + CELLS[4:5] if fast else CELLS
+    frames = FRAMES[:4:3] if fast else FRAMES
+    name = config.name
+    found: Entries = []
+    if "atoms" in only:
+        found += [
+            (
+                f"{name} / inference / {2 * int(np.prod(r))} atoms",
+                lambda r=r: atoms_entry(config, r, False),  # type: ignore[misc]
+            )
+            for r in cells
+        ]
+    if "frames" in only:
+        found += [
+            (f"{name} / inference / {n} frames", lambda n=n: frames_entry(config, n))  # type: ignore[misc]
+            for n in frames
+        ]
+    if "training" in only and not fast:
+        found += [
+            (
+                f"{name} / training step / {2 * int(np.prod(r))} atoms",
+                lambda r=r: atoms_entry(config, r, True),  # type: ignore[misc]
+            )
+            for r in cells
+        ]
+    return found

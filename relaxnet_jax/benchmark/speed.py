@@ -1,0 +1,125 @@
+"""``relaxnet-jax benchmark speed``: steps of every configuration and bucket, and scaling curves."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from relaxnet_jax.benchmark import machine
+from relaxnet_jax.benchmark.costs import memory_bytes, program_costs
+from relaxnet_jax.benchmark.notebook import Notebook
+from relaxnet_jax.benchmark.scaling import scaling_entries
+from relaxnet_jax.benchmark.timing import compile_twice, measure
+from relaxnet_jax.benchmark.work import BucketWork, Step, Work, inference_step, load_work
+from relaxnet_jax.benchmark.work import training_step as make_training_step
+from relaxnet_jax.config import Config, to_dict
+
+PARTS = ("steps", "atoms", "frames", "training")
+MINUTES, FAST_MINUTES = 10.0, 2.0
+
+
+def run_speed(
+    configs: Sequence[Config],
+    path: Path,
+    report: Callable[[str], None],
+    fast: bool = False,
+    only: Sequence[str] = PARTS,
+    minutes: float | None = None,
+) -> dict[str, Any]:
+    """Measures, and returns the document that is written to ``path`` as it grows.
+
+    A run that was cut off goes on where it was when it is given the same configurations, data,
+    device and versions; a complete one is measured again.
+
+    Args:
+      configs: each with its data. path: of the JSON.
+      fast: the first configuration's first bucket, and few points of its curves.
+      only: which of `PARTS`: steps (training and inference by bucket), atoms and frames (curves
+        of inference), training (curve of the training step).
+      minutes: after which no measurement begins (default 10, fast 2).
+
+    Raises:
+      InputError: data that cannot be used, an output that cannot be written.
+    """
+    parts = tuple(only)
+    facts = machine.describe()
+    identity = {k: v for k, v in facts.items() if k not in ("load_average", "memory_bytes")} | {
+        "configs": [to_dict(c) for c in configs],
+        "fast": fast,
+    }
+    if minutes is None:
+        minutes = FAST_MINUTES if fast else MINUTES
+    notebook = Notebook(path, identity, minutes, report)
+    ceilings = notebook.entry("ceilings", lambda: machine.ceilings(0.5 if fast else 2.0))
+    if "steps" in parts:
+        for config in configs[:1] if fast else configs:
+            _steps(config, notebook, ceilings or {}, report, buckets=1 if fast else None)
+    # The curves are of the first configuration: each point is a program to compile.
+    for key, entry in scaling_entries(configs[0], fast, parts):
+        notebook.entry(key, entry)
+    notebook.finish()
+    return notebook.document(not notebook.missing) | {"machine": facts}
+
+
+def _steps(
+    config: Config,
+    notebook: Notebook,
+    ceilings: dict[str, Any],
+    report: Callable[[str], None],
+    buckets: int | None,
+) -> None:
+    work = load_work(config, report)
+    for index, bucket in enumerate(work.buckets[:buckets]):
+        for kind, step in step_kinds(work, bucket).items():
+            key = f"{config.name} / {kind} / bucket {index}"
+            notebook.entry(key, lambda b=bucket, s=step: step_entry(work, b, s, ceilings))  # type: ignore[misc]
+
+
+def step_kinds(work: Work, bucket: BucketWork) -> dict[str, Step]:
+    """What is timed of a bucket, by name."""
+    kinds = {"training step": make_training_step(work, bucket.batch)}
+    if work.config.train.static_epochs:
+        kinds["static training step"] = make_training_step(work, bucket.batch, static=True)
+    return kinds | {"inference": inference_step(work.model, bucket.batch[0])}
+
+
+def step_entry(
+    work: Work, bucket: BucketWork, step: Step, ceilings: dict[str, Any]
+) -> dict[str, Any]:
+    """Compilation, time, throughput, costs and memory of a step on one bucket.
+
+    Throughput counts real structures and atoms, as many as a batch of this bucket holds on
+    average; the time of a step does not depend on how full its batch is.
+    """
+    jaxpr, compiled, compilation = compile_twice(step.function, step.arguments, step.donate)
+    costs = program_costs(jaxpr, compiled)
+    timing = measure(step.runner(compiled))
+    frames = work.config.dynamics.frames
+    found: dict[str, Any] = {
+        "data": work.data,
+        "shape": dataclasses.asdict(bucket.shape),
+        "mean_structures": bucket.mean_structures,
+        "mean_atoms": bucket.mean_atoms,
+        "frames": frames,
+        "batches_per_epoch": bucket.batches,
+        "padding": bucket.padding,
+        "atom_padding": bucket.atom_padding,
+        "seconds": dataclasses.asdict(timing),
+        "structures_per_s": bucket.mean_structures / timing.median,
+        "atom_frames_per_s": bucket.mean_atoms * frames / timing.median,
+        "compile_s": dataclasses.asdict(compilation),
+        "memory_bytes": memory_bytes(compiled),
+        "device_peak_bytes": machine.device_peak_bytes(),
+        "costs": dataclasses.asdict(costs),
+    }
+    if ceilings:
+        rates = {
+            "share_of_matmul": (costs.flops, "matmul_flops_per_s"),
+            "share_of_copy": (costs.xla_bytes, "copy_bytes_per_s"),
+            "share_of_cache_copy": (costs.xla_bytes, "cache_copy_bytes_per_s"),
+        }
+        for name, (amount, ceiling) in rates.items():
+            found[name] = amount / timing.median / ceilings[ceiling]
+    return found

@@ -1,0 +1,159 @@
+"""The work that is timed: the batches, model and steps of a training run on some data."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from relaxnet_jax.batching import BatchShape
+from relaxnet_jax.config import Config
+from relaxnet_jax.data.buckets import pack_epoch, plan_buckets
+from relaxnet_jax.data.dataset import load_dataset
+from relaxnet_jax.data.pipeline import collate_samples
+from relaxnet_jax.data.references import fit_element_energies
+from relaxnet_jax.data.sample_file import SampleView, prepare_samples
+from relaxnet_jax.graph import MAX_ATOMIC_NUMBER, Structure
+from relaxnet_jax.losses import Targets
+from relaxnet_jax.model import RelaxNet, create_model
+from relaxnet_jax.solver import solve_trajectory
+from relaxnet_jax.train.state import initial_train_state
+from relaxnet_jax.train.step import make_train_step
+from relaxnet_jax.typing import Graph
+
+
+@dataclasses.dataclass(frozen=True)
+class BucketWork:
+    """One bucket of an epoch over the training split.
+
+    Attributes:
+      shape: of its batches. batch: its fullest one, on the device.
+      structures: real structures in that batch.
+      mean_structures, mean_atoms: real ones per batch, over the bucket's epoch.
+      batches: in an epoch.
+      padding: fraction of the bucket's edge and triplet slots that are unused, over an epoch.
+      atom_padding: the same of its atoms.
+    """
+
+    shape: BatchShape
+    batch: tuple[Graph, Targets]
+    structures: tuple[Structure, ...]
+    mean_structures: float
+    mean_atoms: float
+    batches: int
+    padding: float
+    atom_padding: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """A configuration's model (untrained) and buckets on some data."""
+
+    config: Config
+    data: str
+    model: RelaxNet
+    buckets: tuple[BucketWork, ...]
+
+    @property
+    def scale(self) -> float:
+        """eV, the training set's spread per atom."""
+        return float(self.model.energy_scale)
+
+
+def load_work(config: Config, report: Callable[[str], None]) -> Work:
+    """Data, buckets and batches as a training run of this configuration would have them.
+
+    Raises:
+      InputError: unusable data, see `data.dataset.load_dataset`; no structure in the training split.
+    """
+    dataset = load_dataset(config, report)
+    found, rows = dataset.trajectories, dataset.splits["train"]
+    scalars = (found.store.energies(int(found.rows[i])) for i in rows)
+    element_energies, scale, _ = fit_element_energies(scalars, MAX_ATOMIC_NUMBER + 1)
+    file = prepare_samples(found, config, report)
+    usable = np.array([i for i in rows if int(i) not in file.left_out], np.int64)
+    view = SampleView(file, usable, element_energies)
+    t = config.train
+    buckets = plan_buckets(view.sizes, t.batch_size, t.max_buckets, t.max_padding)
+    plan = pack_epoch(buckets, view.sizes, t.batch_size, np.random.default_rng(t.seed))
+    made = []
+    for index, shape in enumerate(buckets.shapes):
+        batches = [members for bucket, members in plan if bucket == index]
+        fullest = max(batches, key=len)
+        inside = [i for members in batches for i in members]
+        atoms, cost = view.sizes.atoms[inside].sum(), view.sizes.cost[inside].sum()
+        samples = [view[i] for i in fullest]
+        made.append(
+            BucketWork(
+                shape=shape,
+                batch=jax.device_put(collate_samples(samples, shape, config)),
+                structures=tuple(s.structure for s in samples),
+                mean_structures=len(inside) / len(batches),
+                mean_atoms=float(atoms) / len(batches),
+                batches=len(batches),
+                padding=1.0 - float(cost) / (shape.cost * len(batches)),
+                atom_padding=1.0 - float(atoms) / (shape.n_atoms * len(batches)),
+            )
+        )
+    model = dataclasses.replace(
+        create_model(config, t.seed),
+        element_energies=element_energies,
+        energy_scale=np.asarray(scale, np.float32),
+    )
+    return Work(config, dataset.name, model, tuple(made))
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A function to compile and run again and again.
+
+    Attributes:
+      function, arguments: pure function, and what it is called with.
+      donate: arguments whose buffers it may reuse.
+      advance: the arguments of the next call, from this call's result and arguments.
+    """
+
+    function: Callable
+    arguments: tuple
+    donate: tuple[int, ...] = ()
+    advance: Callable[[Any, tuple], tuple] = lambda _, arguments: arguments
+
+    def runner(self, compiled: Callable) -> Callable[[], Any]:
+        """The compiled function without arguments, each call going on from the last."""
+        arguments = tuple(  # what is donated is copied: its buffers are lost
+            jax.tree.map(jnp.array, a) if k in self.donate else a
+            for k, a in enumerate(self.arguments)
+        )
+
+        def run():
+            nonlocal arguments
+            result = compiled(*arguments)
+            arguments = self.advance(result, arguments)
+            return result
+
+        return run
+
+
+def training_step(work: Work, batch: tuple[Graph, Targets], static: bool = False) -> Step:
+    """Forward, loss, backward and optimiser, as in training on one device."""
+    state = initial_train_state(work.model.params, work.config.train)
+    rate = jnp.asarray(work.config.train.learning_rate, jnp.float32)
+    return Step(
+        make_train_step(work.config, work.scale, static=static),
+        (state, batch, rate, jax.random.key(0)),
+        donate=(0,),
+        advance=lambda result, arguments: (result[0], *arguments[1:]),
+    )
+
+
+def inference_step(model: RelaxNet, graph: Graph) -> Step:
+    """The trajectories of a batch on the configuration's frames."""
+
+    def solve(params, graph):
+        return solve_trajectory(model.network, params, jnp.asarray(model.energy_scale), graph)
+
+    return Step(solve, (model.params, graph))

@@ -1,0 +1,54 @@
+"""What ``relaxnet-jax benchmark …`` does. Each takes the parsed arguments and returns an exit code."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from relaxnet_jax.config import Config, load_config, shipped_configs
+from relaxnet_jax.console import note, say
+from relaxnet_jax.errors import InputError
+from relaxnet_jax.runtime import check_devices, enable_compilation_cache
+
+FAST_RELAXATIONS = 60  # of the generated data
+
+
+def benchmark_speed(args: argparse.Namespace) -> int:
+    """``relaxnet-jax benchmark speed``."""
+    configs = _configs(args)
+    if args.minutes is not None and args.minutes <= 0:
+        raise InputError(f"--minutes {args.minutes:g}: must be positive")
+    enable_compilation_cache()
+    check_devices(None)
+    from rich.console import Console
+
+    from relaxnet_jax.benchmark import report
+    from relaxnet_jax.benchmark.speed import PARTS, run_speed
+
+    folder = Path(args.out)
+    path = Path(args.json or folder / "speed.json")
+    document = run_speed(configs, path, note, args.fast, args.only or PARTS, args.minutes)
+    console = Console(highlight=False)
+    say(report.device_line(document))
+    ceilings = report.ceilings_line(document)
+    if ceilings:
+        say(ceilings)
+    if report.steps_of(document):
+        for table in report.steps_tables(document):
+            console.print(table)
+    for line in report.remarks(document):
+        note(line)
+    for file in [path, *report.write_curves(document, folder)]:
+        say(str(file))
+    return 0
+
+
+def _configs(args: argparse.Namespace) -> list[Config]:
+    """The configurations given, or all shipped ones, on the data given."""
+    changes: dict[str, object] = {}
+    if args.data:
+        changes = {"data.path": args.data, "data.variable_cell": "drop"}
+    elif args.fast:
+        changes = {"data.n_emt": FAST_RELAXATIONS}
+    names = args.config or sorted(str(p) for p in shipped_configs().glob("*.py"))
+    return [load_config(name, changes) for name in names]
