@@ -88,10 +88,8 @@ def data_info(args: argparse.Namespace) -> int:
     """``relaxnet-jax data info``."""
     from relaxnet_jax.data import TrajectoryStore
     from relaxnet_jax.data.quality.statistics import summarise, summary_lines
-    from relaxnet_jax.data.store import SEQUENTIAL
 
-    opened = TrajectoryStore(args.store, chunk_cache=SEQUENTIAL)
-    with opened as store, bar("relaxations", len(store)) as advance:
+    with TrajectoryStore(args.store) as store, bar("relaxations", len(store)) as advance:
         summary = summarise(store, advance)
     if args.figure:
         from relaxnet_jax.evaluate.data_figure import distribution_figure
@@ -112,7 +110,6 @@ def data_check(args: argparse.Namespace) -> int:
     from relaxnet_jax.data import TrajectoryStore
     from relaxnet_jax.data.quality.checks import Limits, check_store, report_lines, write_clean
     from relaxnet_jax.data.quality.reasons import chosen
-    from relaxnet_jax.data.store import SEQUENTIAL
 
     if bool(args.out) != bool(args.drop):
         missing = "--drop all, or the reasons to drop" if args.out else "--out CLEAN.h5"
@@ -120,7 +117,7 @@ def data_check(args: argparse.Namespace) -> int:
     reasons = chosen(args.drop)
     names = ("max_force", "max_energy_change", "converged", "energy_deviations")
     limits = Limits(**{name: getattr(args, name) for name in (*names, "charge_deviations")})
-    with TrajectoryStore(args.store, chunk_cache=SEQUENTIAL) as store:
+    with TrajectoryStore(args.store) as store:
         with bar("relaxations", len(store)) as advance:
             report = check_store(store, limits, advance)
         written = write_clean(store, report, reasons, args.out) if args.out else None

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from relaxnet_jax.data.ase_io import _images
+from relaxnet_jax.data.ase_io import images_of
 from relaxnet_jax.data.files import atomic_path, one_line
 from relaxnet_jax.data.trajectory import RelaxationTrajectory
 from relaxnet_jax.errors import InputError
@@ -50,7 +50,7 @@ def read_structures(path: Path, say: Say) -> tuple[list[tuple[str, Atoms]], list
     taken: set[str] = set()
     count = 0
     try:
-        for count, item in enumerate(_images(path), 1):
+        for count, item in enumerate(images_of(path), 1):
             place = f"{path.stem}-{count - 1}"
             if isinstance(item, str):
                 bad.append(f"{place}: {item}")

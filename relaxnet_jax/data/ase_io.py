@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from relaxnet_jax.constraints import held_atoms
 from relaxnet_jax.data.files import one_line
 from relaxnet_jax.data.trajectory import (
     RelaxationTrajectory,
@@ -60,7 +61,7 @@ def read_frames(
     for name, members in itertools.groupby(frames, key=lambda frame: frame.name):
         images, error = _collect(members)
         try:
-            labels = [_labels(atoms) for atoms in images]
+            labels = [labels_of(atoms) for atoms in images]
             labelled |= any(e is not None and f is not None for e, f, _ in labels)
             error = error or _complaint(images, labels)
             built = (
@@ -83,12 +84,12 @@ def _frames(path: Path, plain: Path, default: str) -> Iterator[_Frame]:
     """Frames with the name of their relaxation; reading ends at damage that hides the rest."""
     name, n_read = default, 0
     try:
-        for item in _images(plain):
+        for item in images_of(plain):
             if isinstance(item, str):
                 yield _Frame(name, None, f"frame {n_read} of the file: {item}")
             else:
                 info = item.info.get("key_value_pairs", {}) | item.info
-                name = _text(info.get("traj_id")) or default
+                name = text_of(info.get("traj_id")) or default
                 yield _Frame(name, item)
             n_read += 1
     except Exception as error:
@@ -102,7 +103,7 @@ def _frames(path: Path, plain: Path, default: str) -> Iterator[_Frame]:
         raise InputError(f"{path}: no frames: give a file ASE reads as frames")
 
 
-def _images(plain: Path) -> Iterator[ase.Atoms | str]:
+def images_of(plain: Path) -> Iterator[ase.Atoms | str]:
     """ASE's frames; for extxyz, a frame that cannot be parsed as the complaint about it."""
     import ase.io
     from ase.io.extxyz import read_xyz
@@ -147,7 +148,7 @@ def _build(
     """The relaxation made of ``images``; skipped if it is unsound."""
     first = images[0]
     info = first.info.get("key_value_pairs", {}) | first.info
-    code = " ".join(filter(None, (_text(info.get("code")), _text(info.get("functional")))))
+    code = " ".join(filter(None, (text_of(info.get("code")), text_of(info.get("functional")))))
     stresses = [stress for _, _, stress in labels if stress is not None]
     charges = first.arrays.get("charges", first.get_initial_charges())
     trajectory = RelaxationTrajectory(
@@ -159,12 +160,12 @@ def _build(
         energies=np.array([energy for energy, _, _ in labels], dtype=np.float64),
         forces=np.array([forces for _, forces, _ in labels], dtype=np.float64),
         fixed_mask=fixed_atoms(first),
-        group=_text(info.get("group"))
-        or _text(info.get("parent"))
+        group=text_of(info.get("group"))
+        or text_of(info.get("parent"))
         or reduced_formula(first.numbers),
         stresses=np.array(stresses) if len(stresses) == len(images) else None,
         charges=np.array(charges, dtype=np.float64) if np.any(charges) else None,
-        source=_text(info.get("source")) or code or source,
+        source=text_of(info.get("source")) or code or source,
     )
     try:
         return sound_and_unwrapped(trajectory)
@@ -172,7 +173,7 @@ def _build(
         return SkippedRelaxation(name, str(bad))
 
 
-def _labels(atoms: ase.Atoms) -> _Labels:
+def labels_of(atoms: ase.Atoms) -> _Labels:
     """Energy (eV), (N, 3) raw forces (eV/Å), (6,) stress (eV/Å³) of a frame, None if absent."""
     results: dict[str, Any] = {} if atoms.calc is None else atoms.calc.results
     energy = results.get("free_energy")
@@ -216,22 +217,15 @@ def _complaint(images: list[ase.Atoms], labels: list[_Labels]) -> str:
 
 
 def fixed_atoms(atoms: ase.Atoms) -> np.ndarray:
-    """(N,) bool from ``FixAtoms`` and from ``FixCartesian``/``FixScaled`` of all directions."""
-    from ase.constraints import FixAtoms, FixCartesian, FixScaled
-
-    fixed = np.zeros(len(atoms), dtype=bool)
-    for constraint in atoms.constraints:
-        if isinstance(constraint, FixCartesian | FixScaled) and np.any(constraint.mask):
-            if not np.all(constraint.mask):
-                # Its force would never vanish, and there is no mask for one direction.
-                raise InputError("an atom is held in some directions only: fix or free it")
-            fixed[constraint.index] = True
-        elif isinstance(constraint, FixAtoms):
-            fixed[constraint.index] = True
+    """(N,) bool, the atoms that cannot move. InputError where one can in some directions only."""
+    fixed, partly = held_atoms(atoms)
+    if partly.any():
+        # Its force would never vanish, and there is no mask for one direction.
+        raise InputError("an atom is held in some directions only: fix or free it")
     return fixed
 
 
-def _text(value: object) -> str:
+def text_of(value: object) -> str:
     """Text of an ``info`` value; extxyz turns the formulas of fluorine and so on into bools."""
     if value is None or (isinstance(value, float) and np.isnan(value)):
         return ""

@@ -12,7 +12,7 @@ from relaxnet_jax.data.generate import default_dataset
 from relaxnet_jax.data.relaxations import Relaxations
 from relaxnet_jax.data.split_file import read_splits
 from relaxnet_jax.data.splits import Splits, split_groups
-from relaxnet_jax.data.store import SEQUENTIAL, TrajectoryStore
+from relaxnet_jax.data.store import TrajectoryStore
 from relaxnet_jax.errors import InputError
 
 SPLITS = Splits._fields
@@ -55,7 +55,7 @@ def read_trajectories(
     """
     generated = path == "emt"
     file = default_dataset(config.data.n_emt, 0, report) if generated else path
-    store = TrajectoryStore(file, chunk_cache=SEQUENTIAL)
+    store = TrajectoryStore(file)
     if store.incomplete:
         report(f"{path}: not complete, {len(store)} relaxations so far: run what makes it again")
     changes = store.variable_cell()

@@ -139,7 +139,7 @@ def _structure(kind: str, rng: np.random.Generator) -> ase.Atoms:
     order = rng.choice(["L1_2", "L1_0", "random"], p=[0.15, 0.15, 0.7])
     symbols = _composition(len(atoms), rng) if order == "random" else _ordered(order, repeat, rng)
     atoms.set_chemical_symbols(symbols)
-    strain = np.eye(3) + _symmetric(rng.uniform(-0.03, 0.03, 6))
+    strain = np.eye(3) + symmetric(rng.uniform(-0.03, 0.03, 6))
     atoms.set_cell(atoms.cell.array * _lattice_constant(symbols) @ strain, scale_atoms=True)
     if kind == "vacancy":
         del atoms[int(rng.integers(len(atoms)))]
@@ -168,7 +168,7 @@ def _surface(rng: np.random.Generator) -> ase.Atoms:
     return slab
 
 
-def _symmetric(voigt: np.ndarray) -> np.ndarray:
+def symmetric(voigt: np.ndarray) -> np.ndarray:
     """(3, 3) symmetric strain from (6,) numbers in Voigt order, shears halved."""
     xx, yy, zz, yz, xz, xy = voigt
     off = np.array([[0, xy, xz], [xy, 0, yz], [xz, yz, 0]]) / 2

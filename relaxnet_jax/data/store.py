@@ -33,18 +33,25 @@ __all__ = ["TrajectoryStore", "write_store"]
 
 BLOCK = 512  # relaxations looked at together where only a small column of them is read
 
-SEQUENTIAL = 256 * 1024  # bytes of chunk cache: a few chunks of 64 KiB
+# Bytes kept of a file: two unpacked chunks of each column, which is enough to read in order, and
+# HDF5's own index of it all, which it would let grow to 32 MiB.
+_CHUNK_CACHE = 128 * 1024
+_INDEX_CACHE = 1024 * 1024
 
 
 class _Shard:
     """One open HDF5 file with its offsets."""
 
-    def __init__(self, path: Path, chunk_cache: int | None = None) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path
         if not path.is_file():
             raise InputError(f"{path}: no such store: {REMEDY}")
         try:
-            self.file = h5py.File(path, "r", rdcc_nbytes=chunk_cache)
+            self.file = h5py.File(path, "r", rdcc_nbytes=_CHUNK_CACHE)
+            index = self.file.id.get_mdc_config()
+            index.set_initial_size = True
+            index.initial_size = index.min_size = index.max_size = _INDEX_CACHE
+            self.file.id.set_mdc_config(index)
         except OSError as error:
             raise InputError(f"{path}: not an HDF5 file or damaged: {REMEDY}") from error
         try:
@@ -125,21 +132,13 @@ class TrajectoryStore:
 
     Args:
       path: a store, a folder of stores (its .h5 files by name), or a sequence of them.
-      chunk_cache: bytes of unpacked chunks kept for each column; by default what HDF5 takes, 1
-        or 8 MiB by its version. To read in order once, `SEQUENTIAL` is enough.
 
     Raises:
       InputError: a file is missing, not a store of this format and version, or damaged; the
         folder holds none; two files hold the same id.
     """
 
-    def __init__(
-        self,
-        path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
-        *,
-        chunk_cache: int | None = None,
-    ) -> None:
-        self._chunk_cache = chunk_cache
+    def __init__(self, path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> None:
         given = [path] if isinstance(path, str | os.PathLike) else list(path)
         self.paths: list[Path] = []
         for entry in map(Path, given):
@@ -155,7 +154,7 @@ class TrajectoryStore:
         self._shards: list[_Shard] = []
         with contextlib.ExitStack() as stack:
             for path in self.paths:
-                self._shards.append(_Shard(path, self._chunk_cache))
+                self._shards.append(_Shard(path))
                 stack.callback(self._shards[-1].file.close)
             stack.pop_all()
         sizes = [shard.sizes["relaxations"] for shard in self._shards]
@@ -166,10 +165,10 @@ class TrajectoryStore:
 
     def __getstate__(self) -> dict[str, Any]:
         """No files: open ones cannot go to another process."""
-        return {"paths": self.paths, "chunk_cache": self._chunk_cache}
+        return {"paths": self.paths}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.paths, self._chunk_cache = state["paths"], state["chunk_cache"]
+        self.paths = state["paths"]
         self._open()
 
     def __enter__(self) -> TrajectoryStore:

@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.ticker import MaxNLocator
 
 from relaxnet_jax.data.quality.statistics import DataSummary
-from relaxnet_jax.evaluate.figures import SERIES, SPARE, STYLE, _figure, _save
+from relaxnet_jax.evaluate.figures import SERIES, SPARE, STYLE, new_figure, save_figure
 
 _BINS = 40
 _FIRST, _LAST = SERIES["nothing"]["color"], SERIES["model"]["color"]
@@ -29,9 +29,11 @@ def distribution_figure(
       path: the PNG.
       caption: printed under the figure; names the data set.
     """
-    values = {name: v[np.isfinite(v)] for name, v in summary.values.items()}
+    drawn = ("atoms", "first_energy", "last_energy", "displacement", "max_displacement")
+    values = {name: summary.values[name] for name in drawn}
+    values = {name: v[np.isfinite(v)] for name, v in values.items()}
     with matplotlib.rc_context(STYLE):
-        figure = _figure(8.0, 5.6, caption)
+        figure = new_figure(8.0, 5.6, caption)
         grid = figure.subplot_mosaic([["a", "e", "d"], ["z", "z", "z"]])
         atoms = values["atoms"]
         width = max(1, int(np.ptp(atoms)) // _BINS + 1)
@@ -52,7 +54,7 @@ def distribution_figure(
         axis.set_xticks(places, symbols, fontsize=size)
         axis.tick_params(axis="x", length=0)
         axis.set(xlabel="element", ylabel="relaxations", xlim=(-0.8, max(len(symbols), 8) - 0.2))
-        _save(figure, path)
+        save_figure(figure, path)
 
 
 def _histogram(axis, values, series, label: str, log: bool = False) -> None:

@@ -73,7 +73,7 @@ def per_frame_figure(
         ("positions_mae", "coordinate MAE (Å)"),
     )
     with matplotlib.rc_context(STYLE):
-        figure = _figure(8.0, 3.0, caption)
+        figure = new_figure(8.0, 3.0, caption)
         axes = figure.subplots(1, len(panels))
         spare = iter(SPARE * len(shown))
         styles = {name: SERIES.get(name) or next(spare) for name in shown}
@@ -87,7 +87,7 @@ def per_frame_figure(
             axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
         handles, names = axes[0].get_legend_handles_labels()
         figure.legend(handles, names, loc="outside upper center", ncols=len(names))
-        _save(figure, path)
+        save_figure(figure, path)
 
 
 def parity_figure(
@@ -122,7 +122,7 @@ def parity_figure(
         f"{len(drawn)} structures, {len(x)} frames",
     ]
     with matplotlib.rc_context(STYLE):
-        figure = _figure(4.6, 4.1, caption)
+        figure = new_figure(4.6, 4.1, caption)
         axis = figure.subplots()
         n_frames = max(c.n_frames for c in drawn)
         axis.plot(limits, limits, color="#444444", linewidth=0.8, linestyle="--", zorder=0)
@@ -149,7 +149,7 @@ def parity_figure(
         bar.ax.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=10, min_n_ticks=1))
         bar.ax.minorticks_off()
         bar.outline.set_visible(False)
-        _save(figure, path)
+        save_figure(figure, path)
 
 
 def trajectory_figure(
@@ -174,7 +174,7 @@ def trajectory_figure(
     free, reference = ~true.fixed_mask, true.positions[0]
     with matplotlib.rc_context(STYLE):
         caption = caption or f"{true.id} ({true.source})".replace(" ()", "")
-        figure = _figure(8.0, 3.0, caption)
+        figure = new_figure(8.0, 3.0, caption)
         axes = figure.subplots(1, 3)
         for one, name, style in ((true, "true", TRUTH), (pred, "RelaxNet", SERIES["model"])):
             times = np.linspace(0, 1, len(one.energies)) if one.times is None else one.times
@@ -195,10 +195,10 @@ def trajectory_figure(
             axis.set_ylim(bottom=0)
         handles, names = axes[0].get_legend_handles_labels()
         figure.legend(handles, names, loc="outside upper center", ncols=2)
-        _save(figure, path)
+        save_figure(figure, path)
 
 
-def _figure(width: float, height: float, caption: str) -> Figure:
+def new_figure(width: float, height: float, caption: str) -> Figure:
     """A figure in inches with room for its axes and, under them, the wrapped caption."""
     lines = textwrap.wrap(caption, width=int(17 * width))
     figure = Figure(figsize=(width, height + 0.17 * len(lines)), layout="constrained")
@@ -209,7 +209,7 @@ def _figure(width: float, height: float, caption: str) -> Figure:
     return figure
 
 
-def _save(figure: Figure, path: str | os.PathLike[str]) -> None:
+def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
     """Writes the PNG whole or not at all."""
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=DPI, format="png", facecolor="white")

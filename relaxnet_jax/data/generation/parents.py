@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from relaxnet_jax.data.ase_io import _text, fixed_atoms
+from relaxnet_jax.data.ase_io import fixed_atoms, text_of
 from relaxnet_jax.data.files import one_line
 from relaxnet_jax.data.generation.elements import names
 from relaxnet_jax.data.generation.settings import Settings
@@ -99,7 +99,7 @@ def _parent(name: str, atoms: Atoms) -> Parent:
     copy = atoms.copy()
     copy.info = {}
     copy.set_constraint(FixAtoms(mask=fixed) if fixed.any() else None)
-    return Parent(name, copy, _text(info.get("group")) or _text(info.get("parent")))
+    return Parent(name, copy, text_of(info.get("group")) or text_of(info.get("parent")))
 
 
 def mineral_prototypes() -> list[Parent]:

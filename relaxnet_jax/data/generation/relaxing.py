@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from relaxnet_jax.data.ase_io import _labels, fixed_atoms
+from relaxnet_jax.data.ase_io import fixed_atoms, labels_of
 from relaxnet_jax.data.files import one_line
 from relaxnet_jax.data.generation.settings import Settings
 from relaxnet_jax.data.generation.start import too_close
@@ -107,8 +107,8 @@ def _frame(atoms: Atoms) -> tuple[Any, ...]:
     stress: Any = None
     if atoms.pbc.all() and "stress" in calculator.implemented_properties:
         calculator.get_property("stress", atoms)
-        stress = _labels(atoms)[2]
-    energy, forces, _ = _labels(atoms)
+        stress = labels_of(atoms)[2]
+    energy, forces, _ = labels_of(atoms)
     if energy is None or forces is None:
         raise RuntimeError("it leaves no energy and forces in its results")
     copies = (np.array(forces), None if stress is None else np.array(stress))

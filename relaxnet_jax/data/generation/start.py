@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from relaxnet_jax.data.generate import _symmetric
+from relaxnet_jax.data.generate import symmetric
 from relaxnet_jax.data.generation.elements import radii, substituted
 from relaxnet_jax.data.generation.settings import Settings
 
@@ -51,7 +51,7 @@ def _draw(
     numbers = substituted(parent.numbers, settings.substitute, elements, rng)
     scale = radii(numbers).sum() / radii(parent.numbers).sum()
     atoms.numbers = numbers
-    strain = _symmetric(rng.uniform(-settings.strain, settings.strain, 6))
+    strain = symmetric(rng.uniform(-settings.strain, settings.strain, 6))
     deformation = scale * (np.eye(3) + strain * bool(atoms.pbc.all()))
     atoms.set_cell(atoms.cell.array @ deformation)
     atoms.set_positions(atoms.positions @ deformation, apply_constraint=False)

@@ -7,110 +7,258 @@ structure are found (the metric tensor knows no orientation). Not found: other l
 for the same crystal (supercells, another choice or order of vectors), mirror images, and, along
 directions that are not periodic, rotated copies.
 
-Each relaxation is first reduced to four numbers that none of these changes touches, weighted
-sums of |structure factor|²; only those whose numbers agree are read again and compared.
+Each relaxation is first reduced to a hash of its composition, one of all its content, and 27
+numbers that none of these changes touches (`invariants`). Equal content needs no comparison; what
+is of one composition and agrees in all of the numbers is read again and compared, the most alike
+first. So the search takes time in proportion to the number of relaxations, also where a hundred
+thousand are nearly equal.
 """
 
 from __future__ import annotations
 
 import hashlib
-import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 from ase.geometry import complete_cell
 from scipy.spatial import KDTree
 
+from relaxnet_jax.data.quality.columns import Columns
 from relaxnet_jax.data.trajectory import RelaxationTrajectory
 
 TOLERANCE = 1e-3  # Å
-_RANDOM = np.random.default_rng(20)
-# Half of the reciprocal vectors up to index 2; the other half has the same amplitudes.
-_VECTORS = np.array([h for h in itertools.product(range(-2, 3), repeat=3) if h > (0, 0, 0)])
-_WEIGHTS = _RANDOM.dirichlet(np.ones(len(_VECTORS)), size=4)
-# How far the numbers of one structure may differ: twice what displacements of up to half of
-# TOLERANCE have been seen to change in cells from 3 Å.
-_WINDOW = 2e-3
+_VECTORS = np.array([
+    [1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0], [1, 0, 1], [0, 1, 1], [1, 1, 1],
+])  # fmt: skip
+_PAIRS = np.triu_indices(3)
+N_INVARIANTS = len(_PAIRS[0]) + 3 * len(_VECTORS)
+# Å, how far the numbers of one structure may differ: five standard deviations of what independent
+# errors of up to TOLERANCE in every coordinate do, and what is allowed to the cell.
+_WINDOW = 3.2e-3
+_SLAB = 8192  # relaxations of one composition looked at together
+_UNLIKE = 16  # comparisons that may fail in a row, the most alike first
+_KEPT_ATOMS = 65_536  # of structures kept for the next comparison
+FIELDS = {"key": ("<i8", 1), "content": ("<i8", 1), "invariants": ("<f4", N_INVARIANTS)}
 
 
-def key(t: RelaxationTrajectory) -> int:
-    """Hash of composition and periodic directions, signed 64 bits."""
-    content = np.sort(t.atomic_numbers).astype("<i8").tobytes() + t.pbc.astype(bool).tobytes()
-    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little", signed=True)
+class First(NamedTuple):
+    """The first frame of a relaxation: numbers (N,), positions (N, 3) Å, cell (3, 3) Å, pbc (3,)."""
+
+    atomic_numbers: np.ndarray
+    positions: np.ndarray
+    cell: np.ndarray
+    pbc: np.ndarray
 
 
-def invariants(t: RelaxationTrajectory) -> np.ndarray:
-    """(4,) numbers in [0, 1] of the first frame, the same for the same structures."""
-    fractional, _ = _first(t)
-    weights = t.atomic_numbers / t.atomic_numbers.sum()
-    factors = np.exp(2j * np.pi * (_VECTORS @ fractional.T)) @ weights
-    return _WEIGHTS @ np.abs(factors) ** 2
+def first_frame(t: RelaxationTrajectory) -> First:
+    """What is compared of a relaxation."""
+    return First(t.atomic_numbers, t.positions[0], t.cells[0], np.asarray(t.pbc, dtype=bool))
 
 
-def same_structure(a: RelaxationTrajectory, b: RelaxationTrajectory) -> bool:
-    """Whether two relaxations start from the same structure, by the module's definition."""
-    if key(a) != key(b):
+def row(first: First) -> dict[str, object]:
+    """The row of `FIELDS` of a structure."""
+    composition = np.sort(first.atomic_numbers).astype("<i8").tobytes() + first.pbc.tobytes()
+    arrays = (first.atomic_numbers.astype("<i8"), first.positions, first.cell, first.pbc)
+    content = b"".join(np.ascontiguousarray(array).tobytes() for array in arrays)
+    return {
+        "key": hash64(composition),
+        "content": hash64(content),
+        "invariants": invariants(first),
+    }
+
+
+def hash64(content: bytes) -> int:
+    """A hash of signed 64 bits, the same on every machine."""
+    digest = hashlib.blake2b(content, digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
+
+
+def invariants(first: First) -> np.ndarray:
+    """(27,) numbers in Å, the same for the same structures.
+
+    They are the metric tensor G_ij over |a_i| + |a_j|, and of seven reciprocal vectors h with
+    structure factors F, weighted by element, and f, of the rarest element alone: sqrt(N) |F| and
+    the complex sqrt(n) F f*, over |h|/2π. Where atoms sit on sites of high symmetry one or the
+    other is still linear in their displacements; the roots make all of them change by about as
+    much as one atom moves.
+    """
+    fractional, cell = _fractional(first)
+    lengths = np.linalg.norm(cell, axis=1)
+    metric = (cell @ cell.T / np.add.outer(lengths, lengths))[_PAIRS]
+    numbers, kinds, counts = np.unique(
+        first.atomic_numbers, return_inverse=True, return_counts=True
+    )
+    # Golden-section multiples spread over [0.75, 1.25]: no element weighs as much as another.
+    weights = 0.75 + 0.5 * (numbers * 0.6180339887 % 1)
+    rarest = counts.argmin()
+    waves = np.exp(2j * np.pi * (_VECTORS @ fractional.T))
+    total = waves @ weights[kinds] / (weights @ counts)
+    rare = waves[:, kinds == rarest].mean(axis=1)
+    spacings = 1 / (2 * np.pi * np.linalg.norm(_VECTORS @ np.linalg.inv(cell).T, axis=1))
+    both = np.sqrt(counts[rarest]) * spacings * total * rare.conj()
+    alone = np.sqrt(len(fractional)) * spacings * np.abs(total)
+    return np.concatenate([metric, alone, both.real, both.imag])
+
+
+def same_structure(a: First, b: First) -> bool:
+    """Whether two structures are the same, by the module's definition."""
+    za, zb = a.atomic_numbers, b.atomic_numbers
+    if not np.array_equal(np.sort(za), np.sort(zb)) or not np.array_equal(a.pbc, b.pbc):
         return False
-    fa, cell = _first(a)
-    fb, other = _first(b)
+    fa, cell = _fractional(a)
+    fb, other = _fractional(b)
     scale = np.linalg.norm(cell, axis=1)
     if np.any(np.abs(cell @ cell.T - other @ other.T) > 2 * TOLERANCE * np.add.outer(scale, scale)):
         return False
-    za, zb = a.atomic_numbers, b.atomic_numbers
     numbers, counts = np.unique(za, return_counts=True)
     rarest = numbers[counts.argmin()]
     anchor = fa[np.flatnonzero(za == rarest)[0]]
-    periodic = np.asarray(a.pbc, dtype=bool)
     for candidate in np.flatnonzero(zb == rarest):
         shifted = fb - fb[candidate] + anchor
-        if all(_match(fa[za == z], shifted[zb == z], cell, periodic) for z in numbers):
+        if all(_match(fa[za == z], shifted[zb == z], cell, a.pbc) for z in numbers):
             return True
     return False
 
 
-def find_duplicates(
-    keys: np.ndarray, numbers: np.ndarray, read: Callable[[int], RelaxationTrajectory]
-) -> list[list[int]]:
+def find_duplicates(columns: Columns, read: Callable[[int], First]) -> list[list[int]]:
     """Groups of relaxations that start from the same structure.
 
+    Where more than 16 structures are more like another one than its copy is, without being the
+    same, the copy is not found.
+
     Args:
-      keys: (R,) int64, see `key`. numbers: (R, 4), see `invariants`.
-      read: gives a relaxation by its row.
+      columns: with `FIELDS`.
+      read: gives the first frame of a relaxation by its row.
 
     Returns:
       Rows of each group of two or more, ascending.
     """
+    keys = columns["key"]
     order = np.argsort(keys, kind="stable")
-    groups = []
-    for rows in np.split(order, np.flatnonzero(np.diff(keys[order])) + 1):
-        if len(rows) < 2:
-            continue
-        tree = KDTree(numbers[rows])
-        free = np.ones(len(rows), dtype=bool)
-        for k in range(len(rows)):
-            near = [j for j in tree.query_ball_point(numbers[rows[k]], _WINDOW, p=np.inf) if j > k]
-            if not free[k] or not any(free[j] for j in near):
-                continue
-            first, group = read(int(rows[k])), [k]
-            group += [j for j in near if free[j] and same_structure(first, read(int(rows[j])))]
-            free[group] = False
-            if len(group) > 1:
-                groups.append(sorted(rows[group].tolist()))
+    kept = _Kept(read)
+    groups: list[list[int]] = []
+    starts = np.flatnonzero(np.diff(keys[order])) + 1
+    del keys
+    for begin, end in zip([0, *starts], [*starts, len(order)]):
+        if end - begin > 1:
+            groups += _of_one_composition(order[begin:end], columns, kept)
     return sorted(groups)
 
 
-def _first(t: RelaxationTrajectory) -> tuple[np.ndarray, np.ndarray]:
-    """(N, 3) fractional coordinates of the first frame and the (3, 3) cell they refer to, Å.
+def _of_one_composition(rows: np.ndarray, columns: Columns, kept: _Kept) -> list[list[int]]:
+    """`find_duplicates` among the given rows."""
+    contents = columns.rows("content", rows)[:, 0]
+    _, first, content = np.unique(contents, return_index=True, return_inverse=True)
+    # One row stands for all that have its content.
+    group_of = np.arange(len(first))
+    for group in _alike(rows[first], columns, kept):
+        group_of[group] = group[0]
+    group_of = group_of[content]
+    order = np.argsort(group_of, kind="stable")
+    sets = np.split(rows[order], np.flatnonzero(np.diff(group_of[order])) + 1)
+    return [sorted(members.tolist()) for members in sets if len(members) > 1]
+
+
+def _alike(rows: np.ndarray, columns: Columns, kept: _Kept) -> Iterator[list[int]]:
+    """Groups of the same structures among rows of different content, as indices into ``rows``."""
+    if len(rows) < 2:
+        return
+    free = np.ones(len(rows), dtype=bool)
+    for slab, n_own in _slabs(rows, columns):
+        numbers = columns.rows("invariants", rows[slab]).astype(np.float64)
+        tree = KDTree(numbers)
+        # The nearest is the structure itself.
+        near = tree.query(numbers[:n_own], 2, p=np.inf, distance_upper_bound=_WINDOW)[0][:, 1]
+        for k in np.flatnonzero(np.isfinite(near)).tolist():
+            if not free[slab[k]]:
+                continue
+            group, unlike = [int(slab[k])], 0
+            for j in _nearest(tree, numbers[k]):
+                if j == k or not free[slab[j]]:
+                    continue
+                if same_structure(kept.of(int(rows[slab[k]])), kept.of(int(rows[slab[j]]))):
+                    group.append(int(slab[j]))
+                    unlike = 0
+                else:
+                    unlike += 1
+                if unlike == _UNLIKE:
+                    break
+            free[group] = False
+            if len(group) > 1:
+                yield group
+
+
+def _slabs(rows: np.ndarray, columns: Columns) -> Iterator[tuple[np.ndarray, int]]:
+    """Indices into ``rows`` of structures that may be the same.
+
+    Yields:
+      Some thousands of structures in the order of one of their numbers, followed by those of the
+      next ones that are within the window; how many are not of the next ones.
+    """
+    if len(rows) <= _SLAB:
+        yield np.arange(len(rows)), len(rows)
+        return
+    parts = np.array_split(rows, len(rows) // _SLAB + 1)
+    spreads = [np.std(columns.rows("invariants", part), axis=0) for part in parts]
+    widest = int(np.mean(spreads, axis=0).argmax())
+    values = np.concatenate([columns.rows("invariants", part)[:, widest] for part in parts])
+    order = np.argsort(values, kind="stable")
+    values = values[order]
+    for begin in range(0, len(rows), _SLAB):
+        end = min(begin + _SLAB, len(rows))
+        stop = np.searchsorted(values, values[end - 1] + _WINDOW, side="right")
+        yield order[begin:stop], end - begin
+
+
+def _nearest(tree: KDTree, point: np.ndarray) -> Iterator[int]:
+    """Those within the window, the nearest first."""
+    seen: set[int] = set()
+    n = 2 * _UNLIKE
+    while True:
+        n = min(n, tree.n)
+        distances, found = tree.query(point, n, p=np.inf, distance_upper_bound=_WINDOW)
+        found = found[np.isfinite(distances)]
+        for j in found.tolist():
+            if j not in seen:
+                seen.add(j)
+                yield j
+        if len(found) < n or n == tree.n:
+            return
+        n *= 4
+
+
+class _Kept:
+    """Structures read, kept while there is room for them."""
+
+    def __init__(self, read: Callable[[int], First]) -> None:
+        self._read = read
+        self._found: dict[int, First] = {}
+        self._atoms = 0
+
+    def of(self, i: int) -> First:
+        """The structure of a row."""
+        if i not in self._found:
+            if self._atoms > _KEPT_ATOMS:
+                self._found.clear()
+                self._atoms = 0
+            self._found[i] = self._read(i)
+            self._atoms += len(self._found[i].atomic_numbers) + 16  # of Python's own
+        return self._found[i]
+
+
+def _fractional(first: First) -> tuple[np.ndarray, np.ndarray]:
+    """(N, 3) fractional coordinates and the (3, 3) cell they refer to, Å.
 
     Missing lattice vectors, and those along directions that are not periodic (which say
     nothing about the structure), are replaced by perpendicular ones of 10 Å.
     """
-    cell = np.array(t.cells[0])
-    missing = ~np.asarray(t.pbc, dtype=bool) | (np.linalg.norm(cell, axis=1) == 0)
+    cell = np.array(first.cell)
+    missing = ~first.pbc | (np.linalg.norm(cell, axis=1) == 0)
     cell[missing] = 0.0
     cell = complete_cell(cell)
     cell[missing] *= 10.0 / np.linalg.norm(cell[missing], axis=1, keepdims=True)
-    return t.positions[0] @ np.linalg.inv(cell), cell
+    return first.positions @ np.linalg.inv(cell), cell
 
 
 def _match(a: np.ndarray, b: np.ndarray, cell: np.ndarray, periodic: np.ndarray) -> bool:

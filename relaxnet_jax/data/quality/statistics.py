@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from relaxnet_jax.data.quality.duplicates import find_duplicates, invariants, key
+from relaxnet_jax.data.quality import duplicates
+from relaxnet_jax.data.quality.columns import Columns
 from relaxnet_jax.data.quality.work import displacements
 from relaxnet_jax.data.store import TrajectoryStore
 from relaxnet_jax.data.trajectory import RelaxationTrajectory
@@ -57,7 +57,8 @@ class DataSummary:
       groups, sources: distinct ones; largest: (name, relaxations), largest first, at most five.
       duplicates: ids of relaxations that start from the same structure (see `duplicates`).
       metadata: the store's own.
-      values: (R,) float64 by name of `SCALARS`, NaN where a relaxation has none; not in JSON.
+      values: (R,) float64 by name of `SCALARS`, NaN where a relaxation has none, kept on disk; not
+        in JSON.
     """
 
     relaxations: int
@@ -75,7 +76,7 @@ class DataSummary:
     largest_sources: list[tuple[str, int]]
     duplicates: list[list[str]]
     metadata: dict[str, Any]
-    values: dict[str, np.ndarray]
+    values: Columns
 
     def to_dict(self) -> dict[str, Any]:
         """Ready for JSON; units as in `SCALARS`."""
@@ -97,35 +98,36 @@ def summarise(
     """Reads every relaxation once, and again those that may be duplicates.
 
     Args:
-      store: open. Memory beyond it: 136 bytes for each relaxation.
+      store: open. What is kept of each relaxation, some 220 bytes, is in temporary files.
       advance: called with the number of relaxations read.
     """
     from ase.data import chemical_symbols
 
     n = len(store)
-    values = {name: np.full(n, np.nan) for name in SCALARS}
-    keys, numbers = np.zeros(n, np.int64), np.zeros((n, 4))
-    texts = {name: np.zeros(n, np.int64) for name in ("group", "source")}
+    texts = ("group", "source")
+    columns = Columns(
+        dict.fromkeys(SCALARS, ("<f8", 1)) | dict.fromkeys(texts, ("<i8", 1)) | duplicates.FIELDS
+    )
     counts = dict.fromkeys(("stresses", "charges", "fixed", "variable"), 0)
     relaxations, atoms = np.zeros(119, np.int64), np.zeros(119, np.int64)
+    absent = dict.fromkeys(SCALARS, np.nan)
     for i in range(n):
         t = store[i]
-        for name, value in scalars(t).items():
-            values[name][i] = value
-        keys[i], numbers[i] = key(t), invariants(t)
-        for name, hashes in texts.items():
-            hashes[i] = _hash(getattr(t, name))
+        found = scalars(t)
+        hashes = {name: duplicates.hash64(getattr(t, name).encode()) for name in texts}
+        columns.append(**absent | found, **hashes, **duplicates.row(duplicates.first_frame(t)))
         counts["stresses"] += t.stresses is not None
         counts["charges"] += t.charges is not None
         counts["fixed"] += bool(t.fixed_mask.any())
-        counts["variable"] += not np.isnan(values["volume_change"][i])
+        counts["variable"] += "volume_change" in found
         of_elements = np.bincount(t.atomic_numbers, minlength=119)
         atoms += of_elements
         relaxations += of_elements > 0
         advance(i + 1)
-    groups, largest_groups = _largest(texts["group"], lambda i: store[i].group)
-    sources, largest_sources = _largest(texts["source"], lambda i: store[i].source)
-    same = find_duplicates(keys, numbers, store.__getitem__)
+    groups, largest_groups = _largest(columns["group"], lambda i: store[i].group)
+    sources, largest_sources = _largest(columns["source"], lambda i: store[i].source)
+    same = duplicates.find_duplicates(columns, lambda i: duplicates.first_frame(store[i]))
+    distributions = {name: _distribution(columns[name]) for name in SCALARS}
     return DataSummary(
         relaxations=n,
         frames=int(store.n_frames.sum()),
@@ -134,7 +136,7 @@ def summarise(
             chemical_symbols[z]: (int(relaxations[z]), int(atoms[z]))
             for z in np.flatnonzero(atoms).tolist()
         },
-        distributions={k: _distribution(v) for k, v in values.items() if np.isfinite(v).any()},
+        distributions={name: d for name, d in distributions.items() if d is not None},
         with_stresses=counts["stresses"],
         with_charges=counts["charges"],
         with_fixed_atoms=counts["fixed"],
@@ -145,7 +147,7 @@ def summarise(
         largest_sources=largest_sources,
         duplicates=[[store[i].id for i in rows] for rows in same],
         metadata=store.metadata,
-        values=values,
+        values=columns,
     )
 
 
@@ -203,8 +205,10 @@ def summary_lines(summary: DataSummary) -> list[str]:
     return lines
 
 
-def _distribution(column: np.ndarray) -> Distribution:
+def _distribution(column: np.ndarray) -> Distribution | None:
     values = column[np.isfinite(column)]
+    if not len(values):
+        return None
     return Distribution(len(values), *np.quantile(values, [0, 0.25, 0.5, 0.75, 1]).tolist())
 
 
@@ -215,11 +219,6 @@ def _largest(
     _, first, counts = np.unique(hashes, return_index=True, return_counts=True)
     top = np.lexsort((first, -counts))[:n]
     return len(first), [(name(int(first[k])), int(counts[k])) for k in top]
-
-
-def _hash(text: str) -> int:
-    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little", signed=True)
 
 
 def _short(value: Any) -> str:
