@@ -11,7 +11,7 @@ import matplotlib
 from rich.table import Table
 
 from relaxnet_jax.data.files import atomic_path
-from relaxnet_jax.evaluate.figures import SERIES, SPARE, STYLE, _figure, _save
+from relaxnet_jax.evaluate.figures import SERIES, SPARE, STYLE, new_figure, save_figure
 
 
 def steps_of(document: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -158,7 +158,7 @@ def scaling_figure(document: dict[str, Any], path: Path) -> None:
     config = document["identity"]["configs"][0]["name"]
     caption = f"{config}: supercells of B2 NiAl on {device_line(document)}"
     with matplotlib.rc_context(STYLE):
-        figure = _figure(8.0, 3.0, caption)
+        figure = new_figure(8.0, 3.0, caption)
         axes = figure.subplots(1, len(panels))
         for axis, (unit, field, ylabel, factor) in zip(axes, panels):
             for kind, style in styles.items():
@@ -170,4 +170,4 @@ def scaling_figure(document: dict[str, Any], path: Path) -> None:
         handles, names = axes[0].get_legend_handles_labels()
         if handles:
             figure.legend(handles, names, loc="outside upper center", ncols=len(names))
-        _save(figure, path)
+        save_figure(figure, path)
