@@ -1,7 +1,7 @@
 """The command line ``relaxnet-jax``: arguments and exit codes. `commands` does the work.
 
-Exit codes: 0 done, 2 bad input (one line on stderr says what and how to mend it),
-130 interrupted.
+Exit codes: 0 done, 1 done in part (relax only), 2 bad input (one line on stderr says what and how
+to mend it), 130 interrupted.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import NoReturn
 from relaxnet_jax import __version__
 from relaxnet_jax.cli_benchmark import add_benchmark
 from relaxnet_jax.cli_data import add_data, command
+from relaxnet_jax.cli_relax import add_relax
 from relaxnet_jax.errors import InputError
 
 BAD_INPUT = 2
@@ -77,6 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_eval(commands)
     add_data(commands)
     _add_predict(commands)
+    add_relax(commands)
     _add_demo(commands)
     add_benchmark(commands)
     return parser

@@ -104,9 +104,9 @@ def predict(args: argparse.Namespace) -> int:
     if not results:
         more = f" (and {len(left_out) - 1} more left out)" if len(left_out) > 1 else ""
         raise InputError(f"{source}: no structure could be predicted: {left_out[0]}{more}")
-    files.write_trajectories(results, out)
+    files.write_trajectories([result.path for result in results], out)
     for result in results[:20]:
-        say(files.summary(result))
+        say(files.summary(*result))
     if len(results) > 20:
         say(f"… and {len(results) - 20} more")
     say(
@@ -114,6 +114,13 @@ def predict(args: argparse.Namespace) -> int:
         + (f"; {len(left_out)} structures left out" if left_out else "")
     )
     return 0
+
+
+def relax(args: argparse.Namespace) -> int:
+    """``relaxnet-jax relax``."""
+    from relaxnet_jax.relaxation.command import relax as run
+
+    return run(args, _load)
 
 
 def demo(args: argparse.Namespace) -> int:
@@ -137,12 +144,13 @@ def demo(args: argparse.Namespace) -> int:
     frames = model.config.dynamics.frames
     results, failed = files.predict_all(model, start, frames, lambda _: None, note)
     if not results:
-        raise InputError(failed[0])
+        raise InputError(str(failed[0]))
+    predicted = results[0].path
     caption = f"{true.id}, {true.formula}: test relaxation of median displacement; {name}"
-    results[0].write(out / "predicted.extxyz")
+    predicted.write(out / "predicted.extxyz")
     true.write(out / "true.extxyz")
-    trajectory_figure(_without_drift(true, model), results[0], out / "trajectory.png", caption)
-    say(f"predicted: {files.summary(results[0])}")
+    trajectory_figure(_without_drift(true, model), predicted, out / "trajectory.png", caption)
+    say(f"predicted: {files.summary(*results[0])}")
     say(f"true:      {files.summary(true)}")
     for file in ("predicted.extxyz", "true.extxyz", "trajectory.png"):
         say(str(out / file))

@@ -61,7 +61,8 @@ def head_start(atoms: Atoms, model: RelaxNet, n_frames: int = 5) -> HeadStart:
     flags = trust_flags(path, model, solved.skin) + constraint_flags(atoms)
     if unusable(flags):
         grave = next(flag for flag in flags if flag.unusable)
-        warnings.warn(f"{name}: no head start, {grave.name}: {grave.detail}", stacklevel=2)
+        reason = solved.failure or f"{grave.name}: {grave.detail}"
+        warnings.warn(f"{name}: no head start, {reason}", stacklevel=2)
         return HeadStart(path, flags, False)
     atoms.set_positions(path.positions[-1])
     return HeadStart(path, flags, True)

@@ -1,10 +1,10 @@
-"""Structure files in, predicted trajectories out: what ``relaxnet-jax predict`` is made of."""
+"""Structure files in, predicted trajectories out: what ``relaxnet-jax predict`` and ``relax`` share."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -18,9 +18,33 @@ if TYPE_CHECKING:
 
     from relaxnet_jax.graph import Structure
     from relaxnet_jax.model import RelaxNet
+    from relaxnet_jax.trust import Flag
 
 MANY = (".extxyz", ".traj")
 Say = Callable[[str], None]
+
+
+class Failure(NamedTuple):
+    """What could not be done; as text ``name: reason``, one line."""
+
+    name: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.reason}"
+
+
+class Predicted(NamedTuple):
+    """A predicted trajectory and what speaks against it, see `trust.trust_flags`."""
+
+    path: RelaxationTrajectory
+    flags: tuple[Flag, ...]
+
+
+def is_poscar(path: Path) -> bool:
+    """Whether the name is one of VASP's for structures: POSCAR*, CONTCAR*, *.vasp, *.poscar."""
+    upper = path.name.upper()
+    return upper.startswith(("POSCAR", "CONTCAR")) or upper.endswith((".VASP", ".POSCAR"))
 
 
 def check_output(out: Path, source: Path) -> None:
@@ -39,51 +63,64 @@ def holds_many(out: Path) -> bool:
     return out.suffix in MANY
 
 
-def read_structures(path: Path, say: Say) -> tuple[list[tuple[str, Atoms]], list[str]]:
+def read_images(path: Path) -> list[Atoms | str]:
+    """Every image of a file; a complaint, one line, in place of one that cannot be read.
+
+    Damage that hides the rest of the file is the last complaint.
+
+    Raises:
+      InputError: nothing in the file can be read.
+    """
+    images: list[Atoms | str] = []
+    try:
+        for item in images_of(path):
+            images.append(item)
+    except Exception as error:  # ASE's readers raise many kinds for files they cannot parse
+        if not images:
+            raise InputError(
+                f"{path}: cannot be read ({one_line(error)}); give a structure file "
+                "ASE reads: POSCAR, CIF, extxyz, …"
+            ) from error
+        images.append(f"file damaged after {len(images)} structures ({one_line(error)})")
+    if not images:
+        raise InputError(f"{path}: holds no structure; give a file with at least one")
+    return images
+
+
+def read_structures(path: Path, say: Say) -> tuple[list[tuple[str, Atoms]], list[Failure]]:
     """(name, atoms) of every image, under distinct names, and complaints about unreadable ones.
 
     Raises:
       InputError: nothing in the file can be read.
     """
     found: list[tuple[str, Atoms]] = []
-    bad: list[str] = []
+    bad: list[Failure] = []
     taken: set[str] = set()
-    count = 0
-    try:
-        for count, item in enumerate(images_of(path), 1):
-            place = f"{path.stem}-{count - 1}"
-            if isinstance(item, str):
-                bad.append(f"{place}: {item}")
-                say(f"left out: {bad[-1]}")
-                continue
-            name = str(item.info.get("traj_id") or place)
-            name = name if name not in taken else f"{name}-{count - 1}"
-            taken.add(name)
-            found.append((name, item))
-    except Exception as error:  # ASE's readers raise many kinds for files they cannot parse
-        if not count:
-            raise InputError(
-                f"{path}: cannot be read ({one_line(error)}); give a structure file "
-                "ASE reads: POSCAR, CIF, extxyz, …"
-            ) from error
-        bad.append(f"{path}: damaged after {count} structures ({one_line(error)})")
-        say(bad[-1])
-    if not found and not bad:
-        raise InputError(f"{path}: holds no structure; give a file with at least one")
+    for count, item in enumerate(read_images(path)):
+        place = f"{path.stem}-{count}"
+        if isinstance(item, str):
+            bad.append(Failure(place, item))
+            say(f"left out: {bad[-1]}")
+            continue
+        name = str(item.info.get("traj_id") or place)
+        name = name if name not in taken else f"{name}-{count}"
+        taken.add(name)
+        found.append((name, item))
     return found, bad
 
 
 def usable_structures(
     model: RelaxNet, found: Sequence[tuple[str, Atoms]], say: Say
-) -> tuple[list[tuple[str, Structure]], list[str]]:
+) -> tuple[list[tuple[str, Structure]], list[Failure]]:
     """The structures the model can take, and complaints about the others."""
-    usable, bad = [], []
+    usable: list[tuple[str, Structure]] = []
+    bad: list[Failure] = []
     for name, atoms in found:
         try:
             usable.append((name, model.structure(atoms, name)))
         except InputError as error:
-            bad.append(str(error))
-            say(f"left out: {error}")
+            bad.append(Failure(name, str(error).removeprefix(f"{name}: ")))
+            say(f"left out: {bad[-1]}")
     return usable, bad
 
 
@@ -93,26 +130,29 @@ def predict_all(
     frames: int,
     progress: Callable[[int], None],
     say: Say,
-) -> tuple[list[RelaxationTrajectory], list[str]]:
+) -> tuple[list[Predicted], list[Failure]]:
     """Predicted trajectories, and complaints about those that failed or are not finite."""
     from relaxnet_jax.predict import as_trajectory, predict_structures
+    from relaxnet_jax.trust import trust_flags
 
     if not usable:
         return [], []
     times = np.linspace(0.0, 1.0, frames)
     paths = predict_structures(model, [s for _, s in usable], times, progress=progress)
-    results, bad = [], []
+    results: list[Predicted] = []
+    bad: list[Failure] = []
     for (name, structure), path in zip(usable, paths):
-        numbers = (path.positions, path.energies, path.forces)
-        if all(np.isfinite(values).all() for values in numbers):
-            results.append(as_trajectory(name, structure, path))
-        else:
+        trajectory = as_trajectory(name, structure, path)
+        flags = trust_flags(trajectory, model, path.skin)
+        if any(flag.name == "not finite" for flag in flags):
             reason = path.failure or (
                 "the prediction is not finite; the structure is too far from what the model was "
                 "trained on"
             )
-            bad.append(f"{name}: {reason}")
+            bad.append(Failure(name, reason))
             say(f"left out: {bad[-1]}")
+        else:
+            results.append(Predicted(trajectory, flags))
     return results, bad
 
 
@@ -128,7 +168,7 @@ def write_trajectories(results: Sequence[RelaxationTrajectory], out: Path) -> No
         ase.io.write(temporary, frames, format=out.suffix[1:])
 
 
-def summary(result: RelaxationTrajectory) -> str:
+def summary(result: RelaxationTrajectory, flags: Sequence[Flag] = ()) -> str:
     """One line on a predicted trajectory."""
     moved = np.linalg.norm(result.positions[-1] - result.positions[0], axis=-1)
     change = 1e3 * (result.energies[-1] - result.energies[0]) / result.n_atoms
@@ -136,4 +176,5 @@ def summary(result: RelaxationTrajectory) -> str:
         f"{result.id}: {result.n_atoms} atoms, E {result.energies[-1]:.3f} eV "
         f"({change:+.1f} meV/atom), atoms move {moved.mean():.3f} Å (at most "
         f"{moved.max():.3f}), last fmax {result.fmax[-1]:.3f} eV/Å"
+        + "".join(f"; {flag.name}: {flag.detail}" for flag in flags)
     )

@@ -28,7 +28,8 @@ class Flag(NamedTuple):
 
     Attributes:
       name: one of "untrained", "unseen element", "not finite", "skin exceeded",
-        "atoms too close", "energy rises", "forces do not fall", "constraints ignored".
+        "atoms too close", "energy rises", "forces do not fall", "all atoms fixed",
+        "constraints ignored".
       detail: one line with the numbers.
       unusable: the final geometry should not be used, not even as a start.
     """
@@ -54,6 +55,8 @@ def trust_flags(path: RelaxationTrajectory, model: RelaxNet, skin: float) -> tup
     for found in (_skin(path, skin), contact_flag(path), _rise(path), _forces(path)):
         if found is not None:
             flags.append(found)
+    if path.fixed_mask.all():
+        flags.append(Flag("all atoms fixed", "nothing can move"))
     return tuple(sorted(flags, key=lambda flag: not flag.unusable))
 
 

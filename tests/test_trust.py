@@ -64,7 +64,7 @@ def test_flags(model):
     assert "frame 2 lies 50.0 meV/atom" in rise.detail and not rise.unusable
     forces = good.forces * np.array([1.0, 1.0, 60.0])[:, None, None]
     assert names(path(forces=forces), copper) == ["forces do not fall"]
-    assert names(path(forces=forces, fixed_mask=np.ones(3, bool)), copper) == []
+    assert names(path(forces=forces, fixed_mask=np.ones(3, bool)), copper) == ["all atoms fixed"]
     # A structure at rest has nothing to lose.
     assert names(path(forces=good.forces * 0.05), copper) == []
     assert names(path(forces=np.full((3, 3, 3), 0.02)), copper) == []

@@ -66,9 +66,7 @@ def read_parents(structures: Sequence[str]) -> Parents:
         if not path.is_file():
             raise InputError(f"{path}: no such file: name structure files, or {PROTOTYPES}")
         images, bad = read_structures(path, lambda _: None)
-        refused += [
-            (complaint.partition(": ")[0], complaint.partition(": ")[2]) for complaint in bad
-        ]
+        refused += bad
         for name, atoms in images:
             try:
                 found.append(_parent(name, atoms))

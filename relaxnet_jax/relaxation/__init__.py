@@ -1,0 +1,1 @@
+"""``relaxnet-jax relax``: structure files in; relaxed structures, paths and a report out."""

@@ -1,0 +1,275 @@
+"""``relaxnet-jax relax``, from the parsed arguments to the exit code."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from relaxnet_jax.console import bar, note, say
+from relaxnet_jax.errors import InputError
+from relaxnet_jax.relaxation import inputs as reading
+from relaxnet_jax.relaxation import outputs as writing
+from relaxnet_jax.relaxation.inputs import Hold, Input
+from relaxnet_jax.relaxation.outputs import Target
+from relaxnet_jax.runtime import check_devices, enable_compilation_cache
+from relaxnet_jax.structure_files import (
+    Failure,
+    Predicted,
+    predict_all,
+    usable_structures,
+    write_trajectories,
+)
+
+if TYPE_CHECKING:
+    from ase import Atoms
+
+    from relaxnet_jax.data.generation.calculators import Calculator
+    from relaxnet_jax.data.trajectory import RelaxationTrajectory
+    from relaxnet_jax.model import RelaxNet
+    from relaxnet_jax.relaxation.refine import Refined
+
+SOME_FAILED = 1
+NO_MODEL = (
+    "relax: this version ships no pretrained model yet; give --model DIR, a training run or its "
+    "'model' folder (relaxnet-jax train --config explicit.py makes one in runs/explicit)"
+)
+
+
+def relax(args: argparse.Namespace, load_model: Callable[[str], RelaxNet]) -> int:
+    """Predicts, refines if asked to, writes and reports; see ``relaxnet-jax relax --help``.
+
+    Raises:
+      InputError: wrong arguments, or not one structure could be relaxed.
+    """
+    begin = time.perf_counter()
+    _check(args)
+    out, failures = Path(args.out), _Failures()
+    hold = Hold(reading.parse_indices(args.fixed) if args.fixed else (), args.fix_below)
+    files, missing = reading.find_files(args.files, out)
+    failures.add(missing)
+    found, unreadable = reading.read_inputs(files, hold)
+    failures.add(unreadable)
+    if args.html and len(found) > 1:
+        raise InputError(f"--html {args.html}: shows one structure, {len(found)} were given")
+    html = Path(args.html) if args.html else None
+    targets = writing.plan(found, out, args.format, args.plot)
+    taken = [file for t in targets for file in (t.relaxed, t.path, t.figure)]
+    writing.check_free([*dict.fromkeys(taken), html], args.overwrite)
+    calculator = _calculator(args.refine)
+    enable_compilation_cache()
+    check_devices(None)
+    model = load_model(args.model)
+    predicted, seconds = _predict(model, found, args.frames, failures)
+    done = _finish(predicted, calculator, args, seconds, failures)
+    _write(done, dict(zip((i.name for i in found), targets)), html, args.fmax, failures)
+    records = [one.record for one in done if one.written]
+    total = time.perf_counter() - begin
+    if args.json:
+        say(_json(records, failures.all, args, total))
+    if not records:
+        first = failures.all[0] if failures.all else "no file given"
+        raise InputError(f"relax: nothing could be relaxed; {len(failures.all)} failed: {first}")
+    if not args.json:
+        _print(records, failures, args, total, out, html)
+    return SOME_FAILED if failures.all else 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    if args.model is None:
+        raise InputError(NO_MODEL)
+    if args.frames < 2:
+        raise InputError(f"--frames {args.frames}: give at least 2, the first and the last")
+    if not args.fmax > 0:
+        raise InputError(f"--fmax {args.fmax}: give a positive force in eV/Å")
+    if args.steps < 1:
+        raise InputError(f"--steps {args.steps}: give at least 1")
+    if Path(args.out).is_file():
+        raise InputError(f"--out {args.out}: is a file; give a folder")
+
+
+def _calculator(name: str | None) -> Calculator | None:
+    if name is None:
+        return None
+    from relaxnet_jax.relaxation import refine
+
+    return refine.load(name)
+
+
+class _Failures:
+    """What failed, told on stderr as it happens."""
+
+    def __init__(self) -> None:
+        self.all: list[Failure] = []
+
+    def add(self, more: Sequence[Failure]) -> None:
+        for failure in more:
+            self.all.append(failure)
+            note(f"failed: {failure}")
+
+
+class _Done:
+    """One structure after prediction and refinement."""
+
+    def __init__(
+        self, one: Input, result: Predicted, record: dict[str, Any], refined: Refined | None
+    ) -> None:
+        self.input, self.result, self.record, self.refined = one, result, record, refined
+        self.written = False
+
+
+def _predict(
+    model: RelaxNet, found: Sequence[Input], frames: int, failures: _Failures
+) -> tuple[list[tuple[Input, Predicted]], float]:
+    """The inputs with a usable prediction, and seconds of prediction per structure."""
+    from relaxnet_jax.starting import constraint_flags
+    from relaxnet_jax.trust import unusable
+
+    by_place = {one.place: one for one in found}
+    usable, unfit = usable_structures(model, [(i.place, i.atoms) for i in found], lambda _: None)
+    failures.add(unfit)
+    begin = time.perf_counter()
+    with bar("structures", len(usable)) as advance:
+        results, failed = predict_all(model, usable, frames, advance, lambda _: None)
+    seconds = (time.perf_counter() - begin) / max(len(usable), 1)
+    failures.add(failed)
+    kept = []
+    for result in results:
+        one = by_place[result.path.id]
+        if unusable(result.flags):
+            grave = result.flags[0]
+            reason = (
+                f"the prediction is unusable, {grave.name}: {grave.detail}; "
+                "relax it without the model"
+            )
+            failures.add([Failure(one.place, reason)])
+            continue
+        path = dataclasses.replace(result.path, id=one.name)
+        kept.append((one, Predicted(path, result.flags + constraint_flags(one.atoms))))
+    return kept, seconds
+
+
+def _finish(
+    predicted: Sequence[tuple[Input, Predicted]],
+    calculator: Calculator | None,
+    args: argparse.Namespace,
+    seconds: float,
+    failures: _Failures,
+) -> list[_Done]:
+    """Records of all predictions, refined where a calculator is given."""
+    from relaxnet_jax.relaxation.refine import refine
+    from relaxnet_jax.relaxation.report import record
+
+    done = []
+    with bar("refining", len(predicted) if calculator else 0) as advance:
+        for count, (one, result) in enumerate(predicted, 1):
+            refined = None
+            if calculator is not None:
+                try:
+                    refined = refine(
+                        one.atoms, result.path.positions[-1], calculator, args.fmax, args.steps
+                    )
+                except InputError as error:
+                    failures.add([Failure(one.place, str(error))])
+                advance(count)
+            values = record(result.path, result.flags, args.fmax, seconds, refined)
+            values["input"] = one.place
+            done.append(_Done(one, result, values, refined))
+    return done
+
+
+def _write(
+    done: Sequence[_Done],
+    targets: dict[str, Target],
+    html: Path | None,
+    fmax: float,
+    failures: _Failures,
+) -> None:
+    """Writes all files; a structure whose file cannot be written is a failure."""
+    relaxed: dict[Path, list[tuple[_Done, Atoms]]] = {}
+    paths: dict[Path, list[RelaxationTrajectory]] = {}
+    for one in done:
+        target = targets[one.input.name]
+        refined = None if one.refined is None else one.refined.atoms
+        atoms = writing.relaxed_atoms(one.input, one.result.path, one.result.flags, refined)
+        lost = writing.lost_constraints(atoms, target.form)
+        if lost:
+            note(f"{one.input.place}: {target.form} cannot hold {', '.join(lost)}; left out")
+        relaxed.setdefault(target.relaxed, []).append((one, atoms))
+        one.record["relaxed_file"] = str(target.relaxed)
+        one.record["path_file"] = str(target.path)
+    for file, members in relaxed.items():
+        try:
+            form = targets[members[0][0].input.name].form
+            writing.write_relaxed([atoms for _, atoms in members], file, form)
+        except InputError as error:
+            failures.add([Failure(one.input.place, str(error)) for one, _ in members])
+            continue
+        for one, _ in members:
+            one.written = True
+            paths.setdefault(targets[one.input.name].path, []).append(one.result.path)
+    for file, many in paths.items():
+        write_trajectories(many, file)
+    for one in done:
+        figure = targets[one.input.name].figure
+        if one.written and figure is not None:
+            from relaxnet_jax.evaluate.path_figure import path_figure
+
+            path_figure(one.result.path, figure, fmax)
+            one.record["figure_file"] = str(figure)
+        if one.written and html is not None:
+            from relaxnet_jax.evaluate.viewer import write_viewer
+
+            write_viewer(one.result.path, html, one.result.flags)
+            one.record["html_file"] = str(html)
+
+
+def _json(
+    records: list[dict[str, Any]],
+    failures: Sequence[Failure],
+    args: argparse.Namespace,
+    seconds: float,
+) -> str:
+    from relaxnet_jax.relaxation.refine import WRONG_MINIMUM
+    from relaxnet_jax.relaxation.report import UNITS
+
+    document = {
+        "model": args.model,
+        "fmax": args.fmax,
+        "refine": args.refine,
+        "wrong_minimum_per_atom": WRONG_MINIMUM,
+        "units": UNITS,
+        "seconds": seconds,
+        "structures": records,
+        "failed": [{"input": f.name, "reason": f.reason} for f in failures],
+    }
+    return json.dumps(document, indent=2, allow_nan=False, ensure_ascii=False)
+
+
+def _print(
+    records: list[dict[str, Any]],
+    failures: _Failures,
+    args: argparse.Namespace,
+    seconds: float,
+    out: Path,
+    html: Path | None,
+) -> None:
+    from rich.console import Console
+
+    from relaxnet_jax.relaxation.report import flag_lines, tables, totals
+
+    console = Console(highlight=False)
+    if not console.is_terminal:  # a file or a pipe is as wide as the table needs
+        console = Console(highlight=False, width=200)
+    for table in tables(records, args.fmax, args.refine):
+        console.print(table)
+    for line in flag_lines(records):
+        note(line)
+    for line in totals(records, len(failures.all), seconds):
+        say(line)
+    files = {r[key] for r in records for key in ("relaxed_file", "path_file")}
+    say(f"{out}: {len(files)} files" + (f"; {html}" if html else ""))

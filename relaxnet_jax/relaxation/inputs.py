@@ -1,0 +1,193 @@
+"""What is to be relaxed: files and folders -> structures under names that never collide."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from relaxnet_jax.errors import InputError
+from relaxnet_jax.structure_files import Failure, is_poscar, read_images
+
+if TYPE_CHECKING:
+    from ase import Atoms
+
+# What a folder is searched for. A CONTCAR beside a POSCAR is where another run ended: name it.
+SEARCHED = (".cif", ".vasp", ".poscar", ".xyz", ".extxyz", ".traj")
+# Words by which ASE takes any file for one of VASP's (or DL_POLY's), whatever its suffix.
+_WORDS = re.compile(r"(?i)[._-]*(POSCAR|CONTCAR|CENTCAR|OUTCAR|XDATCAR|CONFIG)[._-]*")
+_RANGE = re.compile(r"\s*(\d+)(?:\s*-\s*(\d+))?\s*")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Input:
+    """One structure to relax.
+
+    Attributes:
+      name: distinct, also where case does not count, and fit for a file name.
+      place: what messages call it: the file, and which of its images if it has several.
+      source: the file. stem: distinct name of the file.
+      atoms: with the constraints asked for.
+    """
+
+    name: str
+    place: str
+    source: Path
+    stem: str
+    atoms: Atoms
+
+
+@dataclasses.dataclass(frozen=True)
+class Hold:
+    """Which atoms to hold fixed, beside those the file holds.
+
+    Attributes:
+      indices: counted from 0. below: Å; atoms whose Cartesian z is smaller.
+    """
+
+    indices: tuple[int, ...] = ()
+    below: float | None = None
+
+
+def parse_indices(text: str) -> tuple[int, ...]:
+    """Indices of atoms, from 0: "0,3,8-11". Raises InputError."""
+    found: set[int] = set()
+    for part in text.split(","):
+        match = _RANGE.fullmatch(part)
+        first, last = (match[1], match[2] or match[1]) if match else ("1", "0")
+        if int(last) < int(first):
+            raise InputError(f"--fixed {text}: give atoms counted from 0, e.g. --fixed 0,3,8-11")
+        found.update(range(int(first), int(last) + 1))
+    return tuple(sorted(found))
+
+
+def find_files(named: Sequence[str], exclude: Path) -> tuple[list[Path], list[Failure]]:
+    """Files to read, each once, in order: those named, and those in the folders named.
+
+    Folders are searched recursively for POSCAR* and the suffixes `SEARCHED`, without hidden ones
+    and without ``exclude``, where earlier results may lie.
+    """
+    files: dict[Path, Path] = {}
+    failures: list[Failure] = []
+    for text in named:
+        path = Path(text)
+        if path.is_dir():
+            inside = list(_inside(path, exclude.resolve()))
+            if not inside:
+                kinds = ", ".join(SEARCHED)
+                failures.append(Failure(text, f"holds no POSCAR, {kinds} file; name the files"))
+        elif path.exists():
+            inside = [path]
+        else:
+            failures.append(Failure(text, "no such file; check the path"))
+            continue
+        for file in inside:
+            files.setdefault(file.resolve(), file)
+    return list(files.values()), failures
+
+
+def _inside(folder: Path, exclude: Path) -> Iterable[Path]:
+    for root, folders, names in os.walk(folder):
+        folders[:] = sorted(
+            f for f in folders if not f.startswith(".") and Path(root, f).resolve() != exclude
+        )
+        for name in sorted(names):
+            wanted = name.upper().startswith("POSCAR") or name.lower().endswith(SEARCHED)
+            if wanted and not name.startswith("."):
+                yield Path(root, name)
+
+
+def read_inputs(files: Sequence[Path], hold: Hold) -> tuple[list[Input], list[Failure]]:
+    """All images of all files; what cannot be read is named, and the rest goes on."""
+    inputs: list[Input] = []
+    failures: list[Failure] = []
+    taken: set[str] = set()
+    for file, stem in zip(files, distinct_stems(files)):
+        try:
+            images = read_images(file)
+        except InputError as error:
+            failures.append(Failure(str(file), str(error).removeprefix(f"{file}: ")))
+            continue
+        for index, image in enumerate(images):
+            single = len(images) == 1
+            place = str(file) if single else f"{file}, image {index}"
+            if isinstance(image, str):
+                failures.append(Failure(place, image))
+                continue
+            try:
+                atoms = held(image, hold)
+            except InputError as error:
+                failures.append(Failure(place, str(error)))
+                continue
+            name = _free(stem if single else f"{stem}-{index}", taken)
+            inputs.append(Input(name, place, file, stem, atoms))
+    return inputs, failures
+
+
+def held(atoms: Atoms, hold: Hold) -> Atoms:
+    """A copy with more atoms in `FixAtoms`; other constraints stay. Raises InputError."""
+    from ase.constraints import FixAtoms
+
+    atoms = atoms.copy()
+    if hold.indices and hold.indices[-1] >= len(atoms):
+        raise InputError(f"--fixed {hold.indices[-1]}: it has atoms 0 to {len(atoms) - 1} only")
+    fixed = np.zeros(len(atoms), bool)
+    fixed[list(hold.indices)] = True
+    if hold.below is not None:
+        fixed |= atoms.positions[:, 2] < hold.below
+    if not fixed.any():
+        return atoms
+    others = []
+    for constraint in atoms.constraints:
+        if isinstance(constraint, FixAtoms):
+            fixed[constraint.index] = True
+        else:
+            others.append(constraint)
+    atoms.set_constraint([*others, FixAtoms(np.flatnonzero(fixed))])
+    return atoms
+
+
+def distinct_stems(files: Sequence[Path]) -> list[str]:
+    """A name for each file: its own without suffix, with the folders above where names meet.
+
+    Distinct also where case does not count. Words like POSCAR are left out, since ASE would read
+    a path under such a name as a POSCAR: mp-1/POSCAR becomes mp-1, POSCAR.mp-1 as well.
+    """
+    parts = [_parts(file) for file in files]
+    depth = [1] * len(files)
+    while True:
+        names = ["-".join(p[-d:]) for p, d in zip(parts, depth)]
+        count = Counter(name.casefold() for name in names)
+        meet = [
+            i
+            for i, name in enumerate(names)
+            if count[name.casefold()] > 1 and depth[i] < len(parts[i])
+        ]
+        if not meet:
+            taken: set[str] = set()
+            return [_free(name, taken) for name in names]
+        for i in meet:
+            depth[i] += 1
+
+
+def _parts(file: Path) -> list[str]:
+    """Folders and name of a file, without those that consist of such words only."""
+    whole = is_poscar(file) and file.suffix.lower() not in (".vasp", ".poscar")
+    name = file.name if whole else file.stem  # the suffix of POSCAR.mp-1 is its name
+    found = [_WORDS.sub("-", part).strip("-") for part in (*file.absolute().parts[1:-1], name)]
+    return [part for part in found if part] or ["structure"]
+
+
+def _free(name: str, taken: set[str]) -> str:
+    """The name, numbered if it is taken; it is taken afterwards."""
+    result, number = name, 2
+    while result.casefold() in taken:
+        result, number = f"{name}-{number}", number + 1
+    taken.add(result.casefold())
+    return result

@@ -1,0 +1,132 @@
+"""Where results go: one relaxed structure and one path for each input, nothing overwritten."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from relaxnet_jax.data.files import atomic_path, one_line
+from relaxnet_jax.data.trajectory import RelaxationTrajectory
+from relaxnet_jax.errors import InputError
+from relaxnet_jax.relaxation.inputs import Input
+from relaxnet_jax.structure_files import is_poscar
+from relaxnet_jax.trust import Flag
+
+if TYPE_CHECKING:
+    from ase import Atoms
+
+FORMATS = ("poscar", "cif", "extxyz", "traj")
+_SUFFIX = {"poscar": ".vasp", "cif": ".cif", "extxyz": ".extxyz", "traj": ".traj"}
+_ASE = {"poscar": "vasp", "cif": "cif", "extxyz": "extxyz", "traj": "traj"}
+# The constraints a format can hold, None for all. ASE leaves others out without a word.
+_HOLDS = {
+    "poscar": ("FixAtoms", "FixScaled", "FixedPlane", "FixedLine"),
+    "cif": (),
+    "extxyz": ("FixAtoms",),
+    "traj": None,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """Files of one input.
+
+    Attributes:
+      form: of `FORMATS`. relaxed: final structure; shared by the images of a file where the
+        format holds several. path: all frames, shared likewise. figure: PNG, or None.
+    """
+
+    form: str
+    relaxed: Path
+    path: Path
+    figure: Path | None
+
+
+def plan(inputs: Sequence[Input], out: Path, form: str | None, figures: bool) -> list[Target]:
+    """The files of each input under ``out``.
+
+    Args:
+      form: of `FORMATS`; by default that of the input where it is a POSCAR or CIF, else extxyz.
+    """
+    targets = []
+    for one in inputs:
+        kind = form or _like(one.source)
+        shared = one.stem if kind in ("extxyz", "traj") else one.name
+        path_suffix = ".traj" if kind == "traj" else ".extxyz"
+        targets.append(
+            Target(
+                kind,
+                out / f"{shared}-relaxed{_SUFFIX[kind]}",
+                out / f"{one.stem}-path{path_suffix}",
+                out / f"{one.name}-path.png" if figures else None,
+            )
+        )
+    return targets
+
+
+def _like(source: Path) -> str:
+    if is_poscar(source):
+        return "poscar"
+    return "cif" if source.suffix.lower() == ".cif" else "extxyz"
+
+
+def check_free(files: Sequence[Path | None], overwrite: bool) -> None:
+    """Raises InputError if one of the files exists and may not be overwritten."""
+    for file in files:
+        if file is not None and file.is_dir():
+            raise InputError(f"{file}: is a folder; choose another name")
+        if file is not None and file.exists() and not overwrite:
+            raise InputError(f"{file}: exists; give another --out or --html, or --overwrite")
+
+
+def relaxed_atoms(
+    one: Input, path: RelaxationTrajectory, flags: Sequence[Flag], refined: Atoms | None
+) -> Atoms:
+    """The input's atoms, with all they carry, at the final positions.
+
+    Energy and forces are the model's, or the calculator's where it refined them; ``info`` has
+    ``traj_id``, ``source``, and ``relaxnet_flags`` if there are any.
+    """
+    from ase.calculators.singlepoint import SinglePointCalculator
+
+    atoms = one.atoms.copy()
+    if refined is None:
+        atoms.set_positions(path.positions[-1])
+        results = {"energy": float(path.energies[-1]), "forces": path.forces[-1].copy()}
+    else:
+        atoms.set_positions(refined.positions, apply_constraint=False)
+        results = {
+            "energy": float(refined.get_potential_energy()),
+            "forces": refined.get_forces(apply_constraint=False),
+        }
+    atoms.calc = SinglePointCalculator(atoms, **results)
+    atoms.info |= {"traj_id": one.name, "source": path.source}
+    if refined is not None:
+        atoms.info["source"] = f"{path.source}, refined"
+    if flags:
+        atoms.info["relaxnet_flags"] = ", ".join(flag.name for flag in flags)
+    return atoms
+
+
+def lost_constraints(atoms: Atoms, form: str) -> list[str]:
+    """Kinds of the atoms' constraints that the format cannot hold."""
+    kept = _HOLDS[form]
+    kinds = {type(c).__name__ for c in atoms.constraints}
+    return [] if kept is None else sorted(kinds - set(kept))
+
+
+def write_relaxed(images: Sequence[Atoms], file: Path, form: str) -> None:
+    """Writes the final structures of one file, whole or not at all. Raises InputError."""
+    import ase.io
+
+    if form == "poscar" and images[0].cell.rank < 3:
+        raise InputError(f"{file}: it has no cell, a POSCAR needs one; give --format extxyz")
+    with atomic_path(file) as temporary:
+        try:
+            ase.io.write(temporary, list(images), format=_ASE[form])
+        except Exception as error:  # ASE's writers raise many kinds
+            raise InputError(
+                f"{file}: ASE cannot write it ({one_line(error)}); give --format extxyz"
+            ) from error

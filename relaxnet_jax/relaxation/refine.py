@@ -1,0 +1,116 @@
+"""On with ASE: LBFGS with a calculator, from the prediction and, to compare, from the start."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from relaxnet_jax.data.files import one_line
+from relaxnet_jax.data.generation.calculators import Calculator, check_calculator
+from relaxnet_jax.data.generation.elements import names
+from relaxnet_jax.errors import InputError
+
+if TYPE_CHECKING:
+    from ase import Atoms
+
+# eV/atom. Ending so much higher than without the head start is another, worse minimum; less is
+# what two runs to the same fmax differ by.
+WRONG_MINIMUM = 5e-3
+
+
+class Leg(NamedTuple):
+    """One LBFGS relaxation.
+
+    Attributes:
+      steps: ionic steps: geometries whose forces were computed, the first included.
+      energy: eV, the last. fmax: eV/Å, the last. converged: whether fmax was reached.
+      seconds: wall time.
+    """
+
+    steps: int
+    energy: float
+    fmax: float
+    converged: bool
+    seconds: float
+
+
+class Refined(NamedTuple):
+    """LBFGS from the initial structure and from the predicted one.
+
+    Attributes:
+      without, with_start: the two relaxations.
+      wrong_minimum: whether the head start ended higher by more than `WRONG_MINIMUM` per atom;
+        None where one of the two did not converge.
+      atoms: what is kept, with its calculator: the end of the relaxation with the head start, or
+        of the other where that is a wrong minimum or did not converge and the other did.
+      kept: "with" or "without".
+    """
+
+    without: Leg
+    with_start: Leg
+    wrong_minimum: bool | None
+    atoms: Atoms
+    kept: str
+
+
+def load(name: str) -> Calculator:
+    """The calculator of ``--refine``: emt, chgnet or MODULE:FACTORY. Raises InputError."""
+    try:
+        return check_calculator(name, relax_cell=False)
+    except InputError as error:
+        raise InputError(str(error).replace("--calculator", "--refine", 1)) from error
+
+
+def refine(
+    initial: Atoms, predicted: np.ndarray, calculator: Calculator, fmax: float, steps: int
+) -> Refined:
+    """Relaxes with LBFGS from the initial positions and from the predicted ones.
+
+    Args:
+      initial: with its constraints; not changed.
+      predicted: (N, 3) Å. fmax: eV/Å. steps: most optimiser steps of each.
+
+    Raises:
+      InputError: the calculator does not know an element, or fails.
+    """
+    unknown = set(initial.numbers.tolist()) - (calculator.elements or set(initial.numbers.tolist()))
+    if unknown:
+        raise InputError(f"--refine: {calculator.label} does not know {names(unknown)}")
+    start = initial.copy()
+    start.set_positions(predicted)
+    runs = []
+    for atoms in (initial.copy(), start):
+        try:
+            runs.append((_relax(atoms, calculator, fmax, steps), atoms))
+        except Exception as error:  # calculators raise anything
+            raise InputError(
+                f"--refine: {calculator.label} failed ({type(error).__name__}: {one_line(error)})"
+            ) from error
+    (without, plain), (with_start, refined) = runs
+    wrong: bool | None = None
+    if without.converged and with_start.converged:
+        wrong = (with_start.energy - without.energy) / len(initial) > WRONG_MINIMUM
+    fall_back = wrong or (without.converged and not with_start.converged)
+    kept = (plain, "without") if fall_back else (refined, "with")
+    return Refined(without, with_start, wrong, *kept)
+
+
+def _relax(atoms: Atoms, calculator: Calculator, fmax: float, steps: int) -> Leg:
+    from ase.optimize import LBFGS
+
+    begin = time.perf_counter()
+    atoms.calc = calculator.make()
+    kind: Any = LBFGS  # ASE's annotations know no logfile=None
+    optimizer = kind(atoms, logfile=None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the optimiser's; what matters shows in the result
+        optimizer.run(fmax=fmax, steps=steps)
+        energy, forces = atoms.get_potential_energy(), atoms.get_forces()
+    last = float(np.linalg.norm(forces, axis=1).max(initial=0.0))
+    if not (np.isfinite(energy) and np.isfinite(last)):
+        raise RuntimeError("energy or forces are not finite")
+    seconds = time.perf_counter() - begin
+    return Leg(optimizer.nsteps + 1, float(energy), last, last < fmax, seconds)

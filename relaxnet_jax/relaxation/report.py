@@ -1,0 +1,156 @@
+"""What is said about each structure: one record, as a row of a table or as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from rich import box
+from rich.markup import escape
+from rich.table import Table
+
+from relaxnet_jax.data.trajectory import RelaxationTrajectory
+from relaxnet_jax.relaxation.refine import WRONG_MINIMUM, Refined
+from relaxnet_jax.trust import Flag
+
+UNITS = {"energy": "eV", "force": "eV/Å", "length": "Å", "time": "s"}
+MAX_ROWS = 50
+
+
+def record(
+    path: RelaxationTrajectory,
+    flags: Sequence[Flag],
+    fmax: float,
+    seconds: float,
+    refined: Refined | None,
+) -> dict[str, Any]:
+    """What is known of one predicted relaxation: numbers, strings, lists and None only.
+
+    Args:
+      path: predicted. flags: of it. fmax: eV/Å, asked for.
+      seconds: of prediction, the share of this structure. refined: by ``--refine``, or None.
+    """
+    free = ~path.fixed_mask
+    moved = np.linalg.norm(path.positions[-1] - path.positions[0], axis=-1)[free]
+    values: dict[str, Any] = {
+        "name": path.id,
+        "formula": path.formula,
+        "atoms": path.n_atoms,
+        "fixed_atoms": int(path.fixed_mask.sum()),
+        "energy_first": float(path.energies[0]),
+        "energy_last": float(path.energies[-1]),
+        "energy_change_per_atom": float(path.energies[-1] - path.energies[0]) / path.n_atoms,
+        "fmax_first": float(path.fmax[0]),
+        "fmax_last": float(path.fmax[-1]),
+        "largest_displacement": float(moved.max(initial=0.0)),
+        "converged": bool(path.fmax[-1] < fmax),
+        "flags": [{"name": f.name, "detail": f.detail} for f in flags],
+        "seconds": seconds,
+    }
+    if refined is not None:
+        without, with_start = refined.without, refined.with_start
+        values["refined"] = {
+            "without_head_start": without._asdict(),
+            "with_head_start": with_start._asdict(),
+            "energy_difference_per_atom": (with_start.energy - without.energy) / path.n_atoms,
+            "wrong_minimum": refined.wrong_minimum,
+            "kept": refined.kept,
+        }
+    return values
+
+
+def tables(records: Sequence[dict[str, Any]], fmax: float, refine: str | None) -> list[Table]:
+    """The records for ``rich.console.Console().print``: at most `MAX_ROWS` rows in each table."""
+    shown = records[:MAX_ROWS]
+    caption = (
+        "ΔE and fmax are the model's own; converged: fmax below "
+        f"{fmax:g} eV/Å; seconds: share of all"
+    )
+    headings = ["atoms", "ΔE\nmeV/atom", "fmax\neV/Å", "moved\nÅ", "converged", "seconds"]
+    predicted = _table("predicted", headings, caption)
+    predicted.add_column("flags", overflow="fold")
+    for r in shown:
+        cells = (
+            r["name"],
+            str(r["atoms"]),
+            f"{1e3 * r['energy_change_per_atom']:+.1f}",
+            f"{r['fmax_first']:.3f} → {r['fmax_last']:.3f}",
+            f"{r['largest_displacement']:.3f}",
+            "yes" if r["converged"] else "no",
+            f"{r['seconds']:.2f}",
+            ", ".join(f["name"] for f in r["flags"]),
+        )
+        predicted.add_row(*map(escape, cells))
+    if not refine:
+        return [predicted]
+    caption = (
+        f"LBFGS to {fmax:g} eV/Å from the initial structure → from the prediction; wrong minimum: "
+        f"ends higher by more than {1e3 * WRONG_MINIMUM:g} meV/atom"
+    )
+    headings = ["ionic\nsteps", "energy\neV", "seconds", "result"]
+    refined = _table(f"refined with {refine}", headings, caption)
+    for r in shown:
+        refined.add_row(escape(r["name"]), *_refined_cells(r.get("refined")))
+    return [predicted, refined]
+
+
+def _table(title: str, headings: Sequence[str], caption: str) -> Table:
+    result = Table(title=escape(title), caption=caption, box=box.SIMPLE_HEAD)
+    result.title_justify = result.caption_justify = "left"
+    result.add_column("structure", overflow="fold")
+    for heading in headings:
+        result.add_column(heading, justify="right", no_wrap=True)
+    return result
+
+
+def _refined_cells(refined: dict[str, Any] | None) -> list[str]:
+    if refined is None:
+        return ["–", "–", "–", "failed"]
+    without, with_start = refined["without_head_start"], refined["with_head_start"]
+    if refined["wrong_minimum"] is None:
+        verdict = "not converged"
+    else:
+        verdict = "wrong minimum" if refined["wrong_minimum"] else "converged"
+    return [
+        f"{without['steps']} → {with_start['steps']}",
+        f"{without['energy']:.3f} → {with_start['energy']:.3f}",
+        f"{without['seconds']:.1f} → {with_start['seconds']:.1f}",
+        verdict,
+    ]
+
+
+def flag_lines(records: Sequence[dict[str, Any]]) -> list[str]:
+    """What the flags say, one line for all structures of which the same is said."""
+    said: dict[str, list[str]] = {}
+    for r in records:
+        for flag in r["flags"]:
+            said.setdefault(f"{flag['name']}: {flag['detail']}", []).append(r["name"])
+    return [
+        f"{names[0]}: {text}" if len(names) == 1 else f"{len(names)} structures: {text}"
+        for text, names in said.items()
+    ]
+
+
+def totals(records: Sequence[dict[str, Any]], failed: int, seconds: float) -> list[str]:
+    """Closing lines: counts, time, and what the head start saved over all structures."""
+    converged = sum(r["converged"] for r in records)
+    flagged = sum(bool(r["flags"]) for r in records)
+    more = f"; {len(records) - MAX_ROWS} of them not shown (--json shows all)"
+    lines = [
+        f"{len(records)} relaxed in {seconds:.1f} s, {converged} converged, {flagged} flagged"
+        + (f"; {failed} failed" if failed else "")
+        + (more if len(records) > MAX_ROWS else "")
+    ]
+    both = [r["refined"] for r in records if r.get("refined") is not None]
+    comparable = [r for r in both if r["wrong_minimum"] is not None]
+    if comparable:
+        legs = ("without_head_start", "with_head_start")
+        steps = [sum(r[leg]["steps"] for r in comparable) for leg in legs]
+        wrong = sum(r["wrong_minimum"] for r in comparable)
+        lines.append(
+            f"ionic steps: {steps[0]} without and {steps[1]} with the head start "
+            f"({100 * (1 - steps[1] / steps[0]):+.0f} % saved, {len(comparable)} structures); "
+            f"wrong minima: {wrong}"
+        )
+    return lines

@@ -1,0 +1,418 @@
+"""``relaxnet-jax relax``: what goes in, what comes out, and what is said when something fails."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import ase.io
+import jax
+import numpy as np
+import pytest
+from ase import Atoms
+from ase.build import bulk, fcc111
+from ase.calculators.emt import EMT
+from ase.constraints import FixAtoms, FixScaled
+from tiny import tiny_config, tiny_model
+
+from relaxnet_jax import cli, structure_files
+from relaxnet_jax.data.generation.calculators import load_calculator
+from relaxnet_jax.data.trajectory import RelaxationTrajectory
+from relaxnet_jax.errors import InputError
+from relaxnet_jax.evaluate.path_figure import path_curves
+from relaxnet_jax.model import save_model
+from relaxnet_jax.predict import relax
+from relaxnet_jax.relaxation.inputs import (
+    Hold,
+    distinct_stems,
+    find_files,
+    held,
+    parse_indices,
+    read_inputs,
+)
+from relaxnet_jax.relaxation.outputs import lost_constraints
+from relaxnet_jax.relaxation.refine import Leg, Refined, refine
+from relaxnet_jax.relaxation.report import MAX_ROWS, flag_lines, record, tables, totals
+from relaxnet_jax.trust import Flag
+
+ELEMENTS = (29, 46, 78, 79)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation(tmp_path_factory):
+    jax.config.update("jax_disable_most_optimizations", True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RELAXNET_JAX_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A model that knows copper, palladium, platinum and gold, and its folder."""
+    config = tiny_config(
+        "explicit", model__layers=1, model__attention=False, model__vector_messages=False
+    )
+    made = tiny_model(config, dtype=np.float32, factor=3.0).replace(elements=ELEMENTS)
+    return made, save_model(made, tmp_path_factory.mktemp("trained") / "model")
+
+
+def alloy(symbol="Au", seed=0):
+    atoms = bulk("Cu", cubic=True)
+    atoms.symbols[1] = symbol
+    atoms.rattle(0.08, seed=seed)
+    return atoms
+
+
+def slab():
+    atoms = fcc111("Pt", (2, 1, 3), vacuum=4.0, periodic=True)
+    atoms.rattle(0.05, seed=2)
+    atoms.info.clear()
+    return atoms
+
+
+@pytest.fixture
+def run(model, tmp_path, monkeypatch, capsys):
+    """Runs relax in a folder of its own: (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*argv):
+        code = cli.main(["relax", "--model", str(model[1]), "--frames", "3", *map(str, argv)])
+        return (code, *capsys.readouterr())
+
+    return call
+
+
+def test_many_files_some_bad(run, model):
+    """A folder, an image file, a damaged one, an unknown element and a missing file: the good ones
+    are done, each of the others is one line, and all the formats keep to their input's."""
+    Path("in/sub").mkdir(parents=True)
+    held_slab = slab()
+    held_slab.set_constraint([FixAtoms([0, 1]), FixScaled([2], (True, True, False))])
+    ase.io.write("in/POSCAR", held_slab)
+    ase.io.write("in/sub/POSCAR", alloy())
+    ase.io.write("in/sub/cell.cif", alloy("Pd"))
+    ase.io.write("in/many.extxyz", [alloy(seed=1), alloy("O"), alloy("Pt", seed=3)])
+    Path("in/bad.cif").write_text("nothing\n")
+    code, out, err = run("in", "in/sub/POSCAR", "absent.cif", "--plot")
+    assert code == 1
+    failed = [line for line in err.splitlines() if line.startswith("failed: ")]
+    assert len(failed) == 3 and "Traceback" not in err
+    for line, words in zip(
+        failed,
+        (("absent.cif", "no such file"), ("in/bad.cif", "cannot be read"),
+         ("in/many.extxyz, image 1", "never saw O")),
+    ):  # fmt: skip
+        assert all(word in line for word in words), line
+    assert "5 relaxed" in out and "3 failed" in out
+    expected = {f"{n}-relaxed.{s}" for n, s in (
+        ("in", "vasp"), ("sub", "vasp"), ("cell", "cif"), ("many", "extxyz"))}  # fmt: skip
+    expected |= {f"{n}-path.extxyz" for n in ("in", "sub", "cell", "many")}
+    drawn = {f"{n}-path.png" for n in ("in", "sub", "cell", "many-0", "many-2")}
+    assert {p.name for p in Path("relaxed").iterdir()} == expected | drawn
+    assert all(Path("relaxed", n).read_bytes().startswith(b"\x89PNG") for n in drawn)
+    # The relaxed slab: atoms in order, where the path ends, held as before.
+    final = ase.io.read("relaxed/in-relaxed.vasp")
+    path = ase.io.read("relaxed/in-path.extxyz", index=":")
+    read_back = ase.io.read("in/POSCAR")
+    reference = relax(model[0], read_back, n_frames=3)
+    assert len(path) == 3
+    np.testing.assert_allclose(path[-1].positions, reference.positions[-1], atol=1e-5)
+    np.testing.assert_allclose(final.positions[:2], held_slab.positions[:2], atol=1e-8)
+    np.testing.assert_allclose(final.positions[3:], path[-1].positions[3:], atol=1e-6)
+    assert np.abs(final.positions[3:] - held_slab.positions[3:]).max() > 1e-3
+    moved = final.get_scaled_positions(wrap=False) - held_slab.get_scaled_positions(wrap=False)
+    np.testing.assert_allclose(moved[2, :2], 0, atol=1e-9)
+    kinds = {type(c).__name__: c.index.tolist() for c in final.constraints}
+    assert kinds == {"FixAtoms": [0, 1], "FixScaled": [2]}
+    assert "constraints ignored: the path ignores FixScaled" in err
+    images = ase.io.read("relaxed/many-relaxed.extxyz", index=":")
+    assert [a.info["traj_id"] for a in images] == ["many-0", "many-2"]
+    assert all(np.isfinite(a.get_potential_energy()) for a in images)
+    frames = ase.io.read("relaxed/many-path.extxyz", index=":")
+    assert [(f.info["traj_id"], f.info["frame"]) for f in frames] == [
+        (name, k) for name in ("many-0", "many-2") for k in range(3)
+    ]
+
+
+def test_json_refine_and_fixed_atoms(run, tmp_path):
+    """JSON says what the table says; --refine runs both ways; --fixed and --fix-below add up."""
+    atoms = slab()
+    atoms.set_constraint(FixAtoms([5]))
+    ase.io.write("a.traj", atoms)
+    z = np.sort(atoms.positions[:, 2])
+    below = (z[1] + z[2]) / 2
+    options = ("--fixed", "2", "--fix-below", below, "--format", "traj", "--refine", "emt")
+    code, out, err = run("a.traj", *options, "--fmax", "0.1", "--json")
+    assert code == 0, err
+    document = json.loads(out)
+    (one,) = document["structures"]
+    assert document["failed"] == [] and document["fmax"] == 0.1 and document["refine"] == "emt"
+    final, path = ase.io.read("relaxed/a-relaxed.traj"), ase.io.read("relaxed/a-path.traj", ":")
+    (constraint,) = final.constraints
+    assert sorted(constraint.index) == [0, 1, 2, 5] and one["fixed_atoms"] == 4
+    np.testing.assert_array_equal(path[-1].positions[[0, 1, 2, 5]], atoms.positions[[0, 1, 2, 5]])
+    np.testing.assert_array_equal(final.positions[[0, 1, 2, 5]], atoms.positions[[0, 1, 2, 5]])
+    free = path[-1].positions[[3, 4]] - atoms.positions[[3, 4]]
+    assert one["largest_displacement"] == pytest.approx(np.linalg.norm(free, axis=1).max())
+    assert one["energy_last"] == pytest.approx(path[-1].get_potential_energy())
+    assert one["converged"] == (one["fmax_last"] < 0.1)
+    # What is written is EMT's minimum, and both ways lead there.
+    refined = one["refined"]
+    assert refined["kept"] == "with" and refined["wrong_minimum"] is False
+    check = final.copy()
+    check.calc = EMT()
+    assert np.linalg.norm(check.get_forces(), axis=1).max() < 0.1
+    assert check.get_potential_energy() == pytest.approx(
+        refined["with_head_start"]["energy"], abs=1e-6
+    )
+    assert final.get_potential_energy() == pytest.approx(check.get_potential_energy(), abs=1e-6)
+    for leg in ("with_head_start", "without_head_start"):
+        assert refined[leg]["converged"] and refined[leg]["fmax"] < 0.1
+        assert refined[leg]["steps"] > 1
+    # Nothing is overwritten without being told to.
+    before = {p: p.read_bytes() for p in Path("relaxed").iterdir()}
+    code, out, err = run("a.traj", *options)
+    assert code == 2 and "exists" in err and "--overwrite" in err
+    assert {p: p.read_bytes() for p in Path("relaxed").iterdir()} == before
+    code, out, err = run("a.traj", "--format", "traj", "--overwrite", "--refine", "emt")
+    assert code == 0 and "refined with emt" in out and "ionic steps" in out
+    assert Path("relaxed/a-relaxed.traj").read_bytes() != before[Path("relaxed/a-relaxed.traj")]
+
+
+def test_formats_that_cannot_hold_everything(run):
+    """A molecule is no POSCAR: the other structure is written, the failure named."""
+    pair = Atoms("Cu2", [[0, 0, 0], [0.3, 0, 2.3]])
+    ase.io.write("pair.xyz", pair)
+    ase.io.write("cell.cif", alloy())
+    code, _, err = run("pair.xyz", "cell.cif", "--format", "poscar")
+    assert code == 1 and "failed: pair.xyz" in err and "no cell" in err
+    assert {p.name for p in Path("relaxed").iterdir()} == {
+        "cell-relaxed.vasp", "cell-path.extxyz"}  # fmt: skip
+    code, _, err = run("cell.cif", "--fixed", "0", "--format", "cif", "--out", "other")
+    assert code == 0 and "cif cannot hold FixAtoms" in err
+    atoms = slab()
+    atoms.set_constraint([FixAtoms([0]), FixScaled([1], (True, False, False))])
+    assert lost_constraints(atoms, "poscar") == lost_constraints(atoms, "traj") == []
+    assert lost_constraints(atoms, "extxyz") == ["FixScaled"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["a.cif", "--frames", "1"], ["--frames 1"]),
+        (["a.cif", "--fmax", "0"], ["--fmax 0"]),
+        (["a.cif", "--steps", "0"], ["--steps 0"]),
+        (["a.cif", "--fixed", "0,x"], ["--fixed 0,x", "0,3,8-11"]),
+        (["a.cif", "--refine", "dft"], ["--refine dft", "emt, chgnet"]),
+        (["a.cif", "--out", "a.cif"], ["--out a.cif", "is a file"]),
+        (["a.cif", "--html", "."], ["folder"]),
+        (["two.extxyz", "--html", "x.html"], ["--html", "one structure", "2 were"]),
+        (["absent.cif"], ["nothing could be relaxed", "absent.cif", "no such file"]),
+        (["oxide.cif"], ["nothing could be relaxed", "never saw O"]),
+        (["a.cif", "--fixed", "4"], ["nothing could be relaxed", "--fixed 4", "0 to 3"]),
+        (["empty"], ["nothing could be relaxed", "empty", "name the files"]),
+    ],
+)
+def test_bad_arguments(run, argv, words):
+    ase.io.write("a.cif", alloy())
+    ase.io.write("oxide.cif", alloy("O"))
+    ase.io.write("two.extxyz", [alloy(), alloy()])
+    Path("empty").mkdir()
+    code, out, err = run(*argv)
+    lines = [line for line in err.splitlines() if line.startswith("relaxnet-jax: error: ")]
+    assert code == 2 and len(lines) == 1 and not out and "Traceback" not in err
+    assert all(word in lines[0] for word in words), lines
+    assert not Path("relaxed").exists()
+
+
+def test_without_a_model(tmp_path, capsys):
+    assert cli.main(["relax", str(tmp_path / "POSCAR")]) == 2
+    err = capsys.readouterr().err
+    assert "no pretrained model yet" in err and "--model DIR" in err and err.count("\n") == 1
+
+
+def test_unusable_predictions_are_failures(run, model, monkeypatch):
+    """Atoms that end in each other are not handed on as a relaxed structure."""
+    ase.io.write("a.cif", alloy())
+    monkeypatch.setattr("relaxnet_jax.trust.MIN_CONTACT", 1.2)
+    code, _, err = run("a.cif")
+    assert code == 2 and "unusable, atoms too close" in err and not Path("relaxed").exists()
+
+
+def test_parse_indices():
+    assert parse_indices("0, 3,8-11,9") == (0, 3, 8, 9, 10, 11)
+    for text in ("", "a", "-1", "3-", "5-3", "1,,2", "1.5"):
+        with pytest.raises(InputError, match="--fixed"):
+            parse_indices(text)
+
+
+def test_names_never_meet():
+    """Nor does ASE take a path for a POSCAR by its name."""
+    given = {
+        "/x/a/POSCAR": "x-a",
+        "/y/a/POSCAR": "y-a",
+        "/x/b/poscar.vasp": "b",
+        "/x/b/POSCAR.mp-1": "mp-1",
+        "/x/POSCARs/c.cif": "x-s-c",
+        "/x/b/C.xyz": "b-C",
+        "/x/b/c.vasp": "b-c",
+        "/x/POSCAR_7": "7",
+        "/POSCAR": "structure",
+        "/CONTCAR": "structure-2",
+    }
+    names = distinct_stems([Path(path) for path in given])
+    assert len({name.casefold() for name in names}) == len(names)
+    found = dict(zip(given, names))
+    assert found.pop("/x/b/C.xyz") == "x-b-C" and found.pop("/x/b/c.vasp") == "x-b-c-2"
+    assert found.pop("/x/POSCARs/c.cif") == "s-c"
+    assert found == {k: v for k, v in given.items() if k in found}
+
+
+def test_images_and_files_do_not_meet(tmp_path, monkeypatch):
+    """The second image of a.extxyz is not a-1.cif."""
+    monkeypatch.chdir(tmp_path)
+    ase.io.write("a.extxyz", [alloy(), alloy()])
+    ase.io.write("a-1.cif", alloy())
+    files, failures = find_files(["a.extxyz", "a-1.cif", "./a.extxyz"], Path("relaxed"))
+    found, unreadable = read_inputs(files, Hold())
+    assert [i.name for i in found] == ["a-0", "a-1", "a-1-2"] and not failures + unreadable
+    assert [i.place for i in found] == ["a.extxyz, image 0", "a.extxyz, image 1", "a-1.cif"]
+
+
+def test_folders_without_results_and_hidden_files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("POSCAR", "b.CIF", "CONTCAR", "notes.txt", ".hidden.cif", "out/c.cif",
+                 ".git/d.cif", "deep/er/e.xyz"):  # fmt: skip
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).touch()
+    files, failures = find_files(["."], Path("out"))
+    assert [str(f) for f in files] == ["POSCAR", "b.CIF", "deep/er/e.xyz"] and not failures
+
+
+def test_held_atoms_add_up():
+    atoms = slab()
+    atoms.set_constraint([FixAtoms([3]), FixScaled([4], (True, False, False))])
+    before = atoms.copy()
+    result = held(atoms, Hold((1,), atoms.positions[:, 2].min() + 0.5))
+    scaled, fixed = result.constraints
+    low = np.flatnonzero(atoms.positions[:, 2] < atoms.positions[:, 2].min() + 0.5)
+    assert isinstance(scaled, FixScaled) and sorted(fixed.index) == sorted({1, 3, *low})
+    assert [c.index.tolist() for c in atoms.constraints] == [
+        c.index.tolist() for c in before.constraints
+    ]
+    assert len(held(atoms, Hold()).constraints) == 2
+
+
+class Double:
+    """An ASE calculator's factory: EMT whose second relaxation ends ``lift`` eV higher."""
+
+    def __init__(self, lift):
+        self.lift, self.made = lift, 0
+
+    def __call__(self):
+        self.made += 1
+        made = EMT()
+        if self.made == 2:
+            original, lift = made.calculate, self.lift
+
+            def calculate(*args, **kwargs):
+                original(*args, **kwargs)
+                for name in ("energy", "free_energy"):
+                    made.results[name] += lift
+
+            made.calculate = calculate
+        return made
+
+
+@pytest.mark.parametrize(("lift", "wrong"), [(0.0, False), (0.016, False), (0.024, True)])
+def test_wrong_minimum(lift, wrong):
+    """4 atoms: 5 meV/atom are 20 meV. Then the other end is kept."""
+    atoms = alloy()
+    calculator = load_calculator("emt")._replace(make=Double(lift))
+    result = refine(atoms, atoms.positions, calculator, 0.05, 100)
+    assert result.wrong_minimum is wrong and result.kept == ("without" if wrong else "with")
+    assert result.without.steps == result.with_start.steps > 1
+    assert result.with_start.energy - result.without.energy == pytest.approx(lift, abs=1e-9)
+    kept = result.without if wrong else result.with_start
+    assert result.atoms.get_potential_energy() == kept.energy
+
+
+def test_refining_counts_what_it_computes():
+    """From a minimum one step is needed; a limit that is too low is not called converged."""
+    emt = load_calculator("emt")
+    atoms = alloy()
+    done = refine(atoms, atoms.positions, emt, 0.05, 200)
+    again = refine(atoms, done.atoms.positions, emt, 0.05, 200)
+    assert again.with_start.steps == 1 and again.without == done.without._replace(
+        seconds=again.without.seconds
+    )
+    short = refine(atoms, done.atoms.positions, emt, 0.05, 2)
+    assert not short.without.converged and short.without.steps == 3
+    assert short.wrong_minimum is None and short.kept == "with"
+    with pytest.raises(InputError, match="does not know O"):
+        refine(alloy("O"), atoms.positions, emt, 0.05, 2)
+    broken = emt._replace(make=lambda: 1 / 0)
+    with pytest.raises(InputError, match=r"failed \(ZeroDivisionError"):
+        refine(atoms, atoms.positions, broken, 0.05, 2)
+
+
+def trajectory(name="a", n=3):
+    positions = np.cumsum(np.full((n, 4, 3), 0.1), 0) + alloy().positions
+    return RelaxationTrajectory(
+        id=name,
+        atomic_numbers=alloy().numbers,
+        positions=positions,
+        cells=np.repeat(alloy().cell.array[None], n, 0),
+        pbc=np.ones(3, bool),
+        energies=-np.arange(n, dtype=float),
+        forces=np.full((n, 4, 3), 0.02),
+        fixed_mask=np.array([True, False, False, False]),
+    )
+
+
+def test_record_and_tables():
+    """Converged only below fmax; tables stay short; JSON holds no NaN."""
+    path = trajectory()
+    fmax = 0.02 * np.sqrt(3)
+    flags = (Flag("energy rises", "by 3 meV/atom"),)
+    assert record(path, (), fmax + 1e-9, 0.1, None)["converged"]
+    assert not record(path, (), fmax - 1e-9, 0.1, None)["converged"]
+    legs = Leg(9, -1.0, 0.01, True, 0.3), Leg(3, -1.0, 0.01, True, 0.1)
+    values = record(path, flags, 0.05, 0.1, Refined(*legs, False, alloy(), "with"))
+    assert values["energy_change_per_atom"] == -0.5
+    assert values["largest_displacement"] == pytest.approx(0.2 * np.sqrt(3))
+    json.dumps(values, allow_nan=False)
+    many = [values | {"name": f"s{k}"} for k in range(MAX_ROWS + 7)]
+    first, second = tables(many, 0.05, "emt")
+    assert first.row_count == second.row_count == MAX_ROWS
+    assert len(tables(many, 0.05, None)) == 1
+    lines = totals(many, 2, 3.0)
+    assert "2 failed" in lines[0] and "7 of them not shown" in lines[0]
+    n = len(many)
+    assert f"{9 * n} without and {3 * n} with" in lines[1] and "+67 %" in lines[1]
+    assert "wrong minima: 0" in lines[1]
+    assert flag_lines(many) == [f"{n} structures: energy rises: by 3 meV/atom"]
+    assert flag_lines(many[:1]) == ["s0: energy rises: by 3 meV/atom"]
+
+
+def test_path_curves():
+    path = trajectory()
+    curves = path_curves(path)
+    assert curves["times"].tolist() == [0, 0.5, 1]
+    np.testing.assert_allclose(curves["energies"], [0, -250, -500])
+    np.testing.assert_allclose(curves["largest"], np.array([0, 0.1, 0.2]) * np.sqrt(3))
+    np.testing.assert_allclose(curves["mean"], curves["largest"])
+    held_all = path_curves(dataclasses.replace(path, fixed_mask=np.ones(4, bool)))
+    assert held_all["largest"].tolist() == held_all["mean"].tolist() == [0, 0, 0]
+
+
+def test_predict_names_the_flags(model, tmp_path, monkeypatch, capsys):
+    """What relax flags, predict does not keep to itself."""
+    monkeypatch.chdir(tmp_path)
+    ase.io.write("a.extxyz", alloy())
+    monkeypatch.setattr("relaxnet_jax.trust.MIN_CONTACT", 1.2)
+    assert cli.main(["predict", "a.extxyz", "--model", str(model[1]), "--frames", "3"]) == 0
+    assert "atoms too close: " in capsys.readouterr().out
+    assert structure_files.is_poscar(Path("x/CONTCAR-3")) and not structure_files.is_poscar(
+        Path("a")
+    )
