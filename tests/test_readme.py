@@ -41,7 +41,7 @@ def test_python_blocks_run(code, quick_compilation, tmp_path, monkeypatch):
 
 
 def test_there_are_commands():
-    assert {"train", "eval", "predict", "demo", "data"} <= {argv[0] for argv in commands()}
+    assert {"train", "eval", "predict", "relax", "demo", "data"} <= {argv[0] for argv in commands()}
 
 
 @pytest.mark.parametrize("argv", commands(), ids=" ".join)

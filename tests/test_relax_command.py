@@ -174,8 +174,10 @@ def test_json_refine_and_fixed_atoms(run, tmp_path):
     code, out, err = run("a.traj", *options)
     assert code == 2 and "exists" in err and "--overwrite" in err
     assert {p: p.read_bytes() for p in Path("relaxed").iterdir()} == before
-    code, out, err = run("a.traj", "--format", "traj", "--overwrite", "--refine", "emt")
-    assert code == 0 and "refined with emt" in out and "ionic steps" in out
+    again = ("--format", "traj", "--overwrite", "--refine", "emt", "--html", "a.html")
+    code, out, err = run("a.traj", *again)
+    assert code == 0 and "a.html" in out and "held fixed" in Path("a.html").read_text()
+    assert "refined with emt" in out and "ionic steps" in out
     assert Path("relaxed/a-relaxed.traj").read_bytes() != before[Path("relaxed/a-relaxed.traj")]
 
 

@@ -271,5 +271,6 @@ def _print(
         note(line)
     for line in totals(records, len(failures.all), seconds):
         say(line)
-    files = {r[key] for r in records for key in ("relaxed_file", "path_file")}
+    kinds = ("relaxed_file", "path_file", "figure_file")
+    files = {r[kind] for r in records for kind in kinds if kind in r}
     say(f"{out}: {len(files)} files" + (f"; {html}" if html else ""))

@@ -63,10 +63,7 @@ def record(
 def tables(records: Sequence[dict[str, Any]], fmax: float, refine: str | None) -> list[Table]:
     """The records for ``rich.console.Console().print``: at most `MAX_ROWS` rows in each table."""
     shown = records[:MAX_ROWS]
-    caption = (
-        "ΔE and fmax are the model's own; converged: fmax below "
-        f"{fmax:g} eV/Å; seconds: share of all"
-    )
+    caption = f"by the model's own energies and forces; converged: fmax below {fmax:g} eV/Å"
     headings = ["atoms", "ΔE\nmeV/atom", "fmax\neV/Å", "moved\nÅ", "converged", "seconds"]
     predicted = _table("predicted", headings, caption)
     predicted.add_column("flags", overflow="fold")

@@ -1,0 +1,138 @@
+"""The HTML page of a path: whole, self-contained, and showing the path it was made from."""
+
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from ase.data import covalent_radii
+from ase.data.colors import jmol_colors
+
+from relaxnet_jax.data.trajectory import RelaxationTrajectory
+from relaxnet_jax.errors import InputError
+from relaxnet_jax.evaluate.viewer import write_viewer
+from relaxnet_jax.trust import Flag
+
+VOID = {"meta", "input"}
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+OFFLINE = (
+    "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-sync",
+    "--disable-background-networking", "--disable-component-update", "--disable-default-apps",
+    "--disable-extensions", "--no-pings", "--force-prefers-reduced-motion",
+)  # fmt: skip
+
+
+class Page(HTMLParser):
+    """Collects tags and texts, and fails where tags do not close in order."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.texts = [], [], {}
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        attributes = dict(attrs)
+        self.tags.append((tag, attributes))
+        if tag not in VOID:
+            self.open.append((tag, attributes.get("id", tag)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop()[0] == tag
+
+    def handle_data(self, data):
+        if self.open:
+            key = self.open[-1][1]
+            self.texts[key] = self.texts.get(key, "") + data
+
+
+def path(**changes):
+    rng = np.random.default_rng(0)
+    values = {
+        "id": "</script><b>&amp; 'odd' \"name\"",
+        "atomic_numbers": np.array([29, 8, 79, 29]),
+        "positions": np.cumsum(rng.normal(0, 0.3, (3, 4, 3)), 0) + 3 * np.eye(4, 3),
+        "cells": np.repeat(np.diag([5.0, 6.0, 7.0])[None], 3, 0),
+        "pbc": np.array([True, True, False]),
+        "energies": np.array([-10.0, -10.2, -10.25]),
+        "forces": rng.normal(0, 0.1, (3, 4, 3)),
+        "fixed_mask": np.array([True, False, False, False]),
+        "times": np.array([0.0, 0.3, 1.0]),
+        "source": "RelaxNet",
+    }
+    return RelaxationTrajectory(**values | changes)
+
+
+def test_page_is_whole_and_shows_the_path(tmp_path):
+    one = path()
+    write_viewer(one, tmp_path / "a.html", (Flag("energy rises", "by <5> meV/atom"),))
+    text = (tmp_path / "a.html").read_text(encoding="utf-8")
+    page = Page(text)
+    # Nothing from elsewhere: no address, no file, no import.
+    assert not re.search(r"(?i)https?:|//[a-z]|@import|url\(|import\(|fetch|XMLHttp", text)
+    for tag, attributes in page.tags:
+        assert not {"src", "href", "action", "data", "srcset"} & set(attributes), tag
+        assert tag not in ("link", "base", "iframe", "object", "img", "embed")
+    identifiers = [a["id"] for _, a in page.tags if "id" in a]
+    assert len(set(identifiers)) == len(identifiers)
+    # Every element the script asks for is there.
+    script = page.texts["script"]
+    assert set(re.findall(r'\$\("(\w+)"\)', script)) <= set(identifiers)
+    assert page.texts["title"] == f"{one.id}: {one.formula}"  # unescaped by the parser
+    data = json.loads(page.texts["data"])
+    assert data["title"].startswith(one.id) and data["flags"] == [
+        ["energy rises", "by <5> meV/atom"]
+    ]
+    np.testing.assert_allclose(data["positions"], one.positions, atol=5.1e-6)
+    np.testing.assert_allclose(data["cells"], one.cells, atol=5.1e-6)
+    for name in ("energies", "fmax", "times"):
+        np.testing.assert_array_equal(data[name], getattr(one, name))
+    moved = np.linalg.norm(one.positions - one.positions[:1], axis=-1)[:, 1:]
+    np.testing.assert_allclose(data["largest"], moved.max(1))
+    assert data["symbols"] == ["Cu", "O", "Au", "Cu"]
+    assert data["fixed"] == one.fixed_mask.tolist() and data["pbc"] == one.pbc.tolist()
+    assert list(data["elements"]) == ["O", "Cu", "Au"]
+    for symbol, z in (("O", 8), ("Cu", 29), ("Au", 79)):
+        colour = data["elements"][symbol]["colour"]
+        rgb = [int(colour[k : k + 2], 16) / 255 for k in (1, 3, 5)]
+        np.testing.assert_allclose(rgb, jmol_colors[z], atol=1 / 400)
+        assert data["elements"][symbol]["radius"] == pytest.approx(covalent_radii[z])
+
+
+def test_page_is_written_whole_or_not_at_all(tmp_path):
+    (tmp_path / "a.html").mkdir()
+    with pytest.raises(InputError, match=r"a\.html"):
+        write_viewer(path(), tmp_path / "a.html")
+    broken = path(energies=np.array([-1.0, np.nan, -2.0]))
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_viewer(broken, tmp_path / "b.html")
+    assert [p.name for p in tmp_path.iterdir()] == ["a.html"]
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium to open the page with")
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"cells": np.zeros((3, 3, 3)), "pbc": np.zeros(3, bool), "fixed_mask": np.zeros(4, bool)},
+        {"positions": np.repeat(path().positions[:1], 3, 0)},
+    ],
+    ids=("slab", "molecule", "at rest"),
+)
+def test_page_runs_in_a_browser(tmp_path, changes):
+    """Its script comes to the end: it writes the frame after it has drawn it."""
+    file = tmp_path / "a.html"
+    write_viewer(path(**changes), file)
+    options = (*OFFLINE, f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=3000")
+    done = subprocess.run(
+        [CHROMIUM, *options, "--dump-dom", f"file://{file}#frame=2"],
+        capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
+    assert "frame 2 of 2, t = 1.00" in done.stdout
+    assert "Cu (2)" in done.stdout and "Au (1)" in done.stdout
+    assert ("held fixed (1)" in done.stdout) == ("pbc" not in changes)
+    assert ("2 × 2 × 1" in done.stdout) == ("pbc" not in changes)
