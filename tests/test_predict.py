@@ -147,7 +147,7 @@ def test_batches_that_do_not_fit_are_split(model, monkeypatch):
         assert np.isnan(relax(model, atoms[5], n_frames=3).energies).all()
     named = [(a.info.get("traj_id", "small"), s) for a, s in zip(atoms, structures)]
     results, bad = predict_all(model, named, 3, lambda _: None, lambda _: None)
-    assert len(results) == 5 and len(bad) == 1 and bad[0].startswith("large: its 13 atoms")
+    assert len(results) == 5 and len(bad) == 1 and str(bad[0]).startswith("large: its 13 atoms")
 
     def broken(model, graph, times):
         raise jax.errors.JaxRuntimeError("INTERNAL: something else")
