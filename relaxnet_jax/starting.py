@@ -9,6 +9,7 @@ import numpy as np
 
 from relaxnet_jax.data.trajectory import RelaxationTrajectory
 from relaxnet_jax.errors import InputError
+from relaxnet_jax.graph import fixed_atoms
 from relaxnet_jax.model import RelaxNet
 from relaxnet_jax.predict import as_trajectory, predict_structures
 from relaxnet_jax.trust import Flag, trust_flags, unusable
@@ -70,16 +71,13 @@ def head_start(atoms: Atoms, model: RelaxNet, n_frames: int = 5) -> HeadStart:
 
 def constraint_flags(atoms: Atoms) -> tuple[Flag, ...]:
     """A flag where atoms have constraints of which the model knows nothing."""
-    from ase.constraints import FixAtoms, FixCartesian
-
-    ignored = sorted(
-        {
-            type(c).__name__
-            for c in atoms.constraints
-            if not (isinstance(c, FixAtoms) or (isinstance(c, FixCartesian) and np.all(c.mask)))
-        }
-    )
+    fixed = fixed_atoms(atoms)
+    ignored = set()
+    for constraint in atoms.constraints:
+        index = getattr(constraint, "index", None)
+        if index is None or not fixed[index].all():
+            ignored.add(type(constraint).__name__)
     if not ignored:
         return ()
-    text = f"the path ignores {', '.join(ignored)}; the final structure does not"
+    text = f"the path ignores {', '.join(sorted(ignored))}; the final structure does not"
     return (Flag("constraints ignored", text),)
