@@ -40,7 +40,11 @@ def add_relax(commands) -> None:
         help="eV/Å, below which a structure counts as relaxed (default: 0.05)",
     )
     p.add_argument(
-        "--steps", type=int, default=500, metavar="N", help="most of --refine (default: 500)"
+        "--steps",
+        type=int,
+        default=500,
+        metavar="N",
+        help="LBFGS steps of --refine at most (default: 500)",
     )
     p.add_argument(
         "--fixed", metavar="INDICES", help="atoms to hold, from 0, e.g. 0,3,8-11, beside the file's"

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import ase.io
@@ -231,6 +233,17 @@ def test_without_a_model(tmp_path, capsys):
     assert cli.main(["relax", str(tmp_path / "POSCAR")]) == 2
     err = capsys.readouterr().err
     assert "no pretrained model yet" in err and "--model DIR" in err and err.count("\n") == 1
+
+
+def test_arguments_and_files_are_looked_at_before_jax_starts():
+    """Mistakes are told at once, and XLA's log is quiet only if it is told so before it starts."""
+    code = (
+        "import sys, pathlib\n"
+        "from relaxnet_jax.relaxation import command, inputs, outputs, refine, report\n"
+        "inputs.read_inputs([], inputs.Hold()); refine.load('emt')\n"
+        "sys.exit('jax' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_unusable_predictions_are_failures(run, model, monkeypatch):

@@ -12,10 +12,11 @@ from relaxnet_jax.data.trajectory import RelaxationTrajectory
 from relaxnet_jax.errors import InputError
 from relaxnet_jax.relaxation.inputs import Input
 from relaxnet_jax.structure_files import is_poscar
-from relaxnet_jax.trust import Flag
 
 if TYPE_CHECKING:
     from ase import Atoms
+
+    from relaxnet_jax.trust import Flag
 
 FORMATS = ("poscar", "cif", "extxyz", "traj")
 _SUFFIX = {"poscar": ".vasp", "cif": ".cif", "extxyz": ".extxyz", "traj": ".traj"}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich import box
@@ -12,7 +12,9 @@ from rich.table import Table
 
 from relaxnet_jax.data.trajectory import RelaxationTrajectory
 from relaxnet_jax.relaxation.refine import WRONG_MINIMUM, Refined
-from relaxnet_jax.trust import Flag
+
+if TYPE_CHECKING:
+    from relaxnet_jax.trust import Flag
 
 UNITS = {"energy": "eV", "force": "eV/Å", "length": "Å", "time": "s"}
 MAX_ROWS = 50
@@ -63,7 +65,10 @@ def record(
 def tables(records: Sequence[dict[str, Any]], fmax: float, refine: str | None) -> list[Table]:
     """The records for ``rich.console.Console().print``: at most `MAX_ROWS` rows in each table."""
     shown = records[:MAX_ROWS]
-    caption = f"by the model's own energies and forces; converged: fmax below {fmax:g} eV/Å"
+    caption = (
+        f"by the model's own energies and forces; converged: fmax below {fmax:g} eV/Å;\n"
+        "seconds: of all structures together, compiling included, by their number"
+    )
     headings = ["atoms", "ΔE\nmeV/atom", "fmax\neV/Å", "moved\nÅ", "converged", "seconds"]
     predicted = _table("predicted", headings, caption)
     predicted.add_column("flags", overflow="fold")
