@@ -19,10 +19,11 @@ from relaxnet_jax.data.vasp.outcar import Outcar, read_outcar
 from relaxnet_jax.errors import InputError
 
 RULE = b" " + b"-" * 83 + b"\n"
-CHARGES = np.array([10.123, 2.5, 4.875])
+ELECTRONS = np.array([10.123, 2.5, 4.875])
+CHARGES = np.array([17.0, 12.0, 6.0]) - ELECTRONS  # of the spheres
 
 
-def table(values=CHARGES):
+def table(values=ELECTRONS):
     rows = "".join(
         f"{k + 1:5d}     {1:8.3f}{1:8.3f}{q - 2:8.3f}{q:8.3f}\n" for k, q in enumerate(values)
     )
@@ -46,7 +47,8 @@ def head(ibrion=2, selective=False):
         text += f"   VRHFIN ={valence}      \n   TITEL  = PAW_PBE {title}      \n".encode()
     text += (b"   number of dos      NEDOS =    301   number of ions     NIONS =      3\n"
              b"   ions per type =               1   1   1\n NGX,Y,Z is equivalent\n"
-             b" SYSTEM =  in kB\n"
+             b" SYSTEM =  in kB\n  Ionic Valenz\n   ZVAL   =  17.00 12.00  6.00\n"
+             b"   POMASS =   63.546; ZVAL   =   99.000    mass and valenz\n"
              b"   IBRION = %6d    ionic relax: 0-MD 1-quasi-New 2-CG\n" % ibrion)  # fmt: skip
     if selective:
         text += b"   using selective dynamics as specified on POSCAR\n"
@@ -61,7 +63,7 @@ def step(k, n=3, charges=True):
     text = f"{'-' * 40} Iteration {k + 1:6d}(   1)  {'-' * 39}\n".encode()
     text += b"  free energy    TOTEN  =       123.0 eV\n  energy without entropy =  123.0\n"
     text += f"{'-' * 40} Iteration {k + 1:6d}(   2)  {'-' * 39}\n".encode()
-    text += b" total charge-density along one line\n" + (table(CHARGES - 0.5) if charges else b"")
+    text += b" total charge-density along one line\n" + (table(ELECTRONS - 0.5) if charges else b"")
     text += ("  in kB  " + "".join(f"{x:12.5f}" for x in six) + "\n").encode()
     text += b" VOLUME and BASIS-vectors are now :\n" + vectors(cells[k])
     text += b" POSITION                                       TOTAL-FORCE (eV/Angst)\n" + RULE
@@ -157,7 +159,7 @@ def test_unfinished():
         assert f"{found.n_frames} complete ionic steps kept" in notes[0]
         np.testing.assert_array_equal(found.positions, whole.positions[: found.n_frames])
         np.testing.assert_array_equal(found.energies, whole.energies[: found.n_frames])
-        np.testing.assert_allclose(found.charges, CHARGES - 0.5)  # of the last complete step
+        np.testing.assert_allclose(found.charges, CHARGES + 0.5)  # of the last complete step
         counts.add(found.n_frames)
     assert counts == {2, 3}
     assert "a single ionic step" in refused(outcar(n=1))
@@ -220,6 +222,14 @@ def test_charges_table():
     at = text.rindex(b"    2     ")
     found, notes = read(text[:at] + text[text.index(b"\n", at) + 1 :])
     assert found.charges is None and len(notes) == 1
+    found, notes = read(text.replace(b" 17.00 12.00", b" 17.00", 1))
+    assert found.charges is None and "2 core charges ZVAL for 3 kinds of atoms" in notes[0]
+
+
+def test_charges_are_net_charges_for_ase():
+    """Positive where electrons are missing, in e; VASP's table counts electrons."""
+    found = read(outcar())[0]
+    np.testing.assert_allclose(found.atoms().get_initial_charges(), [6.877, 9.5, 1.125])
 
 
 POSCAR = b"""run

@@ -38,8 +38,8 @@ def read_relaxations(
     """Reads the relaxations of a file, in order.
 
     A vasprun.xml or OUTCAR is one relaxation. Under the same name beside it (in its folder or
-    archive), the OUTCAR of a vasprun.xml gives ``charges`` (valence electrons in each PAW sphere,
-    see `outcar.Outcar`), and the POSCAR or CONTCAR of an OUTCAR its fixed atoms; where these
+    archive), the OUTCAR of a vasprun.xml gives ``charges`` (net charges of the PAW spheres, see
+    `outcar.Outcar`), and the POSCAR or CONTCAR of an OUTCAR its fixed atoms; where these
     are damaged the run is read without them. Of other files, consecutive frames that share
     ``traj_id`` in their ``info`` are one relaxation, and their ``frame`` (if there) must ascend;
     without ``traj_id`` the whole file is one. JSON files of the ALIGNN-FF set and of MPtrj are

@@ -39,7 +39,8 @@ class RelaxationTrajectory:
       fixed_mask: (N,) bool, True where the atom was held fixed.
       group: materials that may not be separated by a split share a group.
       stresses: (n, 6) or None, eV/Å³, Voigt order xx yy zz yz xz xy, tension positive.
-      charges: (N,) or None, e.
+      charges: (N,) or None, e: net charges of the atoms, positive where electrons are missing
+        (ASE's initial charges; of a VASP run, those of its PAW spheres, see `outcar.Outcar`).
       times: (n,) pseudotime in [0, 1], or None for k/(n-1).
       source: where it came from (file, code, functional).
     """
@@ -88,8 +89,8 @@ class RelaxationTrajectory:
         """Frame ``i`` (the final one by default) as ASE atoms.
 
         The atoms carry a ``SinglePointCalculator`` with energy, raw forces and (if there)
-        stress, ``FixAtoms`` on fixed atoms, and ``traj_id``, ``frame``, ``group``, ``source``
-        in ``info``.
+        stress, ``charges`` as initial charges, ``FixAtoms`` on fixed atoms, and ``traj_id``,
+        ``frame``, ``group``, ``source`` in ``info``.
 
         Raises:
           IndexError: ``i`` is not a frame.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Iterator
 
 import numpy as np
 from scipy import sparse
@@ -11,6 +12,7 @@ from scipy import sparse
 _ROUNDS = 50
 # eV/atom; residuals below it count alike in the fit, and no family is narrower than it.
 FLOOR = 0.02
+_BLOCK = 8192  # rows of a table made at a time
 # An element's energy is known where this many relaxations hold it; with fewer, the fit follows
 # whichever is wrong.
 MIN_RELAXATIONS = 3
@@ -28,13 +30,13 @@ class Compositions:
         self.sources = np.zeros(n, dtype=np.int64)
         self._codes: dict[str, int] = {}
         # Flat: as many small arrays they would take twenty times the memory.
-        self._numbers, self._fractions, self._ends = array("B"), array("d"), array("q", [0])
+        self._numbers, self._counts, self._ends = array("B"), array("I"), array("q", [0])
 
     def add(self, i: int, atomic_numbers: np.ndarray, energy: float, source: str) -> None:
         """Takes relaxation ``i`` (in order): (N,) int, total energy in eV."""
         numbers, counts = np.unique(atomic_numbers, return_counts=True)
         self._numbers.extend(numbers.tolist())
-        self._fractions.extend((counts / counts.sum()).tolist())
+        self._counts.extend(counts.tolist())
         self._ends.append(len(self._numbers))
         self.energies[i] = energy / counts.sum()
         self.sources[i] = self._codes.setdefault(source, len(self._codes))
@@ -50,52 +52,57 @@ class Compositions:
           for its elements, or one of its elements occurs in fewer than 3.
         """
         n = len(self.energies)
-        fractions, numbers, ends = map(np.array, (self._fractions, self._numbers, self._ends))
-        table = sparse.csr_matrix((fractions, numbers.astype(np.int64), ends), shape=(n, 119))
         residuals, scales = np.full(n, np.nan), np.full(n, np.nan)
         order = np.argsort(self.sources, kind="stable")
         edges = np.flatnonzero(np.diff(self.sources[order])) + 1
         for rows in np.split(order, edges):
-            rows = rows[np.isfinite(self.energies[rows])]
-            kept = _judged(table[rows])
-            rows = rows[kept]
-            if not len(rows):
-                continue
-            part = table[rows]
-            part = part[:, np.flatnonzero(part.getnnz(axis=0))]
-            residuals[rows] = _least_absolute(part, self.energies[rows])
-            scales[rows] = max(FLOOR, 1.4826 * float(np.median(np.abs(residuals[rows]))))
+            rows = self._judged(rows[np.isfinite(self.energies[rows])])
+            if len(rows):
+                residuals[rows] = self._least_absolute(rows)
+                scales[rows] = max(FLOOR, 1.4826 * float(np.median(np.abs(residuals[rows]))))
         return residuals, scales
 
+    def _tables(self, rows: np.ndarray) -> Iterator[tuple[slice, sparse.csr_matrix]]:
+        """Fractions of the 119 elements in some of the rows after others: (which, (k, 119))."""
+        numbers, counts, ends = map(np.asarray, (self._numbers, self._counts, self._ends))
+        for begin in range(0, len(rows), _BLOCK):
+            part = slice(begin, begin + _BLOCK)
+            lengths = ends[rows[part] + 1] - ends[rows[part]]
+            own = np.concatenate([[0], np.cumsum(lengths)])
+            places = np.arange(own[-1]) + np.repeat(ends[rows[part]] - own[:-1], lengths)
+            table = sparse.csr_matrix(
+                (counts[places].astype(float), numbers[places].astype(np.int32), own),
+                shape=(len(lengths), 119),
+            )
+            table.data /= np.repeat(np.asarray(table.sum(axis=1)).ravel(), lengths)
+            yield part, table
 
-def _judged(table: sparse.csr_matrix) -> np.ndarray:
-    """(R,) bool: rows whose elements are all in MIN_RELAXATIONS such rows; none if too few."""
-    kept = np.ones(table.shape[0], dtype=bool)
-    while True:
-        counts = np.asarray(table[kept].getnnz(axis=0))
-        rare = (counts > 0) & (counts < MIN_RELAXATIONS)
-        hit = kept & (table @ rare.astype(float) > 0)
-        if not hit.any():
-            break
-        kept &= ~hit
-    if kept.sum() < 2 * np.count_nonzero(counts) + 1:
-        kept[:] = False
-    return kept
+    def _judged(self, rows: np.ndarray) -> np.ndarray:
+        """The rows whose elements are all in MIN_RELAXATIONS such rows; none if too few."""
+        while len(rows):
+            counts = np.sum([table.getnnz(axis=0) for _, table in self._tables(rows)], axis=0)
+            rare = ((counts > 0) & (counts < MIN_RELAXATIONS)).astype(float)
+            if not rare.any():
+                return rows if len(rows) > 2 * np.count_nonzero(counts) else rows[:0]
+            rows = rows[np.concatenate([table @ rare == 0 for _, table in self._tables(rows)])]
+        return rows
 
-
-def _least_absolute(fractions: sparse.csr_matrix, energies: np.ndarray) -> np.ndarray:
-    """Residuals of the least-absolute-deviations fit, by reweighted least squares."""
-    # About the median, so that absurd energies leave digits to the others.
-    centre = np.median(energies)
-    target = energies - centre
-    weights = np.ones(len(target))
-    residuals = target
-    for _ in range(_ROUNDS):
-        weighted = fractions.multiply(weights[:, None]).tocsr()
-        normal = (fractions.T @ weighted).toarray()
-        solution = np.linalg.pinv(normal, rcond=1e-10, hermitian=True) @ (weighted.T @ target)
-        before, residuals = residuals, target - fractions @ solution
-        weights = 1.0 / np.maximum(np.abs(residuals), FLOOR)
-        if np.abs(residuals - before).max() < 1e-3 * FLOOR:
-            break
-    return residuals
+    def _least_absolute(self, rows: np.ndarray) -> np.ndarray:
+        """Residuals of the least-absolute-deviations fit, by reweighted least squares."""
+        # About the median, so that absurd energies leave digits to the others.
+        target = self.energies[rows]
+        target -= np.median(target)
+        residuals = target
+        for k in range(_ROUNDS):
+            weights = 1.0 / np.maximum(np.abs(residuals), FLOOR) if k else np.ones(len(target))
+            normal, right = np.zeros((119, 119)), np.zeros(119)
+            for part, table in self._tables(rows):
+                weighted = table.multiply(weights[part, None]).tocsr()
+                normal += (table.T @ weighted).toarray()
+                right += weighted.T @ target[part]
+            solution = np.linalg.pinv(normal, rcond=1e-10, hermitian=True) @ right
+            fitted = np.concatenate([table @ solution for _, table in self._tables(rows)])
+            before, residuals = residuals, target - fitted
+            if np.abs(residuals - before).max() < 1e-3 * FLOOR:
+                break
+        return residuals

@@ -30,8 +30,8 @@ PLACE_TOLERANCE = 0.02
 def with_charges(trajectory: RelaxationTrajectory, outcar: Path) -> RelaxationTrajectory:
     """The relaxation of a vasprun.xml with the charges of the OUTCAR of the same run.
 
-    They are the "tot" column of its last "total charge" table: the number of valence electrons
-    within each atom's PAW sphere (see `Outcar.charges`). Without a table it is returned as it was.
+    They are the net charges of the PAW spheres by its last "total charge" table (see
+    `Outcar.charges`). Without a table it is returned as it was.
 
     Raises:
       InputError: the OUTCAR is cut, damaged or another run's; the message does not name it.

@@ -51,8 +51,9 @@ def read_outcar(
     Positions are unwrapped; forces are raw; stresses have ASE's sign. Positions have the five
     decimals of an OUTCAR (a vasprun.xml has more). Of each ionic step the energy is the one after
     its last electronic step, converged or not, as in `vasprun.read_vasprun`. Of a run that was
-    killed, is still going or is cut, the complete ionic steps are kept. ``charges`` are the "tot"
-    column of the last "total charge" table (see `Outcar.charges`), None if there is none.
+    killed, is still going or is cut, the complete ionic steps are kept. ``charges`` are the net
+    charges of the PAW spheres by the last "total charge" table (see `Outcar.charges`), None if
+    there is none.
 
     Args:
       file: opened in binary mode, decompressed.
@@ -117,11 +118,12 @@ class Outcar:
       done: complete ionic steps so far.
       finished: whether VASP came to its end and wrote its timings.
       selective: whether selective dynamics was on.
-      charges: (N,) number of valence electrons within each atom's PAW sphere (radius RWIGS), the
-        column "tot" of the last table "total charge": a count of electrons (positive, in
-        electrons), no net charge, and without the electrons between the spheres. None without
-        table (LORBIT not set).
-      charges_fault: why the last table could not be read, or "".
+      charges: (N,) net charge of each atom's PAW sphere (radius RWIGS), e: its core's charge ZVAL
+        less the electrons in it, which are the column "tot" of the last table "total charge".
+        Spheres neither fill space nor overlap equally: what lies between them is counted to no
+        atom, so the charges depend on RWIGS, do not add up to that of the cell, and even anions
+        may have positive ones. None without table (LORBIT not set).
+      charges_fault: why there are none though there is a table, or "".
     """
 
     def __init__(self, file: IO[bytes], energy: Energy = "free") -> None:
@@ -130,6 +132,7 @@ class Outcar:
         self._valences: list[bytes] = []
         self._n_ions: int | None = None
         self._counts: list[int] | None = None
+        self._cores: list[float] = []
         self._numbers: np.ndarray | None = None
         self._table: tuple[np.ndarray | None, str] = (None, "")
         self.done = 0
@@ -152,7 +155,7 @@ class Outcar:
             if self.finished:
                 self._fail("ends inside a table")
         if self.finished:
-            self.charges, self.charges_fault = self._table
+            self.charges, self.charges_fault = self._net_charges()
 
     def _fail(self, what: str, remedy: str = "the file is damaged") -> NoReturn:
         raise InputError(f"ionic step {self.done}: {what}: {remedy}")
@@ -202,7 +205,7 @@ class Outcar:
                 token = {"free": free, "internal": match[1], "sigma0": match[2]}[self._energy]
                 if not is_number(token):
                     self._fail(f"energy {token.decode('ascii', 'replace')!r} is no number")
-                self.charges, self.charges_fault = self._table
+                self.charges, self.charges_fault = self._net_charges()
                 yield _Step(cell, own_cell, placed[:, :3], float(token), placed[:, 3:], stress)
                 self.done += 1
                 own_cell, stress = False, None
@@ -231,13 +234,30 @@ class Outcar:
         elif mark == b"ions per type":
             if self._counts is not None:
                 raise InputError("two runs in one file: give each its own")
-            text = line.partition(b"=")[2]
-            # Ten types a line.
-            while re.fullmatch(rb"[\s\d]*\d[\s\d]*", self._scanner.peek()):
-                text += b" " + self._scanner.lines(1)[0]
+            text = self._numbers_from(line)
             if not re.fullmatch(rb"[\s\d]*", text):
                 raise InputError("'ions per type': not all numbers: the file is damaged")
             self._counts = [int(token) for token in text.split()]
+        elif mark == b"ZVAL   =":
+            # Six columns each, which touch where they are full.
+            self._cores = [float(x) for x in re.findall(rb"\d+\.\d\d", self._numbers_from(line))]
+
+    def _numbers_from(self, line: bytes) -> bytes:
+        """What comes after "=", and the lines of nothing but numbers that go on with it."""
+        text = line.partition(b"=")[2]
+        while re.fullmatch(rb"[\s\d.]*\d[\s\d.]*", self._scanner.peek()):
+            text += b" " + self._scanner.lines(1)[0]
+        return text
+
+    def _net_charges(self) -> tuple[np.ndarray | None, str]:
+        """Net charges by the table read last, or why there are none."""
+        electrons, fault = self._table
+        if electrons is None:
+            return None, fault
+        counts = self._counts or []
+        if len(self._cores) != len(counts):
+            return None, f"{len(self._cores)} core charges ZVAL for {len(counts)} kinds of atoms"
+        return np.repeat(self._cores, counts) - electrons, ""
 
     def _read_numbers(self) -> np.ndarray:
         from ase.data import atomic_numbers
@@ -279,7 +299,7 @@ class Outcar:
         return table(rows, 6, f"ionic step {self.done}: positions and forces")
 
     def _read_charges(self) -> tuple[np.ndarray | None, str]:
-        """Column "tot" of a table, or why it cannot be read."""
+        """Electrons of each atom (column "tot") by a table, or why it cannot be read."""
         n_atoms = len(self.numbers)
         blank, head, rule, *rows = self._scanner.lines(n_atoms + 3)
         titles = head.split()

@@ -18,6 +18,7 @@ _MARKS = (
     b"VRHFIN =",
     b"number of dos",
     b"ions per type",
+    b"ZVAL   =",
     b"IBRION =",
     b"using selective dynamics",
     b" Iteration ",
