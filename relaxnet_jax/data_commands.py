@@ -9,9 +9,13 @@ import collections
 import dataclasses
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from relaxnet_jax.console import bar, lazy_bar, note, q, say, status
 from relaxnet_jax.errors import InputError
+
+if TYPE_CHECKING:
+    from relaxnet_jax.data.importing import ImportReport
 
 
 def data_import(args: argparse.Namespace) -> int:
@@ -34,12 +38,19 @@ def data_import(args: argparse.Namespace) -> int:
         )
     say(
         f"{args.out}: {result.read} relaxations with {result.frames} ionic steps; "
-        f"{len(result.skipped)} skipped"
+        f"{len(result.skipped)} skipped{_unfinished(result)}"
     )
     for file, name, reason in result.skipped:
         say(f"  skipped {file}{f', {name}' if name else ''}: {reason}")
     say(f"next: relaxnet-jax train --config explicit.py --set data.path={q(args.out)}")
     return 0
+
+
+def _unfinished(result: ImportReport) -> str:
+    """What the last line says of runs without their end."""
+    if not result.unfinished:
+        return ""
+    return f"; {result.unfinished} unfinished, with their complete ionic steps (see their source)"
 
 
 def data_split(args: argparse.Namespace) -> int:
@@ -76,6 +87,7 @@ def data_jarvis(args: argparse.Namespace) -> int:
         f"{args.out}: {result.imported.read} relaxations with {result.imported.frames} ionic "
         f"steps; {result.came} archives came, {len(result.failed)} failed, "
         f"{len(result.skipped)} skipped; {len(result.imported.skipped)} relaxations not read"
+        f"{_unfinished(result.imported)}"
     )
     say(f"of each archive: {result.manifest}")
     if result.failed:

@@ -157,6 +157,7 @@ def test_unfinished():
             assert "a relaxation needs two or more" in str(error)
             continue
         assert f"{found.n_frames} complete ionic steps kept" in notes[0]
+        assert found.source == "VASP, unfinished" and found.family == "VASP"
         np.testing.assert_array_equal(found.positions, whole.positions[: found.n_frames])
         np.testing.assert_array_equal(found.energies, whole.energies[: found.n_frames])
         np.testing.assert_allclose(found.charges, CHARGES + 0.5)  # of the last complete step
@@ -313,6 +314,68 @@ def test_damaged_outcar_does_not_lose_the_run(tmp_path, beside, reason):
     assert reason in line and line.startswith(f"{run / 'vasprun.xml'}: ")
     with TrajectoryStore(tmp_path / "out.h5") as store:
         assert store[0].charges is None
+
+
+CUT = vasprun()[: vasprun().index(b"forces")]  # within the first ionic step
+TWO_STEPS = vasprun()[: vasprun().rindex(b"forces")]
+TWO_STEPS_OUTCAR = outcar()[: outcar().rindex(b"TOTAL-FORCE")]
+
+
+@pytest.mark.parametrize("where", ["folder", "zip", "tar.gz"])
+def test_outcar_instead_of_an_unusable_vasprun(tmp_path, where):
+    run = folder(tmp_path / "a", vasprun__xml=CUT, OUTCAR=outcar(selective=True), POSCAR=POSCAR)
+    path = pack(run, tmp_path / f"a.{where}") if where != "folder" else run / "vasprun.xml"
+    notes = []
+    (found,) = read_relaxations(path, note=notes.append)
+    assert (found.source, found.n_frames) == ("OUTCAR", 3)
+    np.testing.assert_allclose(found.charges, CHARGES)
+    assert found.fixed_mask.tolist() == [True, False, False]
+    (line,) = notes
+    assert "vasprun.xml: cannot be used (ends without </modeling>, after 0 complete ionic" in line
+    assert line.endswith("): OUTCAR is read instead")
+
+
+def instead(tmp_path, **files):
+    """What is read of a vasprun.xml, and the notes with the path cut off."""
+    run, notes = folder(tmp_path / "a", **files), []
+    (found,) = read_relaxations(run / "vasprun.xml", note=notes.append)
+    return found, [note.removeprefix(f"{run / 'vasprun.xml'}: ") for note in notes]
+
+
+def test_unfinished_outcar_instead(tmp_path):
+    found, notes = instead(tmp_path, vasprun__xml=b"", OUTCAR=TWO_STEPS_OUTCAR)
+    assert (found.source, found.n_frames) == ("OUTCAR, unfinished", 2)
+    assert len(notes) == 2 and notes[1].startswith("OUTCAR: the run was killed")
+
+
+def test_vasprun_with_its_complete_steps_is_not_replaced(tmp_path):
+    """Both files of a run that was killed, and the charges of its last complete step."""
+    found, notes = instead(tmp_path, vasprun__xml=TWO_STEPS, OUTCAR=TWO_STEPS_OUTCAR)
+    assert (found.source, found.n_frames) == ("vasprun.xml, unfinished", 2)
+    np.testing.assert_allclose(found.charges, CHARGES + 0.5)
+    (line,) = notes
+    assert line.startswith("the run was killed")
+    found, notes = instead(tmp_path, vasprun__xml=TWO_STEPS, OUTCAR=outcar())
+    assert found.charges is None and "another run's or cut elsewhere" in notes[1]
+
+
+@pytest.mark.parametrize(
+    ("xml", "beside", "message"),
+    [
+        (CUT, outcar(n=1), r"nor can OUTCAR be used: a single ionic step"),
+        (CUT, b"", r"\(nor can OUTCAR be used: 'ions per type' gives 0 atoms|no complete ionic"),
+        # What the run is, the OUTCAR would not make better: it does not name the atoms held.
+        (vasprun(selective=["FFF", "TTF", "TTT"]), outcar(), "held in some directions only"),
+        (vasprun(ibrion=0), outcar(), "IBRION=0"),
+        (vasprun(n=1), outcar(), "a single ionic step"),
+    ],
+)
+def test_outcar_does_not_help(tmp_path, xml, beside, message):
+    run = folder(tmp_path / "a", vasprun__xml=xml, OUTCAR=beside)
+    with pytest.raises(InputError, match=message) as caught:
+        list(read_relaxations(run / "vasprun.xml"))
+    assert str(caught.value).startswith(f"{run / 'vasprun.xml'}: ")
+    assert str(caught.value).count(str(run)) == 1
 
 
 def cif(cell, fractional, symbols=("Cu", "Zr", "O")):

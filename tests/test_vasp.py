@@ -152,7 +152,7 @@ def test_selective_dynamics():
         ((b'name="forces" >\n<v>', b'name="forces" >\n<v> 1'), "forces: 10 numbers in 3 rows"),
         ((b"</eigenvalues>", b""), "no </eigenvalues> before the next ionic step"),
         ((b"</energy>", b""), "ionic step 0: <energy> inside <energy>"),
-        ((b"</modeling>", b""), "ends after 3 complete ionic steps, without </modeling>"),
+        ((b"</structure>\n</modeling>", b"</modeling>"), "no </structure> before the end"),
     ],
 )  # fmt: skip
 def test_damage(change, message):
@@ -168,11 +168,27 @@ def test_overflow_and_nan():
         assert "forces" in message and ("no number" in message or "nan" in message.lower())
 
 
-def test_cut_anywhere():
-    """However a file is cut, it is refused in one line; so is one without relaxation."""
+@pytest.mark.parametrize("chunk", [1 << 20, 700])
+def test_cut_anywhere(chunk, monkeypatch):
+    """However a file is cut: the complete steps, and a remark; or one line, if they are none."""
+    monkeypatch.setattr(reader, "_CHUNK", chunk)
+    monkeypatch.setattr(reader, "_LONGEST_TAG", 100)
     text = vasprun()
+    whole, counts = read(text), set()
     for length in np.linspace(0, len(text) - 12, 60).astype(int):
-        refused(text[:length])
+        complete = text[:length].count(b"</calculation>")
+        notes = []
+        if complete < 2:
+            message = refused(text[:length])
+            assert message.startswith("ends ") and f"after {complete} complete ionic" in message
+            continue
+        found = read(text[:length], source="here", note=notes.append)
+        assert found.n_frames == complete and found.source == "here, unfinished"
+        assert found.family == "here" and f"cut: {complete} complete ionic steps kept" in notes[0]
+        np.testing.assert_array_equal(found.positions, whole.positions[:complete])
+        np.testing.assert_array_equal(found.energies, whole.energies[:complete])
+        counts.add(complete)
+    assert counts == {2, 3} and whole.family == whole.source
     assert "a single ionic step" in refused(vasprun(n=1))
 
 
@@ -252,6 +268,7 @@ def test_archives(tmp_path, suffix):
     tree = tmp_path / "tree"
     fill(tree)
     (tree / "a/vasprun.xml").write_bytes(vasprun()[:2000])
+    (tree / "a/OUTCAR").unlink()
     archive = tmp_path / f"runs{suffix}"
     if suffix == ".zip":
         with zipfile.ZipFile(archive, "w") as out:
@@ -271,6 +288,16 @@ def test_archives(tmp_path, suffix):
 def test_command(tmp_path, capsys):
     fill(tmp_path)
     out = tmp_path / "set.h5"
+    (tmp_path / "b/x/vasprun.xml.relax2").write_bytes(vasprun()[: vasprun().rindex(b"forces")])
+    assert main(["data", "import", str(tmp_path), "--out", str(out)]) == 0
+    said = capsys.readouterr()
+    assert "3 relaxations with 8 ionic steps; 0 skipped; 1 unfinished, with their" in said.out
+    assert "relax2: the run was killed, is still going or the file is cut: 2 complete" in said.err
+    with TrajectoryStore(out) as store:
+        assert [store[i].source for i in range(3)] == [
+            "vasprun.xml", "JVASP-1.vasprun.xml", "vasprun.xml.relax2, unfinished",
+        ]  # fmt: skip
+    fill(tmp_path)
     assert main(["data", "import", str(tmp_path), "--out", str(out), "--energy", "sigma0"]) == 0
     assert "3 relaxations with 9 ionic steps; 0 skipped" in capsys.readouterr().out
     with TrajectoryStore(out) as store:

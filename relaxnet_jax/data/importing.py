@@ -25,7 +25,7 @@ from relaxnet_jax.data.parts import Item, Mark, run_parts
 from relaxnet_jax.data.shards import SHARD_SIZE, write_shards
 from relaxnet_jax.data.sources import Source, find_sources
 from relaxnet_jax.data.store_write import write_store
-from relaxnet_jax.data.trajectory import RelaxationTrajectory
+from relaxnet_jax.data.trajectory import UNFINISHED, RelaxationTrajectory
 from relaxnet_jax.data.vasp.beside import Initial
 from relaxnet_jax.data.vasp.vasprun import Energy
 from relaxnet_jax.errors import InputError
@@ -43,11 +43,14 @@ class ImportReport:
       skipped: (file, id, reason) of each relaxation left out; id is "" where the whole file
         could not be read.
       frames: number of ionic steps in the store.
+      unfinished: number of relaxations in the store whose VASP run lacks its end (see
+        `vasp.unfinished`).
     """
 
     read: int
     skipped: list[tuple[str, str, str]]
     frames: int
+    unfinished: int = 0
 
 
 def import_files(
@@ -138,7 +141,12 @@ def import_files(
             shutil.rmtree(folder, ignore_errors=True)
         with contextlib.suppress(OSError):
             folder.rmdir()  # if nothing was read
-    return ImportReport(read=len(merged.seen), skipped=merged.skipped, frames=merged.frames)
+    return ImportReport(
+        read=len(merged.seen),
+        skipped=merged.skipped,
+        frames=merged.frames,
+        unfinished=merged.unfinished,
+    )
 
 
 def usable_cores() -> int:
@@ -177,7 +185,7 @@ class _Merged:
     """What came of the files, as their relaxations go by.
 
     Attributes:
-      skipped, frames: see `ImportReport`. seen: ids. done: whether everything has gone by.
+      skipped, frames, unfinished: see `ImportReport`. seen: ids. done: whether everything has gone by.
     """
 
     def __init__(
@@ -190,7 +198,7 @@ class _Merged:
         self.sources, self.groups, self.say = sources, groups, say
         self.progress = progress or (lambda done, total: None)
         self.skipped: list[tuple[str, str, str]] = []
-        self.frames = 0
+        self.frames = self.unfinished = 0
         self.seen: set[str] = set()
         self.done = False
 
@@ -232,6 +240,7 @@ class _Merged:
                 item = dataclasses.replace(item, group=self.groups.get(item.id, item.group))
             self.seen.add(item.id)
             self.frames += item.n_frames
+            self.unfinished += item.source.endswith(UNFINISHED)
             read += 1
             yield item
 

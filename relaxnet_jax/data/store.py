@@ -36,7 +36,7 @@ BLOCK = 512  # relaxations looked at together where only a small column of them 
 # Bytes kept of a file: two unpacked chunks of each column, which is enough to read in order, and
 # HDF5's own index of it all, which it would let grow to 32 MiB.
 _CHUNK_CACHE = 128 * 1024
-_INDEX_CACHE = 1024 * 1024
+_INDEX_CACHE = 512 * 1024
 
 
 class _Shard:

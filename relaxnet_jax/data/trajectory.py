@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 # Å; a lattice-vector component that moves by more has been relaxed, not rounded.
 CELL_TOLERANCE = 1e-4
+# What a `source` ends in where the relaxation has not come to its end.
+UNFINISHED = ", unfinished"  # killed, going on, or its file cut
+UNCONVERGED = ", not converged"
 SUPPORTED_OUTPUTS = ".extxyz, .traj (all frames), .cif, POSCAR*, CONTCAR* (final frame)"
 
 
@@ -42,7 +45,8 @@ class RelaxationTrajectory:
       charges: (N,) or None, e: net charges of the atoms, positive where electrons are missing
         (ASE's initial charges; of a VASP run, those of its PAW spheres, see `outcar.Outcar`).
       times: (n,) pseudotime in [0, 1], or None for k/(n-1).
-      source: where it came from (file, code, functional).
+      source: where it came from (file, code, functional); it ends in `UNFINISHED` or
+        `UNCONVERGED` where that is so.
     """
 
     id: str
@@ -79,6 +83,11 @@ class RelaxationTrajectory:
     def formula(self) -> str:
         """Reduced chemical formula in Hill order, e.g. "Cu3Au" as "AuCu3"."""
         return reduced_formula(self.atomic_numbers)
+
+    @property
+    def family(self) -> str:
+        """``source`` without what it may end in: energies of one family can be compared."""
+        return self.source.removesuffix(UNFINISHED).removesuffix(UNCONVERGED)
 
     @property
     def variable_cell(self) -> bool:

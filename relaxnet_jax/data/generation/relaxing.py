@@ -11,7 +11,7 @@ from relaxnet_jax.data.ase_io import fixed_atoms, labels_of
 from relaxnet_jax.data.files import one_line
 from relaxnet_jax.data.generation.settings import Settings
 from relaxnet_jax.data.generation.start import too_close
-from relaxnet_jax.data.trajectory import RelaxationTrajectory
+from relaxnet_jax.data.trajectory import UNCONVERGED, RelaxationTrajectory
 from relaxnet_jax.errors import InputError
 
 if TYPE_CHECKING:
@@ -22,7 +22,6 @@ MAX_RISE = 1.0  # eV/atom above the start, where a relaxation only goes down
 MAX_SWELL = 3.0  # factor by which a cell's volume may change
 MIN_CONTACT = 0.5  # of the sum of two covalent radii
 MAX_STEP = 0.2  # Å an atom moves in one step
-UNCONVERGED = ", not converged"
 
 Failure = str
 

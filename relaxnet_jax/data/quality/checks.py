@@ -163,7 +163,7 @@ def check_store(
         unjudged += n_steps < trajectory.n_frames - 1
         steps, inconsistent = steps + n_steps, inconsistent + n_bad
         compositions.add(
-            i, trajectory.atomic_numbers, float(trajectory.energies[-1]), trajectory.source
+            i, trajectory.atomic_numbers, float(trajectory.energies[-1]), trajectory.family
         )
         if trajectory.charges is not None:
             charges.add(i, trajectory.atomic_numbers, trajectory.charges)

@@ -7,7 +7,7 @@ import tempfile
 
 import numpy as np
 
-_BLOCK = 4096  # rows gathered before they are written
+_BLOCK = 512  # rows gathered before they are written
 
 
 class Columns:
@@ -50,9 +50,11 @@ class Columns:
     def __getitem__(self, name: str) -> np.ndarray:
         """(R,) of a column of width 1, all in memory."""
         self._flush()
-        file = self._files[name]
+        file, (dtype, _) = self._files[name], self._types[name]
+        column = np.empty(os.fstat(file.fileno()).st_size // dtype.itemsize, dtype)
         file.seek(0)
-        return np.frombuffer(file.read(), self._types[name][0])
+        file.readinto(column.data)
+        return column
 
     def rows(self, name: str, rows: np.ndarray) -> np.ndarray:
         """(len(rows), width) of some rows."""

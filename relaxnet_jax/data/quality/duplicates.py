@@ -38,7 +38,7 @@ N_INVARIANTS = len(_PAIRS[0]) + 3 * len(_VECTORS)
 _WINDOW = 3.2e-3
 _SLAB = 8192  # relaxations of one composition looked at together
 _UNLIKE = 16  # comparisons that may fail in a row, the most alike first
-_KEPT_ATOMS = 65_536  # of structures kept for the next comparison
+_KEPT_ATOMS = 16_384  # of structures kept for the next comparison
 FIELDS = {"key": ("<i8", 1), "content": ("<i8", 1), "invariants": ("<f4", N_INVARIANTS)}
 
 
@@ -53,7 +53,8 @@ class First(NamedTuple):
 
 def first_frame(t: RelaxationTrajectory) -> First:
     """What is compared of a relaxation."""
-    return First(t.atomic_numbers, t.positions[0], t.cells[0], np.asarray(t.pbc, dtype=bool))
+    # Copies, which do not keep the other frames.
+    return First(t.atomic_numbers, t.positions[0].copy(), t.cells[0].copy(), t.pbc.astype(bool))
 
 
 def row(first: First) -> dict[str, object]:
@@ -136,10 +137,11 @@ def find_duplicates(columns: Columns, read: Callable[[int], First]) -> list[list
     """
     keys = columns["key"]
     order = np.argsort(keys, kind="stable")
+    keys = keys[order]
+    starts = np.flatnonzero(keys[1:] != keys[:-1]) + 1
+    del keys
     kept = _Kept(read)
     groups: list[list[int]] = []
-    starts = np.flatnonzero(np.diff(keys[order])) + 1
-    del keys
     for begin, end in zip([0, *starts], [*starts, len(order)]):
         if end - begin > 1:
             groups += _of_one_composition(order[begin:end], columns, kept)

@@ -124,8 +124,8 @@ def summarise(
         atoms += of_elements
         relaxations += of_elements > 0
         advance(i + 1)
-    groups, largest_groups = _largest(columns["group"], lambda i: store[i].group)
-    sources, largest_sources = _largest(columns["source"], lambda i: store[i].source)
+    groups, largest_groups = _largest(columns, "group", lambda i: store[i].group)
+    sources, largest_sources = _largest(columns, "source", lambda i: store[i].source)
     same = duplicates.find_duplicates(columns, lambda i: duplicates.first_frame(store[i]))
     distributions = {name: _distribution(columns[name]) for name in SCALARS}
     return DataSummary(
@@ -209,16 +209,21 @@ def _distribution(column: np.ndarray) -> Distribution | None:
     values = column[np.isfinite(column)]
     if not len(values):
         return None
-    return Distribution(len(values), *np.quantile(values, [0, 0.25, 0.5, 0.75, 1]).tolist())
+    shares = np.quantile(values, [0, 0.25, 0.5, 0.75, 1], overwrite_input=True)
+    return Distribution(len(values), *shares.tolist())
 
 
 def _largest(
-    hashes: np.ndarray, name: Callable[[int], str], n: int = 5
+    columns: Columns, column: str, name: Callable[[int], str], n: int = 5
 ) -> tuple[int, list[tuple[str, int]]]:
-    """Number of distinct texts, and the commonest with their counts, named by a row."""
-    _, first, counts = np.unique(hashes, return_index=True, return_counts=True)
-    top = np.lexsort((first, -counts))[:n]
-    return len(first), [(name(int(first[k])), int(counts[k])) for k in top]
+    """Number of distinct hashes in a column, and the commonest with their counts, named by a row."""
+    hashes = columns[column]
+    hashes.sort()
+    starts = np.flatnonzero(np.append(True, hashes[1:] != hashes[:-1]))
+    counts = np.diff(np.append(starts, len(hashes)))
+    most = [(hashes[starts[k]], int(counts[k])) for k in np.argsort(-counts, kind="stable")[:n]]
+    hashes = columns[column]
+    return len(starts), [(name(int((hashes == found).argmax())), count) for found, count in most]
 
 
 def _short(value: Any) -> str:

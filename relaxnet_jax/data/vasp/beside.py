@@ -12,7 +12,7 @@ import numpy as np
 from relaxnet_jax.data.ase_io import fixed_atoms
 from relaxnet_jax.data.files import one_line
 from relaxnet_jax.data.sources import decompressed, plain_copy
-from relaxnet_jax.data.trajectory import RelaxationTrajectory
+from relaxnet_jax.data.trajectory import UNFINISHED, RelaxationTrajectory
 from relaxnet_jax.data.vasp.outcar import Outcar
 from relaxnet_jax.errors import InputError
 
@@ -40,12 +40,12 @@ def with_charges(trajectory: RelaxationTrajectory, outcar: Path) -> RelaxationTr
         run = Outcar(stream)
         steps = sum(1 for _ in run.steps())
         numbers = run.numbers
-    if not run.finished:
+    if not run.finished and not trajectory.source.endswith(UNFINISHED):
         raise InputError(f"ends after {steps} complete ionic steps: fetch it again")
     if not np.array_equal(numbers, trajectory.atomic_numbers) or steps != trajectory.n_frames:
         raise InputError(
             f"{steps} ionic steps of {len(numbers)} atoms, the vasprun.xml {trajectory.n_frames} "
-            f"of {trajectory.n_atoms}, or other elements: it is another run's"
+            f"of {trajectory.n_atoms}, or other elements: it is another run's or cut elsewhere"
         )
     if run.charges_fault:
         raise InputError(run.charges_fault)

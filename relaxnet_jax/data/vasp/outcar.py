@@ -13,11 +13,13 @@ from typing import IO, NamedTuple, NoReturn
 import numpy as np
 
 from relaxnet_jax.data.trajectory import (
+    UNFINISHED,
     RelaxationTrajectory,
     reduced_formula,
     sound_and_unwrapped,
 )
-from relaxnet_jax.data.vasp.outcar_lines import Cut, Scanner, table
+from relaxnet_jax.data.vasp.outcar_lines import Scanner, table
+from relaxnet_jax.data.vasp.unfinished import Cut, NoRelaxation, remark, too_few
 from relaxnet_jax.data.vasp.vasprun import KILOBAR, Energy, check_ibrion, is_number
 from relaxnet_jax.errors import InputError
 
@@ -50,8 +52,8 @@ def read_outcar(
 
     Positions are unwrapped; forces are raw; stresses have ASE's sign. Positions have the five
     decimals of an OUTCAR (a vasprun.xml has more). Of each ionic step the energy is the one after
-    its last electronic step, converged or not, as in `vasprun.read_vasprun`. Of a run that was
-    killed, is still going or is cut, the complete ionic steps are kept. ``charges`` are the net
+    its last electronic step, converged or not, as in `vasprun.read_vasprun`. Of a run without its
+    end the complete ionic steps are kept (see `unfinished`). ``charges`` are the net
     charges of the PAW spheres by the last "total charge" table (see `Outcar.charges`), None if
     there is none.
 
@@ -73,16 +75,12 @@ def read_outcar(
     run = Outcar(file, energy)
     steps = list(run.steps())
     if len(steps) < 2:
-        what = "a single ionic step" if steps else "no complete ionic step"
-        raise InputError(f"{what}: a relaxation needs two or more")
+        raise (NoRelaxation if run.finished and steps else InputError)(too_few(len(steps)))
     if len({step.own_cell for step in steps}) > 1:
         missing = [step.own_cell for step in steps].index(False)
         raise InputError(f"ionic step {missing}: no lattice vectors: the file is damaged")
     if not run.finished:
-        say(
-            f"the run was killed, is still going or the file is cut: {len(steps)} complete ionic "
-            "steps kept"
-        )
+        say(remark(len(steps)))
     if run.charges_fault:
         say(f"charges left out: {run.charges_fault}")
     numbers = run.numbers
@@ -106,7 +104,7 @@ def read_outcar(
         group=reduced_formula(numbers),
         stresses=np.array(stresses) if len(stresses) == len(steps) else None,
         charges=run.charges,
-        source=source,
+        source=source if run.finished else source + UNFINISHED,
     )
     return sound_and_unwrapped(trajectory)
 

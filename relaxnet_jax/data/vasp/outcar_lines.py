@@ -7,6 +7,7 @@ from typing import IO
 
 import numpy as np
 
+from relaxnet_jax.data.vasp.unfinished import Cut
 from relaxnet_jax.data.vasp.vasprun import is_number
 from relaxnet_jax.errors import InputError
 
@@ -31,10 +32,6 @@ _MARKS = (
     b"General timing and accounting",
 )
 _GLUED = re.compile(rb"(?<=\d)-")
-
-
-class Cut(Exception):  # noqa: N818 - the end of the file, not a fault of it
-    """The file ends inside a block."""
 
 
 class Scanner:

@@ -12,6 +12,7 @@ from relaxnet_jax.data.sources import Beside, decompressed, is_vasprun
 from relaxnet_jax.data.trajectory import RelaxationTrajectory
 from relaxnet_jax.data.vasp.beside import Initial, difference, fixed_by, with_charges
 from relaxnet_jax.data.vasp.outcar import read_outcar
+from relaxnet_jax.data.vasp.unfinished import NoRelaxation
 from relaxnet_jax.data.vasp.vasprun import Energy, read_vasprun
 from relaxnet_jax.errors import InputError
 
@@ -30,7 +31,9 @@ def read_run(
     """The relaxation of a vasprun.xml or OUTCAR.
 
     The OUTCAR beside a vasprun.xml gives the charges, the POSCAR or CONTCAR beside an OUTCAR the
-    fixed atoms; where these are damaged that is noted and the run is read without them.
+    fixed atoms; where these are damaged that is noted and the run is read without them. Where the
+    vasprun.xml is damaged or holds fewer than two complete ionic steps, the OUTCAR beside it is
+    read instead, and that is noted.
 
     Args:
       shown: what the file is called in messages. path: where it is.
@@ -47,24 +50,67 @@ def read_run(
     def note(line: str) -> None:
         options.note(f"{shown}: {line}")
 
-    with decompressed(path) as stream:
-        try:
-            if is_vasprun(path):
-                trajectory = read_vasprun(stream, name, options.energy, shown.name)
-            else:
-                fixed = _fixed(near.structure, note)
-                trajectory = read_outcar(stream, name, options.energy, shown.name, fixed, note)
-            if options.initial:
-                _check_initial(trajectory, near.cif)
-        except InputError as error:
-            raise InputError(f"{shown}: {error}") from None
-    if near.outcar is None:
-        return trajectory
     try:
-        return with_charges(trajectory, near.outcar)
+        read = _read_vasprun if is_vasprun(path) else _read_outcar
+        trajectory = read(path, shown.name, name, near, options, note)
+        if options.initial:
+            _check_initial(trajectory, near.cif)
     except InputError as error:
-        note(f"charges left out: {near.outcar.name}: {_unnamed(error, near.outcar)}")
-        return trajectory
+        raise InputError(f"{shown}: {_unnamed(error, path)}") from None
+    return trajectory
+
+
+def _read_vasprun(
+    path: Path,
+    source: str,
+    name: str,
+    near: Beside,
+    options: VaspOptions,
+    note: Callable[[str], None],
+) -> RelaxationTrajectory:
+    """The relaxation of a vasprun.xml with the OUTCAR's charges, or that of the OUTCAR."""
+    try:
+        with decompressed(path) as stream:
+            trajectory = read_vasprun(stream, name, options.energy, source, note)
+    except NoRelaxation:
+        raise
+    except InputError as error:
+        if near.outcar is None:
+            raise
+        reason = _unnamed(error, path)
+    else:
+        if near.outcar is None:
+            return trajectory
+        try:
+            return with_charges(trajectory, near.outcar)
+        except InputError as error:
+            note(f"charges left out: {near.outcar.name}: {_unnamed(error, near.outcar)}")
+            return trajectory
+    outcar = near.outcar.name
+    kept: list[str] = []
+    try:
+        trajectory = _read_outcar(near.outcar, outcar, name, near, options, kept.append)
+    except InputError as error:
+        reason += f" (nor can {outcar} be used: {_unnamed(error, near.outcar)})"
+        raise InputError(reason) from None
+    note(f"cannot be used ({reason}): {outcar} is read instead")
+    for line in kept:
+        note(f"{outcar}: {line}")
+    return trajectory
+
+
+def _read_outcar(
+    path: Path,
+    source: str,
+    name: str,
+    near: Beside,
+    options: VaspOptions,
+    note: Callable[[str], None],
+) -> RelaxationTrajectory:
+    """The relaxation of an OUTCAR with the fixed atoms of the POSCAR beside it."""
+    with decompressed(path) as stream:
+        fixed = _fixed(near.structure, note)
+        return read_outcar(stream, name, options.energy, source, fixed, note)
 
 
 def _check_initial(trajectory: RelaxationTrajectory, cif: Path | None) -> None:

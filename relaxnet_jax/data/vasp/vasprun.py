@@ -8,16 +8,18 @@ are passed over by their closing tag without being parsed.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import IO, Literal, NamedTuple
 
 import numpy as np
 
 from relaxnet_jax.data.trajectory import (
+    UNFINISHED,
     RelaxationTrajectory,
     reduced_formula,
     sound_and_unwrapped,
 )
+from relaxnet_jax.data.vasp.unfinished import Cut, NoRelaxation, remark, too_few
 from relaxnet_jax.errors import InputError
 
 Energy = Literal["free", "sigma0", "internal"]
@@ -87,11 +89,12 @@ class _Scanner:
             if not self._more():
                 return None
 
-    def until(self, end: bytes, keep: bool = True) -> bytes | None:
-        """What comes before ``end`` (or b"" if it is not kept); None if the file ends first.
+    def until(self, end: bytes, keep: bool = True) -> bytes:
+        """What comes before ``end`` (or b"" if it is not kept).
 
         Raises:
-          InputError: an ionic step begins or ends before it, so ``end`` is missing.
+          Cut: the file ends first, without its own end.
+          InputError: an ionic step or the file's own end comes before it, so ``end`` is missing.
         """
         searched = self._at
         while True:
@@ -109,16 +112,23 @@ class _Scanner:
                 raise InputError(f"no {end.decode()} within 256 MB: the file is damaged")
             searched = max(len(self._buffer) - self._at - len(end), 0)
             if not self._more():
-                return None
+                if b"</modeling>" in self._buffer:
+                    raise InputError(f"no {end.decode()} before the end of the file: file damaged")
+                raise Cut
 
 
 def read_vasprun(
-    file: IO[bytes], name: str, energy: Energy = "free", source: str = "VASP"
+    file: IO[bytes],
+    name: str,
+    energy: Energy = "free",
+    source: str = "VASP",
+    note: Callable[[str], None] | None = None,
 ) -> RelaxationTrajectory:
     """The relaxation of a vasprun.xml.
 
     Positions are unwrapped; forces are raw; stresses have ASE's sign. Of each ionic step the
-    energy is that of the last electronic step.
+    energy is that of the last electronic step. Of a run without its end the complete ionic steps
+    are kept (see `unfinished`).
 
     Args:
       file: opened in binary mode, decompressed.
@@ -126,10 +136,13 @@ def read_vasprun(
       energy: "free" (TOTEN, consistent with the forces), "sigma0" (extrapolated to zero
         smearing) or "internal" (without entropy).
       source: where it came from.
+      note: called with one line if the run is without its end.
 
     Raises:
-      InputError: it is no relaxation of two or more complete ionic steps, or is damaged; the
-        message is one line without the name of the file.
+      NoRelaxation: it is a run of another kind, of a single ionic step, or holds an atom in some
+        directions only.
+      InputError: it holds fewer than two complete ionic steps or is damaged; the message is one
+        line without the name of the file.
     """
     parser = _Parser(_Scanner(file), energy)
     try:
@@ -139,8 +152,10 @@ def read_vasprun(
             raise
         raise InputError(f"ionic step {parser.done}: {error}: the file is damaged") from error
     if len(steps) < 2:
-        what = "a single ionic step" if steps else "no complete ionic step"
-        raise InputError(f"{what}: a relaxation needs two or more")
+        whole = not parser.cut and steps
+        raise (NoRelaxation if whole else InputError)(too_few(len(steps), parser.cut))
+    if parser.cut and note is not None:
+        note(remark(len(steps)))
     assert parser.numbers is not None
     cells = np.array([step.cell for step in steps])
     with np.errstate(invalid="ignore", over="ignore"):  # what is not finite is refused below
@@ -157,7 +172,7 @@ def read_vasprun(
         fixed_mask=parser.fixed,
         group=reduced_formula(parser.numbers),
         stresses=np.array(stresses) if len(stresses) == len(steps) else None,
-        source=source,
+        source=source + UNFINISHED if parser.cut else source,
     )
     return sound_and_unwrapped(trajectory)
 
@@ -167,6 +182,7 @@ class _Parser:
 
     Attributes:
       numbers: (N,) atomic numbers, once read. fixed: (N,) bool. done: complete steps so far.
+      cut: where the file ends if it lacks its own end, or "".
     """
 
     def __init__(self, scanner: _Scanner, energy: Energy) -> None:
@@ -174,9 +190,17 @@ class _Parser:
         self.numbers: np.ndarray | None = None
         self.fixed: np.ndarray = np.zeros(0, dtype=bool)
         self.done = 0
+        self.cut = ""
+        self._inside = b""
 
     def steps(self) -> Iterator[_Step]:
-        """The ionic steps. Raises InputError at damage, and at a file that is cut."""
+        """The complete ionic steps. Raises InputError at damage other than a cut."""
+        try:
+            yield from self._steps()
+        except Cut:
+            self.cut = f"inside <{self._inside.decode()}>"
+
+    def _steps(self) -> Iterator[_Step]:
         step: dict[str, np.ndarray] | None = None
         electronic: list[dict[bytes, float]] = []
         final: dict[bytes, float] = {}
@@ -224,11 +248,10 @@ class _Parser:
             elif tag == b"/calculation":
                 yield self._finish(step, electronic, final)
                 step, self.done = None, self.done + 1
+        if step is not None and whole:
+            raise InputError(f"ionic step {self.done}: no </calculation>: the file is damaged")
         if not whole:
-            raise InputError(
-                f"ends after {self.done} complete ionic steps, without </modeling>: the run was "
-                "killed or the file is cut; run it to its end or fetch it again"
-            )
+            self.cut = "without </modeling>"
 
     def _block(self, tag: bytes) -> bytes:
         """Text up to the closing tag."""
@@ -241,13 +264,8 @@ class _Parser:
 
     def _upto(self, tag: bytes, keep: bool = True) -> bytes:
         """Goes past the closing tag; see `_Scanner.until`."""
-        text = self._scanner.until(b"</" + tag + b">", keep)
-        if text is None:
-            raise InputError(
-                f"ends inside <{tag.decode()}> after {self.done} complete ionic steps: the run was "
-                "killed or the file is cut; run it to its end or fetch it again"
-            )
-        return text
+        self._inside = tag
+        return self._scanner.until(b"</" + tag + b">", keep)
 
     @property
     def _n_atoms(self) -> int:
@@ -281,7 +299,7 @@ class _Parser:
             raise InputError("selective dynamics: not three flags T or F per atom: file damaged")
         held = np.array([[flag == b"F" for flag in row] for row in flags])
         if np.any(held.any(1) & ~held.all(1)):
-            raise InputError(
+            raise NoRelaxation(
                 "selective dynamics: an atom is held in some directions only: fix or free it"
             )
         self.fixed = np.all(held, axis=1)
@@ -351,9 +369,9 @@ def stress_of(kilobar: np.ndarray) -> np.ndarray:
 
 
 def check_ibrion(ibrion: int) -> None:
-    """Raises InputError if a run with this IBRION is no relaxation."""
+    """Raises NoRelaxation if a run with this IBRION is none."""
     if ibrion in _NO_RELAXATION:
-        raise InputError(
+        raise NoRelaxation(
             f"IBRION={ibrion}, {_NO_RELAXATION[ibrion]}: give a relaxation (IBRION 1, 2 or 3)"
         )
 
