@@ -31,6 +31,5 @@ def get_config():
             "batch_size": 8,
             "learning_rate": 2e-3,
             "weight_decay": 0.1,
-            "max_buckets": 2,
         },
     }

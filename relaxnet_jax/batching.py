@@ -14,24 +14,30 @@ from relaxnet_jax.typing import Graph
 
 @dataclasses.dataclass(frozen=True, order=True)
 class BatchShape:
-    """The static shape of a batch, padding structure included in ``n_graphs``."""
+    """The static shape of a batch, padding structure included in ``n_graphs``.
+
+    Attributes:
+      n_graphs, n_atoms, n_edges, n_bonds: G, N, E, B.
+      n_slots: K, bonds per atom where triplets are listed one by one, else 0.
+    """
 
     n_graphs: int
     n_atoms: int
-    n_slots: int
+    n_edges: int
     n_bonds: int
+    n_slots: int = 0
 
     @property
     def cost(self) -> int:
-        """Slots of edges and triplets: what a batch of this shape costs."""
-        return self.n_atoms * (self.n_slots + self.n_bonds**2)
+        """Edges, bonds and triplets: what a batch of this shape costs."""
+        return self.n_edges + self.n_bonds + self.n_atoms * self.n_slots**2
 
 
 def structure_cost(structure: Structure) -> int:
-    """Edges and triplets a structure really has, comparable with `BatchShape.cost`."""
-    mask = structure.neighbors.mask
-    bonds = mask[:, : structure.neighbors.n_bonds].sum(1)
-    return int(mask.sum() + (bonds**2).sum())
+    """Edges, bonds and triplets a structure really has, comparable with `BatchShape.cost`."""
+    n = structure.neighbors
+    per_atom = np.bincount(n.receivers[n.bond], minlength=1)
+    return n.n_edges + n.n_bonds + (int((per_atom**2).sum()) if n.n_slots else 0)
 
 
 def round_up(value: int) -> int:
@@ -45,14 +51,14 @@ def round_up(value: int) -> int:
 def fitting_shape(structures: Sequence[Structure], rounded: bool = False) -> BatchShape:
     """The smallest shape that holds these structures in one batch, optionally rounded up."""
     up = round_up if rounded else (lambda value: value)
-    # A device without structures gets an empty batch.
-    n_slots = max((s.neighbors.n_slots for s in structures), default=1)
-    n_bonds = max((s.neighbors.n_bonds for s in structures), default=1)
+    n_slots = max((s.neighbors.n_slots for s in structures), default=0)
+    # A device without structures gets an empty batch; arrays of no edges trouble some kernels.
     return BatchShape(
         n_graphs=len(structures) + 1,
-        n_atoms=up(sum(s.n_atoms for s in structures)),
-        n_slots=up(n_slots),
-        n_bonds=min(up(n_bonds), up(n_slots)),
+        n_atoms=up(max(1, sum(s.n_atoms for s in structures))),
+        n_edges=up(max(1, sum(s.neighbors.n_edges for s in structures))),
+        n_bonds=up(max(1, sum(s.neighbors.n_bonds for s in structures))),
+        n_slots=up(n_slots) if n_slots else 0,
     )
 
 
@@ -60,19 +66,15 @@ def collate(structures: Sequence[Structure], shape: BatchShape, dtype=np.float32
     """One padded graph (NumPy) of the given shape; see `relaxnet_jax.graph` for its fields.
 
     Positions are given relative to each structure's first atom's cell as they are: nothing is
-    wrapped or centred. Padding atoms belong to the last structure, sit at the origin, and
-    have no edges.
+    wrapped or centred. Padding atoms belong to the last structure and sit at the origin.
 
     Raises:
       ValueError: the structures do not fit (a programming error, not bad input).
     """
-    N, M, K, G = shape.n_atoms, shape.n_slots, shape.n_bonds, shape.n_graphs
+    N, G = shape.n_atoms, shape.n_graphs
     need = fitting_shape(structures)
-    if need.n_graphs > G or need.n_atoms > N or need.n_slots > M or need.n_bonds > K:
+    if any(getattr(need, f.name) > getattr(shape, f.name) for f in dataclasses.fields(shape)):
         raise ValueError(f"structures needing {need} do not fit {shape}")
-    senders = np.repeat(np.arange(N, dtype=np.int32)[:, None], M, axis=1)
-    reverse_slot = np.repeat(np.arange(M, dtype=np.int32)[None], N, axis=0)
-    shifts, mask = np.zeros((N, M, 3), np.int32), np.zeros((N, M), bool)
     nodes = {
         "positions": np.zeros((N, 3), dtype),
         "atomic_numbers": np.zeros(N, np.int32),
@@ -82,14 +84,12 @@ def collate(structures: Sequence[Structure], shape: BatchShape, dtype=np.float32
         "mask": np.zeros(N, bool),
         "graph": np.full(N, G - 1, np.int32),
     }
-    n_node = np.zeros(G, np.int32)
+    n_node, n_edge = np.zeros(G, np.int32), np.zeros(G, np.int32)
     cell = np.repeat(np.eye(3, dtype=dtype)[None], G, axis=0)
+    pairs, bonds = _PaddedEdges(shape.n_edges, N, dtype), _PaddedEdges(shape.n_bonds, N, dtype)
     offset = 0
     for index, s in enumerate(structures):
-        rows, m = slice(offset, offset + s.n_atoms), s.neighbors.n_slots
-        senders[rows, :m] = s.neighbors.senders + offset
-        shifts[rows, :m], mask[rows, :m] = s.neighbors.shifts, s.neighbors.mask
-        reverse_slot[rows, :m] = s.neighbors.reverse_slot
+        rows, n = slice(offset, offset + s.n_atoms), s.neighbors
         nodes["positions"][rows] = s.positions
         nodes["atomic_numbers"][rows] = s.atomic_numbers
         nodes["masses"][rows] = masses_of(s.atomic_numbers)
@@ -97,23 +97,61 @@ def collate(structures: Sequence[Structure], shape: BatchShape, dtype=np.float32
         nodes["fixed"][rows] = s.fixed_mask
         nodes["mask"][rows] = True
         nodes["graph"][rows] = index
-        n_node[index], cell[index] = s.n_atoms, s.cell
+        n_node[index], n_edge[index], cell[index] = s.n_atoms, n.n_edges, s.cell
+        shifts = n.shifts @ np.asarray(s.cell, np.float64)
+        pairs.add(offset, n.receivers, n.senders, n.reverse, shifts)
+        among_bonds = np.cumsum(n.bond) - 1
+        back = among_bonds[n.reverse[n.bond]]
+        bonds.add(offset, n.receivers[n.bond], n.senders[n.bond], back, shifts[n.bond])
         offset += s.n_atoms
-    n_node[-1] = N - offset
-    nodes["bond_mask"] = mask[:, :K].copy()
+    n_node[-1], n_edge[-1] = N - offset, shape.n_edges - pairs.used
+    nodes |= _bond_slots(bonds.arrays["receivers"][: bonds.used], N, shape.n_slots)
+    edges = pairs.arrays
     return jraph.GraphsTuple(
         nodes=nodes,
-        edges={
-            "shifts": shifts.reshape(-1, 3),
-            "mask": mask.reshape(-1),
-            "reverse": (senders * M + reverse_slot).reshape(-1),
-        },
-        senders=senders.reshape(-1),
-        receivers=np.repeat(np.arange(N, dtype=np.int32), M),
+        edges={name: edges[name] for name in ("offsets", "mask", "reverse")}
+        | {"bonds": bonds.arrays},
+        senders=edges["senders"],
+        receivers=edges["receivers"],
         globals={"cell": cell, "mask": np.arange(G) < len(structures)},
         n_node=n_node,
-        n_edge=n_node * M,
+        n_edge=n_edge,
     )
+
+
+class _PaddedEdges:
+    """Arrays of E edges, filled structure by structure; the rest stay at the last atom."""
+
+    def __init__(self, size: int, n_atoms: int, dtype) -> None:
+        self.used = 0
+        self.arrays: dict[str, np.ndarray] = {
+            "receivers": np.full(size, n_atoms - 1, np.int32),
+            "senders": np.full(size, n_atoms - 1, np.int32),
+            "reverse": np.arange(size, dtype=np.int32),
+            "offsets": np.zeros((size, 3), dtype),
+            "mask": np.zeros(size, bool),
+        }
+
+    def add(self, first_atom: int, receivers, senders, reverse, offsets) -> None:
+        rows = slice(self.used, self.used + len(receivers))
+        self.arrays["receivers"][rows] = receivers + first_atom
+        self.arrays["senders"][rows] = senders + first_atom
+        self.arrays["reverse"][rows] = reverse + self.used
+        self.arrays["offsets"][rows] = offsets
+        self.arrays["mask"][rows] = True
+        self.used = rows.stop
+
+
+def _bond_slots(receivers: np.ndarray, n_atoms: int, n_slots: int) -> dict[str, np.ndarray]:
+    """Each atom's bonds, which follow one another, in K slots; unused ones point at bond 0."""
+    count = np.bincount(receivers, minlength=n_atoms)[:n_atoms, None]
+    first = np.cumsum(count)[:, None] - count
+    slots = np.arange(n_slots, dtype=np.int32)
+    mask = slots < count
+    return {
+        "bond_slots": np.where(mask, first + slots, 0).astype(np.int32),
+        "bond_slot_mask": mask,
+    }
 
 
 def split_nodes(values: np.ndarray, graph: Graph) -> list[np.ndarray]:

@@ -46,7 +46,10 @@ class ModelConfig:
       features: width F of the scalar node features h.
       vector_features: number of vector channels of v.
       layers: number L of DTNN layers.
+      interaction: three-body messages by "moments" (a sum over the third atom inside the MLP, by
+        the addition theorem: cost grows with the bonds) or "triplets" (one MLP per triplet).
       triplet_features: hidden width of the triplet MLPs.
+      moment_channels: weights of the third atom, with "moments".
       pair_features: width of the pair pass that reads the geometry at every ODE step of
         the explicit scheme.
       n_gaussian: Gaussian radial basis functions.
@@ -66,7 +69,9 @@ class ModelConfig:
     features: int = 64
     vector_features: int = 16
     layers: int = 2
+    interaction: Literal["moments", "triplets"] = "moments"
     triplet_features: int = 32
+    moment_channels: int = 16
     pair_features: int = 32
     n_gaussian: int = 16
     n_bessel: int = 6
@@ -209,7 +214,7 @@ class TrainConfig:
     ema: float = 0.99
     seed: int = 0
     max_buckets: int = 3
-    max_padding: float = 0.25
+    max_padding: float = 0.2
     noise: float = 0.0
     checkpoint_every: int = 1
     checkpoint_minutes: float = 30.0

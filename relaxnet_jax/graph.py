@@ -4,13 +4,15 @@ A batch is one `jraph.GraphsTuple` of G structures, the last of which is padding
 
   nodes:   positions (N, 3) Å, atomic_numbers (N,), masses (N,) amu, charges (N,) e,
            fixed (N,) bool, mask (N,) bool, graph (N,) index of the structure,
-           bond_mask (N, K) bool: which of the first K slots are bonds.
-  edges:   shifts (E, 3) lattice shifts, mask (E,) bool, reverse (E,) index of the
-           reversed edge; E = N·M, slot m of atom i is edge i·M + m.
+           bond_slots (N, K) index of each atom's bonds, bond_slot_mask (N, K): the bonds
+           again, in equal numbers for every atom; K = 0 where triplets are not listed.
+  edges:   offsets (E, 3) Å, lattice shift of the sender, mask (E,) bool, reverse (E,) index of the
+           reversed edge; and ``bonds``, the nodes of the bond graph: those edges that are within
+           the triplet range, with receivers, senders, offsets, mask and reverse of their own.
   globals: cell (G, 3, 3) Å, mask (G,) bool.
 
-The bond graph of the triplets needs no arrays of its own: its nodes are the first K slots
-of each atom, and its edges the ordered pairs of different bonds at one atom.
+Receivers ascend. Padding edges run from the last atom to itself, their own reverse. The edges of
+the bond graph, the triplets, need no arrays: they are the ordered pairs of bonds at one atom.
 """
 
 from __future__ import annotations
@@ -26,8 +28,8 @@ from jax import Array
 from relaxnet_jax.config import Config
 from relaxnet_jax.errors import InputError
 from relaxnet_jax.neighbors import Neighbors, build_neighbors
-from relaxnet_jax.ops import gather_senders, spread_slots
-from relaxnet_jax.typing import Graph, Positions
+from relaxnet_jax.ops import EdgeList, gather_senders, spread
+from relaxnet_jax.typing import AnyArray, Graph, Positions
 
 if TYPE_CHECKING:
     from ase import Atoms
@@ -108,7 +110,14 @@ def build_structure(
     try:
         g = config.graph
         neighbors = build_neighbors(
-            positions, cell, pbc, g.cutoff, g.triplet_cutoff, g.skin, config.triplet_skin
+            positions,
+            cell,
+            pbc,
+            g.cutoff,
+            g.triplet_cutoff,
+            g.skin,
+            config.triplet_skin,
+            slots=config.model.interaction == "triplets",
         )
     except InputError as error:
         raise InputError(f"{name}: {error}") from None
@@ -158,20 +167,32 @@ def masses_of(atomic_numbers: np.ndarray) -> np.ndarray:
     return atomic_masses[atomic_numbers]
 
 
-def n_slots(graph: Graph) -> int:
-    """M, static."""
-    return graph.senders.shape[0] // graph.nodes["mask"].shape[0]
+def pair_list(graph: Graph) -> EdgeList:
+    """The edges of the atom graph."""
+    return EdgeList(graph.receivers, graph.senders, graph.edges["reverse"])
 
 
-def shift_vectors(graph: Graph) -> Array:
-    """shifts @ cell of every edge: (E, 3) Å."""
-    cell = spread_slots(graph.globals["cell"][graph.nodes["graph"]], n_slots(graph))
-    return jnp.einsum("ea,eab->eb", graph.edges["shifts"].astype(cell.dtype), cell)
+def bond_list(graph: Graph) -> EdgeList:
+    """The nodes of the bond graph, as edges between atoms."""
+    bonds = graph.edges["bonds"]
+    return EdgeList(bonds["receivers"], bonds["senders"], bonds["reverse"])
 
 
-def edge_vectors(graph: Graph, positions: Positions, shifts: Array) -> Array:
-    """positions[sender] + shift - positions[receiver]: (E, 3) Å; FAR along x in unused slots."""
-    vectors = gather_senders(positions, graph.senders, graph.edges["reverse"]) + shifts
-    vectors = vectors - spread_slots(positions, n_slots(graph))
+def edge_vectors(edges: EdgeList, offsets: AnyArray, mask: AnyArray, positions: Positions) -> Array:
+    """positions[sender] + offset - positions[receiver]: (E, 3) Å; FAR along x in padding edges."""
+    vectors = gather_senders(positions, edges) - spread(positions, edges.receivers)
+    vectors = vectors + jnp.asarray(offsets, vectors.dtype)
     far = jnp.array([FAR, 0.0, 0.0], vectors.dtype)
-    return jnp.where(graph.edges["mask"][:, None], vectors, far)
+    return jnp.where(mask[:, None], vectors, far)
+
+
+def pair_vectors(graph: Graph, positions: Positions) -> Array:
+    """The vectors of all edges: (E, 3) Å."""
+    edges = graph.edges
+    return edge_vectors(pair_list(graph), edges["offsets"], edges["mask"], positions)
+
+
+def bond_vectors(graph: Graph, positions: Positions) -> Array:
+    """The vectors of the bonds: (B, 3) Å."""
+    bonds = graph.edges["bonds"]
+    return edge_vectors(bond_list(graph), bonds["offsets"], bonds["mask"], positions)

@@ -37,7 +37,7 @@ from relaxnet_jax.typing import AnyArray, Graph, Params, Times
 if TYPE_CHECKING:
     from ase import Atoms
 
-FORMAT = 1
+FORMAT = 2
 
 
 class Prediction(NamedTuple):

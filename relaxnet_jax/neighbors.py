@@ -1,8 +1,7 @@
-"""Periodic neighbour lists in slots (NumPy; built once per trajectory).
+"""Periodic neighbour lists (NumPy; built once per trajectory).
 
-Every atom's neighbours are sorted by distance, so the bonds within the triplet
-cutoff are the first slots of its list and the triplets of atom i are the pairs of its
-bond slots: neither needs an index array.
+The pairs are a flat list sorted by receiver, and by distance within each. Those within the triplet
+cutoff are the bonds.
 """
 
 from __future__ import annotations
@@ -22,25 +21,31 @@ class Neighbors:
     """Neighbour list of one structure.
 
     Attributes:
-      senders: (N, M) int32, neighbour j in each slot of atom i; i itself in unused slots.
-      shifts: (N, M, 3) int32, vector = positions[j] + shifts @ cell - positions[i].
-      mask: (N, M) bool, used slots.
-      reverse_slot: (N, M) int32, the slot at j that holds the edge back to i.
-      n_bonds: int, K: most neighbours of any atom within the triplet range.
+      receivers, senders: (E,) int32, the centre i and its neighbour j; receivers ascend.
+      shifts: (E, 3) int32, vector = positions[j] + shifts @ cell - positions[i].
+      reverse: (E,) int32, the pair with i and j exchanged.
+      bond: (E,) bool, whether the pair is within the triplet range.
+      n_slots: K, most bonds of any atom; 0 where triplets are not listed one by one.
       reach: Å, the distance up to which the list is complete.
     """
 
+    receivers: np.ndarray
     senders: np.ndarray
     shifts: np.ndarray
-    mask: np.ndarray
-    reverse_slot: np.ndarray
-    n_bonds: int
+    reverse: np.ndarray
+    bond: np.ndarray
+    n_slots: int
     reach: float
 
     @property
-    def n_slots(self) -> int:
-        """M, the most neighbours of any atom."""
-        return self.senders.shape[1]
+    def n_edges(self) -> int:
+        """E, the number of ordered pairs."""
+        return len(self.receivers)
+
+    @property
+    def n_bonds(self) -> int:
+        """B, the number of bonds among them."""
+        return int(self.bond.sum())
 
 
 def pairs_within(positions, cell, pbc, reach: float):
@@ -65,16 +70,23 @@ def pairs_within(positions, cell, pbc, reach: float):
 
 
 def build_neighbors(
-    positions, cell, pbc, cutoff: float, triplet_cutoff: float, skin: float, triplet_skin: float
+    positions,
+    cell,
+    pbc,
+    cutoff: float,
+    triplet_cutoff: float,
+    skin: float,
+    triplet_skin: float,
+    slots: bool = True,
 ) -> Neighbors:
-    """Slot list of the pairs within ``cutoff + skin``.
+    """The pairs within ``cutoff + skin``.
 
-    Bonds are those within ``triplet_cutoff + triplet_skin``.
+    Bonds are those within ``triplet_cutoff + triplet_skin``. ``slots``: whether to count K.
 
     Raises:
       InputError: two atoms at (almost) one point, or a degenerate cell.
     """
-    n_atoms, reach = len(positions), cutoff + skin
+    reach = cutoff + skin
     i, j, shifts, distances = pairs_within(positions, cell, pbc, reach)
     if len(distances) and distances.min() < MIN_DISTANCE:
         worst = int(distances.argmin())
@@ -88,24 +100,18 @@ def build_neighbors(
     if not paired.all():  # rounding can list a pair at the very edge of the reach once only
         i, j, shifts, distances = i[paired], j[paired], shifts[paired], distances[paired]
         back, _ = _reverse_edges(i, j, shifts)
-    degree = np.bincount(i, minlength=n_atoms)
-    start = np.concatenate([[0], np.cumsum(degree)[:-1]])
-    slot = np.arange(len(i)) - start[i]
-    n_slots = max(1, int(degree.max(initial=0)))
-    bonds = np.bincount(i[distances < triplet_cutoff + triplet_skin], minlength=n_atoms)
-    neighbors = Neighbors(
-        senders=np.repeat(np.arange(n_atoms, dtype=np.int32)[:, None], n_slots, axis=1),
-        shifts=np.zeros((n_atoms, n_slots, 3), np.int32),
-        mask=np.zeros((n_atoms, n_slots), bool),
-        reverse_slot=np.repeat(np.arange(n_slots, dtype=np.int32)[None], n_atoms, axis=0),
-        n_bonds=max(1, int(bonds.max(initial=0))),
+    # The reverse of a bond is a bond, also where rounding puts one of them beyond the range.
+    bond = np.minimum(distances, distances[back]) < triplet_cutoff + triplet_skin
+    most = int(np.bincount(i[bond], minlength=1).max())
+    return Neighbors(
+        receivers=i.astype(np.int32),
+        senders=j.astype(np.int32),
+        shifts=shifts.astype(np.int32),
+        reverse=back.astype(np.int32),
+        bond=bond,
+        n_slots=max(1, most) if slots else 0,
         reach=reach,
     )
-    neighbors.senders[i, slot] = j
-    neighbors.shifts[i, slot] = shifts
-    neighbors.mask[i, slot] = True
-    neighbors.reverse_slot[i, slot] = slot[back]
-    return neighbors
 
 
 def _reverse_edges(i, j, shifts) -> tuple[np.ndarray, np.ndarray]:

@@ -1,19 +1,35 @@
-"""Gradient-safe norms and divisions, and the two linear maps between atoms and edges.
+"""Gradient-safe norms and divisions, and the linear maps between atoms and edges.
 
-Edges live in *slots*: atom i owns ``M`` consecutive edges, those it receives
-(``receivers = repeat(arange(N), M)``), unused slots masked. A sum over the
-neighbours of each atom is then a reshape and a dense reduction instead of a
-scatter-add, and so is the transpose of the gather from neighbours, through the
-index of each edge's reverse edge. XLA runs scatters serially on a CPU: on 384 atoms
-with 18 bonds each (117,504 triplets, 32 features, 2 cores) the gradient of a
-triplet sum took 135 ms by gather and segment sum and 25 ms by slots.
+Edges are sorted by receiver, so sums over neighbours are sorted segment sums. The transpose of
+the gather from senders would be an unsorted scatter; with the index of each edge's reverse it
+is a gather and a sorted segment sum too: the gradient of a pair convolution's forces took 2.1 ms
+so, 2.5 ms by plain indexing, and 2.9 ms with every atom's neighbours padded to equal
+numbers and summed as a dense axis (5,632 edges, 2 cores, jax 0.10.1).
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
+import jraph
 from jax import Array
+
+from relaxnet_jax.typing import AnyArray
+
+
+class EdgeList(NamedTuple):
+    """Directed edges, each with its reverse; padding edges run from an atom to itself.
+
+    Attributes:
+      receivers, senders: (E,) centre and neighbour; receivers ascend.
+      reverse: (E,) index of the edge with the two exchanged; of a padding edge, itself.
+    """
+
+    receivers: AnyArray
+    senders: AnyArray
+    reverse: AnyArray
 
 
 def safe_norm(x: Array, axis: int = -1, keepdims: bool = False) -> Array:
@@ -29,52 +45,49 @@ def safe_divide(numerator: Array, denominator: Array) -> Array:
     return jnp.where(nonzero, numerator / jnp.where(nonzero, denominator, 1.0), 0.0)
 
 
-def sum_slots(edge_values: Array, n_atoms: int) -> Array:
-    """Sum over each receiver's edges: (N·M, ...) -> (N, ...)."""
-    return edge_values.reshape((n_atoms, -1, *edge_values.shape[1:])).sum(1)
+def sum_edges(edge_values: Array, receivers: AnyArray, n_atoms: int) -> Array:
+    """Sum over each receiver's edges: (E, ...), (E,) ascending -> (N, ...)."""
+    return jraph.segment_sum(edge_values, receivers, n_atoms, indices_are_sorted=True)
 
 
-def spread_slots(node_values: Array, n_slots: int) -> Array:
-    """Each receiver's value on its edges: (N, ...) -> (N·M, ...). Transpose of `sum_slots`."""
-    shape = (node_values.shape[0], n_slots, *node_values.shape[1:])
-    return jnp.broadcast_to(node_values[:, None], shape).reshape((-1, *shape[2:]))
+def spread(node_values: Array, receivers: AnyArray) -> Array:
+    """Each receiver's value on its edges: (N, ...), (E,) ascending -> (E, ...)."""
+    return node_values.at[receivers].get(indices_are_sorted=True, mode="promise_in_bounds")
 
 
 @jax.custom_vjp
-def gather_senders(node_values: Array, senders: Array, reverse: Array) -> Array:
-    """Each sender's value on its edges: (N, ...), (E,), (E,) -> (E, ...).
+def gather_senders(node_values: Array, edges: EdgeList) -> Array:
+    """Each sender's value on its edges: (N, ...) -> (E, ...).
 
-    ``reverse[e]`` is the edge with sender and receiver of e exchanged (e itself for an
-    unused slot, whose sender is its receiver). So the edges *sent* by atom j are the
-    reverses of those it *receives*, and the transpose is a gather and a slot sum.
-    Reverse-mode differentiable to any order.
+    The edges *sent* by atom j are the reverses of those it *receives*, so the transpose is a
+    gather and a sorted sum. Reverse-mode differentiable to any order.
     """
-    return node_values[senders]
+    return node_values.at[edges.senders].get(mode="promise_in_bounds")
 
 
 @jax.custom_vjp
-def _scatter_senders(edge_values: Array, senders: Array, reverse: Array, template: Array) -> Array:
+def _scatter_senders(edge_values: Array, edges: EdgeList, template: Array) -> Array:
     """Transpose of `gather_senders`: sums (E, ...) to the senders; template (N, 0) gives N."""
-    return sum_slots(edge_values[reverse], template.shape[0])
+    reverse = edge_values.at[edges.reverse].get(mode="promise_in_bounds", unique_indices=True)
+    return sum_edges(reverse, edges.receivers, template.shape[0])
 
 
-def _gather_fwd(node_values, senders, reverse):
+def _gather_fwd(node_values, edges):
     template = jnp.zeros((node_values.shape[0], 0), node_values.dtype)
-    return gather_senders(node_values, senders, reverse), (senders, reverse, template)
+    return gather_senders(node_values, edges), (edges, template)
 
 
 def _gather_bwd(residuals, cotangent):
-    senders, reverse, template = residuals
-    return _scatter_senders(cotangent, senders, reverse, template), None, None
+    edges, template = residuals
+    return _scatter_senders(cotangent, edges, template), None
 
 
-def _scatter_fwd(edge_values, senders, reverse, template):
-    return _scatter_senders(edge_values, senders, reverse, template), (senders, reverse)
+def _scatter_fwd(edge_values, edges, template):
+    return _scatter_senders(edge_values, edges, template), edges
 
 
-def _scatter_bwd(residuals, cotangent):
-    senders, reverse = residuals
-    return gather_senders(cotangent, senders, reverse), None, None, None
+def _scatter_bwd(edges, cotangent):
+    return gather_senders(cotangent, edges), None, None
 
 
 gather_senders.defvjp(_gather_fwd, _gather_bwd)

@@ -89,7 +89,7 @@ def predict_structures(
         retry = {}
         order = sorted(
             pending,
-            key=lambda i: (pending[i][0].neighbors.n_bonds, pending[i][0].neighbors.n_slots),
+            key=lambda i: (pending[i][0].neighbors.n_edges, pending[i][0].n_atoms),
         )
         for begin in range(0, len(order), batch_size):
             members = order[begin : begin + batch_size]

@@ -1,7 +1,7 @@
 """Names for the arrays that cross module boundaries: shape and unit in one place.
 
-N atoms, E = N·M edges in M slots per atom, K bond slots per atom (the first K of the
-M, neighbours being sorted by distance), G structures, n frames, F features.
+N atoms, E edges (ordered pairs of neighbours), B bonds (the edges that form triplets), K bond
+slots per atom, G structures, n frames, F features.
 """
 
 from __future__ import annotations

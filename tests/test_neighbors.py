@@ -10,15 +10,15 @@ from tiny import perfect, systems, tiny_config
 
 from relaxnet_jax.batching import collate, fitting_shape
 from relaxnet_jax.errors import InputError
-from relaxnet_jax.graph import FAR, build_structure, edge_vectors, shift_vectors
+from relaxnet_jax.graph import FAR, bond_vectors, build_structure, pair_list, pair_vectors
 from relaxnet_jax.neighbors import build_neighbors
 from relaxnet_jax.ops import (
     gather_senders,
     masked_mean,
     safe_divide,
     safe_norm,
-    spread_slots,
-    sum_slots,
+    spread,
+    sum_edges,
 )
 
 CUTOFF, TRIPLET, SKIN = 3.4, 2.6, 0.4
@@ -40,12 +40,6 @@ def random_cells():
         )
 
 
-def edges_of(neighbors):
-    """{(i, j, S)} of the used slots, and the vectors' rows in the same order."""
-    i, slot = np.nonzero(neighbors.mask)
-    return i, neighbors.senders[i, slot], neighbors.shifts[i, slot], slot
-
-
 def build(atoms):
     try:
         return build_neighbors(
@@ -64,7 +58,7 @@ def test_same_pairs_as_matscipy():
         neighbors = build(atoms)
         if neighbors is None:
             continue
-        i, j, shifts, _ = edges_of(neighbors)
+        i, j, shifts = neighbors.receivers, neighbors.senders, neighbors.shifts
         reference = atoms.copy()
         if reference.cell.rank < 3:  # matscipy wants a cell, whatever is not periodic
             reference.cell[:] = np.where(reference.pbc[:, None], reference.cell, 1e3 * np.eye(3))
@@ -79,29 +73,25 @@ def test_same_pairs_as_matscipy():
     assert len(sizes) > 30 and max(sizes) > 100 and 0 in sizes
 
 
-def test_slots():
-    """Sorted by distance; bonds come first and all of them; reversal is an involution."""
+def test_order():
+    """By receiver, then distance; all bonds are marked; reversal is an involution."""
     for atoms in all_structures():
         neighbors = build(atoms)
         if neighbors is None:
             continue
-        i, j, shifts, slot = edges_of(neighbors)
+        i, j, shifts, back = (
+            getattr(neighbors, k) for k in ("receivers", "senders", "shifts", "reverse"))  # fmt: skip
         vectors = atoms.positions[j] + shifts @ atoms.cell.array - atoms.positions[i]
-        lengths = np.full(neighbors.mask.shape, np.inf)
-        lengths[i, slot] = np.linalg.norm(vectors, axis=1)
-        np.testing.assert_allclose(np.sort(lengths, 1), lengths, atol=1e-9)
-        bonds = lengths < TRIPLET + 0.2
-        assert neighbors.n_bonds == max(1, bonds.sum(1).max())
-        assert not bonds[:, neighbors.n_bonds :].any()
-        assert neighbors.n_slots == max(1, neighbors.mask.sum(1).max())
-        back = neighbors.reverse_slot[i, slot]
-        assert (neighbors.senders[j, back] == i).all()
-        assert (neighbors.shifts[j, back] == -shifts).all()
-        assert (neighbors.reverse_slot[j, back] == slot).all()
-        unused = ~neighbors.mask
-        own = np.broadcast_to(np.arange(len(atoms))[:, None], unused.shape)
-        assert (neighbors.senders[unused] == own[unused]).all()
-        assert (neighbors.shifts[unused] == 0).all()
+        lengths = np.linalg.norm(vectors, axis=1)
+        assert (np.diff(i) >= 0).all() and (np.diff(lengths)[np.diff(i) == 0] > -1e-9).all()
+        assert (i[back] == j).all() and (j[back] == i).all()
+        assert (shifts[back] == -shifts).all() and (back[back] == np.arange(len(i))).all()
+        bond = lengths < TRIPLET + 0.2
+        doubtful = np.abs(lengths - TRIPLET - 0.2) < 1e-9
+        assert ((neighbors.bond == bond) | doubtful).all()
+        assert (neighbors.bond[back] == neighbors.bond).all()
+        most = max(1, np.bincount(i[neighbors.bond], minlength=1).max())
+        assert neighbors.n_slots == most and neighbors.n_bonds == neighbors.bond.sum()
 
 
 def test_two_atoms_at_one_point():
@@ -136,28 +126,35 @@ def graph(x64):
     structures = [build_structure(a.numbers, a.positions, a.cell.array, a.pbc, tiny_config())
                   for a in systems()]  # fmt: skip
     shape = fitting_shape(structures)
-    shape = type(shape)(6, shape.n_atoms + 3, shape.n_slots + 2, shape.n_bonds + 1)
+    shape = type(shape)(6, shape.n_atoms + 3, shape.n_edges + 2, shape.n_bonds + 1)
     return jax.tree.map(jnp.asarray, collate(structures, shape, np.float64))
 
 
 def test_edge_vectors(graph):
-    """positions[sender] + shift - positions[receiver]; antisymmetric; far in unused slots."""
+    """positions[sender] + offset - positions[receiver]; antisymmetric; far in unused ones."""
     x = graph.nodes["positions"]
-    vectors = np.asarray(edge_vectors(graph, x, shift_vectors(graph)))
-    used, reverse = np.asarray(graph.edges["mask"]), np.asarray(graph.edges["reverse"])
+    bonds = graph.edges["bonds"]
+    for vectors, senders, receivers, edges in (
+        (pair_vectors(graph, x), graph.senders, graph.receivers, graph.edges),
+        (bond_vectors(graph, x), bonds["senders"], bonds["receivers"], bonds),
+    ):
+        vectors, used, reverse = (np.asarray(v) for v in (vectors, edges["mask"], edges["reverse"]))
+        expected = np.asarray(x)[senders] + edges["offsets"] - np.asarray(x)[receivers]
+        np.testing.assert_allclose(vectors[used], expected[used], atol=1e-12)
+        np.testing.assert_allclose(vectors[used], -vectors[reverse][used], atol=1e-12)
+        assert used.any() and not used.all()
+        assert (np.linalg.norm(vectors[~used], axis=1) == FAR).all()
+    # Offsets are lattice vectors (the molecule and the padding have none).
     cell = np.asarray(graph.globals["cell"])[np.asarray(graph.nodes["graph"])]
-    shifts = np.einsum("ea,eab->eb", graph.edges["shifts"], cell[graph.receivers])
-    expected = np.asarray(x)[graph.senders] + shifts - np.asarray(x)[graph.receivers]
-    np.testing.assert_allclose(vectors[used], expected[used], atol=1e-12)
-    np.testing.assert_allclose(vectors[used], -vectors[reverse][used], atol=1e-12)
-    assert (np.linalg.norm(vectors[~used], axis=1) == FAR).all()
-    assert (reverse[reverse] == np.arange(len(reverse))).all()
-    assert (used[reverse] == used).all()
+    whole = np.einsum("ea,eab->eb", graph.edges["offsets"], np.linalg.pinv(cell)[graph.receivers])
+    molecule = np.asarray(graph.nodes["graph"])[graph.receivers] == 0
+    np.testing.assert_allclose(whole[~molecule], np.round(whole[~molecule]), atol=1e-9)
+    assert np.abs(whole).max() > 0.9
 
 
 def test_gather_senders(graph):
     """Value, first and second derivatives equal those of plain indexing."""
-    senders, reverse = graph.senders, graph.edges["reverse"]
+    edges, senders = pair_list(graph), graph.senders
     n = graph.nodes["mask"].shape[0]
     rng = np.random.default_rng(0)
     x, w, v = (jnp.asarray(rng.normal(size=(k, 2))) for k in (n, len(senders), n))
@@ -176,17 +173,19 @@ def test_gather_senders(graph):
         return jax.jit(lambda x: (gather(x), f(x), jax.grad(f)(x), jax.grad(second)(x),
                                   jax.grad(third)(x)))  # fmt: skip
 
-    ours = function(lambda x: gather_senders(x, senders, reverse))(x)
+    ours = function(lambda x: gather_senders(x, edges))(x)
     plain = function(lambda x: x[senders])(x)
     for a, b in zip(ours, plain):
         assert np.abs(b).max() > 0.1
         np.testing.assert_allclose(a, b, atol=1e-10)
 
 
-def test_slot_sums():
-    values = jnp.arange(24.0).reshape(6, 4)
-    np.testing.assert_array_equal(sum_slots(values, 3), values.reshape(3, 2, 4).sum(1))
-    np.testing.assert_array_equal(spread_slots(values, 2), np.repeat(values, 2, axis=0))
+def test_edge_sums():
+    values, receivers = jnp.arange(24.0).reshape(6, 4), jnp.array([0, 0, 0, 2, 2, 3])
+    total = sum_edges(values, receivers, 5)
+    expected = [values[:3].sum(0), 0 * values[0], values[3:5].sum(0), values[5], 0 * values[0]]
+    np.testing.assert_array_equal(total, expected)
+    np.testing.assert_array_equal(spread(total, receivers), np.asarray(expected)[receivers])
 
 
 def test_safe_operations():

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from ase import Atoms
 from tiny import (
+    CASES,
     SCHEMES,
     atom_slices,
     batch,
@@ -28,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("x64")
 SYMMETRIC = ("fcc", "rocksalt", "perovskite", "bcc", "one atom", "isolated", "far apart")
 
 
-@pytest.fixture(scope="module", params=SCHEMES)
+@pytest.fixture(scope="module", params=CASES)
 def case(request, x64):
     config = tiny_config(request.param)
     return config, tiny_model(config)
@@ -156,8 +157,10 @@ def scan_function(config, model):
     return lambda *args: [np.asarray(v) for v in scan(*args)]
 
 
-@pytest.mark.parametrize("update_positions", [False, True])
-@pytest.mark.parametrize("latent", SCHEMES)
+@pytest.mark.parametrize(
+    "latent, update_positions",
+    [(s, u) for s in SCHEMES for u in (False, True)] + [("triplets", False)],
+)
 def test_smooth_through_both_cutoffs(latent, update_positions):
     """Across either cutoff energy, forces and velocities have no step, the energy no kink.
 
@@ -173,7 +176,8 @@ def test_smooth_through_both_cutoffs(latent, update_positions):
     scans = {"triplet": (atoms, 2, g.triplet_cutoff), "pair": (atoms, 2, g.cutoff),
              "dimer": (dimer, 1, g.cutoff)}  # fmt: skip
     structures = {k: structure_from_atoms(a, config, k) for k, (a, _, _) in scans.items()}
-    shape = dataclasses.replace(fitting_shape([structures["triplet"]]), n_slots=2, n_bonds=2)
+    shape = dataclasses.replace(
+        fitting_shape([structures["triplet"]]), n_edges=6, n_bonds=6, n_slots=2)  # fmt: skip
     scan = scan_function(config, model)
     for name, (a, mover, cutoff) in scans.items():
         graph = batch([a], config, shape)

@@ -9,8 +9,8 @@ import pytest
 from test_pipeline import CONFIG, relaxation
 from tiny import molecule, slab, systems, tiny_config
 
-from relaxnet_jax.batching import structure_cost
 from relaxnet_jax.data import sample_file
+from relaxnet_jax.data.buckets import size_of
 from relaxnet_jax.data.relaxations import Relaxations
 from relaxnet_jax.data.sample import make_sample
 from relaxnet_jax.data.sample_file import SampleView, prepare_samples
@@ -60,8 +60,7 @@ def test_samples_come_back_as_made(relaxations):
         truth = make_sample(relaxations[int(row)], CONFIG, table)
         same(view[k], truth)
         s = truth.structure
-        sizes = (s.n_atoms, s.neighbors.n_slots, s.neighbors.n_bonds, structure_cost(s))
-        assert tuple(int(values[k]) for values in view.sizes) == sizes
+        assert tuple(int(values[k]) for values in view.sizes) == size_of(s)
         assert np.flatnonzero(file.elements[row]).tolist() == sorted(set(s.atomic_numbers))
 
 

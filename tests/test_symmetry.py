@@ -24,6 +24,7 @@ from tiny import (
 )
 
 CASES = [(latent, dtype) for latent in SCHEMES for dtype in (np.float64, np.float32)]
+CASES.append(("triplets", np.float64))
 
 
 def solve(case, atoms, shape=SHAPE):
@@ -161,7 +162,7 @@ def test_padding(latent):
         config, atoms = tiny_config(latent), systems()
         model, functions = tiny_model(config), compiled(config)
         found = []
-        for shape in (SHAPE, bigger(SHAPE, n_graphs=3, n_atoms=9, n_slots=5, n_bonds=3)):
+        for shape in (SHAPE, bigger(SHAPE, n_graphs=3, n_atoms=9, n_edges=50, n_bonds=30)):
             graph = batch(atoms, config, shape)
             state = functions.start(model, graph, graph.nodes["positions"])
             rate = functions.field(model, graph, state)

@@ -22,20 +22,23 @@ from relaxnet_jax.graph import structure_from_atoms
 from relaxnet_jax.model import create_model, network_of, predict_trajectory
 
 SCHEMES = ("explicit", "implicit")
-SHAPE = BatchShape(n_graphs=10, n_atoms=24, n_slots=44, n_bonds=20)
+CASES = (*SCHEMES, "triplets")  # the last: implicit, with one MLP per triplet
+SHAPE = BatchShape(n_graphs=10, n_atoms=24, n_edges=760, n_bonds=310, n_slots=20)
 TINY = {
     "graph": {"cutoff": 4.0, "triplet_cutoff": 3.2, "skin": 0.5},
     "model": {
         "features": 8, "vector_features": 3, "layers": 2, "triplet_features": 4,
         "pair_features": 4, "n_gaussian": 4, "n_bessel": 3, "l_max": 2, "l_angle": 3,
-        "expansion_channels": 3, "attention_heads": 2,
+        "expansion_channels": 3, "attention_heads": 2, "moment_channels": 3,
     },
     "dynamics": {"frames": 3},
 }  # fmt: skip
 
 
 def tiny_config(latent="explicit", **overrides):
-    """The tiny configuration of a scheme; overrides as section__field=value."""
+    """The tiny configuration of a scheme or case; overrides as section__field=value."""
+    if latent == "triplets":
+        latent, overrides = "implicit", {"model__interaction": "triplets"} | overrides
     changes = {key.replace("__", "."): value for key, value in overrides.items()}
     return load_config(TINY, {"dynamics.latent": latent} | changes)
 
@@ -111,6 +114,8 @@ def perfect():
 
 def batch(atoms, config, shape=SHAPE, dtype=np.float64):
     """A padded graph of ASE structures."""
+    if config.model.interaction == "moments":
+        shape = dataclasses.replace(shape, n_slots=0)
     structures = [structure_from_atoms(a, config, f"structure {i}") for i, a in enumerate(atoms)]
     return jax.tree.map(jnp.asarray, collate(structures, shape, dtype))
 

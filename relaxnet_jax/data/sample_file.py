@@ -20,9 +20,8 @@ from pathlib import Path
 import joblib
 import numpy as np
 
-from relaxnet_jax.batching import structure_cost
 from relaxnet_jax.config import Config
-from relaxnet_jax.data.buckets import Sizes
+from relaxnet_jax.data.buckets import Sizes, size_of
 from relaxnet_jax.data.files import atomic_path
 from relaxnet_jax.data.relaxations import Relaxations
 from relaxnet_jax.data.sample import Sample, frame_slots, make_sample
@@ -31,8 +30,8 @@ from relaxnet_jax.graph import MAX_ATOMIC_NUMBER, Structure
 from relaxnet_jax.neighbors import Neighbors
 from relaxnet_jax.runtime import cache_folder
 
-MAGIC = b"relaxnet_jax samples 1\n"
-# Field: (dtype, shape in terms of N atoms, M slots, n frames). The order is that of a record.
+MAGIC = b"relaxnet_jax samples 2\n"
+# Field: (dtype, shape in terms of N atoms, E edges, n frames). The order is that of a record.
 _FIELDS: dict[str, tuple[str, tuple[str | int, ...]]] = {
     "frames": ("<f8", ("n", "N", 3)),
     "forces": ("<f8", ("n", "N", 3)),
@@ -43,10 +42,11 @@ _FIELDS: dict[str, tuple[str, tuple[str | int, ...]]] = {
     "cell": ("<f8", (3, 3)),
     "reach": ("<f8", (1,)),
     "atomic_numbers": ("<i4", ("N",)),
-    "senders": ("<i4", ("N", "M")),
-    "reverse_slot": ("<i4", ("N", "M")),
-    "shifts": ("<i2", ("N", "M", 3)),
-    "mask": ("|b1", ("N", "M")),
+    "receivers": ("<i4", ("E",)),
+    "senders": ("<i4", ("E",)),
+    "reverse": ("<i4", ("E",)),
+    "shifts": ("<i2", ("E", 3)),
+    "bond": ("|b1", ("E",)),
     "fixed_mask": ("|b1", ("N",)),
     "pbc": ("|b1", (3,)),
     "frame_mask": ("|b1", ("n",)),
@@ -61,7 +61,7 @@ class _Row:
     """One relaxation's record, or why it has none."""
 
     record: bytes
-    sizes: tuple[int, int, int, int]
+    sizes: tuple[int, ...]
     elements: np.ndarray
     reason: str
 
@@ -119,9 +119,8 @@ class SampleFile:
             raise KeyError(f"{self.ids[row]}: {self.left_out[row]}")
         begin, end = int(self._offsets[row]), int(self._offsets[row + 1])
         record = os.pread(self._descriptor, end - begin, begin)
-        n_bonds = int(self.sizes.bonds[row])
-        lengths = {"N": self.sizes.atoms[row], "M": self.sizes.slots[row], "n": self.n_frames}
-        return _decode(record, lengths, n_bonds, self.ids[row])
+        lengths = {"N": self.sizes.atoms[row], "E": self.sizes.edges[row], "n": self.n_frames}
+        return _decode(record, lengths, int(self.sizes.slots[row]), self.ids[row])
 
 
 class SampleView(Sequence[Sample]):
@@ -181,6 +180,7 @@ def _key(relaxations: Relaxations, config: Config) -> str:
         hashlib.sha256(relaxations.rows.astype("<i8").tobytes()).hexdigest(),
         dataclasses.asdict(config.graph),
         config.triplet_skin,
+        config.model.interaction,
         config.data.frame_selection,
         frame_slots(config),
         config.dynamics.mass,
@@ -203,7 +203,7 @@ def _write(path: Path, relaxations: Relaxations, config: Config) -> None:
         np.savez(
             packed,
             offsets=np.array(offsets, "<i8"),
-            sizes=np.array(sizes, "<i8").reshape(-1, 4),
+            sizes=np.array(sizes, "<i8").reshape(-1, len(Sizes._fields)),
             elements=np.array(elements),
             texts=np.frombuffer(texts, np.uint8),
         )
@@ -233,11 +233,10 @@ def _make_rows(part: Relaxations, config: Config) -> list[_Row]:
         try:
             sample = make_sample(trajectory, config, np.zeros(MAX_ATOMIC_NUMBER + 1))
         except InputError as error:
-            rows.append(_Row(b"", (0, 0, 0, 0), np.packbits(elements), str(error)))
+            rows.append(_Row(b"", (0,) * len(Sizes._fields), np.packbits(elements), str(error)))
             continue
-        s = sample.structure
-        sizes = (s.n_atoms, s.neighbors.n_slots, s.neighbors.n_bonds, structure_cost(s))
-        rows.append(_Row(_encode(sample), sizes, np.packbits(elements), ""))
+        size = size_of(sample.structure)
+        rows.append(_Row(_encode(sample), size, np.packbits(elements), ""))
     return rows
 
 
@@ -250,7 +249,7 @@ def _encode(sample: Sample) -> bytes:
     )
 
 
-def _decode(record: bytes, lengths: dict[str, int], n_bonds: int, name: str) -> Sample:
+def _decode(record: bytes, lengths: dict[str, int], n_slots: int, name: str) -> Sample:
     at, found = 0, {}
     for field, (dtype, letters) in _FIELDS.items():
         shape = [lengths[x] if isinstance(x, str) else x for x in letters]
@@ -259,11 +258,12 @@ def _decode(record: bytes, lengths: dict[str, int], n_bonds: int, name: str) -> 
         found[field] = np.frombuffer(record, dtype, count, at).reshape(shape).copy()
         at += found[field].nbytes
     neighbors = Neighbors(
+        receivers=found["receivers"],
         senders=found["senders"],
         shifts=found["shifts"].astype(np.int32),
-        mask=found["mask"],
-        reverse_slot=found["reverse_slot"],
-        n_bonds=n_bonds,
+        reverse=found["reverse"],
+        bond=found["bond"],
+        n_slots=n_slots,
         reach=float(found["reach"][0]),
     )
     fields = ("atomic_numbers", "positions", "cell", "pbc", "fixed_mask", "charges")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -10,17 +10,18 @@ from jax import Array
 
 from relaxnet_jax.basis.angular import EdgeExpansion, edge_expansion
 from relaxnet_jax.config import GraphConfig, ModelConfig
-from relaxnet_jax.graph import MAX_ATOMIC_NUMBER, shift_vectors
+from relaxnet_jax.graph import MAX_ATOMIC_NUMBER, pair_list
 from relaxnet_jax.models.layers import (
     MLP,
     PAIR_NORM,
     Geometry,
     PairConvolution,
-    TripletMPNN,
     VectorFeatures,
     geometry,
 )
-from relaxnet_jax.ops import gather_senders
+from relaxnet_jax.models.moments import MomentMPNN
+from relaxnet_jax.models.triplets import TripletMPNN
+from relaxnet_jax.ops import gather_senders, sum_edges
 from relaxnet_jax.typing import Graph, Latent, Positions
 
 
@@ -44,24 +45,22 @@ class PowerSpectrum(nn.Module):
 
     @nn.compact
     def __call__(self, expansion: EdgeExpansion, h: Array, graph: Graph) -> Array:
-        C, n_atoms = self.channels, h.shape[0]
+        C, n_atoms, edges = self.channels, h.shape[0], pair_list(graph)
         radial, harmonics = expansion
         _, n_roots, degrees = radial.shape
         mix = self.param("mix_kernel", nn.initializers.lecun_normal(), (degrees, n_roots, C))
-        weights = nn.Dense(C, name="weight")(h)
-        weights = gather_senders(weights, graph.senders, graph.edges["reverse"])
+        weights = gather_senders(nn.Dense(C, name="weight")(h), edges)
         weighted = jnp.einsum("enl,lnc->elc", radial, mix) * weights[:, None]
-        weighted = weighted.reshape(n_atoms, -1, degrees, C)
         invariants = []
         for l, chunk in enumerate(harmonics.chunks):  # (E, 1, 2l+1)
-            chunk = chunk.reshape(n_atoms, -1, 2 * l + 1)
-            total = jnp.einsum("nsc,nsm->ncm", weighted[:, :, l], chunk) / PAIR_NORM
+            products = weighted[:, l, :, None] * chunk
+            total = sum_edges(products, edges.receivers, n_atoms) / PAIR_NORM
             invariants.append(jnp.log1p(jnp.sum(total**2, -1)))
         return jnp.concatenate(invariants, -1)
 
 
 class DTNNLayer(nn.Module):
-    """Pair convolution, then TripletMPNN, both residual; then, if switched on, the positions move.
+    """Pair convolution, then three-body messages, both residual; then the positions, if they move.
 
     A step of a scan: carries (h, v, positions) and gives out h.
     """
@@ -70,25 +69,33 @@ class DTNNLayer(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, carry, graph: Graph, shifts: Array, initial: Geometry):
+    def __call__(self, carry, graph: Graph, initial: Geometry):
         (h, v, positions), m = carry, self.config
         geo = initial
         if m.update_positions:
-            geo = geometry(graph, positions, shifts, self.graph_config, m)
+            geo = geometry(graph, positions, self.graph_config, m)
         h, step = PairConvolution(m.features, m.pair_features, m.update_positions, name="pair")(
             h, graph, geo
         )
-        h, v = TripletMPNN(
-            m.features,
-            m.triplet_features,
-            m.vector_features,
-            m.vector_messages,
-            m.l_angle,
-            name="triplet",
-        )(h, v, graph, geo)
+        h, v = three_body(m)(h, v, graph, geo)
         if step is not None:
             positions = positions + jnp.where(graph.nodes["fixed"][:, None], 0.0, step)
         return (h, v, positions), h
+
+
+def three_body(m: ModelConfig) -> nn.Module:
+    """The three-body layer that ``model.interaction`` names."""
+    shared: dict[str, Any] = {
+        "features": m.features,
+        "hidden": m.triplet_features,
+        "channels": m.vector_features,
+        "vector_messages": m.vector_messages,
+        "l_angle": m.l_angle,
+        "name": m.interaction,
+    }
+    if m.interaction == "triplets":
+        return TripletMPNN(**shared)
+    return MomentMPNN(moments=m.moment_channels, **shared)
 
 
 class Encoder(nn.Module):
@@ -101,8 +108,7 @@ class Encoder(nn.Module):
     def __call__(self, graph: Graph, positions: Positions) -> Encoding:
         g, m = self.graph_config, self.config
         n_atoms = positions.shape[0]
-        shifts = shift_vectors(graph).astype(positions.dtype)
-        geo = geometry(graph, positions, shifts, g, m)
+        geo = geometry(graph, positions, g, m)
 
         numbers = graph.nodes["atomic_numbers"]
         h = nn.Embed(MAX_ATOMIC_NUMBER + 1, m.features, name="element")(numbers)
@@ -125,7 +131,7 @@ class Encoder(nn.Module):
             length=m.layers,
         )(g, m, name="dtnn")
         carry = (h, VectorFeatures(zeros, zeros), positions)
-        (_, v, _), by_layer = layers(carry, graph, shifts, geo)
+        (_, v, _), by_layer = layers(carry, graph, geo)
         hidden = list(by_layer)
         if m.vector_messages:
             hidden.append(jnp.log1p(v.invariants()))

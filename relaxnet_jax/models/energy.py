@@ -10,10 +10,10 @@ import jraph
 from jax import Array
 
 from relaxnet_jax.config import DynamicsConfig, GraphConfig, ModelConfig
-from relaxnet_jax.graph import shift_vectors
+from relaxnet_jax.graph import pair_list
 from relaxnet_jax.models.encoder import Encoder, Encoding
 from relaxnet_jax.models.layers import MLP, PAIR_NORM, AttentionBlock, pair_geometry
-from relaxnet_jax.ops import gather_senders, sum_slots
+from relaxnet_jax.ops import gather_senders, spread, sum_edges
 from relaxnet_jax.typing import Energies, Graph, Latent, Params, Positions, Velocities
 
 # Å; velocities are learned in this unit, so that training starts near doing nothing.
@@ -54,10 +54,10 @@ class RelaxNetwork(nn.Module):
 
     def pair_pass(self, h: Latent, graph: Graph, positions: Positions) -> Array:
         """p_i = sum_j W(r_ij) * (V h_j): (N, P), the explicit scheme's cheap look at x."""
-        shifts = shift_vectors(graph).astype(positions.dtype)
-        _, _, radial, _ = pair_geometry(graph, positions, shifts, self.graph_config, self.config)
-        sent = gather_senders(self.pair_send(h), graph.senders, graph.edges["reverse"])
-        return sum_slots(self.pair_filter(radial) * sent, h.shape[0]) / PAIR_NORM
+        _, _, radial, _ = pair_geometry(graph, positions, self.graph_config, self.config)
+        edges = pair_list(graph)
+        messages = self.pair_filter(radial) * gather_senders(self.pair_send(h), edges)
+        return sum_edges(messages, edges.receivers, h.shape[0]) / PAIR_NORM
 
     def explicit_energy(
         self, h: Latent, graph: Graph, positions: Positions
@@ -120,21 +120,15 @@ class _VelocityHead(nn.Module):
 
     @nn.compact
     def __call__(self, encoding: Encoding, graph: Graph) -> Velocities:
-        m, h, geo = self.config, encoding.h, encoding.geometry
-        n_atoms = h.shape[0]
+        m, h, geo, edges = self.config, encoding.h, encoding.geometry, pair_list(graph)
         sent = nn.Dense(m.features, use_bias=False, name="senders")(h)
-        sent = gather_senders(sent, graph.senders, graph.edges["reverse"])
         own = nn.Dense(m.features, name="receiver")(h)
         radial = nn.Dense(m.features, use_bias=False, name="radial")(geo.radial)
-        hidden = nn.silu(
-            sent.reshape(n_atoms, -1, m.features)
-            + own[:, None]
-            + radial.reshape(n_atoms, -1, m.features)
-        )
-        gates = nn.Dense(m.n_bessel, name="small_gates")(hidden).reshape(-1, m.n_bessel)
+        hidden = nn.silu(gather_senders(sent, edges) + spread(own, edges.receivers) + radial)
+        gates = nn.Dense(m.n_bessel, name="small_gates")(hidden)
         radial, harmonics = encoding.expansion  # envelope included
-        along = jnp.sum(gates * radial[:, :, 1], 1, keepdims=True)
-        u = sum_slots(along * harmonics.filter("1o").array, n_atoms) / PAIR_NORM
+        along = jnp.sum(gates * radial[:, :, 1], 1, keepdims=True) * harmonics.filter("1o").array
+        u = sum_edges(along, edges.receivers, h.shape[0]) / PAIR_NORM
         if m.vector_messages:
             polar, axial = encoding.vectors
             weights = nn.Dense(2 * m.vector_features, name="small_vectors")(nn.silu(own))

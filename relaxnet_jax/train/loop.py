@@ -165,8 +165,8 @@ class _Run:
         )
         for shape in self.buckets.shapes:
             report(
-                f"  bucket: {shape.n_graphs - 1} structures, {shape.n_atoms} atoms, {shape.n_slots} neighbours, "
-                f"{shape.n_bonds} bonds per atom"
+                f"  bucket: {shape.n_graphs - 1} structures, {shape.n_atoms} atoms, {shape.n_edges} edges, "
+                f"{shape.n_bonds} bonds"
             )
         batched = self.devices.axis is not None
         self.train_step, self.static_step = (
@@ -228,7 +228,6 @@ class _Run:
         plan = pack_epoch(
             self.buckets,
             self.samples.sizes,
-            self.config.train.batch_size,
             rng,
             self.members[split],
             n,
