@@ -52,12 +52,16 @@ def fitting_shape(structures: Sequence[Structure], rounded: bool = False) -> Bat
     """The smallest shape that holds these structures in one batch, optionally rounded up."""
     up = round_up if rounded else (lambda value: value)
     n_slots = max((s.neighbors.n_slots for s in structures), default=0)
+    n_edges = sum(s.neighbors.n_edges for s in structures)
+    n_bonds = sum(s.neighbors.n_bonds for s in structures)
+    if rounded:  # few combinations of the two: a quarter of the edges are bonds as a rule
+        n_bonds = max(n_bonds, up(n_edges) // 4)
     # A device without structures gets an empty batch; arrays of no edges trouble some kernels.
     return BatchShape(
         n_graphs=len(structures) + 1,
         n_atoms=up(max(1, sum(s.n_atoms for s in structures))),
-        n_edges=up(max(1, sum(s.neighbors.n_edges for s in structures))),
-        n_bonds=up(max(1, sum(s.neighbors.n_bonds for s in structures))),
+        n_edges=up(max(1, n_edges)),
+        n_bonds=up(max(1, n_bonds)),
         n_slots=up(n_slots) if n_slots else 0,
     )
 

@@ -50,7 +50,9 @@ def tiny_model(config, seed=2, dtype=np.float64, factor=20.0):
     random, and the energy unit is such that atoms move by some 0.1 Å.
     """
     model = create_model(config, seed, dtype)
-    unit = 1.0 if config.dynamics.latent == "explicit" else 0.2
+    unit = 1.0
+    if config.dynamics.latent == "implicit":
+        unit = 0.2 if config.model.interaction == "triplets" else 0.8
     rng = np.random.default_rng(seed + 100)
 
     def enlarge(path, leaf):

@@ -79,7 +79,7 @@ def load_work(config: Config, report: Callable[[str], None]) -> Work:
     view = SampleView(file, usable, element_energies)
     t = config.train
     buckets = plan_buckets(view.sizes, t.batch_size, t.max_buckets, t.max_padding)
-    plan = pack_epoch(buckets, view.sizes, t.batch_size, np.random.default_rng(t.seed))
+    plan = pack_epoch(buckets, view.sizes, np.random.default_rng(t.seed))
     made = []
     for index, shape in enumerate(buckets.shapes):
         batches = [members for bucket, members in plan if bucket == index]
