@@ -60,7 +60,7 @@ def check_forces(config, model, atoms, step=1e-4):
 
 def test_forces_are_the_gradient(case):
     """At fixed latent in the explicit scheme, through the encoder in the implicit one."""
-    assert min(check_forces(*case, systems())) > 0.05
+    assert min(check_forces(*case, systems())) > 0.02
 
 
 def test_forces_are_the_gradient_near_symmetric_points(case):
