@@ -20,7 +20,7 @@ from relaxnet_jax.trust import trust_flags, unusable
 
 @pytest.fixture(scope="module")
 def model():
-    return tiny_model(tiny_config("explicit", model__layers=1), dtype=np.float32)
+    return tiny_model(tiny_config("explicit", model__layers=1), dtype=np.float32, factor=6.0)
 
 
 @pytest.fixture(scope="module")
