@@ -90,6 +90,7 @@ def collate(structures: Sequence[Structure], shape: BatchShape, dtype=np.float32
     }
     n_node, n_edge = np.zeros(G, np.int32), np.zeros(G, np.int32)
     cell = np.repeat(np.eye(3, dtype=dtype)[None], G, axis=0)
+    strain = np.zeros((G, 3, 3), dtype)
     pairs, bonds = _PaddedEdges(shape.n_edges, N, dtype), _PaddedEdges(shape.n_bonds, N, dtype)
     offset = 0
     for index, s in enumerate(structures):
@@ -102,6 +103,7 @@ def collate(structures: Sequence[Structure], shape: BatchShape, dtype=np.float32
         nodes["mask"][rows] = True
         nodes["graph"][rows] = index
         n_node[index], n_edge[index], cell[index] = s.n_atoms, n.n_edges, s.cell
+        strain[index] = s.strain
         shifts = n.shifts @ np.asarray(s.cell, np.float64)
         pairs.add(offset, n.receivers, n.senders, n.reverse, shifts)
         among_bonds = np.cumsum(n.bond) - 1
@@ -117,7 +119,7 @@ def collate(structures: Sequence[Structure], shape: BatchShape, dtype=np.float32
         | {"bonds": bonds.arrays},
         senders=edges["senders"],
         receivers=edges["receivers"],
-        globals={"cell": cell, "mask": np.arange(G) < len(structures)},
+        globals={"cell": cell, "mask": np.arange(G) < len(structures), "strain": strain},
         n_node=n_node,
         n_edge=n_edge,
     )

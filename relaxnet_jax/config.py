@@ -96,6 +96,7 @@ class DynamicsConfig:
       mass: "atomic" (amu) or "unit".
       friction: learned friction, du/dt = F/m - gamma u.
       time_scale: learned scale s of pseudotime, dx/dt = s u, du/dt = s F/m.
+      cell: "fixed", or "variable": the lattice relaxes too (see `relaxnet_jax.strain`).
       solver: "rk4" (fixed steps) or "tsit5" (adaptive, with rtol and atol).
       substeps: RK4 steps between two frames.
       frames: number n of frames, at pseudotimes k/(n-1).
@@ -108,6 +109,7 @@ class DynamicsConfig:
     mass: Literal["atomic", "unit"] = "atomic"
     friction: bool = False
     time_scale: bool = False
+    cell: Literal["fixed", "variable"] = "fixed"
     solver: Literal["rk4", "tsit5"] = "rk4"
     substeps: int = 1
     frames: int = 5
@@ -118,7 +120,7 @@ class DynamicsConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-    """Weights of the five terms of equation (7).
+    """Weights of the five terms of equation (7), and of two more for variable cells.
 
     Attributes:
       energy: lambda_1, per eV (or eV/atom).
@@ -126,6 +128,8 @@ class LossConfig:
       forces: lambda_3, per (eV/Å)².
       positions: lambda_4, per Å².
       direction: lambda_5, dimensionless.
+      stress: per (eV/Å³)². cell: per squared logarithmic strain. Both only count with
+        dynamics.cell="variable".
       energy_per: "atom" or "structure", for the first two terms.
     """
 
@@ -134,6 +138,8 @@ class LossConfig:
     forces: float = 1.0
     positions: float = 10.0
     direction: float = 0.1
+    stress: float = 300.0
+    cell: float = 300.0
     energy_per: Literal["atom", "structure"] = "atom"
 
 
@@ -153,7 +159,8 @@ class DataConfig:
       seed: of the split.
       split_file: of ``relaxnet-jax data split``, instead of ``splits`` and ``seed`` ("": none).
       limit: at most this many relaxations (0: all), drawn with ``seed``.
-      variable_cell: relaxations whose cell changes are an "error" or "drop"ped (counted).
+      variable_cell: relaxations whose cell changes are an "error" or "drop"ped (counted) where
+        dynamics.cell is "fixed".
       n_emt: number of relaxations of the generated data.
     """
 
@@ -345,6 +352,7 @@ def check_config(config: Config) -> Config:
         "vector_features",
         "layers",
         "triplet_features",
+        "moment_channels",
         "pair_features",
         "n_gaussian",
         "n_bessel",
@@ -359,6 +367,10 @@ def check_config(config: Config) -> Config:
     require(
         1 <= m.l_max <= 8 and 0 <= m.l_angle <= 12,
         "model.l_max must be 1..8 and model.l_angle 0..12",
+    )
+    require(
+        d.cell == "fixed" or m.l_max >= 2,
+        "dynamics.cell='variable' needs model.l_max of at least 2: strain is a tensor of degree 2",
     )
     require(m.envelope_power >= 3, "model.envelope_power must be at least 3")
     require(d.frames >= 2, "dynamics.frames must be at least 2")

@@ -7,6 +7,16 @@
 with F = -dE/dx, m the atomic mass (or 1), s and gamma 1 and 0 unless learned. s, gamma
 and t are dimensionless, so u is in Å and, for m in amu, a force of 1 eV/Å on 1 amu
 accelerates by 1 Å per squared unit of pseudotime: pseudotime has no other meaning.
+
+Where the cell relaxes too (`relaxnet_jax.strain`), the state's positions are the reference
+positions y, with u = dy/dt and -dE/dy = Dᵀ F in place of F, and the deformation gradient D
+follows a symmetric strain rate L, so that no cell turns by itself:
+
+  dD/dt = s L D          dL/dt = s (-P W P / (N M) - gamma' L)  (second order)
+  dD/dt = -s P W P / (N M) D                                     (first order)
+
+with W = dE/d(strain) in eV, N the number of atoms, M > 0 a learned fictitious mass of the cell
+(eV per atom) and P the projector on the directions in which the structure's cell may be strained.
 """
 
 from __future__ import annotations
@@ -20,15 +30,22 @@ from jax import Array
 from relaxnet_jax.models.energy import RelaxNetwork, call
 from relaxnet_jax.ops import safe_divide
 from relaxnet_jax.potential import Evaluation, energies_and_forces
+from relaxnet_jax.strain import deform_positions
 from relaxnet_jax.typing import AnyArray, Graph, Latent, Params, Positions, Velocities
 
 
 class State(NamedTuple):
-    """Positions (N, 3) Å, velocities (N, 3) Å, latent h (N, F) or (N, 0)."""
+    """Positions (N, 3) Å, velocities (N, 3) Å, latent h (N, F) or (N, 0).
+
+    Of variable cells also the deformation gradient and the strain rate, (G, 3, 3) each, and the
+    positions are then the reference positions.
+    """
 
     positions: Positions
     velocities: Velocities
     latent: Latent
+    deformation: Array | None = None
+    strain_rate: Array | None = None
 
 
 def inertia(network: RelaxNetwork, graph: Graph) -> Array:
@@ -70,22 +87,41 @@ def initial_state(
         velocities = jnp.zeros_like(positions)
     explicit = network.dynamics.latent == "explicit"
     latent = encoding.h if explicit else jnp.zeros((positions.shape[0], 0), positions.dtype)
-    return State(positions, velocities, latent)
+    if network.dynamics.cell == "fixed":
+        return State(positions, velocities, latent)
+    n_graphs = graph.n_node.shape[0]
+    deformation = jnp.broadcast_to(jnp.eye(3, dtype=positions.dtype), (n_graphs, 3, 3))
+    rate = jnp.zeros_like(deformation)
+    if network.dynamics.order == "second":
+        rate = strainable(graph, call(network, params, "initial_strain_rate", encoding, graph))
+    return State(positions, velocities, latent, deformation, rate)
+
+
+def strainable(graph: Graph, tensor: Array) -> Array:
+    """P T P: what of a tensor (G, 3, 3) the cells may follow."""
+    projector = jnp.asarray(graph.globals["strain"], tensor.dtype)
+    return projector @ tensor @ projector
 
 
 def evaluate(
     network: RelaxNetwork, params: Params, scale: AnyArray, graph: Graph, state: State
 ) -> Evaluation:
-    """Energies and forces of a state."""
-    return energies_and_forces(network, params, scale, graph, state.positions, state.latent)
+    """Energies, Cartesian forces and, of variable cells, virials of a state."""
+    x, deformation = state.positions, state.deformation
+    if deformation is not None:
+        x = deform_positions(deformation, x, graph.nodes["graph"])
+    return energies_and_forces(network, params, scale, graph, x, state.latent, deformation)
 
 
 def vector_field(
     network: RelaxNetwork, params: Params, graph: Graph, state: State, result: Evaluation
 ) -> State:
     """The time derivative of a state with this `evaluate` result, itself laid out as a `State`."""
-    masses = inertia(network, graph)[:, None]
-    acceleration = jnp.where(movable(graph), result.forces / masses, 0.0)
+    masses, forces = inertia(network, graph)[:, None], result.forces
+    if state.deformation is not None:
+        transposed = jnp.swapaxes(state.deformation, -1, -2)
+        forces = deform_positions(transposed, forces, graph.nodes["graph"])
+    acceleration = jnp.where(movable(graph), forces / masses, 0.0)
     speed = jnp.asarray(call(network, params, "time_scale"), acceleration.dtype)
     if network.dynamics.order == "first":
         dx, du = speed * acceleration, jnp.zeros_like(acceleration)
@@ -93,7 +129,20 @@ def vector_field(
         friction = jnp.asarray(call(network, params, "friction"), acceleration.dtype)
         dx, du = speed * state.velocities, speed * (acceleration - friction * state.velocities)
     if network.dynamics.latent == "explicit":
-        dh = call(network, params, "latent_rate", state.latent, result.pair, state.velocities)
+        extra = () if state.strain_rate is None else (state.strain_rate[graph.nodes["graph"]],)
+        dh = call(
+            network, params, "latent_rate", state.latent, result.pair, state.velocities, *extra
+        )
     else:
         dh = jnp.zeros_like(state.latent)
-    return State(dx, du, dh)
+    if state.deformation is None or state.strain_rate is None or result.virial is None:
+        return State(dx, du, dh)
+    size = jnp.maximum(graph.n_node, 1).astype(speed.dtype)[:, None, None]
+    mass = jnp.asarray(call(network, params, "cell_mass"), speed.dtype)
+    push = -strainable(graph, result.virial) / (size * mass)
+    if network.dynamics.order == "first":
+        rate, drate = push, jnp.zeros_like(push)
+    else:
+        friction = jnp.asarray(call(network, params, "cell_friction"), speed.dtype)
+        rate, drate = state.strain_rate, speed * (push - friction * state.strain_rate)
+    return State(dx, du, dh, speed * (rate @ state.deformation), drate)

@@ -9,7 +9,8 @@ A batch is one `jraph.GraphsTuple` of G structures, the last of which is padding
   edges:   offsets (E, 3) Å, lattice shift of the sender, mask (E,) bool, reverse (E,) index of the
            reversed edge; and ``bonds``, the nodes of the bond graph: those edges that are within
            the triplet range, with receivers, senders, offsets, mask and reverse of their own.
-  globals: cell (G, 3, 3) Å, mask (G,) bool.
+  globals: cell (G, 3, 3) Å, mask (G,) bool, strain (G, 3, 3) projector on the directions in
+           which the cell may be strained: the identity, a plane, or zero for a fixed cell.
 
 Receivers ascend. Padding edges run from the last atom to itself, their own reverse. The edges of
 the bond graph, the triplets, need no arrays: they are the ordered pairs of bonds at one atom.
@@ -46,7 +47,7 @@ class Structure:
 
     Attributes:
       atomic_numbers (N,), positions (N, 3) Å, cell (3, 3) Å, pbc (3,), fixed_mask (N,),
-      charges (N,) e, neighbors: see `neighbors.Neighbors`.
+      charges (N,) e, strain (3, 3) see `strain_projector`, neighbors: see `neighbors.Neighbors`.
     """
 
     atomic_numbers: np.ndarray
@@ -55,6 +56,7 @@ class Structure:
     pbc: np.ndarray
     fixed_mask: np.ndarray
     charges: np.ndarray
+    strain: np.ndarray
     neighbors: Neighbors
 
     @property
@@ -72,12 +74,15 @@ def build_structure(
     fixed_mask=None,
     charges=None,
     name: str = "structure",
+    relax_cell: bool = True,
 ) -> Structure:
     """Checks a structure and finds its neighbours.
 
     Args:
       atomic_numbers: (N,). positions: (N, 3) Å. cell: (3, 3) Å. pbc: (3,) bool.
       fixed_mask: (N,) bool or None. charges: (N,) e or None. name: for error messages.
+      relax_cell: whether the cell relaxes, along its periodic directions, if dynamics.cell says
+        that cells do.
 
     Raises:
       InputError: no atoms, an unknown atomic number, non-finite positions or cell, a
@@ -130,8 +135,18 @@ def build_structure(
         if fixed_mask is None
         else np.asarray(fixed_mask, bool),
         charges=np.zeros(len(numbers)) if charges is None else np.asarray(charges, np.float64),
+        strain=strain_projector(cell, pbc)
+        if relax_cell and config.dynamics.cell == "variable"
+        else np.zeros((3, 3)),
         neighbors=neighbors,
     )
+
+
+def strain_projector(cell: np.ndarray, pbc: np.ndarray) -> np.ndarray:
+    """(3, 3) projector on the space the periodic lattice vectors span: I for a bulk crystal, the
+    plane of a slab, zero for a molecule."""
+    periodic = np.asarray(cell, np.float64)[np.asarray(pbc, bool)]
+    return np.linalg.pinv(periodic) @ periodic if len(periodic) else np.zeros((3, 3))
 
 
 def fixed_atoms(atoms: Atoms) -> np.ndarray:
@@ -147,7 +162,9 @@ def fixed_atoms(atoms: Atoms) -> np.ndarray:
     return fixed
 
 
-def structure_from_atoms(atoms: Atoms, config: Config, name: str | None = None) -> Structure:
+def structure_from_atoms(
+    atoms: Atoms, config: Config, name: str | None = None, relax_cell: bool = True
+) -> Structure:
     """A `Structure` from ASE Atoms; `FixAtoms` become fixed atoms. Raises InputError."""
     charges = atoms.get_initial_charges()
     return build_structure(
@@ -159,6 +176,7 @@ def structure_from_atoms(atoms: Atoms, config: Config, name: str | None = None) 
         fixed_mask=fixed_atoms(atoms),
         charges=charges,
         name=name or atoms.get_chemical_formula(),
+        relax_cell=relax_cell,
     )
 
 
@@ -196,3 +214,23 @@ def bond_vectors(graph: Graph, positions: Positions) -> Array:
     """The vectors of the bonds: (B, 3) Å."""
     bonds = graph.edges["bonds"]
     return edge_vectors(bond_list(graph), bonds["offsets"], bonds["mask"], positions)
+
+
+def deform(graph: Graph, deformation: Array) -> Graph:
+    """The graph with its lattice deformed: offsets D·offset, D (G, 3, 3) of each structure.
+
+    Positions are not part of it: they are arguments of whatever takes a graph.
+    """
+    of_atom = deformation[graph.nodes["graph"]]
+
+    def mapped(edges: EdgeList, offsets: AnyArray) -> Array:
+        return jnp.einsum("eab,eb->ea", spread(of_atom, edges.receivers), offsets)
+
+    bonds = graph.edges["bonds"]
+    return graph._replace(
+        edges=graph.edges
+        | {
+            "offsets": mapped(pair_list(graph), graph.edges["offsets"]),
+            "bonds": bonds | {"offsets": mapped(bond_list(graph), bonds["offsets"])},
+        }
+    )

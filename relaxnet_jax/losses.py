@@ -1,4 +1,4 @@
-"""The five-term loss of equation (7), as sums and counts.
+"""The five-term loss of equation (7), and two terms for cells, as sums and counts.
 
 Every term is a numerator and a denominator, so that several devices can add up both
 and get exactly the loss of one large batch.
@@ -15,9 +15,24 @@ from jax import Array
 from relaxnet_jax.config import LossConfig
 from relaxnet_jax.ops import safe_divide, safe_norm
 from relaxnet_jax.solver import Trajectory
+from relaxnet_jax.strain import log_strain, stress
 from relaxnet_jax.typing import AnyArray, Graph
 
-TERMS = ("energy", "monotonicity", "forces", "positions", "direction")
+TERMS = ("energy", "monotonicity", "forces", "positions", "direction", "stress", "cell")
+
+
+class CellTargets(NamedTuple):
+    """The true cells of a padded batch, for models whose cells relax.
+
+    Attributes:
+      deformation, inverse: (n, G, 3, 3), of each frame's cell and its inverse.
+      stress: (n, G, 3, 3) eV/Å³, tension positive. stress_mask: (n, G) bool, where it is known.
+    """
+
+    deformation: AnyArray
+    inverse: AnyArray
+    stress: AnyArray
+    stress_mask: AnyArray
 
 
 class Targets(NamedTuple):
@@ -37,6 +52,7 @@ class Targets(NamedTuple):
     frame_mask: AnyArray
     last: AnyArray
     times: AnyArray | None = None
+    cells: CellTargets | None = None
 
 
 class Term(NamedTuple):
@@ -53,7 +69,7 @@ class Term(NamedTuple):
 def loss_terms(
     prediction: Trajectory, targets: Targets, graph: Graph, config: LossConfig
 ) -> dict[str, Term]:
-    """The unweighted terms of equation (7) for one batch.
+    """The unweighted terms of equation (7) for one batch, and those of its cells.
 
     energy: |E - Ê| per structure and frame (per atom with energy_per="atom").
     monotonicity: ReLU(Ê_{t+1} - Ê_t) over pairs of frames that both exist.
@@ -62,7 +78,13 @@ def loss_terms(
     direction: (1 - cos theta_i) |Δx_i| over |Δx_i|, Δx_i the true total displacement of free
       atom i and theta_i its angle with the predicted one. Atoms that do not move count zero,
       and an atom predicted not to move has cos theta = 0.
+    stress: (s - ŝ)² per component, of structures whose cell relaxes, projected on the directions
+      in which it may. cell: squared logarithmic strain between the true cell and the predicted
+      one, per component, over the frames after the first.
+
+    Positions are reference positions where cells relax: strain is the cell term's affair.
     """
+    positions = prediction.positions if prediction.reference is None else prediction.reference
     mask = targets.frame_mask & graph.globals["mask"]
     size = (
         jnp.maximum(graph.n_node, 1) if config.energy_per == "atom" else jnp.ones_like(graph.n_node)
@@ -75,13 +97,13 @@ def loss_terms(
     rise = jnp.maximum(prediction.energies[1:] - prediction.energies[:-1], 0.0) / size
     pairs = mask[1:] & mask[:-1]
     forces = jnp.sum((prediction.forces - targets.forces) ** 2, -1)
-    moved = jnp.sum((prediction.positions - targets.positions) ** 2, -1)[1:]
+    moved = jnp.sum((positions - targets.positions) ** 2, -1)[1:]
 
     atoms = jnp.arange(node.shape[0])
     last = targets.last[node]
     start = graph.nodes["positions"]
     true = jnp.where(free[:, None], targets.positions[last, atoms] - start, 0.0)
-    ours = jnp.where(free[:, None], prediction.positions[last, atoms] - start, 0.0)
+    ours = jnp.where(free[:, None], positions[last, atoms] - start, 0.0)
     length = safe_norm(true)
     cosine = safe_divide(jnp.sum(true * ours, -1), length * safe_norm(ours))
 
@@ -89,26 +111,51 @@ def loss_terms(
         values = jnp.where(where, values, 0.0)
         return Term(jnp.sum(values), components * jnp.sum(where).astype(values.dtype))
 
-    return {
+    terms = {
         "energy": term(energy, mask),
         "monotonicity": term(rise, pairs),
         "forces": term(forces, atom_mask, 3),
         "positions": term(moved, atom_mask[1:], 3),
         "direction": Term(jnp.sum((1.0 - cosine) * length), jnp.sum(length)),
     }
+    if prediction.deformation is None:
+        return terms
+    cells = targets.cells
+    assert cells is not None and prediction.virial is not None
+    projector, relaxes = graph.globals["strain"], relaxing_cells(graph)
+    found = stress(prediction.virial, graph.globals["cell"], prediction.deformation)
+    difference = jnp.sum((projector @ (found - cells.stress) @ projector) ** 2, (-2, -1))
+    strain = jnp.sum(strain_between(prediction, cells) ** 2, (-2, -1))[1:]
+    return terms | {
+        "stress": term(difference, mask & cells.stress_mask & relaxes, 9),
+        "cell": term(strain, mask[1:] & relaxes, 9),
+    }
+
+
+def relaxing_cells(graph: Graph) -> Array:
+    """(G,) bool: structures whose cell may change."""
+    return jnp.any(graph.globals["strain"] != 0, axis=(-2, -1))
+
+
+def strain_between(prediction: Trajectory, cells: CellTargets) -> Array:
+    """Logarithmic strain that takes the true cells to the predicted ones: (n, G, 3, 3)."""
+    assert prediction.deformation is not None
+    return log_strain(prediction.deformation @ jnp.asarray(cells.inverse))
 
 
 def weighted_loss(terms: dict[str, Term], config: LossConfig) -> tuple[Array, dict[str, Array]]:
     """sum_k lambda_k total_k/count_k, and the unweighted means by name."""
     means = {name: term.mean() for name, term in terms.items()}
-    return sum(getattr(config, name) * means[name] for name in TERMS), means
+    return sum(getattr(config, name) * means[name] for name in TERMS if name in means), means
 
 
 def coordinate_error(prediction: Trajectory, targets: Targets, graph: Graph) -> tuple[Term, Term]:
     """Final-frame |x - x̂| per structure, and |x - x(0)|: of the model, and of doing nothing.
 
-    Mean over the coordinates of each structure's free atoms, then over structures; Å.
+    Mean over the coordinates of each structure's free atoms, then over structures; Å. Of reference
+    positions where cells relax.
     """
+    positions = prediction.positions if prediction.reference is None else prediction.reference
     node, n_graphs = graph.nodes["graph"], graph.n_node.shape[0]
     free = (graph.nodes["mask"] & ~graph.nodes["fixed"]).astype(targets.positions.dtype)
     last, atoms = targets.last[node], jnp.arange(node.shape[0])
@@ -116,9 +163,26 @@ def coordinate_error(prediction: Trajectory, targets: Targets, graph: Graph) -> 
     count = jraph.segment_sum(free, node, n_graphs)
     present = (count > 0) & graph.globals["mask"]
 
-    def per_structure(positions):
-        error = jnp.sum(jnp.abs(positions - true), -1) / 3 * free
+    def per_structure(final):
+        error = jnp.sum(jnp.abs(final - true), -1) / 3 * free
         mean = safe_divide(jraph.segment_sum(error, node, n_graphs), count)
         return Term(jnp.sum(jnp.where(present, mean, 0.0)), jnp.sum(present).astype(mean.dtype))
 
-    return per_structure(prediction.positions[last, atoms]), per_structure(graph.nodes["positions"])
+    return per_structure(positions[last, atoms]), per_structure(graph.nodes["positions"])
+
+
+def strain_error(prediction: Trajectory, targets: Targets, graph: Graph) -> tuple[Term, Term]:
+    """Final-frame mean |logarithmic strain| to the true cell: of the model, and of doing nothing.
+
+    Mean over components, then over the structures whose cell relaxes.
+    """
+    cells, relaxes = targets.cells, relaxing_cells(graph)
+    assert cells is not None
+    count = jnp.sum(relaxes).astype(targets.positions.dtype)
+    structures = jnp.arange(relaxes.shape[0])
+
+    def mean(strain):
+        size = jnp.mean(jnp.abs(strain[targets.last, structures]), (-2, -1))
+        return Term(jnp.sum(jnp.where(relaxes, size, 0.0)), count)
+
+    return mean(strain_between(prediction, cells)), mean(log_strain(jnp.asarray(cells.inverse)))

@@ -32,6 +32,7 @@ from relaxnet_jax.errors import InputError
 from relaxnet_jax.graph import MAX_ATOMIC_NUMBER, Structure, build_structure, structure_from_atoms
 from relaxnet_jax.models.energy import RelaxNetwork
 from relaxnet_jax.models.init import initial_parameters
+from relaxnet_jax.strain import stress
 from relaxnet_jax.typing import AnyArray, Graph, Params, Times
 
 if TYPE_CHECKING:
@@ -47,12 +48,16 @@ class Prediction(NamedTuple):
       positions: (n, N, 3) Å. velocities: (n, N, 3) Å per unit pseudotime.
       energies: (n, G) eV, total: on the scale of the training data.
       forces: (n, N, 3) eV/Å, raw: also on fixed atoms.
+      cells: (n, G, 3, 3) Å. stresses: (n, G, 3, 3) eV/Å³, tension positive; None where the model
+        keeps cells fixed.
     """
 
     positions: Array
     velocities: Array
     energies: Array
     forces: Array
+    cells: Array
+    stresses: Array | None = None
 
 
 @flax.struct.dataclass
@@ -156,7 +161,12 @@ def predict_trajectory(model: RelaxNet, graph: Graph, times: Times | None = None
     per_atom = jnp.where(graph.nodes["mask"], per_atom, 0.0)
     composition = jax.ops.segment_sum(per_atom, graph.nodes["graph"], graph.n_node.shape[0])
     total = result.energies + composition.astype(result.energies.dtype)
-    return Prediction(result.positions, result.velocities, total, result.forces)
+    cell = jnp.asarray(graph.globals["cell"])
+    moving = result.positions, result.velocities, total, result.forces
+    if result.deformation is None or result.virial is None:
+        return Prediction(*moving, jnp.broadcast_to(cell, (len(total), *cell.shape)))
+    cells = cell @ jnp.swapaxes(result.deformation, -1, -2)
+    return Prediction(*moving, cells, stress(result.virial, cell, result.deformation))
 
 
 @jax.jit

@@ -1,4 +1,4 @@
-"""Energy -> (energy, forces), always by differentiation."""
+"""Energy -> (energy, forces, virial), always by differentiation."""
 
 from __future__ import annotations
 
@@ -8,16 +8,25 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from relaxnet_jax.graph import deform
 from relaxnet_jax.models.energy import RelaxNetwork, call
+from relaxnet_jax.strain import deform_positions, symmetric
 from relaxnet_jax.typing import AnyArray, Energies, Forces, Graph, Latent, Params, Positions
 
 
 class Evaluation(NamedTuple):
-    """Energies (G,) eV relative to the composition energies, forces (N, 3) eV/Å, pair features."""
+    """What the network says of a state.
+
+    Attributes:
+      energies: (G,) eV relative to the composition energies. forces: (N, 3) eV/Å.
+      pair: (N, P) pair features of the explicit scheme, else None.
+      virial: (G, 3, 3) eV, dE/d(strain), symmetric; None for fixed cells.
+    """
 
     energies: Energies
     forces: Forces
     pair: Array | None
+    virial: Array | None = None
 
 
 def energies_and_forces(
@@ -27,21 +36,24 @@ def energies_and_forces(
     graph: Graph,
     positions: Positions,
     latent: Latent,
+    deformation: Array | None = None,
 ) -> Evaluation:
-    """Energies of all structures and F = -dE/dx.
+    """Energies of all structures, F = -dE/dx and, of deformed cells, dE/d(strain).
 
     Explicit scheme: E(x; h) with the latent h held fixed, as in the ODE, where h is a state of
     its own. Implicit scheme: E(x) through the whole encoder; ``latent`` is not used.
 
     Args:
       scale: eV, the training set's energy spread per atom.
-      positions: (N, 3) Å. latent: (N, F), or (N, 0) in the implicit scheme.
+      positions: (N, 3) Å, Cartesian. latent: (N, F), or (N, 0) in the implicit scheme.
+      deformation: (G, 3, 3), the lattices are those of the graph deformed by it; None for the
+        graph's own, without a virial.
 
     Returns:
       Energies relative to the composition energies; raw forces, also on fixed atoms.
     """
 
-    def total(x):
+    def energy(graph, x):
         if network.dynamics.latent == "implicit":
             h = call(network, params, "encode", graph, x).h
             energies, pair = call(network, params, "read_out", h, graph), None
@@ -50,5 +62,17 @@ def energies_and_forces(
         energies = energies * scale
         return jnp.sum(energies), (energies, pair)
 
-    gradient, (energies, pair) = jax.grad(total, has_aux=True)(positions)
-    return Evaluation(energies, -gradient, pair)
+    if deformation is None:
+        gradient, (energies, pair) = jax.grad(energy, argnums=1, has_aux=True)(graph, positions)
+        return Evaluation(energies, -gradient, pair)
+
+    def strained(x, strain):
+        # A strain e moves everything from r to (1 + e) r, on top of the deformation there is.
+        change = jnp.eye(3, dtype=x.dtype) + symmetric(strain)
+        x = deform_positions(change, x, graph.nodes["graph"])
+        return energy(deform(graph, change @ deformation), x)
+
+    (gradient, virial), (energies, pair) = jax.grad(strained, argnums=(0, 1), has_aux=True)(
+        positions, jnp.zeros_like(deformation)
+    )
+    return Evaluation(energies, -gradient, pair, virial)

@@ -15,6 +15,7 @@ from relaxnet_jax import dynamics
 from relaxnet_jax.config import DynamicsConfig
 from relaxnet_jax.dynamics import State
 from relaxnet_jax.models.energy import RelaxNetwork
+from relaxnet_jax.strain import deform_positions
 from relaxnet_jax.typing import AnyArray, Graph, Params, Positions, Times
 
 
@@ -69,12 +70,18 @@ class Trajectory(NamedTuple):
       positions: (n, N, 3) Å. velocities: (n, N, 3) Å per unit pseudotime.
       energies: (n, G) eV, relative to the composition energies.
       forces: (n, N, 3) eV/Å, raw: also on fixed atoms.
+      reference: (n, N, 3) Å, positions mapped back to the initial cell; None for fixed cells, as
+        the next two.
+      deformation: (n, G, 3, 3), of the cells. virial: (n, G, 3, 3) eV, dE/d(strain).
     """
 
     positions: Array
     velocities: Array
     energies: Array
     forces: Array
+    reference: Array | None = None
+    deformation: Array | None = None
+    virial: Array | None = None
 
 
 def frame_grid(config: DynamicsConfig) -> np.ndarray:
@@ -132,30 +139,37 @@ def solve_with_rates(field: Callable[[Any], Any], start: Any, config: DynamicsCo
     return solution.ys, jax.lax.map(jax.checkpoint(field), solution.ys)
 
 
-def interpolate_states(states: State, rates: State, node_times: Array) -> State:
-    """Cubic Hermite interpolation of states on the frame grid, at each atom's own times.
+def interpolate_states(states: State, rates: State, times: Array, index: AnyArray) -> State:
+    """Cubic Hermite interpolation of states on the frame grid, at each structure's own times.
 
     Args:
-      states, rates: values and time derivatives on the grid: leaves (n, N, ...).
-      node_times: (m, N) pseudotimes in [0, 1].
+      states, rates: values and time derivatives on the grid: leaves (n, N, ...) of atoms, and
+        (n, G, 3, 3) of cells.
+      times: (m, G) pseudotimes in [0, 1]. index: (N,) structure of each atom.
 
     Returns:
-      States with leaves (m, N, ...); at the grid's own times exactly the grid's values.
+      States with leaves (m, N, ...) and (m, G, 3, 3); at the grid's own times exactly the grid's
+      values.
     """
     intervals = states.positions.shape[0] - 1
-    scaled = node_times * intervals
-    left = jnp.clip(jnp.floor(scaled), 0, intervals - 1).astype(jnp.int32)
-    theta = (scaled - left)[..., None]
-    atoms = jnp.arange(node_times.shape[1])[None]
-    h00 = (1 + 2 * theta) * (1 - theta) ** 2
-    h10, h01 = theta * (1 - theta) ** 2, theta**2 * (3 - 2 * theta)
-    h11 = theta**2 * (theta - 1)
 
-    def leaf(y, dy):
-        y0, y1, d0, d1 = y[left, atoms], y[left + 1, atoms], dy[left, atoms], dy[left + 1, atoms]
+    def leaf(y, dy, times):
+        scaled = times * intervals
+        left = jnp.clip(jnp.floor(scaled), 0, intervals - 1).astype(jnp.int32)
+        theta = (scaled - left).reshape(*times.shape, *[1] * (y.ndim - 2))
+        rows = jnp.arange(times.shape[1])[None]
+        h00 = (1 + 2 * theta) * (1 - theta) ** 2
+        h10, h01 = theta * (1 - theta) ** 2, theta**2 * (3 - 2 * theta)
+        h11 = theta**2 * (theta - 1)
+        y0, y1, d0, d1 = y[left, rows], y[left + 1, rows], dy[left, rows], dy[left + 1, rows]
         return h00 * y0 + h01 * y1 + (h10 * d0 + h11 * d1) / intervals
 
-    return jax.tree.map(leaf, states, rates)
+    def cells(name):
+        y, dy = getattr(states, name), getattr(rates, name)
+        return None if y is None else leaf(y, dy, times)
+
+    x, u, h = (leaf(y, dy, times[:, index]) for y, dy in zip(states[:3], rates[:3]))
+    return State(x, u, h, cells("deformation"), cells("strain_rate"))
 
 
 def solve_trajectory(
@@ -194,21 +208,30 @@ def solve_trajectory(
         state, _ = augmented
         result = evaluate(state)
         rates = dynamics.vector_field(network, params, graph, state, result)
-        return rates, (result.energies, result.forces)
+        return rates, (result.energies, result.forces, result.virial)
 
     start = dynamics.initial_state(network, params, graph, positions)
     n_graphs = graph.n_node.shape[0]
-    unused = (jnp.zeros(n_graphs, positions.dtype), jnp.zeros_like(positions))
-    (states, _), (rates, (energies, forces)) = solve_with_rates(
+    virials = None if start.deformation is None else jnp.zeros_like(start.deformation)
+    unused = (jnp.zeros(n_graphs, positions.dtype), jnp.zeros_like(positions), virials)
+    (states, _), (rates, (energies, forces, virials)) = solve_with_rates(
         field, (start, unused), network.dynamics
     )
     if times is not None:
         times = jnp.asarray(times, positions.dtype)
         if times.ndim == 1:
             times = jnp.broadcast_to(times[:, None], (times.shape[0], n_graphs))
-        states = interpolate_states(states, rates, times[:, graph.nodes["graph"]])
+        states = interpolate_states(states, rates, times, graph.nodes["graph"])
         result = jax.lax.map(jax.checkpoint(evaluate), states)
-        energies, forces = result.energies, result.forces
+        energies, forces, virials = result.energies, result.forces, result.virial
     # Interpolation rounds; what is held fixed must not move by a bit.
     held = jnp.where(dynamics.movable(graph), states.positions, positions)
-    return Trajectory(held, states.velocities, energies, forces)
+    if states.deformation is None:
+        return Trajectory(held, states.velocities, energies, forces)
+    deformation, index = states.deformation, graph.nodes["graph"]
+    # Where no strain is allowed there is none: not even by rounding.
+    allowed = jnp.any(graph.globals["strain"] != 0, axis=(-2, -1))[:, None, None]
+    deformation = jnp.where(allowed, deformation, jnp.eye(3, dtype=deformation.dtype))
+    x = jnp.where(allowed[index, :, 0], deform_positions(deformation, held, index), held)
+    u = deform_positions(deformation, states.velocities, index)
+    return Trajectory(x, u, energies, forces, held, deformation, virials)

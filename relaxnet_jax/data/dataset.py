@@ -45,7 +45,7 @@ class Dataset:
 def read_trajectories(
     path: str, config: Config, report: Callable[[str], None]
 ) -> tuple[Relaxations, dict[str, int]]:
-    """All relaxations of a store (or of the generated data) that a fixed-cell model can use.
+    """All relaxations of a store (or of the generated data) that the model can follow.
 
     Returns:
       The relaxations, read from disk when indexed; and reason -> count of those left out.
@@ -58,18 +58,21 @@ def read_trajectories(
     store = TrajectoryStore(file)
     if store.incomplete:
         report(f"{path}: not complete, {len(store)} relaxations so far: run what makes it again")
+    name = "EMT alloys (generated, not DFT)" if generated else str(path)
+    if config.dynamics.cell == "variable":  # fixed cells are followed too
+        return Relaxations(store, np.arange(len(store)), name), {}
     changes = store.variable_cell()
     left_out = {"the cell changes": int(changes.sum())} if changes.any() else {}
     if changes.any() and config.data.variable_cell == "error":
         raise InputError(
             f"{path}: the cell changes in {changes.sum()} of {len(store)} relaxations, which this "
-            "fixed-cell model cannot follow; leave them out with --set data.variable_cell=drop"
+            "fixed-cell model cannot follow; train one that can (explicit_cell.py, or "
+            "dynamics.cell=variable), or leave them out with --set data.variable_cell=drop"
         )
     if changes.all():
         raise InputError(
             f"{path}: no relaxation with a fixed cell; import some, or use data.path=emt"
         )
-    name = "EMT alloys (generated, not DFT)" if generated else str(path)
     return Relaxations(store, np.flatnonzero(~changes), name), left_out
 
 

@@ -11,7 +11,7 @@ from relaxnet_jax.batching import BatchShape, collate
 from relaxnet_jax.config import Config
 from relaxnet_jax.data.buckets import Buckets
 from relaxnet_jax.data.sample import Sample, frame_slots
-from relaxnet_jax.losses import Targets
+from relaxnet_jax.losses import CellTargets, Targets
 from relaxnet_jax.typing import Graph
 
 
@@ -34,9 +34,20 @@ def collate_samples(
         )
         last[index] = np.flatnonzero(s.frame_mask)[-1]
         offset = rows.stop
+    cells = _cell_targets(samples, n, G, dtype) if config.dynamics.cell == "variable" else None
     own_times = times if config.data.frame_selection == "all" else None
     graph = collate([s.structure for s in samples], shape, dtype)
-    return graph, Targets(positions, forces, energies, frame_mask, last, own_times)
+    return graph, Targets(positions, forces, energies, frame_mask, last, own_times, cells)
+
+
+def _cell_targets(samples: Sequence[Sample], n: int, G: int, dtype) -> CellTargets:
+    deformation = np.broadcast_to(np.eye(3), (n, G, 3, 3)).copy()
+    stress, mask = np.zeros((n, G, 3, 3), dtype), np.zeros((n, G), bool)
+    for index, s in enumerate(samples):
+        deformation[:, index], stress[:, index] = s.deformations, s.stresses
+        mask[:, index] = s.stress_mask
+    inverse = np.linalg.inv(deformation)
+    return CellTargets(deformation.astype(dtype), inverse.astype(dtype), stress, mask)
 
 
 def epoch_iterator(

@@ -10,6 +10,7 @@ from relaxnet_jax.config import Config
 from relaxnet_jax.data.frames import select_frames
 from relaxnet_jax.data.trajectory import RelaxationTrajectory
 from relaxnet_jax.graph import Structure, build_structure, masses_of
+from relaxnet_jax.strain import deformations, from_voigt
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -18,6 +19,9 @@ class Sample:
 
     Arrays over the n frame slots: positions (n, N, 3) Å, forces (n, N, 3) eV/Å, energies (n,) eV
     relative to the composition energy, frame_mask (n,), times (n,); absent slots are zero.
+    Where the cell relaxes, positions are reference positions (see `relaxnet_jax.strain`), and
+    deformations (n, 3, 3), the identity in absent slots, stresses (n, 3, 3) eV/Å³ and stress_mask
+    (n,) say the rest.
     """
 
     id: str
@@ -27,6 +31,9 @@ class Sample:
     energies: np.ndarray
     frame_mask: np.ndarray
     times: np.ndarray
+    deformations: np.ndarray
+    stresses: np.ndarray
+    stress_mask: np.ndarray
 
 
 def frame_slots(config: Config) -> int:
@@ -66,9 +73,10 @@ def make_sample(
         fixed_mask=t.fixed_mask,
         charges=t.charges,
         name=t.id,
+        relax_cell=t.variable_cell,
     )
     chosen = select_frames(t.n_frames, n, config.data.frame_selection)
-    positions = t.positions[chosen.indices]
+    positions, steps = reference_frames(t, chosen.indices, bool(structure.strain.any()))
     if not t.fixed_mask.any():
         atomic = config.dynamics.mass == "atomic"
         weights = masses_of(t.atomic_numbers) if atomic else np.ones(t.n_atoms)
@@ -79,6 +87,12 @@ def make_sample(
         out[chosen.slots] = values
         return out
 
+    identity = np.broadcast_to(np.eye(3), (n, 3, 3)).copy()
+    identity[chosen.slots] = steps
+    known = t.stresses is not None
+    stresses = np.zeros_like(steps)
+    if t.stresses is not None:
+        stresses = from_voigt(t.stresses[chosen.indices])
     return Sample(
         id=t.id,
         structure=structure,
@@ -87,4 +101,18 @@ def make_sample(
         energies=slots(t.energies[chosen.indices] - element_energies[t.atomic_numbers].sum()),
         frame_mask=slots(np.ones(len(chosen.slots))) > 0,
         times=slots(chosen.times),
+        deformations=identity,
+        stresses=slots(stresses),
+        stress_mask=slots(np.full(len(chosen.slots), float(known))) > 0,
     )
+
+
+def reference_frames(
+    t: RelaxationTrajectory, indices: np.ndarray, relaxes: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Reference positions (m, N, 3) Å and deformations (m, 3, 3) of some frames; see `strain`."""
+    positions = t.positions[indices]
+    if not relaxes:
+        return positions, np.broadcast_to(np.eye(3), (len(indices), 3, 3)).copy()
+    steps = deformations(t.cells)[indices]
+    return positions @ np.swapaxes(np.linalg.inv(steps), -1, -2), steps

@@ -30,13 +30,16 @@ from relaxnet_jax.graph import MAX_ATOMIC_NUMBER, Structure
 from relaxnet_jax.neighbors import Neighbors
 from relaxnet_jax.runtime import cache_folder
 
-MAGIC = b"relaxnet_jax samples 2\n"
+MAGIC = b"relaxnet_jax samples 3\n"
 # Field: (dtype, shape in terms of N atoms, E edges, n frames). The order is that of a record.
 _FIELDS: dict[str, tuple[str, tuple[str | int, ...]]] = {
     "frames": ("<f8", ("n", "N", 3)),
     "forces": ("<f8", ("n", "N", 3)),
     "energies": ("<f8", ("n",)),
     "times": ("<f8", ("n",)),
+    "deformations": ("<f8", ("n", 3, 3)),
+    "stresses": ("<f8", ("n", 3, 3)),
+    "strain": ("<f8", (3, 3)),
     "positions": ("<f8", ("N", 3)),
     "charges": ("<f8", ("N",)),
     "cell": ("<f8", (3, 3)),
@@ -50,6 +53,7 @@ _FIELDS: dict[str, tuple[str, tuple[str | int, ...]]] = {
     "fixed_mask": ("|b1", ("N",)),
     "pbc": ("|b1", (3,)),
     "frame_mask": ("|b1", ("n",)),
+    "stress_mask": ("|b1", ("n",)),
 }
 CHUNK = 128  # relaxations prepared at a time
 PARALLEL = 2000  # relaxations from which worker processes are worth their start
@@ -184,6 +188,7 @@ def _key(relaxations: Relaxations, config: Config) -> str:
         config.data.frame_selection,
         frame_slots(config),
         config.dynamics.mass,
+        config.dynamics.cell,
     ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
@@ -266,9 +271,10 @@ def _decode(record: bytes, lengths: dict[str, int], n_slots: int, name: str) -> 
         n_slots=n_slots,
         reach=float(found["reach"][0]),
     )
-    fields = ("atomic_numbers", "positions", "cell", "pbc", "fixed_mask", "charges")
+    fields = ("atomic_numbers", "positions", "cell", "pbc", "fixed_mask", "charges", "strain")
     structure = Structure(**{k: found[k] for k in fields}, neighbors=neighbors)
-    rest = {k: found[k] for k in ("forces", "energies", "frame_mask", "times")}
+    frames = ("forces", "energies", "frame_mask", "times", "deformations", "stresses", "stress_mask")
+    rest = {k: found[k] for k in frames}
     return Sample(id=name, structure=structure, positions=found["frames"], **rest)
 
 

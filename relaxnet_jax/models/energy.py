@@ -18,6 +18,9 @@ from relaxnet_jax.typing import Energies, Graph, Latent, Params, Positions, Velo
 
 # Å; velocities are learned in this unit, so that training starts near doing nothing.
 VELOCITY_UNIT = 0.05
+# Likewise of strain rates (dimensionless) and of the cell's mass (eV per atom).
+STRAIN_UNIT = 0.02
+CELL_MASS = 10.0
 
 
 class RelaxNetwork(nn.Module):
@@ -43,6 +46,11 @@ class RelaxNetwork(nn.Module):
             self.pair_update = MLP((m.features, m.features))
             self.rate = MLP((m.features, m.features), small=True)
         self.velocity_gate = _VelocityHead(m)
+        if d.cell == "variable":
+            self.strain_gate = _StrainHead(m)
+            self.log_cell_mass = self.param("log_cell_mass", nn.initializers.zeros, ())
+            if d.friction:
+                self.log_cell_friction = self.param("log_cell_friction", nn.initializers.zeros, ())
         if d.friction:
             self.log_friction = self.param("log_friction", nn.initializers.zeros, ())
         if d.time_scale or d.order == "first":
@@ -73,14 +81,35 @@ class RelaxNetwork(nn.Module):
         per_atom = jnp.where(graph.nodes["mask"], self.head(h)[:, 0], 0.0)
         return jraph.segment_sum(per_atom, graph.nodes["graph"], graph.n_node.shape[0])
 
-    def latent_rate(self, h: Latent, p: Array, velocities: Velocities) -> Latent:
-        """dh/dt = MLP(h, p, |u|²), the explicit scheme's evolution of the embedding."""
-        speed = jnp.sum(velocities**2, -1, keepdims=True)
-        return self.rate(jnp.concatenate([h, p, speed], -1))
+    def latent_rate(
+        self, h: Latent, p: Array, velocities: Velocities, strain_rate: Array | None = None
+    ) -> Latent:
+        """dh/dt = MLP(h, p, |u|²), the explicit scheme's evolution of the embedding.
+
+        With the strain rate L (N, 3, 3) of each atom's cell also of tr L and |L|², in its unit.
+        """
+        inputs = [h, p, jnp.sum(velocities**2, -1, keepdims=True)]
+        if strain_rate is not None:
+            scaled = strain_rate / STRAIN_UNIT
+            trace = jnp.trace(scaled, axis1=-2, axis2=-1)
+            inputs.append(jnp.stack([trace, jnp.sum(scaled**2, (-2, -1))], -1))
+        return self.rate(jnp.concatenate(inputs, -1))
 
     def initial_velocity(self, encoding: Encoding, graph: Graph) -> Velocities:
         """u(0) (N, 3): unconstrained; see `dynamics.constrain_velocity`."""
         return self.velocity_gate(encoding, graph)
+
+    def initial_strain_rate(self, encoding: Encoding, graph: Graph) -> Array:
+        """L(0) (G, 3, 3), symmetric: unprojected; see `dynamics.strainable`."""
+        return self.strain_gate(encoding, graph)
+
+    def cell_mass(self) -> Array:
+        """M > 0, eV per atom."""
+        return CELL_MASS * jnp.exp(self.log_cell_mass)
+
+    def cell_friction(self) -> Array:
+        """gamma' >= 0, dimensionless; zero when friction is switched off."""
+        return jnp.exp(self.log_cell_friction) if self.dynamics.friction else jnp.zeros(())
 
     def friction(self) -> Array:
         """gamma >= 0, dimensionless; zero when switched off."""
@@ -97,10 +126,14 @@ class RelaxNetwork(nn.Module):
         encoding = self.encode(graph, positions)
         velocities = self.initial_velocity(encoding, graph)
         self.friction(), self.time_scale()
+        rates: tuple[Array, ...] = ()
+        if self.dynamics.cell == "variable":
+            self.cell_mass(), self.cell_friction()
+            rates = (self.initial_strain_rate(encoding, graph)[graph.nodes["graph"]],)
         if self.dynamics.latent == "implicit":
             return self.read_out(encoding.h, graph)
         energy, p = self.explicit_energy(encoding.h, graph, positions)
-        self.latent_rate(encoding.h, p, velocities)
+        self.latent_rate(encoding.h, p, velocities, *rates)
         return energy
 
 
@@ -135,6 +168,39 @@ class _VelocityHead(nn.Module):
             w_polar, w_cross = jnp.split(weights[..., None], 2, axis=1)
             u = u + jnp.sum(w_polar * polar + w_cross * jnp.cross(polar, axial), 1)
         return VELOCITY_UNIT * u
+
+
+class _StrainHead(nn.Module):
+    """L(0) = mean_i T_i over a structure's atoms, from invariants and the l = 0 and 2 parts.
+
+    T_i = sum_j sum_n [G_n f_ij,n0 1 + G'_n f_ij,n2 (r r - 1/3)] + w(h_i) 1, r the direction of the
+    edge, G and G' functions of h_i, h_j and r_ij as in `_VelocityHead`. The mean, not the sum: a
+    supercell is strained like its cell.
+    """
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, encoding: Encoding, graph: Graph) -> Array:
+        m, h, geo, edges = self.config, encoding.h, encoding.geometry, pair_list(graph)
+        n_atoms, n_graphs = h.shape[0], graph.n_node.shape[0]
+        width = m.pair_features
+        own = nn.Dense(width, name="receiver")(h)
+        hidden = gather_senders(nn.Dense(width, use_bias=False, name="senders")(h), edges)
+        hidden = hidden + spread(own, edges.receivers)
+        hidden = nn.silu(hidden + nn.Dense(width, use_bias=False, name="radial")(geo.radial))
+        gates = nn.Dense(2 * m.n_bessel, name="small_gates")(hidden)
+        radial = encoding.expansion.radial  # envelope included
+        even = jnp.sum(gates[:, : m.n_bessel] * radial[:, :, 0], 1)
+        quadrupole = jnp.sum(gates[:, m.n_bessel :] * radial[:, :, 2], 1)
+        r, identity = geo.vectors / geo.lengths[:, None], jnp.eye(3, dtype=h.dtype)
+        shape = r[:, :, None] * r[:, None, :] - identity / 3
+        tensors = even[:, None, None] * identity + quadrupole[:, None, None] * shape
+        per_atom = sum_edges(tensors, edges.receivers, n_atoms) / PAIR_NORM
+        per_atom = per_atom + nn.Dense(1, name="small_own")(nn.silu(own))[..., None] * identity
+        per_atom = jnp.where(graph.nodes["mask"][:, None, None], per_atom, 0.0)
+        total = jraph.segment_sum(per_atom, graph.nodes["graph"], n_graphs)
+        return STRAIN_UNIT * total / jnp.maximum(graph.n_node, 1).astype(h.dtype)[:, None, None]
 
 
 __all__ = ["RelaxNetwork"]

@@ -54,6 +54,14 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def _strain(validation: dict[str, float]) -> str:
+    if "strain" not in validation:
+        return ""
+    nothing = validation["nothing_strain"]
+    ratio = validation["strain"] / nothing if nothing else math.nan
+    return f"strain {1e2 * validation['strain']:.2f} % ({ratio:.2f})  "
+
+
 class ConsoleReport:
     """Progress on the terminal: a bar within the epoch, a line per epoch."""
 
@@ -103,5 +111,6 @@ class ConsoleReport:
             f"epoch {record['epoch']:4d}  loss {train['loss']:.4f}/{validation['loss']:.4f}  "
             f"E {1e3 * validation['energy']:.1f} m  F {1e3 * math.sqrt(validation['forces']):.0f} meV/Å rms  "
             f"x {1e3 * validation['coordinates']:.1f} mÅ ({ratio:.2f} of doing nothing)  "
+            f"{_strain(validation)}"
             f"{record['structures_per_second']:.1f} structures/s  {left}{'  *' if record['best'] else ''}"
         )

@@ -10,10 +10,19 @@ import optax
 from jax import Array
 
 from relaxnet_jax.config import Config
-from relaxnet_jax.losses import Targets, Term, coordinate_error, loss_terms, weighted_loss
+from relaxnet_jax.losses import (
+    CellTargets,
+    Targets,
+    Term,
+    coordinate_error,
+    loss_terms,
+    strain_error,
+    weighted_loss,
+)
 from relaxnet_jax.model import network_of
 from relaxnet_jax.potential import energies_and_forces
 from relaxnet_jax.solver import Trajectory, solve_trajectory
+from relaxnet_jax.strain import deform_positions
 from relaxnet_jax.train.state import TrainState, make_optimizer
 from relaxnet_jax.typing import Graph, Params
 
@@ -40,13 +49,11 @@ def make_loss(config: Config, scale: float, axis: str | None) -> Callable:
             network, params, jnp.asarray(scale, positions.dtype), graph, targets.times, positions
         )
         terms = loss_terms(prediction, targets, graph, config.loss)
-        ours, nothing = coordinate_error(prediction, targets, graph)
+        errors = _errors(prediction, targets, graph)
         if axis is not None:
-            terms, ours, nothing = jax.tree.map(
-                _add_over(axis), (terms, ours, nothing), is_leaf=_is_term
-            )
+            terms, errors = jax.tree.map(_add_over(axis), (terms, errors), is_leaf=_is_term)
         total, means = weighted_loss(terms, config.loss)
-        return total, means | {"coordinates": ours.mean(), "nothing": nothing.mean()}
+        return total, means | {name: error.mean() for name, error in errors.items()}
 
     return loss
 
@@ -72,20 +79,37 @@ def make_static_loss(config: Config, scale: float, axis: str | None) -> Callable
             energies=jnp.asarray(targets.energies)[frame, structures][None],
             frame_mask=jnp.asarray(targets.frame_mask)[frame, structures][None],
             last=jnp.zeros_like(targets.last),
+            cells=None
+            if targets.cells is None
+            else CellTargets(*(jnp.asarray(v)[frame, structures][None] for v in targets.cells)),
         )
-        positions = truth.positions[0]
+        reference = positions = truth.positions[0]
+        deformation = None
+        if truth.cells is not None:
+            deformation = truth.cells.deformation[0]
+            positions = deform_positions(deformation, reference, node)
         unit = jnp.asarray(scale, positions.dtype)
         latent = jnp.zeros((positions.shape[0], 0), positions.dtype)
-        energies, forces, _ = energies_and_forces(network, params, unit, graph, positions, latent)
-        prediction = Trajectory(
-            positions[None], jnp.zeros_like(positions)[None], energies[None], forces[None]
-        )
+        found = energies_and_forces(network, params, unit, graph, positions, latent, deformation)
+        moving = positions, jnp.zeros_like(positions), found.energies, found.forces
+        cells = () if deformation is None else (reference, deformation, found.virial)
+        prediction = Trajectory(*(value[None] for value in (*moving, *cells)))
         terms = loss_terms(prediction, truth, graph, config.loss)
         if axis is not None:
             terms = jax.tree.map(_add_over(axis), terms, is_leaf=_is_term)
         return weighted_loss(terms, config.loss)
 
     return loss
+
+
+def _errors(prediction: Trajectory, targets: Targets, graph: Graph) -> dict[str, Term]:
+    """Final-frame errors, and those of doing nothing."""
+    ours, nothing = coordinate_error(prediction, targets, graph)
+    errors = {"coordinates": ours, "nothing": nothing}
+    if targets.cells is None:
+        return errors
+    ours, nothing = strain_error(prediction, targets, graph)
+    return errors | {"strain": ours, "nothing_strain": nothing}
 
 
 def _is_term(x) -> bool:
@@ -148,8 +172,7 @@ def make_eval_step(config: Config, scale: float, axis: str | None = None) -> Cal
             network, params, jnp.asarray(scale, dtype), graph, targets.times
         )
         terms = loss_terms(prediction, targets, graph, config.loss)
-        ours, nothing = coordinate_error(prediction, targets, graph)
-        terms = terms | {"coordinates": ours, "nothing": nothing}
+        terms = terms | _errors(prediction, targets, graph)
         return jax.lax.psum(terms, axis) if axis is not None else terms
 
     return step

@@ -1,0 +1,73 @@
+"""Cells that change: deformation gradients, strains, stresses (pure functions).
+
+A deformation gradient D (3, 3) maps the initial crystal on the deformed one: a lattice vector a
+becomes D a, so cells, whose rows are lattice vectors, become cell·Dᵀ, and an atom that stays where
+it is in the lattice moves from y to x = D y. The *reference positions* y of a relaxation are those
+of its atoms mapped back to the initial cell: they hold the internal displacements, D the strain.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from relaxnet_jax.typing import AnyArray
+
+
+def deform_positions(deformation: Array, positions: Array, index: AnyArray) -> Array:
+    """x = D y of each atom: (..., G, 3, 3), (..., N, 3), structure of each atom (N,)."""
+    return jnp.einsum("...nab,...nb->...na", deformation[..., index, :, :], positions)
+
+
+def deformations(cells: np.ndarray) -> np.ndarray:
+    """D of every frame from its cell (n, 3, 3), the first being the initial one: (n, 3, 3)."""
+    return np.swapaxes(np.linalg.solve(cells[:1], cells), -1, -2)
+
+
+def symmetric(matrix: Array) -> Array:
+    """(M + Mᵀ)/2 of the last two axes."""
+    return (matrix + jnp.swapaxes(matrix, -1, -2)) / 2
+
+
+def log_strain(deformation: Array) -> Array:
+    """The logarithmic (Hencky) strain ½ log(DᵀD): (..., 3, 3) -> (..., 3, 3), symmetric.
+
+    Free of rotations. By the series of the logarithm to third order, whose derivatives, unlike
+    those of eigenvalues, are finite at equal ones, in particular at D = I: the relative error is
+    below 1e-3 for strains up to 5 %.
+    """
+    excess = jnp.swapaxes(deformation, -1, -2) @ deformation - jnp.eye(3, dtype=deformation.dtype)
+    square = excess @ excess
+    return (excess - square / 2 + square @ excess / 3) / 2
+
+
+def determinant(matrix: Array) -> Array:
+    """Determinant (...) of (..., 3, 3), as a triple product: smooth and cheap."""
+    return jnp.sum(matrix[..., 0, :] * jnp.cross(matrix[..., 1, :], matrix[..., 2, :]), -1)
+
+
+def stress(virial: Array, cell: Array, deformation: Array) -> Array:
+    """Stress (1/V) dE/d(strain), eV/Å³, tension positive (ASE's sign).
+
+    Args:
+      virial: (..., 3, 3) eV, dE/d(strain). cell: (..., 3, 3) Å, initial. deformation: D.
+    """
+    volume = jnp.abs(determinant(cell)) * determinant(deformation)
+    return virial / volume[..., None, None]
+
+
+VOIGT = ((0, 0), (1, 1), (2, 2), (1, 2), (0, 2), (0, 1))  # ASE's order: xx yy zz yz xz xy
+
+
+def to_voigt(matrix: np.ndarray) -> np.ndarray:
+    """(..., 3, 3) symmetric -> (..., 6) in ASE's order."""
+    return np.stack([matrix[..., a, b] for a, b in VOIGT], -1)
+
+
+def from_voigt(vector: np.ndarray) -> np.ndarray:
+    """(..., 6) in ASE's order -> (..., 3, 3) symmetric."""
+    out = np.zeros((*vector.shape[:-1], 3, 3))
+    for k, (a, b) in enumerate(VOIGT):
+        out[..., a, b] = out[..., b, a] = vector[..., k]
+    return out
