@@ -85,10 +85,15 @@ class RelaxNet:
         """The learned functions."""
         return network_of(self.config)
 
-    def structure(self, atoms: Atoms, name: str | None = None) -> Structure:
-        """Checked structure with neighbours. Raises InputError, also for unseen elements."""
+    def structure(
+        self, atoms: Atoms, name: str | None = None, relax_cell: bool = True
+    ) -> Structure:
+        """Checked structure with neighbours. Raises InputError, also for unseen elements.
+
+        ``relax_cell`` only matters to models whose cells relax (dynamics.cell="variable").
+        """
         self.check_elements(atoms.numbers, name or atoms.get_chemical_formula())
-        return structure_from_atoms(atoms, self.config, name)
+        return structure_from_atoms(atoms, self.config, name, relax_cell)
 
     def graph(self, atoms: Atoms | Sequence[Atoms]) -> Graph:
         """A padded graph of one structure or several. Raises InputError."""

@@ -17,6 +17,7 @@ from relaxnet_jax.data.trajectory import RelaxationTrajectory
 from relaxnet_jax.errors import InputError
 from relaxnet_jax.graph import Structure, build_structure
 from relaxnet_jax.model import RelaxNet
+from relaxnet_jax.strain import deformations, to_voigt
 
 if TYPE_CHECKING:
     from ase import Atoms
@@ -33,7 +34,8 @@ class Path:
 
     Attributes:
       times (n,), positions (n, N, 3) Å, velocities (n, N, 3), energies (n,) eV total,
-      forces (n, N, 3) eV/Å; skin: Å, of the neighbour list that was used.
+      forces (n, N, 3) eV/Å, cells (n, 3, 3) Å; skin: Å, of the neighbour list that was used.
+      stresses: (n, 6) eV/Å³ in ASE's order, tension positive; None where cells are fixed.
       failure: why there is no prediction (all values are then NaN), else empty.
     """
 
@@ -42,8 +44,10 @@ class Path:
     velocities: np.ndarray
     energies: np.ndarray
     forces: np.ndarray
+    cells: np.ndarray
     skin: float
     failure: str = ""
+    stresses: np.ndarray | None = None
 
 
 def _solve(model: RelaxNet, graph: Any, times: Any) -> solver.Trajectory:
@@ -96,7 +100,7 @@ def predict_structures(
             paths = batches.predict([pending[i][0] for i in members], batch_size)
             for i, raw in zip(members, paths):
                 structure, skin = pending[i]
-                needed = approach(raw.positions)
+                needed = approach(raw.positions, raw.cells, structure.neighbors.reach)
                 if (
                     needed > skin
                     and np.isfinite(needed)
@@ -114,16 +118,26 @@ def predict_structures(
     return [done[i] for i in range(len(structures))]
 
 
-def approach(positions: np.ndarray) -> float:
-    """Å: the most two atoms can have approached each other on a path (n, N, 3).
+def approach(positions: np.ndarray, cells: np.ndarray, reach: float) -> float:
+    """Å: the most two atoms can have approached each other on a path.
 
-    The sum of the two largest displacements.
+    The sum of the two largest displacements, and what a shrinking cell takes off the length of
+    the longest pairs of interest.
+
+    Args:
+      positions: (n, N, 3) Å. cells: (n, 3, 3) Å. reach: Å, of the neighbour list.
     """
-    reach = np.linalg.norm(positions - positions[:1], axis=-1).max(0)
-    if not np.isfinite(reach).all():
+    if not (np.isfinite(positions).all() and np.isfinite(cells).all()):
         return np.inf
+    still, shrunk = positions[:1], 0.0
+    if (cells != cells[:1]).any():
+        steps = deformations(cells)
+        still = positions[0] @ np.swapaxes(steps, -1, -2)
+        smallest = np.linalg.svd(steps, compute_uv=False).min()
+        shrunk = max(0.0, 1.0 - float(smallest)) * reach
+    moved = np.linalg.norm(positions - still, axis=-1).max(0)
     # An atom also neighbours its own images, which move with it; hence the two largest.
-    return float(np.sort(reach)[-2:].sum()) if len(reach) > 1 else 0.0
+    return shrunk + (float(np.sort(moved)[-2:].sum()) if len(moved) > 1 else 0.0)
 
 
 def _with_skin(model: RelaxNet, s: Structure, skin: float) -> Structure:
@@ -131,7 +145,14 @@ def _with_skin(model: RelaxNet, s: Structure, skin: float) -> Structure:
         model.config, graph=dataclasses.replace(model.config.graph, skin=skin)
     )
     return build_structure(
-        s.atomic_numbers, s.positions, s.cell, s.pbc, config, s.fixed_mask, s.charges
+        s.atomic_numbers,
+        s.positions,
+        s.cell,
+        s.pbc,
+        config,
+        s.fixed_mask,
+        s.charges,
+        relax_cell=bool(s.strain.any()),
     )
 
 
@@ -177,7 +198,9 @@ def _without_memory(structure: Structure, n_frames: int) -> Path:
         f"its {structure.n_atoms} atoms do not fit in the memory of one device ({device}); "
         "predict it where there is more"
     )
-    return Path(np.zeros(0), frames, frames, np.full(n_frames, np.nan), frames, 0.0, message)
+    cells = np.repeat(structure.cell[None], n_frames, axis=0)
+    energies = np.full(n_frames, np.nan)
+    return Path(np.zeros(0), frames, frames, energies, frames, cells, 0.0, message)
 
 
 def _batch_shape(structures: Sequence[Structure], batch_size: int) -> BatchShape:
@@ -196,39 +219,54 @@ def _predict_batch(
     result = jax.device_get(
         _solve_compiled(model, graph, None if times is None else times.astype(dtype))
     )
+    reference = result.positions if result.reference is None else result.reference
     split = [
         split_nodes(np.asarray(x, np.float64), graph)
-        for x in (result.positions, result.velocities, result.forces)
+        for x in (reference, result.velocities, result.forces)
     ]
     paths = []
     for index, (structure, x, u, f) in enumerate(zip(structures, *split)):
         energies = np.asarray(result.energies[:, index], np.float64)
         # Exact initial positions: the network's precision must not move an atom at t = 0.
         x = structure.positions + (x - np.asarray(structure.positions, dtype))
-        paths.append(
-            Path(
-                np.zeros(0),
-                x,
-                u,
-                energies + model.composition_energy(structure.atomic_numbers),
-                f,
-                0.0,
-            )
-        )
+        energies = energies + model.composition_energy(structure.atomic_numbers)
+        cells, stresses = np.repeat(structure.cell[None], len(energies), axis=0), None
+        if result.deformation is not None:
+            steps = np.asarray(result.deformation[:, index], np.float64)
+            virial = np.asarray(result.virial[:, index], np.float64)
+            x, cells, stresses = _deformed(x, structure, steps, virial)
+        paths.append(Path(np.zeros(0), x, u, energies, f, cells, 0.0, stresses=stresses))
     return paths
 
 
+def _deformed(reference: np.ndarray, s: Structure, steps: np.ndarray, virial: np.ndarray):
+    """Positions, cells and stresses of a path from its reference positions and deformations."""
+    if not s.strain.any():  # the cell is held
+        x, cells = reference, np.repeat(s.cell[None], len(steps), axis=0)
+    else:
+        transposed = np.swapaxes(steps, -1, -2)
+        x, cells = reference @ transposed, s.cell @ transposed
+    volumes = np.abs(np.linalg.det(cells))
+    if not s.pbc.all() or volumes.min() == 0:  # no volume, no stress
+        return x, cells, None
+    return x, cells, to_voigt(virial / volumes[:, None, None])
+
+
 @overload
 def relax(
-    model: RelaxNet, atoms: Atoms, n_frames: int = 5, batch_size: int = 16
+    model: RelaxNet, atoms: Atoms, n_frames: int = 5, batch_size: int = 16, relax_cell: bool = True
 ) -> RelaxationTrajectory: ...
 @overload
 def relax(
-    model: RelaxNet, atoms: Sequence[Atoms], n_frames: int = 5, batch_size: int = 16
+    model: RelaxNet,
+    atoms: Sequence[Atoms],
+    n_frames: int = 5,
+    batch_size: int = 16,
+    relax_cell: bool = True,
 ) -> list[RelaxationTrajectory]: ...
 
 
-def relax(model, atoms, n_frames=5, batch_size=16):
+def relax(model, atoms, n_frames=5, batch_size=16, relax_cell=True):
     """Predicts the relaxation of one structure or of many.
 
     Args:
@@ -236,6 +274,8 @@ def relax(model, atoms, n_frames=5, batch_size=16):
       atoms: ASE Atoms, or a sequence of them; `FixAtoms` are respected.
       n_frames: frames of the result, equally spaced in pseudotime, first and last included.
       batch_size: structures solved at once.
+      relax_cell: whether cells relax along their periodic directions, if the model was trained for
+        that (dynamics.cell="variable"); other models keep them.
 
     Returns:
       A `RelaxationTrajectory` (a list of them for a sequence). Of a structure too large for the
@@ -252,7 +292,7 @@ def relax(model, atoms, n_frames=5, batch_size=16):
     single = hasattr(atoms, "numbers")
     many = [atoms] if single else list(atoms)
     names = [a.info.get("traj_id") or f"{i}-{a.get_chemical_formula()}" for i, a in enumerate(many)]
-    structures = [model.structure(a, str(name)) for a, name in zip(many, names)]
+    structures = [model.structure(a, str(n), relax_cell) for a, n in zip(many, names)]
     paths = predict_structures(model, structures, np.linspace(0.0, 1.0, n_frames), batch_size)
     for name, path in zip(names, paths):
         if path.failure:
@@ -267,7 +307,8 @@ def as_trajectory(name: str, structure: Structure, path: Path) -> RelaxationTraj
         id=name,
         atomic_numbers=structure.atomic_numbers,
         positions=path.positions,
-        cells=np.repeat(structure.cell[None], len(path.times), axis=0),
+        cells=path.cells,
+        stresses=path.stresses,
         pbc=structure.pbc,
         energies=path.energies,
         forces=path.forces,
