@@ -9,14 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from ase.calculators.calculator import Calculator, all_changes
-from jax import Array
 
 from relaxnet_jax import dynamics
 from relaxnet_jax.batching import BatchShape, collate, fitting_shape
 from relaxnet_jax.errors import InputError
 from relaxnet_jax.graph import structure_from_atoms
 from relaxnet_jax.model import RelaxNet
-from relaxnet_jax.potential import energies_and_forces
+from relaxnet_jax.potential import Evaluation, energies_and_forces
+from relaxnet_jax.strain import to_voigt
 from relaxnet_jax.typing import Graph, Latent, Positions
 
 if TYPE_CHECKING:
@@ -38,14 +38,13 @@ def _encode(model: RelaxNet, graph: Graph) -> Latent:
 
 
 @jax.jit
-def _evaluate(
-    model: RelaxNet, graph: Graph, positions: Positions, latent: Latent
-) -> tuple[Array, Array]:
-    network = model.network
-    result = energies_and_forces(
-        network, model.params, model.energy_scale, graph, positions, latent
+def _evaluate(model: RelaxNet, graph: Graph, positions: Positions, latent: Latent) -> Evaluation:
+    graphs, deformation = graph.n_node.shape[0], None
+    if model.config.dynamics.cell == "variable":
+        deformation = jnp.broadcast_to(jnp.eye(3, dtype=positions.dtype), (graphs, 3, 3))
+    return energies_and_forces(
+        model.network, model.params, model.energy_scale, graph, positions, latent, deformation
     )
-    return result.energies, result.forces
 
 
 def compiled_shapes() -> int:
@@ -78,8 +77,9 @@ class RelaxNetCalculator(Calculator):
     The neighbour list, made for pairs up to the cutoff plus ``skin``, is kept until an atom has
     moved by more than skin/2, or until cell, elements, charges or periodicity change. Programs are
     compiled once per padded shape, and a shape only grows while the atoms stay the same. Forces
-    are raw; ASE applies constraints. Stress is not implemented: ASE's
-    ``PropertyNotImplementedError``.
+    are raw; ASE applies constraints. Stress (eV/Å³, tension positive) is that of models trained with
+    dynamics.cell="variable"; of others, which never saw a strained cell, it is not implemented:
+    ASE's ``PropertyNotImplementedError``.
 
     Args:
       model: from `load_model` or `create_model`.
@@ -106,6 +106,8 @@ class RelaxNetCalculator(Calculator):
         self.skin = model.config.graph.skin if skin is None else float(skin)
         if not 0 <= self.skin < np.inf:
             raise InputError(f"skin={skin}: give a length in Å, at least 0")
+        if model.config.dynamics.cell == "variable":
+            self.implemented_properties = [*self.implemented_properties, "stress"]
         explicit = model.config.dynamics.latent == "explicit"
         if explicit and reference is None:
             raise InputError(NOT_A_POTENTIAL)
@@ -125,13 +127,16 @@ class RelaxNetCalculator(Calculator):
         near = self._neighbourhood(self.atoms)
         positions = np.zeros(near.graph.nodes["positions"].shape, _dtype(self.model))
         positions[: len(self.atoms)] = self.atoms.positions
-        energies, forces = jax.device_get(_evaluate(self.model, near.graph, positions, near.latent))
-        energy = float(energies[0]) + near.composition_energy
+        found = jax.device_get(_evaluate(self.model, near.graph, positions, near.latent))
+        energy = float(found.energies[0]) + near.composition_energy
         self.results = {
             "energy": energy,
             "free_energy": energy,
-            "forces": np.asarray(forces[: len(self.atoms)], np.float64),
+            "forces": np.asarray(found.forces[: len(self.atoms)], np.float64),
         }
+        if found.virial is not None and self.atoms.cell.rank == 3:
+            virial = np.asarray(found.virial[0], np.float64)
+            self.results["stress"] = to_voigt(virial / self.atoms.get_volume())
 
     def _neighbourhood(self, atoms: Atoms) -> _Neighbourhood:
         """The list in use if it still serves these atoms, otherwise a new one.

@@ -18,7 +18,8 @@ from relaxnet_jax.solver import Trajectory
 from relaxnet_jax.strain import log_strain, stress
 from relaxnet_jax.typing import AnyArray, Graph
 
-TERMS = ("energy", "monotonicity", "forces", "positions", "direction", "stress", "cell")
+TERMS = ("energy", "monotonicity", "forces", "positions", "direction")
+CELL_TERMS = ("stress", "cell")  # of models whose cells relax
 
 
 class CellTargets(NamedTuple):
@@ -146,7 +147,7 @@ def strain_between(prediction: Trajectory, cells: CellTargets) -> Array:
 def weighted_loss(terms: dict[str, Term], config: LossConfig) -> tuple[Array, dict[str, Array]]:
     """sum_k lambda_k total_k/count_k, and the unweighted means by name."""
     means = {name: term.mean() for name, term in terms.items()}
-    return sum(getattr(config, name) * means[name] for name in TERMS if name in means), means
+    return sum(getattr(config, name) * mean for name, mean in means.items()), means
 
 
 def coordinate_error(prediction: Trajectory, targets: Targets, graph: Graph) -> tuple[Term, Term]:

@@ -54,6 +54,7 @@ class Comparison:
       composition_energy: eV per structure, sum_i eps(Z_i).
       slots: (m,) int, increasing, place of each entry on the frame grid 0 … n_frames-1.
       n_frames: length of that grid.
+      true_cells, pred_cells: (m, 3, 3), Å, where the cell relaxes; None where it is fixed.
     """
 
     id: str
@@ -70,6 +71,8 @@ class Comparison:
     composition_energy: float
     slots: np.ndarray
     n_frames: int
+    true_cells: np.ndarray | None = None
+    pred_cells: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         """Converts the arrays (floats to float64) and checks them; InputError names the field."""
@@ -81,6 +84,8 @@ class Comparison:
         for kind in ("true", "pred"):
             shapes[f"{kind}_energies"] = (float, (m,))
             shapes[f"{kind}_positions"] = shapes[f"{kind}_forces"] = (float, (m, n, 3))
+            if self.relaxes_cell:
+                shapes[f"{kind}_cells"] = (float, (m, 3, 3))
         for name, (dtype, shape) in shapes.items():
             array: np.ndarray = np.asarray(getattr(self, name), dtype=dtype)
             if array.shape != shape:
@@ -95,6 +100,11 @@ class Comparison:
             raise InputError(f"{self.id}: slots {self.slots.tolist()} must increase within {grid}")
 
     @property
+    def relaxes_cell(self) -> bool:
+        """Whether cells are compared too."""
+        return self.true_cells is not None
+
+    @property
     def free_mask(self) -> np.ndarray:
         """(N,) bool, atoms that could move."""
         return ~self.fixed_mask
@@ -102,19 +112,37 @@ class Comparison:
     @property
     def finite(self) -> bool:
         """Whether the whole prediction is finite."""
-        arrays = (self.pred_positions, self.pred_energies, self.pred_forces)
-        return all(bool(np.isfinite(a).all()) for a in arrays)
+        arrays = (self.pred_positions, self.pred_energies, self.pred_forces, self.pred_cells)
+        return all(bool(np.isfinite(a).all()) for a in arrays if a is not None)
+
+    def cells(self, predictor: Predictor) -> np.ndarray:
+        """Cells (m, 3, 3) Å of a predictor; only where ``relaxes_cell``."""
+        assert self.true_cells is not None and self.pred_cells is not None
+        return self.pred_cells if predictor == "model" else np.repeat(
+            self.true_cells[:1], len(self.slots), axis=0
+        )  # fmt: skip
 
     def prediction(self, predictor: Predictor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Positions (m, N, 3) Å, energies (m,) eV and forces (m, N, 3) eV/Å of a predictor."""
+        """Positions (m, N, 3) Å, energies (m,) eV and forces (m, N, 3) eV/Å of a predictor.
+
+        Where the cell relaxes, positions are those of the predicted lattice coordinates in the
+        *true* cell of the frame: what is left to compare is the internal displacement.
+        """
         if predictor == "model":
-            return self.pred_positions, self.pred_energies, self.pred_forces
+            positions = self._in_true_cell(self.pred_positions, predictor)
+            return positions, self.pred_energies, self.pred_forces
         positions = np.broadcast_to(self.true_positions[:1], self.true_positions.shape)
+        positions = self._in_true_cell(positions, predictor)
         if predictor == "nothing":
             forces = np.broadcast_to(self.true_forces[:1], self.true_forces.shape)
             return positions, np.full_like(self.true_energies, self.true_energies[0]), forces
         energies = np.full_like(self.true_energies, self.composition_energy)
         return positions, energies, np.zeros_like(self.true_forces)
+
+    def _in_true_cell(self, positions: np.ndarray, predictor: Predictor) -> np.ndarray:
+        if self.true_cells is None:
+            return positions
+        return positions @ np.linalg.solve(self.cells(predictor), self.true_cells)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,6 +155,8 @@ class FrameMetrics:
       forces_mae: meV/Å, per component, free atoms.
       positions_mae: Å, per coordinate, free atoms, before alignment.
       rmsd: Å, ``aligned_rmsd``, free atoms.
+      volume: %, |V/V_true - 1|. lengths: Å, of the lattice vectors. angles: degrees, between them.
+        The three over the structures whose cell relaxes.
       pearson: correlation of true and predicted energy per atom, pooled over all frames.
     """
 
@@ -135,6 +165,9 @@ class FrameMetrics:
     forces_mae: float | None
     positions_mae: float | None
     rmsd: float | None
+    volume: float | None
+    lengths: float | None
+    angles: float | None
     pearson: float | None
 
 
@@ -278,15 +311,17 @@ def evaluate(comparisons: Sequence[Comparison], predictor: Predictor = "model") 
             "energy_mae_per_atom": 1e3 * d_energy / n,
             "forces_mae": 1e3 * coordinate_errors(forces, c.true_forces, c.free_mask),
             "positions_mae": coordinate_errors(positions, c.true_positions, c.free_mask),
-            "rmsd": aligned_rmsd(positions, c.true_positions, c.cell, c.pbc, c.free_mask),
+            "rmsd": _rmsd(c, positions),
         }
+        if c.true_cells is not None:
+            one |= cell_errors(c.cells(predictor), c.true_cells)
         for name, values in one.items():
             errors[name].append(values)
         for name in _PER_FRAME:
             by_slot[name][row, c.slots] = one[name]
         pairs.append(np.stack([c.true_energies, energies]) / n)
-        first, last = c.true_positions[0], c.true_positions[-1]
-        nothing.append(float(coordinate_errors(first, last, c.free_mask)))
+        first = c.prediction("nothing")[0][-1]
+        nothing.append(float(coordinate_errors(first, c.true_positions[-1], c.free_mask)))
         if len(energies) > 1:
             monotone.append(bool((np.diff(energies) <= MONOTONE_TOLERANCE).all()))
     final = [float(v[-1]) for v in errors["positions_mae"]]
@@ -307,6 +342,34 @@ def evaluate(comparisons: Sequence[Comparison], predictor: Predictor = "model") 
         improved_fraction=_mean([*improved, *lost]),
         per_frame=PerFrame(**{k: _column_means(v) for k, v in by_slot.items()}, counts=counts),
     )
+
+
+def cell_errors(cells: np.ndarray, true: np.ndarray) -> dict[str, np.ndarray]:
+    """Errors (m,) of cells (m, 3, 3) Å: see ``FrameMetrics``; means over the three vectors."""
+    lengths, angles = _lengths_and_angles(cells)
+    true_lengths, true_angles = _lengths_and_angles(true)
+    ratio = np.linalg.det(cells) / np.linalg.det(true)
+    return {
+        "volume": 100 * np.abs(ratio - 1),
+        "lengths": np.abs(lengths - true_lengths).mean(1),
+        "angles": np.abs(angles - true_angles).mean(1),
+    }
+
+
+def _lengths_and_angles(cells: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(m, 3) Å and (m, 3) degrees: alpha, beta, gamma."""
+    lengths = np.linalg.norm(cells, axis=2)
+    unit = cells / lengths[..., None]
+    cosines = [(unit[:, a] * unit[:, b]).sum(1) for a, b in ((1, 2), (0, 2), (0, 1))]
+    return lengths, np.degrees(np.arccos(np.clip(np.stack(cosines, 1), -1, 1)))
+
+
+def _rmsd(c: Comparison, positions: np.ndarray) -> np.ndarray:
+    """``aligned_rmsd`` (m,) of each frame, in its true cell."""
+    if c.true_cells is None:
+        return aligned_rmsd(positions, c.true_positions, c.cell, c.pbc, c.free_mask)
+    frames = zip(positions, c.true_positions, c.true_cells)
+    return np.array([aligned_rmsd(x, y, cell, c.pbc, c.free_mask) for x, y, cell in frames])
 
 
 def _frame_metrics(

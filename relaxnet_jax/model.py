@@ -32,6 +32,7 @@ from relaxnet_jax.errors import InputError
 from relaxnet_jax.graph import MAX_ATOMIC_NUMBER, Structure, build_structure, structure_from_atoms
 from relaxnet_jax.models.energy import RelaxNetwork
 from relaxnet_jax.models.init import initial_parameters
+from relaxnet_jax.potential import Evaluation
 from relaxnet_jax.strain import stress
 from relaxnet_jax.typing import AnyArray, Graph, Params, Times
 
@@ -121,9 +122,9 @@ class RelaxNet:
                     "reference: must have the atoms of the structure in the same order"
                 )
             start[: len(atoms)] = reference.positions
-        energies, forces = _evaluate(self, graph, start)
-        energy = float(energies[0]) + self.composition_energy(atoms.numbers)
-        return energy, np.asarray(forces, np.float64)[: len(atoms)]
+        result = _evaluate(self, graph, start)
+        energy = float(result.energies[0]) + self.composition_energy(atoms.numbers)
+        return energy, np.asarray(result.forces, np.float64)[: len(atoms)]
 
     def composition_energy(self, atomic_numbers: np.ndarray) -> float:
         """Sum of the element energies, eV, in float64."""
@@ -175,12 +176,11 @@ def predict_trajectory(model: RelaxNet, graph: Graph, times: Times | None = None
 
 
 @jax.jit
-def _evaluate(model: RelaxNet, graph: Graph, reference: Array) -> tuple[Array, Array]:
+def _evaluate(model: RelaxNet, graph: Graph, reference: Array) -> Evaluation:
     network, start = model.network, jnp.asarray(reference)
     state = dynamics.initial_state(network, model.params, graph, start)
     state = state._replace(positions=jnp.asarray(graph.nodes["positions"]))
-    result = dynamics.evaluate(network, model.params, model.energy_scale, graph, state)
-    return result.energies, result.forces
+    return dynamics.evaluate(network, model.params, model.energy_scale, graph, state)
 
 
 def _dtype(params: Params) -> Any:

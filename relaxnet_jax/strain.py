@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from relaxnet_jax.ops import safe_divide
 from relaxnet_jax.typing import AnyArray
 
 
@@ -48,13 +49,13 @@ def determinant(matrix: Array) -> Array:
 
 
 def stress(virial: Array, cell: Array, deformation: Array) -> Array:
-    """Stress (1/V) dE/d(strain), eV/Å³, tension positive (ASE's sign).
+    """Stress (1/V) dE/d(strain), eV/Å³, tension positive (ASE's sign); zero without a volume.
 
     Args:
       virial: (..., 3, 3) eV, dE/d(strain). cell: (..., 3, 3) Å, initial. deformation: D.
     """
     volume = jnp.abs(determinant(cell)) * determinant(deformation)
-    return virial / volume[..., None, None]
+    return safe_divide(virial, volume[..., None, None])
 
 
 VOIGT = ((0, 0), (1, 1), (2, 2), (1, 2), (0, 2), (0, 1))  # ASE's order: xx yy zz yz xz xy

@@ -52,7 +52,7 @@ def trust_flags(path: RelaxationTrajectory, model: RelaxNet, skin: float) -> tup
     if not all(np.isfinite(v).all() for v in values):
         text = "positions, energies or forces of the path are not finite"
         return (Flag("not finite", text, True), *flags)
-    for found in (_skin(path, skin), contact_flag(path), _rise(path), _forces(path)):
+    for found in (_skin(path, model, skin), contact_flag(path), _rise(path), _forces(path)):
         if found is not None:
             flags.append(found)
     if path.fixed_mask.all():
@@ -75,8 +75,8 @@ def _elements(path: RelaxationTrajectory, model: RelaxNet):
         yield Flag("unseen element", f"the model never saw {symbols}", True)
 
 
-def _skin(path: RelaxationTrajectory, skin: float) -> Flag | None:
-    needed = approach(path.positions)
+def _skin(path: RelaxationTrajectory, model: RelaxNet, skin: float) -> Flag | None:
+    needed = approach(path.positions, path.cells, model.config.graph.cutoff + skin)
     if needed <= skin:
         return None
     text = f"atoms may have approached by {needed:.2f} Å, the neighbour list allows {skin:g}"

@@ -93,7 +93,7 @@ def test_skin_widens(model):
     other.positions += [4.3, -2.8, 0.0]
     atoms += other  # their atoms meet on the way
     (path,) = predict_structures(fast, [fast.structure(atoms)])
-    assert path.skin > 0.5 and approach(path.positions) <= path.skin
+    assert path.skin > 0.5 and approach(path.positions, path.cells, 4.0 + path.skin) <= path.skin
     config = fast.config
     graph = dataclasses.replace(config.graph, skin=path.skin)
     wide = fast.replace(config=dataclasses.replace(config, graph=graph))
@@ -104,16 +104,22 @@ def test_skin_widens(model):
     narrow = predict_trajectory(fast, fast.graph(atoms))
     assert np.abs(np.asarray(narrow.energies)[:, 0] - path.energies).max() > 5e-5
     (calm,) = predict_structures(model, [model.structure(crystal())])
-    assert (calm.skin == 0.5) == (approach(calm.positions) <= 0.5)
+    assert (calm.skin == 0.5) == (approach(calm.positions, calm.cells, 4.5) <= 0.5)
 
 
 def test_approach():
     """The two largest displacements; an atom's own images move with it."""
     positions = np.array([[0.0, 0, 0], [0, 0, 1.0]])
     path = np.stack([positions, positions + np.array([[0, 0, 0.2], [0, 0, -0.3]])])
-    assert approach(path) == pytest.approx(0.5)
-    assert approach(path[:, :1]) == 0
-    assert approach(np.full((2, 3, 3), np.nan)) == np.inf
+    cells = np.repeat(4.0 * np.eye(3)[None], 2, axis=0)
+    assert approach(path, cells, 5.0) == pytest.approx(0.5)
+    assert approach(path[:, :1], cells, 5.0) == 0
+    assert approach(np.full((2, 3, 3), np.nan), cells, 5.0) == np.inf
+    # Atoms that stay in place in a cell that shrinks by 2 %: 2 % of the longest pair.
+    cells[1] *= 0.98
+    still = np.stack([positions, 0.98 * positions])
+    assert approach(still, cells, 5.0) == pytest.approx(0.1)
+    assert approach(still[::-1], cells[::-1], 5.0) < 1e-12  # growing brings nothing nearer
 
 
 def test_diverged_predictions_do_not_loop(model):

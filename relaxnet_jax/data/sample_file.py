@@ -273,7 +273,15 @@ def _decode(record: bytes, lengths: dict[str, int], n_slots: int, name: str) -> 
     )
     fields = ("atomic_numbers", "positions", "cell", "pbc", "fixed_mask", "charges", "strain")
     structure = Structure(**{k: found[k] for k in fields}, neighbors=neighbors)
-    frames = ("forces", "energies", "frame_mask", "times", "deformations", "stresses", "stress_mask")
+    frames = (
+        "forces",
+        "energies",
+        "frame_mask",
+        "times",
+        "deformations",
+        "stresses",
+        "stress_mask",
+    )
     rest = {k: found[k] for k in frames}
     return Sample(id=name, structure=structure, positions=found["frames"], **rest)
 

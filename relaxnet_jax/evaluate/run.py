@@ -13,7 +13,7 @@ import numpy as np
 from relaxnet_jax.data.dataset import SPLITS, read_trajectories
 from relaxnet_jax.data.frames import select_frames
 from relaxnet_jax.data.importing import import_files
-from relaxnet_jax.data.sample import without_drift
+from relaxnet_jax.data.sample import reference_frames, without_drift
 from relaxnet_jax.data.trajectory import RelaxationTrajectory
 from relaxnet_jax.errors import InputError
 from relaxnet_jax.evaluate.figures import parity_figure, per_frame_figure
@@ -62,6 +62,7 @@ def compare(
                     t.fixed_mask,
                     t.charges,
                     t.id,
+                    relax_cell=t.variable_cell,
                 )
             )
             kept.append(t)
@@ -70,16 +71,19 @@ def compare(
             report(f"left out: {error}")
     paths = predict_structures(model, structures, batch_size=batch_size)
     comparisons = []
-    for t, path in zip(kept, paths):
+    for t, structure, path in zip(kept, structures, paths):
         if path.failure:
             report(f"{t.id}: {path.failure}")
         chosen = select_frames(t.n_frames, n, "equidistant")
-        true = t.positions[chosen.indices]
+        relaxes = bool(structure.strain.any())
+        true, steps = reference_frames(t, chosen.indices, relaxes)
         if not t.fixed_mask.any():
             atomic = model.config.dynamics.mass == "atomic"
             true = without_drift(
                 true, masses_of(t.atomic_numbers) if atomic else np.ones(t.n_atoms)
             )
+        if relaxes:
+            true = true @ np.swapaxes(steps, -1, -2)
         comparisons.append(
             Comparison(
                 id=t.id,
@@ -96,6 +100,8 @@ def compare(
                 composition_energy=model.composition_energy(t.atomic_numbers),
                 slots=chosen.slots,
                 n_frames=n,
+                true_cells=t.cells[chosen.indices] if relaxes else None,
+                pred_cells=path.cells[chosen.slots] if relaxes else None,
             )
         )
     return comparisons, left_out

@@ -23,10 +23,14 @@ UNITS = {
     "forces_mae": "meV/Å",
     "positions_mae": "Å",
     "rmsd": "Å",
+    "volume": "%",
+    "lengths": "Å",
+    "angles": "degrees",
 }
 
 _EVERY = ("model", "nothing", "composition")
 _MOVING = ("model", "nothing")  # composition only predicts no geometry
+_OF_CELLS = ("volume", "lengths", "angles")
 # (row, path into Metrics, shown as, predictors for which it says something)
 _ROWS = (
     *(
@@ -38,6 +42,9 @@ _ROWS = (
             ("force MAE (meV/Å)", "forces_mae", _EVERY),
             ("coordinate MAE (Å)", "positions_mae", _MOVING),
             ("aligned RMSD (Å)", "rmsd", _MOVING),
+            ("volume error (%)", "volume", _MOVING),
+            ("lattice vector MAE (Å)", "lengths", _MOVING),
+            ("lattice angle MAE (°)", "angles", _MOVING),
         )
         for frames, label in (("final", "final frame"), ("all_frames", "all frames"))
     ),
@@ -74,6 +81,9 @@ def metrics_table(results: Mapping[str, Metrics], title: str) -> Table:
         width = max(map(len, label(name).split()), default=0)  # headings wrap between words only
         table.add_column(escape(label(name)), justify="right", min_width=width)
     for row, (heading, path, kind, predictors) in enumerate(_ROWS):
+        values = [_lookup(metrics, path) for metrics in results.values()]
+        if path.rsplit(".", 1)[-1] in _OF_CELLS and all(value is None for value in values):
+            continue  # no cell relaxes in these data
         cells = []
         for metrics in results.values():
             value = _lookup(metrics, path) if metrics.predictor in predictors else None

@@ -1,0 +1,37 @@
+"""RelaxNet whose cells relax too (VASP's ISIF=3), with explicit latent evolution.
+
+  relaxnet-jax train --config explicit_cell.py --set data.path=MY.h5 train.max_minutes=60
+
+Data may mix bulk crystals whose cell changes with fixed cells, slabs and molecules: each structure's
+cell is strained only where it was in the data, and never across a direction without periodicity.
+Cost and scores: see "Measured" in the README.
+"""
+
+
+def get_config():
+    return {
+        "dynamics": {
+            "latent": "explicit",
+            "cell": "variable",
+            "mass": "unit",
+            "friction": True,
+            "time_scale": True,
+        },
+        # A strain of a few percent brings pairs closer than atoms alone would.
+        "graph": {"triplet_cutoff": 3.5, "skin": 0.6},
+        "model": {"triplet_features": 32},
+        "loss": {
+            "energy": 5.0,
+            "monotonicity": 5.0,
+            "forces": 10.0,
+            "positions": 30.0,
+            "direction": 0.5,
+            "stress": 300.0,
+            "cell": 300.0,
+        },
+        "train": {
+            "batch_size": 8,
+            "learning_rate": 2e-3,
+            "weight_decay": 0.1,
+        },
+    }
