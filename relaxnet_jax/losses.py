@@ -147,7 +147,8 @@ def strain_between(prediction: Trajectory, cells: CellTargets) -> Array:
 def weighted_loss(terms: dict[str, Term], config: LossConfig) -> tuple[Array, dict[str, Array]]:
     """sum_k lambda_k total_k/count_k, and the unweighted means by name."""
     means = {name: term.mean() for name, term in terms.items()}
-    return sum(getattr(config, name) * mean for name, mean in means.items()), means
+    counted = (name for name in (*TERMS, *CELL_TERMS) if name in means)
+    return sum(getattr(config, name) * means[name] for name in counted), means
 
 
 def coordinate_error(prediction: Trajectory, targets: Targets, graph: Graph) -> tuple[Term, Term]:

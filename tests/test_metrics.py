@@ -254,3 +254,37 @@ def test_table_and_json(tmp_path):
         write_metrics(path, results, {"units": {}})
     with pytest.raises(InputError, match="cannot be written"):
         write_metrics(path / "below" / "a_file.json", results)
+
+
+def test_cells_by_hand():
+    """A cubic cell grows by 3 % along x, the prediction by 1 % and shears; atoms stay in place."""
+    true = np.stack([CUBE, CUBE @ np.diag([1.03, 1, 1])])
+    pred = np.stack([CUBE, CUBE @ np.diag([1.01, 1, 1])])
+    pred[1, 1, 0] = 4.0 * np.tan(np.radians(3.0))  # b tilts by 3 degrees: gamma = 87
+    scaled = X0 / 4.0
+    moved = scaled + [[0, 0, 0], [0.05, 0, 0]]  # a twentieth of a lattice vector, not predicted
+    cells = comparison(
+        true_cells=true, pred_cells=pred,
+        true_positions=np.stack([X0, moved @ true[1]]), pred_positions=scaled @ pred)  # fmt: skip
+    model, nothing = evaluate([cells, comparison()]), evaluate([cells], "nothing")
+    assert model.final.volume == pytest.approx(100 * (1 - 1.01 / 1.03))
+    assert nothing.final.volume == pytest.approx(100 * (1 - 1 / 1.03))
+    tilted = 4.0 / np.cos(np.radians(3.0))
+    assert model.final.lengths == pytest.approx((0.08 + (tilted - 4.0)) / 3)
+    assert nothing.final.lengths == pytest.approx(0.12 / 3)
+    assert model.final.angles == pytest.approx(1.0) and nothing.final.angles == 0
+    # The strain is no displacement: what is left is 0.05 of the true lattice vector, 4.12 Å.
+    alone = evaluate([cells])
+    assert alone.final.positions_mae == pytest.approx(0.05 * 4.12 / 6)
+    assert nothing.final.positions_mae == pytest.approx(0.05 * 4.12 / 6)
+    assert alone.final.rmsd == pytest.approx(0.05 * 4.12 / 2)
+    assert alone.final_ratio == pytest.approx(1)
+    assert evaluate([comparison()]).final.volume is None
+    table = io.StringIO()
+    Console(file=table, width=120).print(metrics_table({"model": alone}, "x"))
+    assert "volume error (%), final frame" in table.getvalue()
+    table = io.StringIO()
+    Console(file=table, width=120).print(metrics_table({"model": evaluate([comparison()])}, "x"))
+    assert "volume" not in table.getvalue()
+    with pytest.raises(InputError, match="pred_cells"):
+        comparison(true_cells=true, pred_cells=pred[:1])

@@ -1,0 +1,196 @@
+"""Relaxations whose cell changes: samples, targets, losses, and a run from data to prediction."""
+
+import json
+
+import ase.io
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ase.build import bulk
+from ase.calculators.emt import EMT
+from ase.calculators.singlepoint import SinglePointCalculator
+from ase.filters import FrechetCellFilter
+from ase.optimize import LBFGS
+from tiny import TINY, crystal, slab, tiny_config
+
+from relaxnet_jax.batching import fitting_shape
+from relaxnet_jax.calculator import RelaxNetCalculator
+from relaxnet_jax.cli import main
+from relaxnet_jax.config import LossConfig, load_config
+from relaxnet_jax.data.dataset import read_trajectories
+from relaxnet_jax.data.pipeline import collate_samples
+from relaxnet_jax.data.sample import make_sample
+from relaxnet_jax.data.store_write import write_store
+from relaxnet_jax.data.trajectory import RelaxationTrajectory
+from relaxnet_jax.errors import InputError
+from relaxnet_jax.losses import loss_terms, strain_error
+from relaxnet_jax.model import create_model, load_model
+from relaxnet_jax.predict import relax
+from relaxnet_jax.solver import Trajectory
+from relaxnet_jax.strain import from_voigt, log_strain, stress, to_voigt
+
+VARIABLE = tiny_config(dynamics__cell="variable", dynamics__mass="unit")
+
+
+def relaxation(atoms, name, grow=(0.03, -0.01, 0.02), n=3, stresses=True):
+    """The cell grows evenly and shears a little; atoms also move within it."""
+    rng = np.random.default_rng(len(name))
+    steps = np.linspace(0, 1, n)[:, None, None]
+    growth = np.eye(3) + steps * (np.diag(grow) + 0.01 * np.ones((3, 3)))
+    cells = atoms.cell.array @ growth
+    scaled = np.linalg.solve(atoms.cell.array.T, atoms.positions.T).T
+    inside = rng.normal(0, 0.01, (len(atoms), 3)) * steps
+    return RelaxationTrajectory(
+        id=name, atomic_numbers=atoms.numbers, positions=(scaled + inside) @ cells, cells=cells,
+        pbc=atoms.pbc, energies=np.linspace(-3, -4, n), forces=rng.normal(size=(n, len(atoms), 3)),
+        fixed_mask=np.zeros(len(atoms), bool),
+        stresses=rng.normal(0, 0.01, (n, 6)) if stresses else None)  # fmt: skip
+
+
+def test_samples_and_targets():
+    """Reference positions hold the internal displacement, deformations the cell's; nothing is lost."""
+    moving, still = relaxation(crystal(), "a"), relaxation(crystal(), "bb", n=3, stresses=False)
+    still = type(still)(**{**still.__dict__, "cells": np.repeat(still.cells[:1], 3, 0)})
+    samples = [make_sample(t, VARIABLE, np.zeros(119)) for t in (moving, still)]
+    np.testing.assert_allclose(samples[0].structure.strain, np.eye(3), atol=1e-12)
+    assert not samples[1].structure.strain.any() and (samples[1].deformations == np.eye(3)).all()
+    shape = fitting_shape([s.structure for s in samples])
+    graph, targets = collate_samples(samples, shape, VARIABLE, np.float64)
+    back = targets.positions[:, :3] @ np.swapaxes(targets.cells.deformation[:, 0], 1, 2)
+    drift = (back - moving.positions) @ np.linalg.inv(moving.cells)
+    np.testing.assert_allclose(drift, np.broadcast_to(drift[:, :1], drift.shape), atol=1e-12)
+    centre = targets.positions[:, :3].mean(1)
+    np.testing.assert_allclose(centre, np.broadcast_to(centre[:1], (3, 3)), atol=1e-12)
+    cells = graph.globals["cell"][0] @ np.swapaxes(targets.cells.deformation[:, 0], 1, 2)
+    np.testing.assert_allclose(cells, moving.cells, atol=1e-12)
+    np.testing.assert_allclose(to_voigt(targets.cells.stress[:, 0]), moving.stresses)
+    assert targets.cells.stress_mask.tolist() == [[True, False, False]] * 3
+    product = targets.cells.deformation @ targets.cells.inverse
+    np.testing.assert_allclose(product, np.broadcast_to(np.eye(3), product.shape), atol=1e-12)
+    # Models with fixed cells see neither.
+    _, plain = collate_samples([make_sample(still, tiny_config(), np.zeros(119))], shape,
+                               tiny_config())  # fmt: skip
+    assert plain.cells is None
+
+
+def test_loss_terms_by_hand():
+    moving, still = relaxation(crystal(), "a"), relaxation(crystal(), "bb")
+    still = type(still)(**{**still.__dict__, "cells": np.repeat(still.cells[:1], 3, 0)})
+    samples = [make_sample(t, VARIABLE, np.zeros(119)) for t in (moving, still)]
+    shape = fitting_shape([s.structure for s in samples])
+    graph, targets = collate_samples(samples, shape, VARIABLE, np.float32)
+    identity = jnp.broadcast_to(jnp.eye(3), (3, 3, 3, 3))
+    virial = jnp.asarray(np.random.default_rng(0).normal(size=(3, 3, 3, 3)))
+    virial = virial + jnp.swapaxes(virial, 2, 3)
+    zeros = jnp.zeros_like(targets.positions)
+    prediction = Trajectory(zeros, zeros, jnp.zeros((3, 3)), zeros,
+                            jnp.asarray(targets.positions), identity, virial)  # fmt: skip
+    terms = loss_terms(prediction, targets, graph, LossConfig())
+    assert float(terms["positions"].total) == 0  # reference positions agree, whatever the cell
+    volume = abs(np.linalg.det(moving.cells[0]))
+    difference = np.asarray(virial)[:, 0] / volume - from_voigt(moving.stresses)
+    np.testing.assert_allclose(terms["stress"].total, (difference**2).sum(), rtol=1e-4)
+    assert float(terms["stress"].number) == 3 * 9  # the held cell's stress does not count
+    expected = -np.stack([
+        np.asarray(log_strain(jnp.asarray(d))) for d in targets.cells.deformation[1:, 0]])  # fmt: skip
+    np.testing.assert_allclose(terms["cell"].total, (expected**2).sum(), rtol=0.1)
+    assert float(terms["cell"].number) == 2 * 9
+    ours, nothing = strain_error(prediction, targets, graph)
+    np.testing.assert_allclose(ours.mean(), nothing.mean(), rtol=1e-5)
+    np.testing.assert_allclose(ours.mean(), np.abs(expected[-1]).mean(), rtol=0.1)
+    perfect = prediction._replace(deformation=jnp.asarray(targets.cells.deformation))
+    terms = loss_terms(perfect, targets, graph, LossConfig())
+    assert float(terms["cell"].total) < 1e-10
+    found = stress(perfect.virial, graph.globals["cell"], perfect.deformation)
+    assert np.isfinite(found).all()
+
+
+def test_which_data_a_model_takes(tmp_path):
+    write_store(tmp_path / "set.h5", [relaxation(crystal(), "a")])
+    path = str(tmp_path / "set.h5")
+    with pytest.raises(InputError, match=r"explicit_cell\.py.*data\.variable_cell=drop"):
+        read_trajectories(path, load_config("explicit.py"), print)
+    found, left_out = read_trajectories(path, load_config("explicit_cell.py"), print)
+    assert len(found) == 1 and not left_out
+    with pytest.raises(InputError, match="model.l_max"):
+        load_config("explicit_cell.py", ["model.l_max=1"])
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Copper alloys under pressure and a fixed-cell slab, relaxed with EMT; a tiny model of them."""
+    folder = tmp_path_factory.mktemp("cells")
+    frames = []
+    for k in range(12):
+        rng = np.random.default_rng(k)
+        atoms = bulk("Cu", a=3.8, cubic=True)
+        atoms.numbers[: k % 5] = 79
+        atoms.set_cell(atoms.cell.array * rng.uniform(0.96, 1.06), scale_atoms=True)
+        atoms.rattle(0.05, seed=k)
+        atoms.calc = EMT()
+        moving = FrechetCellFilter(atoms) if k % 3 else atoms
+        for i, _ in enumerate(LBFGS(moving, logfile=None).irun(fmax=0.05, steps=12)):
+            copy = atoms.copy()
+            copy.calc = atoms.calc
+            copy.info = {"traj_id": f"r{k}"}
+            frames.append((copy, atoms.get_potential_energy(), atoms.get_forces().copy(),
+                           atoms.get_stress().copy(), i))  # fmt: skip
+    images = []
+    for atoms, energy, forces, s, _ in frames:
+        atoms.calc = SinglePointCalculator(atoms, energy=energy, forces=forces, stress=s)
+        images.append(atoms)
+    ase.io.write(folder / "data.extxyz", images)
+    assert main(["data", "import", str(folder / "data.extxyz"), "--out", str(folder / "s.h5")]) == 0
+    settings = [f"{a}.{b}={v!r}" for a, part in TINY.items() for b, v in part.items()]
+    settings += [f"data.path={folder / 's.h5'}", "train.epochs=2", "train.batch_size=4",
+                 "model.layers=1", "data.splits=(0.6,0.2,0.2)"]  # fmt: skip
+    out = folder / "run"
+    assert main(["train", "--config", "implicit_cell.py", "--workdir", str(out), "--set", *settings,
+                 "train.static_epochs=1"]) == 0  # fmt: skip
+    return out
+
+
+def test_train_evaluate_predict(run, capsys):
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert len(records) == 2 and all(r["skipped"] == 0 for r in records)
+    assert records[0]["train"]["stress"] > 0 and records[0]["train"]["cell"] == 0  # static
+    assert records[1]["train"]["cell"] > 0 and records[1]["validation"]["strain"] > 0
+    assert main(["eval", "--workdir", str(run), "--split", "train"]) == 0
+    assert "volume error" in capsys.readouterr().out
+    report = json.loads((run / "eval-train" / "metrics.json").read_text())
+    final = {k: v["final"] for k, v in report["results"].items()}
+    assert final["nothing"]["volume"] > 1 and final["model"]["lengths"] > 0
+    model = load_model(run / "model")
+    path = relax(model, bulk("Cu", cubic=True), n_frames=4)
+    assert path.stresses.shape == (4, 6) and np.abs(path.cells[-1] - path.cells[0]).max() > 1e-5
+    path.validate()
+
+
+def test_calculator_stress(run):
+    """ASE's numerical stress of an implicit model's potential."""
+    model = load_model(run / "model")
+    atoms = bulk("Cu", cubic=True)
+    atoms.rattle(0.1, seed=1)
+    atoms.numbers[0] = 79
+    atoms.calc = RelaxNetCalculator(model)
+    ours = atoms.get_stress()
+    assert np.abs(ours).max() > 1e-5
+    numeric = []
+    for a, b in ((0, 0), (1, 1), (2, 2), (1, 2)):
+        energies = []
+        for h in (2e-3, -2e-3):
+            change = np.eye(3)
+            change[a, b] += h / 2
+            change[b, a] += h / 2
+            strained = atoms.copy()
+            strained.set_cell(atoms.cell.array @ change, scale_atoms=True)
+            strained.calc = atoms.calc
+            energies.append(strained.get_potential_energy())
+        numeric.append((energies[0] - energies[1]) / 4e-3 / atoms.get_volume())
+    scale = np.abs(ours).max()
+    np.testing.assert_allclose(numeric, ours[:4], atol=0.03 * scale + 2e-5)
+    fixed = create_model(tiny_config("implicit", model__layers=1))
+    other = slab()
+    other.calc = RelaxNetCalculator(fixed)
+    with pytest.raises(Exception, match="stress"):
+        other.get_stress()
