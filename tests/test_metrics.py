@@ -262,7 +262,7 @@ def test_cells_by_hand():
     pred = np.stack([CUBE, CUBE @ np.diag([1.01, 1, 1])])
     pred[1, 1, 0] = 4.0 * np.tan(np.radians(3.0))  # b tilts by 3 degrees: gamma = 87
     scaled = X0 / 4.0
-    moved = scaled + [[0, 0, 0], [0.05, 0, 0]]  # a twentieth of a lattice vector, not predicted
+    moved = scaled + np.array([[0, 0, 0], [0.05, 0, 0]])  # a twentieth of a lattice vector, not predicted
     cells = comparison(
         true_cells=true, pred_cells=pred,
         true_positions=np.stack([X0, moved @ true[1]]), pred_positions=scaled @ pred)  # fmt: skip
