@@ -90,7 +90,7 @@ def _add_train(commands) -> None:
         "--config",
         metavar="FILE",
         help="a config file, or a shipped one's name: "
-        "explicit.py, implicit.py (with --resume by default that of the run)",
+        "explicit.py, implicit.py, explicit_cell.py, … (with --resume by default that of the run)",
     )
     p.add_argument(
         "--set",
