@@ -6,11 +6,14 @@ prediction. They need no second model and cost nothing beside a prediction.
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 from ase.data import chemical_symbols, covalent_radii
 
+from relaxnet_jax.config import Config
 from relaxnet_jax.data.trajectory import RelaxationTrajectory
 from relaxnet_jax.model import RelaxNet
 from relaxnet_jax.neighbors import pairs_within
@@ -20,6 +23,8 @@ from relaxnet_jax.predict import approach
 # nitrogen, come to 0.67 (uranyl) and more.
 MIN_CONTACT = 0.6
 MAX_RISE = 2e-3  # eV/atom; a relaxation's energy only falls
+# By how much the means below may leave the range of the training data, as a fraction of its ends.
+MARGIN = 0.1
 AT_REST = 0.05  # eV/Å; forces below need not fall any more
 
 
@@ -28,8 +33,8 @@ class Flag(NamedTuple):
 
     Attributes:
       name: one of "untrained", "unseen element", "not finite", "skin exceeded",
-        "atoms too close", "energy rises", "forces do not fall", "all atoms fixed",
-        "constraints ignored".
+        "atoms too close", "energy rises", "forces do not fall", "density", "coordination",
+        "all atoms fixed", "constraints ignored".
       detail: one line with the numbers.
       unusable: the final geometry should not be used, not even as a start.
     """
@@ -55,6 +60,7 @@ def trust_flags(path: RelaxationTrajectory, model: RelaxNet, skin: float) -> tup
     for found in (_skin(path, model, skin), contact_flag(path), _rise(path), _forces(path)):
         if found is not None:
             flags.append(found)
+    flags += _surroundings(path, model)
     if path.fixed_mask.all():
         flags.append(Flag("all atoms fixed", "nothing can move"))
     return tuple(sorted(flags, key=lambda flag: not flag.unusable))
@@ -65,7 +71,7 @@ def unusable(flags: tuple[Flag, ...]) -> bool:
     return any(flag.unusable for flag in flags)
 
 
-def _elements(path: RelaxationTrajectory, model: RelaxNet):
+def _elements(path: RelaxationTrajectory, model: RelaxNet) -> Iterator[Flag]:
     if not model.elements:
         yield Flag("untrained", "the model's parameters are random")
         return
@@ -114,3 +120,37 @@ def _forces(path: RelaxationTrajectory) -> Flag | None:
     if last < first or last <= AT_REST:
         return None
     return Flag("forces do not fall", f"fmax goes from {first:.3f} to {last:.3f} eV/Å")
+
+
+def surroundings(positions, cell, pbc, config: Config) -> dict[str, float]:
+    """How an atom is surrounded, means over the atoms of a structure.
+
+    Args:
+      positions: (N, 3) Å. cell: (3, 3) Å. pbc: (3,) bool.
+      config: its ranges, with their skins.
+
+    Returns:
+      density: neighbours within the range of pairs. coordination: within that of triplets.
+    """
+    graph = config.graph
+    _, _, _, lengths = pairs_within(positions, cell, pbc, graph.cutoff + graph.skin)
+    near = lengths < graph.triplet_cutoff + config.triplet_skin
+    return {
+        "density": len(lengths) / len(positions),
+        "coordination": int(near.sum()) / len(positions),
+    }
+
+
+def _surroundings(path: RelaxationTrajectory, model: RelaxNet) -> Iterator[Flag]:
+    """Flags where density or coordination lie outside those of the training data's first frames,
+    which models carry since there are such flags."""
+    known = json.loads(model.statistics).get("surroundings")
+    if not known:
+        return
+    ends = [surroundings(path.positions[k], path.cells[k], path.pbc, model.config) for k in (0, -1)]
+    for name, (low, high) in known.items():
+        for where, found in zip(("first", "last"), ends):
+            if not (1 - MARGIN) * low <= found[name] <= (1 + MARGIN) * high:
+                text = f"{found[name]:.1f} neighbours per atom in the {where} frame, trained on "
+                yield Flag(name, f"{text}{low:.1f} to {high:.1f}")
+                break

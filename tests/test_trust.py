@@ -1,11 +1,13 @@
 """Trust flags, each by what raises it, and the head start that heeds them."""
 
 import dataclasses
+import json
 
 import jax
 import numpy as np
 import pytest
 from ase import Atoms
+from ase.build import bulk
 from ase.calculators.emt import EMT
 from ase.constraints import FixAtoms, FixCartesian, FixedLine
 from ase.optimize import LBFGS
@@ -15,7 +17,7 @@ from relaxnet_jax.data.trajectory import RelaxationTrajectory
 from relaxnet_jax.errors import InputError
 from relaxnet_jax.predict import relax
 from relaxnet_jax.starting import constraint_flags, head_start
-from relaxnet_jax.trust import trust_flags, unusable
+from relaxnet_jax.trust import surroundings, trust_flags, unusable
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +89,32 @@ def test_contacts_count_images(model):
     assert [f.name for f in both] == ["skin exceeded", "atoms too close"]
     nitrogen = path(atomic_numbers=np.full(3, 7), positions=path().positions * 1.10 / 2.5)
     assert names(nitrogen, model.replace(elements=(7,))) == []  # as short as N2
+
+
+def test_density_and_coordination(model):
+    """Of fcc copper: 12 nearest neighbours at 2.55 Å, 6 second at 3.6, 24 third at 4.42 Å."""
+    config = model.config  # 4.0 + 0.5 Å for pairs, 3.2 Å for triplets
+    cell = bulk("Cu", a=3.61)
+    found = surroundings(cell.positions, cell.cell.array, cell.pbc, config)
+    assert found == {"density": 42, "coordination": 12}
+    twice = cell.repeat(2)
+    assert surroundings(twice.positions, twice.cell.array, twice.pbc, config) == found
+    molecule = path()  # a right angle, 2.6 and 3.68 Å
+    assert surroundings(molecule.positions[0], np.eye(3), np.zeros(3, bool), config) == {
+        "density": 2, "coordination": pytest.approx(4 / 3)}  # fmt: skip
+    copper = model.replace(elements=(29,))
+    for density, coordination, expected in (
+        ([2, 2], [4 / 3, 4 / 3], []),
+        ([2.2, 9], [0.5, 1.22], []),
+        ([2.3, 9], [0.5, 4 / 3], ["density"]),
+        ([1.0, 1.8], [0.5, 1.2], ["density", "coordination"]),
+    ):
+        known = {"surroundings": {"density": density, "coordination": coordination}}
+        one = copper.replace(statistics=json.dumps(known))
+        assert names(path(pbc=np.zeros(3, bool)), one) == expected
+    (flag, _) = trust_flags(path(pbc=np.zeros(3, bool)), one, 0.5)
+    assert flag.detail == "2.0 neighbours per atom in the first frame, trained on 1.0 to 1.8"
+    assert not flag.unusable
 
 
 def test_head_start_moves_atoms_where_the_model_says(trained):
