@@ -65,8 +65,14 @@ def head_start(atoms: Atoms, model: RelaxNet, n_frames: int = 5) -> HeadStart:
         reason = solved.failure or f"{grave.name}: {grave.detail}"
         warnings.warn(f"{name}: no head start, {reason}", stacklevel=2)
         return HeadStart(path, flags, False)
-    atoms.set_positions(path.positions[-1])
+    move_to_end(atoms, path)
     return HeadStart(path, flags, True)
+
+
+def move_to_end(atoms: Atoms, path: RelaxationTrajectory) -> None:
+    """Gives the atoms cell and positions of a path's last frame, their constraints applied."""
+    atoms.set_cell(path.cells[-1])
+    atoms.set_positions(path.positions[-1])
 
 
 def constraint_flags(atoms: Atoms) -> tuple[Flag, ...]:

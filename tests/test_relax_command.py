@@ -344,7 +344,7 @@ def test_wrong_minimum(lift, wrong):
     """4 atoms: 5 meV/atom are 20 meV. Then the other end is kept."""
     atoms = alloy()
     calculator = load_calculator("emt")._replace(make=Double(lift))
-    result = refine(atoms, atoms.positions, calculator, 0.05, 100)
+    result = refine(atoms, atoms, calculator, 0.05, 100)
     assert result.wrong_minimum is wrong and result.kept == ("without" if wrong else "with")
     assert result.without.steps == result.with_start.steps > 1
     assert result.with_start.energy - result.without.energy == pytest.approx(lift, abs=1e-9)
@@ -356,19 +356,34 @@ def test_refining_counts_what_it_computes():
     """From a minimum one step is needed; a limit that is too low is not called converged."""
     emt = load_calculator("emt")
     atoms = alloy()
-    done = refine(atoms, atoms.positions, emt, 0.05, 200)
-    again = refine(atoms, done.atoms.positions, emt, 0.05, 200)
+    done = refine(atoms, atoms, emt, 0.05, 200)
+    again = refine(atoms, done.atoms, emt, 0.05, 200)
     assert again.with_start.steps == 1 and again.without == done.without._replace(
         seconds=again.without.seconds
     )
-    short = refine(atoms, done.atoms.positions, emt, 0.05, 2)
+    short = refine(atoms, done.atoms, emt, 0.05, 2)
     assert not short.without.converged and short.without.steps == 3
     assert short.wrong_minimum is None and short.kept == "with"
     with pytest.raises(InputError, match="does not know O"):
-        refine(alloy("O"), atoms.positions, emt, 0.05, 2)
+        refine(alloy("O"), atoms, emt, 0.05, 2)
     broken = emt._replace(make=lambda: 1 / 0)
     with pytest.raises(InputError, match=r"failed \(ZeroDivisionError"):
-        refine(atoms, atoms.positions, broken, 0.05, 2)
+        refine(atoms, atoms, broken, 0.05, 2)
+
+
+def test_refining_the_cell_where_the_prediction_changed_it():
+    """Both ways relax the cell and come to the same one; otherwise it stays."""
+    emt, atoms = load_calculator("emt"), alloy()
+    strained = atoms.copy()
+    strained.set_cell(1.02 * atoms.cell.array, scale_atoms=True)
+    result = refine(atoms, strained, emt, 0.01, 200)
+    assert result.wrong_minimum is False and result.without.fmax < 0.01
+    assert result.with_start.energy == pytest.approx(result.without.energy, abs=1e-3)
+    assert np.abs(result.atoms.get_stress()).max() * atoms.get_volume() < 0.02
+    assert np.abs(result.atoms.cell.array - atoms.cell.array).max() > 0.01
+    kept = refine(atoms, atoms, emt, 0.05, 200)
+    np.testing.assert_array_equal(kept.atoms.cell.array, atoms.cell.array)
+    assert kept.without.energy > result.without.energy + 1e-3
 
 
 def trajectory(name="a", n=3):

@@ -19,6 +19,7 @@ from rich.console import Console
 from tiny import TINY
 
 from relaxnet_jax.config import TrainConfig, load_config, to_json
+from relaxnet_jax.data.dataset import read_trajectories
 from relaxnet_jax.data.sample_file import SampleView
 from relaxnet_jax.errors import InputError
 from relaxnet_jax.model import create_model, load_model
@@ -28,6 +29,7 @@ from relaxnet_jax.train.checkpoint import Checkpoints
 from relaxnet_jax.train.loop import train
 from relaxnet_jax.train.report import ConsoleReport
 from relaxnet_jax.train.state import Plateau, initial_train_state, make_optimizer
+from relaxnet_jax.trust import surroundings
 
 CHANGES = {
     # Nothing here depends on what the network can do: what compiles fast is enough.
@@ -108,7 +110,9 @@ def test_loss_goes_down(run):
     assert result.best == min(r["validation"]["loss"] for r in found)
     assert found[0]["best"] and all(r["skipped"] == 0 and not r["partial"] for r in found)
     for name in ("energy", "monotonicity", "forces", "positions", "direction", "coordinates"):
-        assert all(math.isfinite(r[split][name]) for r in found for split in ("train", "validation"))
+        assert all(
+            math.isfinite(r[split][name]) for r in found for split in ("train", "validation")
+        )
     assert found[0]["validation"]["nothing"] > 0.01
 
 
@@ -139,6 +143,16 @@ def test_the_model_that_is_left(run):
     splits = json.loads((result.workdir / "splits.json").read_text())
     ids = [i for split in splits.values() for i in split]
     assert len(ids) == len(set(ids)) == 24
+    known = json.loads(model.statistics)["surroundings"]
+    data, _ = read_trajectories("emt", model.config, lambda _: None)
+    trained = [
+        surroundings(t.positions[0], t.cells[0], t.pbc, model.config)
+        for t in data.named(set(splits["train"]))
+    ]
+    assert set(known) == {"density", "coordination"}
+    for name, ends in known.items():
+        values = [one[name] for one in trained]
+        assert ends == pytest.approx([min(values), max(values)]) and ends[0] < ends[1]
 
 
 def test_exact_resume(run, folder):
@@ -282,7 +296,9 @@ def test_workdirs_are_guarded(run, folder):
 
 def test_adaptive_solver_runs_on_one_device(folder):
     config = config_of()
-    config = dataclasses.replace(config, dynamics=dataclasses.replace(config.dynamics, solver="tsit5"))
+    config = dataclasses.replace(
+        config, dynamics=dataclasses.replace(config.dynamics, solver="tsit5")
+    )
     report, _ = quiet()
     with pytest.raises(InputError, match=r"'tsit5' runs on one device, not on 2; give --devices 1"):
         train(config, folder / "adaptive", report=report, devices=2)

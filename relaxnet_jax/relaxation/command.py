@@ -163,16 +163,17 @@ def _finish(
     """Records of all predictions, refined where a calculator is given."""
     from relaxnet_jax.relaxation.refine import refine
     from relaxnet_jax.relaxation.report import record
+    from relaxnet_jax.starting import move_to_end
 
     done = []
     with bar("refining", len(predicted) if calculator else 0) as advance:
         for count, (one, result) in enumerate(predicted, 1):
             refined = None
             if calculator is not None:
+                start = one.atoms.copy()
+                move_to_end(start, result.path)
                 try:
-                    refined = refine(
-                        one.atoms, result.path.positions[-1], calculator, args.fmax, args.steps
-                    )
+                    refined = refine(one.atoms, start, calculator, args.fmax, args.steps)
                 except InputError as error:
                     failures.add([Failure(one.place, str(error))])
                 advance(count)

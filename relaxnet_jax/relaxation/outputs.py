@@ -85,18 +85,21 @@ def check_free(files: Sequence[Path | None], overwrite: bool) -> None:
 def relaxed_atoms(
     one: Input, path: RelaxationTrajectory, flags: Sequence[Flag], refined: Atoms | None
 ) -> Atoms:
-    """The input's atoms, with all they carry, at the final positions.
+    """The input's atoms, with all they carry, in the final cell at the final positions.
 
     Energy and forces are the model's, or the calculator's where it refined them; ``info`` has
     ``traj_id``, ``source``, and ``relaxnet_flags`` if there are any.
     """
     from ase.calculators.singlepoint import SinglePointCalculator
 
+    from relaxnet_jax.starting import move_to_end
+
     atoms = one.atoms.copy()
     if refined is None:
-        atoms.set_positions(path.positions[-1])
+        move_to_end(atoms, path)
         results = {"energy": float(path.energies[-1]), "forces": path.forces[-1].copy()}
     else:
+        atoms.set_cell(refined.cell, apply_constraint=False)
         atoms.set_positions(refined.positions, apply_constraint=False)
         results = {
             "energy": float(refined.get_potential_energy()),

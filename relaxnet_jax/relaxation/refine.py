@@ -11,6 +11,7 @@ import numpy as np
 from relaxnet_jax.data.files import one_line
 from relaxnet_jax.data.generation.calculators import Calculator, check_calculator
 from relaxnet_jax.data.generation.elements import names
+from relaxnet_jax.data.trajectory import CELL_TOLERANCE
 from relaxnet_jax.errors import InputError
 
 if TYPE_CHECKING:
@@ -65,13 +66,16 @@ def load(name: str) -> Calculator:
 
 
 def refine(
-    initial: Atoms, predicted: np.ndarray, calculator: Calculator, fmax: float, steps: int
+    initial: Atoms, predicted: Atoms, calculator: Calculator, fmax: float, steps: int
 ) -> Refined:
-    """Relaxes with LBFGS from the initial positions and from the predicted ones.
+    """Relaxes with LBFGS from the initial structure and from the predicted one.
+
+    Where the prediction has another cell, both relax the cell too (ASE's `FrechetCellFilter`);
+    fmax then holds for the stress times the volume as well.
 
     Args:
-      initial: with its constraints; not changed.
-      predicted: (N, 3) Å. fmax: eV/Å. steps: most optimiser steps of each.
+      initial, predicted: with constraints; not changed.
+      fmax: eV/Å. steps: most optimiser steps of each.
 
     Raises:
       InputError: the calculator does not know an element, or fails.
@@ -79,12 +83,11 @@ def refine(
     unknown = set(initial.numbers.tolist()) - (calculator.elements or set(initial.numbers.tolist()))
     if unknown:
         raise InputError(f"--refine: {calculator.label} does not know {names(unknown)}")
-    start = initial.copy()
-    start.set_positions(predicted)
+    cell_too = not np.allclose(initial.cell.array, predicted.cell.array, atol=CELL_TOLERANCE)
     runs = []
-    for atoms in (initial.copy(), start):
+    for atoms in (initial.copy(), predicted.copy()):
         try:
-            runs.append((_relax(atoms, calculator, fmax, steps), atoms))
+            runs.append((_relax(atoms, calculator, fmax, steps, cell_too), atoms))
         except Exception as error:  # calculators raise anything
             raise InputError(
                 f"--refine: {calculator.label} failed ({type(error).__name__}: {one_line(error)})"
@@ -98,17 +101,19 @@ def refine(
     return Refined(without, with_start, wrong, *kept)
 
 
-def _relax(atoms: Atoms, calculator: Calculator, fmax: float, steps: int) -> Leg:
+def _relax(atoms: Atoms, calculator: Calculator, fmax: float, steps: int, cell_too: bool) -> Leg:
+    from ase.filters import FrechetCellFilter
     from ase.optimize import LBFGS
 
     begin = time.perf_counter()
     atoms.calc = calculator.make()
     kind: Any = LBFGS  # ASE's annotations know no logfile=None
-    optimizer = kind(atoms, logfile=None)
+    target: Any = FrechetCellFilter(atoms) if cell_too else atoms
+    optimizer = kind(target, logfile=None)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the optimiser's; what matters shows in the result
         optimizer.run(fmax=fmax, steps=steps)
-        energy, forces = atoms.get_potential_energy(), atoms.get_forces()
+        energy, forces = atoms.get_potential_energy(), target.get_forces()
     last = float(np.linalg.norm(forces, axis=1).max(initial=0.0))
     if not (np.isfinite(energy) and np.isfinite(last)):
         raise RuntimeError("energy or forces are not finite")

@@ -206,6 +206,7 @@ class _Run:
                 "data": self.dataset.name,
                 "training_relaxations": len(self.members["train"]),
                 "energy_scale_eV_per_atom": self.scale,
+                "surroundings": self._surroundings(),
             }
         )
         return RelaxNet(
@@ -216,6 +217,12 @@ class _Run:
             elements,
             statistics,
         )
+
+    def _surroundings(self) -> dict[str, tuple[float, float]]:
+        """Ranges, over the first training frames, of what `trust.surroundings` gives."""
+        atoms, edges, bonds, *_ = (v[self.members["train"]] for v in self.samples.sizes)
+        means = {"density": edges / atoms, "coordination": bonds / atoms}
+        return {name: (float(v.min()), float(v.max())) for name, v in means.items()}
 
     def export(self, params: Any, workdir: Path) -> None:
         """Writes the model with these (replicated) parameters to ``workdir/model``."""
