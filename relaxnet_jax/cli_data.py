@@ -58,9 +58,10 @@ def add_data(commands) -> None:
     p.add_argument("--folds", type=int, default=1, metavar="K", help="of which each is test once")
     p.add_argument(
         "--by",
-        choices=("group", "formula", "elements"),
+        choices=("group", "formula", "elements", "prototype"),
         default="group",
-        help="what is never separated: a group as stored, a reduced formula, a set of elements",
+        help="what is never separated: a group as stored, a reduced formula, a set of elements, a "
+        "prototype (anonymous formula and space group of the final structure)",
     )
     p.add_argument(
         "--fractions",

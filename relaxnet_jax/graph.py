@@ -27,6 +27,7 @@ from ase.data import atomic_masses
 from jax import Array
 
 from relaxnet_jax.config import Config
+from relaxnet_jax.constraints import held_atoms
 from relaxnet_jax.errors import InputError
 from relaxnet_jax.neighbors import Neighbors, build_neighbors
 from relaxnet_jax.ops import EdgeList, gather_senders, spread
@@ -149,23 +150,11 @@ def strain_projector(cell: np.ndarray, pbc: np.ndarray) -> np.ndarray:
     return np.linalg.pinv(periodic) @ periodic if len(periodic) else np.zeros((3, 3))
 
 
-def fixed_atoms(atoms: Atoms) -> np.ndarray:
-    """(N,) bool: atoms held by ASE's FixAtoms, or by FixCartesian in all three directions."""
-    from ase.constraints import FixAtoms, FixCartesian
-
-    fixed = np.zeros(len(atoms), bool)
-    for constraint in atoms.constraints:
-        if isinstance(constraint, FixAtoms) or (
-            isinstance(constraint, FixCartesian) and np.all(constraint.mask)
-        ):
-            fixed[constraint.index] = True
-    return fixed
-
-
 def structure_from_atoms(
     atoms: Atoms, config: Config, name: str | None = None, relax_cell: bool = True
 ) -> Structure:
-    """A `Structure` from ASE Atoms; `FixAtoms` become fixed atoms. Raises InputError."""
+    """A `Structure` from ASE Atoms; those that cannot move (see `held_atoms`) are fixed, those held
+    in some directions only are free. Raises InputError."""
     charges = atoms.get_initial_charges()
     return build_structure(
         atoms.numbers,
@@ -173,7 +162,7 @@ def structure_from_atoms(
         atoms.cell.array,
         atoms.pbc,
         config,
-        fixed_mask=fixed_atoms(atoms),
+        fixed_mask=held_atoms(atoms)[0],
         charges=charges,
         name=name or atoms.get_chemical_formula(),
         relax_cell=relax_cell,

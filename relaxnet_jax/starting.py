@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from relaxnet_jax.constraints import held_atoms
 from relaxnet_jax.data.trajectory import RelaxationTrajectory
 from relaxnet_jax.errors import InputError
-from relaxnet_jax.graph import fixed_atoms
 from relaxnet_jax.model import RelaxNet
 from relaxnet_jax.predict import as_trajectory, predict_structures
 from relaxnet_jax.trust import Flag, trust_flags, unusable
@@ -77,7 +77,7 @@ def move_to_end(atoms: Atoms, path: RelaxationTrajectory) -> None:
 
 def constraint_flags(atoms: Atoms) -> tuple[Flag, ...]:
     """A flag where atoms have constraints of which the model knows nothing."""
-    fixed = fixed_atoms(atoms)
+    fixed, _ = held_atoms(atoms)
     ignored = set()
     for constraint in atoms.constraints:
         index = getattr(constraint, "index", None)

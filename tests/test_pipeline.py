@@ -7,12 +7,13 @@ from ase.build import bulk
 from tiny import molecule, slab, systems, tiny_config
 
 from relaxnet_jax.batching import BatchShape, collate, fitting_shape, round_up, split_nodes
+from relaxnet_jax.constraints import held_atoms
 from relaxnet_jax.data.buckets import pack_epoch, plan_buckets, sizes_of
 from relaxnet_jax.data.pipeline import collate_samples, epoch_iterator
 from relaxnet_jax.data.references import fit_element_energies
 from relaxnet_jax.data.sample import frame_slots, make_sample
 from relaxnet_jax.data.trajectory import RelaxationTrajectory
-from relaxnet_jax.graph import fixed_atoms, structure_from_atoms
+from relaxnet_jax.graph import structure_from_atoms
 
 CONFIG = tiny_config(dynamics__frames=5)
 
@@ -20,7 +21,7 @@ CONFIG = tiny_config(dynamics__frames=5)
 def relaxation(atoms, n=7, drift=0.0, name="a", seed=0):
     """Random small steps; every frame also moves as a whole by ``drift`` along y."""
     rng = np.random.default_rng(seed)
-    fixed = fixed_atoms(atoms)
+    fixed, _ = held_atoms(atoms)
     steps = np.cumsum(rng.normal(0, 0.02, (n, len(atoms), 3)), 0)
     steps = (steps - steps[:1]) * ~fixed[:, None]
     steps[:, :, 1] += drift * np.arange(n)[:, None]
@@ -231,7 +232,9 @@ def test_element_energies():
         # Composition energy at the end, 0.1 eV/atom above it on average along the way.
         energies = truth[numbers].sum() + len(numbers) * np.linspace(0.2, 0, 7)
         relaxations.append(type(t)(**{**t.__dict__, "energies": energies}))
-    table, spread, seen = fit_element_energies(((t.atomic_numbers, t.energies) for t in relaxations), 119)
+    table, spread, seen = fit_element_energies(
+        ((t.atomic_numbers, t.energies) for t in relaxations), 119
+    )
     np.testing.assert_allclose(table, truth, atol=1e-9)
     assert np.flatnonzero(seen).tolist() == [1, 8, 29]
     np.testing.assert_allclose(spread, np.linspace(0.2, 0, 7).std(), rtol=1e-9)

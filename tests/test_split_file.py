@@ -6,12 +6,15 @@ import json
 import numpy as np
 import pytest
 from ase import Atoms
+from ase.build import bulk
+from ase.spacegroup import crystal
 from test_pipeline import relaxation
 from tiny import TINY
 
 from relaxnet_jax.cli import main
 from relaxnet_jax.config import load_config
 from relaxnet_jax.data.dataset import load_dataset
+from relaxnet_jax.data.prototypes import prototype
 from relaxnet_jax.data.split_file import make_folds, read_splits
 from relaxnet_jax.data.store import TrajectoryStore
 from relaxnet_jax.data.store_write import write_store
@@ -47,6 +50,31 @@ def test_folds_are_disjoint_and_whole(path, by):
         assert sorted(np.concatenate(fold)) == list(range(30)) and min(map(len, fold)) > 0
         kinds = [{labels[i] for i in rows} for rows in fold]
         assert not (kinds[0] & kinds[1] or kinds[0] & kinds[2] or kinds[1] & kinds[2])
+
+
+def relaxed(name, atoms, **fields):
+    """A relaxation that ends at a structure, nearly."""
+    noise = 0.02 * np.random.default_rng(len(name)).uniform(-1, 1, atoms.positions.shape)
+    t = relaxation(atoms, n=3, name=name)
+    return dataclasses.replace(t, positions=t.positions - t.positions[-1] + atoms.positions + noise)
+
+
+def test_prototypes(tmp_path):
+    rutile = {"symbols": ["Ti", "O"], "basis": [(0, 0, 0), (0.3, 0.3, 0)], "spacegroup": 136}
+    oxide = crystal(**rutile, cellpar=[4.6, 4.6, 2.95, 90, 90, 90])
+    fluoride = crystal(**rutile | {"symbols": ["Mg", "F"]}, cellpar=[4.7, 4.7, 3.1, 90, 90, 90])
+    fluorite = bulk("CaF2", "fluorite", a=5.46)
+    water = Atoms("OH2", [[0, 0, 0], [1, 0, 0], [0, 1, 0]])
+    structures = {"a": oxide, "b": fluoride, "c": fluorite, "d": fluorite * (2, 1, 1), "e": water}
+    made = {name: relaxed(name, atoms) for name, atoms in structures.items()}
+    assert {name: prototype(t) for name, t in made.items()} == {
+        "a": "A-B2 136", "b": "A-B2 136", "c": "A-B2 225", "d": "A-B2 225", "e": "A-B2",
+    }  # fmt: skip
+    write_store(tmp_path / "set.h5", made.values())
+    with TrajectoryStore(tmp_path / "set.h5") as store:
+        folds = make_folds(store, 3, "prototype")
+    tests = {tuple(fold.test.tolist()) for fold in folds}
+    assert tests == {(0, 1), (2, 3), (4,)}
 
 
 def test_command_and_training_agree(path, capsys):

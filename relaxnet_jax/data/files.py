@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 import secrets
 import shutil
@@ -40,6 +41,16 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
             ) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(path: str | os.PathLike[str]) -> None:
+    """Deletes what processes that were killed in `atomic_path` have left beside ``path``.
+
+    Only where no other process may be writing it.
+    """
+    target = Path(path)
+    for file in target.parent.glob(f".{glob.escape(target.stem)}.*.tmp{target.suffix}"):
+        file.unlink(missing_ok=True)
 
 
 def one_line(error: BaseException) -> str:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import csv
 import dataclasses
-import glob
 import os
 import shutil
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from relaxnet_jax.data.ase_io import SkippedRelaxation
+from relaxnet_jax.data.files import remove_leftovers
 from relaxnet_jax.data.import_tasks import (
     TASK_BYTES,
     ReadTask,
@@ -121,7 +121,8 @@ def import_files(
     ):  # fmt: skip
         items: Iterator[Item] = read_files(task)
     else:
-        _remove_unfinished(out, folder)
+        if folder.exists():
+            remove_leftovers(out)
         items = _read_in_parts(split_task(task), folder, jobs, scheduler)
     merged = _Merged(found.sources, groups, say, progress)
     size = SHARD_SIZE if shard_size is None else shard_size
@@ -172,13 +173,6 @@ def _read_in_parts(
                 alone = [task._replace(files=(file,)) for file in task.files]
                 inner = folder / f"task-{result.number:06d}"
                 yield from _read_in_parts(alone, inner, max(jobs, 2), scheduler)
-
-
-def _remove_unfinished(out: Path, folder: Path) -> None:
-    """Deletes the half-written store that an import killed earlier has left beside ``out``."""
-    if folder.exists():
-        for path in out.parent.glob(f".{glob.escape(out.stem)}.*.tmp{out.suffix}"):
-            path.unlink(missing_ok=True)
 
 
 class _Merged:

@@ -10,12 +10,13 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from relaxnet_jax.data.files import atomic_path
+from relaxnet_jax.data.prototypes import prototype
 from relaxnet_jax.data.splits import Splits, split_groups
 from relaxnet_jax.data.store import TrajectoryStore
 from relaxnet_jax.data.trajectory import reduced_formula
 from relaxnet_jax.errors import InputError
 
-By = Literal["group", "formula", "elements"]
+By = Literal["group", "formula", "elements", "prototype"]
 FORMAT = "relaxnet_jax splits"
 REMEDY = "make one with 'relaxnet-jax data split NAME.h5'"
 
@@ -32,8 +33,8 @@ def make_folds(
     Args:
       folds: 1 for one split with these ``fractions``; k > 1 for k splits whose test parts, of
         1/k each, are disjoint and together everything (validation keeps its fraction).
-      by: what belongs together: relaxations of one group as stored, of one reduced formula, or
-        of one set of elements.
+      by: what belongs together: relaxations of one group as stored, of one reduced formula, of
+        one set of elements, or of one prototype (see `prototypes`).
       fractions: training, validation, test; used where ``folds`` is 1, else only validation.
 
     Raises:
@@ -59,6 +60,8 @@ def make_folds(
 
 
 def _label(store: TrajectoryStore, i: int, by: By) -> str:
+    if by == "prototype":
+        return prototype(store[i])
     numbers, _ = store.energies(i)
     if by == "formula":
         return reduced_formula(numbers)

@@ -16,6 +16,7 @@ import numpy as np
 import threadpoolctl
 
 from relaxnet_jax.data.ase_io import SkippedRelaxation
+from relaxnet_jax.data.files import remove_leftovers
 from relaxnet_jax.data.generation.calculators import (
     Calculator,
     check_calculator,
@@ -127,6 +128,8 @@ def generate_set(
         )
     chunks = _chunks(parents.usable, n, settings, calculator.version)
     folder = target.with_name(f"{target.name}.parts")
+    if folder.exists():
+        remove_leftovers(target)
     results = run_parts(
         chunks,
         make_chunk,
