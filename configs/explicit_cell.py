@@ -18,8 +18,8 @@ def get_config():
             "time_scale": True,
         },
         # A strain of a few percent brings pairs closer than atoms alone would.
-        "graph": {"triplet_cutoff": 3.5, "skin": 0.6},
-        "model": {"triplet_features": 32},
+        "graph": {"skin": 0.6},
+        "model": {"triplet_features": 48},
         "loss": {
             "energy": 5.0,
             "monotonicity": 5.0,
