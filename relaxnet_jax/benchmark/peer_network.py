@@ -1,0 +1,481 @@
+"""The energy network of RelaxNet in PyTorch, as someone who knows PyTorch would write it.
+
+Written for comparison: the same functions under the same parameter names as `models`, in eager mode,
+on plain edge lists without padding; sums over neighbours are ``index_add``. Needs the ``bench`` extra.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from scipy.special import spherical_jn
+from torch import Tensor, nn
+from torch.nn.functional import silu
+
+from relaxnet_jax.basis.radial import bessel_roots
+from relaxnet_jax.config import Config
+from relaxnet_jax.errors import InputError
+from relaxnet_jax.graph import MAX_ATOMIC_NUMBER
+from relaxnet_jax.models.energy import VELOCITY_UNIT
+from relaxnet_jax.models.layers import PAIR_NORM
+from relaxnet_jax.models.moments import BOND_NORM, THIRD_NORM
+
+LARGEST_DEGREE = 4
+NORM_EPSILON = 1e-6  # Flax's
+
+
+class Edges(NamedTuple):
+    """Directed edges: receivers (E,), senders (E,), offsets (E, 3) Å of the sender."""
+
+    receivers: Tensor
+    senders: Tensor
+    offsets: Tensor
+
+    def vectors(self, positions: Tensor) -> Tensor:
+        """(E, 3) Å."""
+        return positions[self.senders] - positions[self.receivers] + self.offsets
+
+    def sum(self, values: Tensor, n_atoms: int) -> Tensor:
+        """Sum over each receiver's edges: (E, ...) -> (N, ...)."""
+        return segment_sum(values, self.receivers, n_atoms)
+
+
+def segment_sum(values: Tensor, index: Tensor, n: int) -> Tensor:
+    """(S, ...), (S,) -> (n, ...)."""
+    return values.new_zeros((n, *values.shape[1:])).index_add(0, index, values)
+
+
+@dataclasses.dataclass(frozen=True)
+class PeerGraph:
+    """A batch without padding.
+
+    Attributes:
+      positions (N, 3) Å, atomic_numbers (N,), masses (N,) amu, free (N, 1) bool, graph (N,),
+      held (G, 1) bool: structures with fixed atoms; n_graphs: G; edges, bonds: see `Edges`.
+    """
+
+    positions: Tensor
+    atomic_numbers: Tensor
+    masses: Tensor
+    free: Tensor
+    graph: Tensor
+    held: Tensor
+    n_graphs: int
+    edges: Edges
+    bonds: Edges
+
+
+def check_peer(config: Config) -> None:
+    """Raises InputError for what the peer was not written for."""
+    m, d = config.model, config.dynamics
+    unknown = {
+        "model.interaction": m.interaction != "moments",
+        "model.charges": m.charges,
+        "model.update_positions": m.update_positions,
+        "model.l_max": m.l_max > LARGEST_DEGREE,
+        "model.l_angle": m.l_angle > LARGEST_DEGREE,
+        "dynamics.solver": d.solver != "rk4",
+        "dynamics.order": d.order != "second",
+        "data.frame_selection": config.data.frame_selection != "equidistant",
+        "train.noise": config.train.noise != 0,
+    }
+    for field, wrong in unknown.items():
+        if wrong:
+            value = config
+            for part in field.split("."):
+                value = getattr(value, part)
+            raise InputError(
+                f"config {config.name!r}: the PyTorch peer has no {field}={value!r}; compare with "
+                "explicit.py"
+            )
+
+
+# Bases
+
+
+def envelope(r: Tensor, cutoff: float, p: int) -> Tensor:
+    """See `basis.radial.envelope`."""
+    d = (r / cutoff).clamp(max=1.0)
+    poly = (p + 1) * (p + 2) / 2 - p * (p + 2) * d + p * (p + 1) / 2 * d * d
+    return 1.0 - d**p * poly
+
+
+class RadialFeatures(nn.Module):
+    """Gaussians and l = 0 Bessel functions; see `basis.radial.radial_features`."""
+
+    def __init__(self, cutoff: float, n_gaussian: int, n_bessel: int) -> None:
+        super().__init__()
+        self.cutoff, self.spacing = cutoff, cutoff / n_gaussian
+        centres, waves = (torch.arange(1, n + 1).double() for n in (n_gaussian, n_bessel))
+        self.register_buffer("centres", self.spacing * centres)
+        self.register_buffer("waves", math.pi / cutoff * waves)
+
+    def forward(self, r: Tensor) -> Tensor:
+        r = r[:, None]
+        gaussians = torch.exp(-(((r - self.centres) / self.spacing) ** 2))
+        return torch.cat([gaussians, torch.sin(self.waves * r) * (0.5 * self.cutoff / r)], -1)
+
+
+class SphericalBessel(nn.Module):
+    """j_l(z_ln r/c) N_ln, (E,) -> (E, n, l_max + 1); see `basis.radial.spherical_bessel_basis`."""
+
+    def __init__(self, cutoff: float, n: int, l_max: int) -> None:
+        super().__init__()
+        roots = bessel_roots(l_max, n)
+        norms = np.stack([np.abs(spherical_jn(l + 1, roots[l])) for l in range(l_max + 1)])
+        self.register_buffer("scale", torch.as_tensor((math.sqrt(2 / cutoff**3) / norms).T))
+        self.register_buffer("waves", torch.as_tensor(roots.T / cutoff))
+
+    def forward(self, r: Tensor) -> Tensor:
+        x = r[:, None, None] * self.waves
+        inverse, sine, cosine = 1.0 / x, torch.sin(x), torch.cos(x)
+        below, value = cosine * inverse, sine * inverse
+        found = [value[..., 0]]
+        for l in range(x.shape[-1] - 1):  # upwards from j_{-1} and j_0
+            below, value = value, (2 * l + 1) * inverse * value - below
+            found.append(value[..., l + 1])
+        return torch.stack(found, -1) * self.scale
+
+
+def spherical_harmonics(a: Tensor, l_max: int) -> Tensor:
+    """Orthonormal real harmonics of unit vectors (E, 3) -> (E, (l_max + 1)²), l = 1 along x, y, z."""
+    x, y, z = a.unbind(-1)
+    xx, yy, zz = x * x, y * y, z * z
+    one, c = torch.ones_like(x), math.sqrt(1 / math.pi)
+    rows = [
+        [c / 2 * one],
+        [c * math.sqrt(3) / 2 * v for v in (x, y, z)],
+        [
+            c * math.sqrt(15) / 2 * x * y,
+            c * math.sqrt(15) / 2 * y * z,
+            c * math.sqrt(5) / 4 * (3 * zz - 1),
+            c * math.sqrt(15) / 2 * x * z,
+            c * math.sqrt(15) / 4 * (xx - yy),
+        ],
+        [
+            c * math.sqrt(35 / 32) * y * (3 * xx - yy),
+            c * math.sqrt(105) / 2 * x * y * z,
+            c * math.sqrt(21 / 32) * y * (5 * zz - 1),
+            c * math.sqrt(7) / 4 * z * (5 * zz - 3),
+            c * math.sqrt(21 / 32) * x * (5 * zz - 1),
+            c * math.sqrt(105) / 4 * z * (xx - yy),
+            c * math.sqrt(35 / 32) * x * (xx - 3 * yy),
+        ],
+        [
+            c * 3 / 4 * math.sqrt(35) * x * y * (xx - yy),
+            c * 3 / 4 * math.sqrt(35 / 2) * y * z * (3 * xx - yy),
+            c * 3 / 4 * math.sqrt(5) * x * y * (7 * zz - 1),
+            c * 3 / 4 * math.sqrt(5 / 2) * y * z * (7 * zz - 3),
+            c * 3 / 16 * (35 * zz * zz - 30 * zz + 3),
+            c * 3 / 4 * math.sqrt(5 / 2) * x * z * (7 * zz - 3),
+            c * 3 / 8 * math.sqrt(5) * (xx - yy) * (7 * zz - 1),
+            c * 3 / 4 * math.sqrt(35 / 2) * x * z * (xx - 3 * yy),
+            c * 3 / 16 * math.sqrt(35) * (xx * (xx - 3 * yy) - yy * (3 * xx - yy)),
+        ],
+    ]
+    return torch.stack([value for row in rows[: l_max + 1] for value in row], -1)
+
+
+# Layers
+
+
+def layer_norm(features: int) -> nn.LayerNorm:
+    return nn.LayerNorm(features, eps=NORM_EPSILON)
+
+
+class Mlp(nn.Module):
+    """Linear layers with SiLU between them."""
+
+    def __init__(self, inputs: int, widths: tuple[int, ...], small: bool = False) -> None:
+        super().__init__()
+        sizes = (inputs, *widths)
+        last = "small_out" if small else "out"
+        names = [f"Dense_{k}" for k in range(len(widths) - 1)] + [last]
+        for name, a, b in zip(names, sizes, widths):
+            self.add_module(name, nn.Linear(a, b))
+
+    def forward(self, x: Tensor) -> Tensor:
+        *inner, last = self.children()
+        for layer in inner:
+            x = silu(layer(x))
+        return last(x)
+
+
+class Geometry(NamedTuple):
+    """As `models.layers.Geometry`."""
+
+    vectors: Tensor
+    lengths: Tensor
+    radial: Tensor
+    envelope: Tensor
+    directions: Tensor
+    bond_radial: Tensor
+    bond_envelope: Tensor
+
+
+class PowerSpectrum(nn.Module):
+    def __init__(self, features: int, channels: int, n: int, l_max: int) -> None:
+        super().__init__()
+        self.weight = nn.Linear(features, channels)
+        self.mix_kernel = nn.Parameter(torch.empty(l_max + 1, n, channels))
+
+    def forward(self, radial: Tensor, harmonics: Tensor, h: Tensor, edges: Edges) -> Tensor:
+        weights = self.weight(h)[edges.senders]
+        weighted = torch.einsum("enl,lnc->elc", radial, self.mix_kernel) * weights[:, None]
+        invariants = []
+        for l in range(radial.shape[-1]):
+            products = weighted[:, l, :, None] * harmonics[:, None, l * l : (l + 1) ** 2]
+            total = edges.sum(products, len(h)) / PAIR_NORM
+            invariants.append(torch.log1p((total**2).sum(-1)))
+        return torch.cat(invariants, -1)
+
+
+class PairConvolution(nn.Module):
+    def __init__(self, features: int, hidden: int, radial: int) -> None:
+        super().__init__()
+        self.filter = Mlp(radial, (hidden, features))
+        self.norm = layer_norm(features)
+        self.send = nn.Linear(features, features)
+        self.update = Mlp(features, (features, features))
+
+    def forward(self, h: Tensor, edges: Edges, geo: Geometry) -> Tensor:
+        filters = self.filter(geo.radial) * geo.envelope[:, None]
+        messages = filters * self.send(self.norm(h))[edges.senders]
+        return h + self.update(edges.sum(messages, len(h)) / PAIR_NORM)
+
+
+class VectorUpdate(nn.Module):
+    def __init__(self, features: int, channels: int) -> None:
+        super().__init__()
+        self.norm = layer_norm(features)
+        self.gate = Mlp(features, (features, 2 * channels))
+        self.mix = Mlp(features, (features, 2 * channels))
+
+    def forward(self, h: Tensor, v: Tensor, total: Tensor) -> Tensor:
+        normed = self.norm(h)
+        return self.gate(normed)[..., None] * v + self.mix(normed)[..., None] * total
+
+
+class MomentMPNN(nn.Module):
+    def __init__(self, config: Config, radial: int) -> None:
+        super().__init__()
+        m = config.model
+        F, T, C, W = m.features, m.triplet_features, m.vector_features, m.moment_channels
+        self.hidden, self.moments, self.l_angle = T, W, m.l_angle
+        self.with_vectors = m.vector_messages
+        width = 2 * T if m.vector_messages else T
+        self.width = width
+        self.norm = layer_norm(F)
+        self.senders = nn.Linear(F, width + W, bias=False)
+        self.bonds = nn.Linear(radial, width + W)
+        self.angles = nn.Linear((m.l_angle + 1) * W, width, bias=False)
+        self.receiver = nn.Linear(F, width)
+        self.scalar_out = nn.Linear(T, F)
+        self.update = Mlp(F, (F, F))
+        if m.vector_messages:
+            self.third = nn.Linear(W, C, bias=False)
+            self.vector_out = nn.Linear(T, 3 * C, bias=False)
+            self.vectors = VectorUpdate(F, C)
+
+    def forward(self, h: Tensor, v: Tensor, bonds: Edges, geo: Geometry) -> tuple[Tensor, Tensor]:
+        n, T, a = len(h), self.hidden, geo.directions
+        cut = geo.bond_envelope[:, None]
+        normed = self.norm(h)
+        sent = self.senders(normed)[bonds.senders]
+        radial = self.bonds(geo.bond_radial)
+        weights = radial[:, self.width :] * sent[:, self.width :] * (cut / THIRD_NORM)
+        environment = self._environment(spherical_harmonics(a, self.l_angle), weights, bonds, n)
+        hidden = radial[:, : self.width] + sent[:, : self.width] + self.angles(environment)
+        hidden = silu(hidden + self.receiver(normed)[bonds.receivers]) * (cut / BOND_NORM)
+        h = h + self.update(self.scalar_out(bonds.sum(hidden[:, :T], n)))
+        if not self.with_vectors:
+            return h, v
+        b = bonds.sum(self.third(weights)[:, :, None] * a[:, None, :], n)  # (N, C, 3)
+        first, second, third = self.vector_out(hidden[:, T:]).chunk(3, 1)
+        b_along = torch.einsum("eca,ea->ec", b[bonds.receivers], a)
+        along = torch.cat([first - second * b_along, third], 1)
+        total = bonds.sum(along[:, :, None] * a[:, None, :], n)
+        C = b.shape[1]
+        polar = total[:, :C] + bonds.sum(second, n)[:, :, None] * b
+        axial = torch.linalg.cross(total[:, C:], b)
+        return h, self.vectors(h, v, torch.cat([polar, axial], 1))
+
+    def _environment(self, harmonics: Tensor, weights: Tensor, bonds: Edges, n: int) -> Tensor:
+        moments = bonds.sum(harmonics[:, :, None] * weights[:, None, :], n)
+        products = harmonics[:, :, None] * moments[bonds.receivers]
+        found = []
+        for l in range(self.l_angle + 1):
+            norm = math.sqrt(4 * math.pi / (2 * l + 1))
+            found.append(norm * products[:, l * l : (l + 1) ** 2].sum(1) - weights / norm)
+        return torch.cat(found, 1)
+
+
+class DTNNLayer(nn.Module):
+    def __init__(self, config: Config, radial: int) -> None:
+        super().__init__()
+        m = config.model
+        self.pair = PairConvolution(m.features, m.pair_features, radial)
+        self.moments = MomentMPNN(config, radial)
+
+    def forward(self, h: Tensor, v: Tensor, graph: PeerGraph, geo: Geometry):
+        return self.moments(self.pair(h, graph.edges, geo), v, graph.bonds, geo)
+
+
+class Encoding(NamedTuple):
+    """h (N, F), v (N, 2C, 3), the geometry, and the l = 1 part of the edge expansion."""
+
+    h: Tensor
+    v: Tensor
+    geometry: Geometry
+    radial: Tensor
+    vectors: Tensor
+
+
+class Encoder(nn.Module):
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        g, m = config.graph, config.model
+        self.graph_config, self.config = g, m
+        radial = m.n_gaussian + m.n_bessel
+        self.pair_radial = RadialFeatures(g.cutoff, m.n_gaussian, m.n_bessel)
+        self.bond_radial = RadialFeatures(g.triplet_cutoff, m.n_gaussian, m.n_bessel)
+        self.expansion = SphericalBessel(g.cutoff, m.n_bessel, m.l_max)
+        self.element = nn.Embedding(MAX_ATOMIC_NUMBER + 1, m.features)
+        self.spectrum = PowerSpectrum(m.features, m.expansion_channels, m.n_bessel, m.l_max)
+        self.input = Mlp(m.expansion_channels * (m.l_max + 1), (m.features, m.features))
+        self.dtnn = nn.ModuleList(DTNNLayer(config, radial) for _ in range(m.layers))
+        width = m.layers * m.features + (2 * m.vector_features if m.vector_messages else 0)
+        self.project = nn.Linear(width, m.features)
+        self.norm = layer_norm(m.features)
+
+    def pairs(self, edges: Edges, positions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Vectors, lengths, radial features with their envelope, envelope."""
+        vectors = edges.vectors(positions)
+        lengths = vectors.norm(dim=-1)
+        cut = envelope(lengths, self.graph_config.cutoff, self.config.envelope_power)
+        return vectors, lengths, self.pair_radial(lengths) * cut[:, None], cut
+
+    def forward(self, graph: PeerGraph, positions: Tensor) -> Encoding:
+        g, m = self.graph_config, self.config
+        vectors, lengths, radial, cut = self.pairs(graph.edges, positions)
+        bonds = graph.bonds.vectors(positions)
+        bond_lengths = bonds.norm(dim=-1)
+        geo = Geometry(
+            vectors,
+            lengths,
+            radial,
+            cut,
+            bonds / bond_lengths[:, None],
+            self.bond_radial(bond_lengths),
+            envelope(bond_lengths, g.triplet_cutoff, m.envelope_power),
+        )
+        h = self.element(graph.atomic_numbers)
+        functions = self.expansion(lengths) * (g.cutoff**1.5 * cut[:, None, None])
+        harmonics = spherical_harmonics(vectors / lengths[:, None], m.l_max)
+        h = h + self.input(self.spectrum(functions, harmonics, h, graph.edges))
+        v = h.new_zeros((len(h), 2 * m.vector_features, 3))
+        hidden = []
+        for layer in self.dtnn:
+            h, v = layer(h, v, graph, geo)
+            hidden.append(h)
+        if m.vector_messages:
+            hidden.append(torch.log1p((v**2).sum(-1)))
+        h = self.norm(self.project(torch.cat(hidden, -1)))
+        return Encoding(h, v, geo, functions[:, :, 1], harmonics[:, 1:4])
+
+
+class Attention(nn.Module):
+    def __init__(self, features: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm = layer_norm(features)
+        self.score = nn.Linear(features, heads)
+        self.value = nn.Linear(features, features)
+        self.own = nn.Linear(features, features)
+        self.context = nn.Linear(features, features, bias=False)
+        self.out = nn.Linear(features, features)
+
+    def forward(self, h: Tensor, graph: PeerGraph) -> Tensor:
+        normed = self.norm(h)
+        logits = self.score(normed)
+        index = graph.graph[:, None].expand_as(logits)
+        top = logits.new_full((graph.n_graphs, self.heads), -torch.inf)
+        top = top.scatter_reduce(0, index, logits.detach(), "amax")
+        exponents = torch.exp(logits - top[graph.graph])
+        total = segment_sum(exponents, graph.graph, graph.n_graphs)
+        weights = exponents / total[graph.graph]
+        values = self.value(normed).reshape(len(h), self.heads, -1)
+        context = segment_sum((weights[..., None] * values).flatten(1), graph.graph, graph.n_graphs)
+        hidden = self.own(normed) + self.context(context)[graph.graph]
+        return h + self.out(silu(hidden))
+
+
+class VelocityHead(nn.Module):
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        m = config.model
+        self.config = m
+        self.senders = nn.Linear(m.features, m.features, bias=False)
+        self.receiver = nn.Linear(m.features, m.features)
+        self.radial = nn.Linear(m.n_gaussian + m.n_bessel, m.features, bias=False)
+        self.small_gates = nn.Linear(m.features, m.n_bessel)
+        if m.vector_messages:
+            self.small_vectors = nn.Linear(m.features, 2 * m.vector_features)
+
+    def forward(self, encoding: Encoding, graph: PeerGraph) -> Tensor:
+        h, edges, C = encoding.h, graph.edges, self.config.vector_features
+        own = self.receiver(h)
+        hidden = self.senders(h)[edges.senders] + own[edges.receivers]
+        gates = self.small_gates(silu(hidden + self.radial(encoding.geometry.radial)))
+        along = (gates * encoding.radial).sum(1, keepdim=True) * encoding.vectors
+        u = edges.sum(along, len(h)) / PAIR_NORM
+        if self.config.vector_messages:
+            weights = self.small_vectors(silu(own))[..., None]
+            polar, axial = encoding.v[:, :C], encoding.v[:, C:]
+            cross = torch.linalg.cross(polar, axial)
+            u = u + (weights[:, :C] * polar + weights[:, C:] * cross).sum(1)
+        return VELOCITY_UNIT * u
+
+
+class PeerNetwork(nn.Module):
+    """All learned functions; see `models.energy.RelaxNetwork`. Raises InputError, see `check_peer`."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        check_peer(config)
+        m, d = config.model, config.dynamics
+        self.config = config
+        self.encoder = Encoder(config)
+        if m.attention:
+            self.attention = Attention(m.features, m.attention_heads)
+        self.head = Mlp(m.features, (m.features, m.features // 2, 1), small=True)
+        if d.latent == "explicit":
+            self.pair_send = nn.Linear(m.features, m.pair_features)
+            self.pair_filter = nn.Linear(m.n_gaussian + m.n_bessel, m.pair_features, bias=False)
+            self.pair_update = Mlp(m.features + m.pair_features, (m.features, m.features))
+            inputs = m.features + m.pair_features + 1
+            self.rate = Mlp(inputs, (m.features, m.features), small=True)
+        self.velocity_gate = VelocityHead(config)
+        if d.friction:
+            self.log_friction = nn.Parameter(torch.zeros(()))
+        if d.time_scale:
+            self.log_time_scale = nn.Parameter(torch.zeros(()))
+
+    def energy(self, h: Tensor, graph: PeerGraph, positions: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Energies (G,) in units of the scale, and the pair features (N, P) of the explicit scheme."""
+        if self.config.dynamics.latent == "implicit":
+            return self.read_out(self.encoder(graph, positions).h, graph), None
+        _, _, radial, _ = self.encoder.pairs(graph.edges, positions)
+        messages = self.pair_filter(radial) * self.pair_send(h)[graph.edges.senders]
+        p = graph.edges.sum(messages, len(h)) / PAIR_NORM
+        return self.read_out(h + self.pair_update(torch.cat([h, p], -1)), graph), p
+
+    def read_out(self, h: Tensor, graph: PeerGraph) -> Tensor:
+        """Attention and head, summed over each structure: (G,)."""
+        if self.config.model.attention:
+            h = self.attention(h, graph)
+        return segment_sum(self.head(h)[:, 0], graph.graph, graph.n_graphs)

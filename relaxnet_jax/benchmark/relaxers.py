@@ -1,0 +1,118 @@
+"""Iterative relaxations to compare with: CHGNet under ASE's LBFGS, and batched under torch-sim."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import time
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+from ase import Atoms
+from ase.constraints import FixAtoms
+from ase.optimize import LBFGS
+
+from relaxnet_jax.graph import Structure
+
+FMAX = 0.05  # eV/Å
+MAX_STEPS = 500
+
+
+def atoms_of(structure: Structure) -> Atoms:
+    """ASE Atoms with the structure's fixed atoms."""
+    s = structure
+    atoms = Atoms(s.atomic_numbers, s.positions, cell=s.cell, pbc=s.pbc)
+    if s.fixed_mask.any():
+        atoms.set_constraint(FixAtoms(mask=s.fixed_mask))
+    return atoms
+
+
+def load_chgnet() -> Any:
+    """The pretrained CHGNet on the CPU. Raises ImportError where it is not installed."""
+    from chgnet.model.model import CHGNet
+
+    return CHGNet.load(use_device="cpu", verbose=False)
+
+
+def relax_with_lbfgs(model: Any, atoms: Atoms) -> tuple[float, int, bool]:
+    """Seconds, steps and convergence of one CHGNet relaxation at fixed cell, as a user runs it."""
+    from chgnet.model.dynamics import CHGNetCalculator
+
+    with contextlib.redirect_stdout(io.StringIO()):  # it says on which device it runs
+        calculator = CHGNetCalculator(model, use_device="cpu", on_isolated_atoms="error")
+    copy = atoms.copy()
+    copy.calc = calculator
+    start = time.perf_counter()
+    optimizer = LBFGS(copy, logfile=None)
+    converged = optimizer.run(fmax=FMAX, steps=MAX_STEPS)
+    return time.perf_counter() - start, optimizer.nsteps, bool(converged)
+
+
+def relax_with_torch_sim(model: Any, atoms: Sequence[Atoms]) -> tuple[float, list[float]]:
+    """Seconds of one batched relaxation (FIRE, fixed cell), and each structure's last fmax.
+
+    torch-sim ships no CHGNet, so it is given one by the few lines its interface asks for. It knows
+    no fixed atoms here: give structures without.
+    """
+    import torch
+    import torch_sim
+
+    wrapped = _chgnet_for_torch_sim(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # reaching max_steps, which the forces tell
+        start = time.perf_counter()
+        state = torch_sim.optimize(
+            system=[a.copy() for a in atoms],
+            model=wrapped,
+            optimizer=torch_sim.optimizers.fire,
+            convergence_fn=torch_sim.generate_force_convergence_fn(
+                FMAX, include_cell_forces=False
+            ),
+            max_steps=MAX_STEPS,
+            autobatcher=torch_sim.autobatching.InFlightAutoBatcher(
+                wrapped, memory_scales_with="n_atoms", max_memory_scaler=1e9
+            ),
+        )
+        seconds = time.perf_counter() - start
+    largest = [
+        float(torch.linalg.norm(state.forces[state.system_idx == k], dim=-1).max())
+        for k in range(len(atoms))
+    ]
+    return seconds, largest
+
+
+def _chgnet_for_torch_sim(model: Any) -> Any:
+    import torch
+    import torch_sim
+    from pymatgen.io.ase import AseAtomsAdaptor
+    from torch_sim.models.interface import ModelInterface
+
+    class CHGNetModel(ModelInterface):
+        """Energies and forces of a batch by CHGNet's own batched prediction."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+            self._device, self._dtype = torch.device("cpu"), torch.float32
+            self._compute_stress, self._compute_forces = False, True
+
+        def forward(self, state, **kwargs):
+            if isinstance(state, dict):
+                state = torch_sim.SimState(
+                    **state, masses=torch.ones(len(state["positions"]), dtype=self._dtype)
+                )
+            structures = [
+                AseAtomsAdaptor.get_structure(a) for a in torch_sim.io.state_to_atoms(state)
+            ]
+            graphs = [self.model.graph_converter(s) for s in structures]
+            found = self.model.predict_graph(graphs, task="ef", batch_size=max(len(graphs), 1))
+            found = [found] if isinstance(found, dict) else found
+            energies = [float(f["e"]) * len(s) for f, s in zip(found, structures)]
+            forces = [torch.as_tensor(f["f"], dtype=self._dtype) for f in found]
+            return {
+                "energy": torch.tensor(energies, dtype=self._dtype),
+                "forces": torch.cat(forces),
+            }
+
+    return CHGNetModel()
