@@ -16,8 +16,7 @@ FAST_RELAXATIONS = 60  # of the generated data
 def benchmark_speed(args: argparse.Namespace) -> int:
     """``relaxnet-jax benchmark speed``."""
     configs = _configs(args)
-    if args.minutes is not None and args.minutes <= 0:
-        raise InputError(f"--minutes {args.minutes:g}: must be positive")
+    _check_minutes(args)
     enable_compilation_cache()
     check_devices(None)
     from rich.console import Console
@@ -43,12 +42,40 @@ def benchmark_speed(args: argparse.Namespace) -> int:
     return 0
 
 
+def benchmark_peers(args: argparse.Namespace) -> int:
+    """``relaxnet-jax benchmark peers``."""
+    config = load_config(args.config, _changes(args))
+    _check_minutes(args)
+    enable_compilation_cache()
+    check_devices(None)
+    from rich.console import Console
+
+    from relaxnet_jax.benchmark import report
+    from relaxnet_jax.benchmark.peers import run_peers
+
+    path = Path(args.json or Path(args.out) / "peers.json")
+    document = run_peers(config, path, note, args.fast, args.only, args.minutes)
+    say(report.device_line(document))
+    Console(highlight=False).print(report.peers_table(document))
+    for line in report.remarks(document):
+        note(line)
+    say(str(path))
+    return 0
+
+
+def _check_minutes(args: argparse.Namespace) -> None:
+    if args.minutes is not None and args.minutes <= 0:
+        raise InputError(f"--minutes {args.minutes:g}: must be positive")
+
+
 def _configs(args: argparse.Namespace) -> list[Config]:
     """The configurations given, or all shipped ones, on the data given."""
-    changes: dict[str, object] = {}
-    if args.data:
-        changes = {"data.path": args.data, "data.variable_cell": "drop"}
-    elif args.fast:
-        changes = {"data.n_emt": FAST_RELAXATIONS}
     names = args.config or sorted(str(p) for p in shipped_configs().glob("*.py"))
-    return [load_config(name, changes) for name in names]
+    return [load_config(name, _changes(args)) for name in names]
+
+
+def _changes(args: argparse.Namespace) -> dict[str, object]:
+    """What --data and --fast change in a configuration."""
+    if args.data:
+        return {"data.path": args.data, "data.variable_cell": "drop"}
+    return {"data.n_emt": FAST_RELAXATIONS} if args.fast else {}

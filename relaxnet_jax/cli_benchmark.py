@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
+
 from relaxnet_jax.cli_data import command
 
-# The parts of `benchmark.speed`, which is not imported here: it starts JAX.
+# The parts of `benchmark.speed` and `benchmark.peers`, which are not imported here: they start JAX.
 SPEED_PARTS = ("steps", "atoms", "frames", "training")
+PEER_PARTS = ("torch", "chgnet", "torch-sim")
 
 
 def add_benchmark(commands) -> None:
@@ -29,6 +32,25 @@ def add_benchmark(commands) -> None:
         "training: curve of the training step (default: all)",
     )
     p.add_argument("--fast", action="store_true", help="the first config and few points")
+    _add_output(p, "speed")
+    p = command(kinds, "peers", "benchmark_peers", "time other programs on the same structures")
+    p.add_argument(
+        "--config", default="explicit.py", metavar="FILE", help="of ours (default: explicit.py)"
+    )
+    p.add_argument("--data", metavar="STORE", help="relaxations (default: those of the config)")
+    p.add_argument(
+        "--only",
+        nargs="+",
+        choices=PEER_PARTS,
+        metavar="PEER",
+        help="torch: the same architecture in eager PyTorch; chgnet: relaxation with CHGNet and "
+        "ASE's LBFGS; torch-sim: the same in batches (default: what is installed)",
+    )
+    p.add_argument("--fast", action="store_true", help="one bucket, few structures")
+    _add_output(p, "peers")
+
+
+def _add_output(p: argparse.ArgumentParser, name: str) -> None:
     p.add_argument(
         "--minutes",
         type=float,
@@ -40,6 +62,6 @@ def add_benchmark(commands) -> None:
         "--out",
         default="benchmark",
         metavar="DIR",
-        help="for tables and figure (default: benchmark)",
+        help="for what is written (default: benchmark)",
     )
-    p.add_argument("--json", metavar="FILE", help="all figures (default: DIR/speed.json)")
+    p.add_argument("--json", metavar="FILE", help=f"all figures (default: DIR/{name}.json)")

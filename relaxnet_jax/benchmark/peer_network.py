@@ -465,7 +465,9 @@ class PeerNetwork(nn.Module):
         if d.time_scale:
             self.log_time_scale = nn.Parameter(torch.zeros(()))
 
-    def energy(self, h: Tensor, graph: PeerGraph, positions: Tensor) -> tuple[Tensor, Tensor | None]:
+    def energy(
+        self, h: Tensor, graph: PeerGraph, positions: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
         """Energies (G,) in units of the scale, and the pair features (N, P) of the explicit scheme."""
         if self.config.dynamics.latent == "implicit":
             return self.read_out(self.encoder(graph, positions).h, graph), None

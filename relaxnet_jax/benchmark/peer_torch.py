@@ -105,9 +105,7 @@ def peer_graph(graph: Graph, dtype: torch.dtype = torch.float32) -> PeerGraph:
     )
 
 
-def peer_targets(
-    graph: Graph, targets: Targets, dtype: torch.dtype = torch.float32
-) -> PeerTargets:
+def peer_targets(graph: Graph, targets: Targets, dtype: torch.dtype = torch.float32) -> PeerTargets:
     """The real part of a padded batch's targets."""
     graph, targets = jax.device_get((graph, targets))
     atoms, structures = graph.nodes["mask"], graph.globals["mask"]
@@ -196,7 +194,9 @@ def solve(network: PeerNetwork, graph: PeerGraph, scale: float) -> PeerTrajector
     times = torch.linspace(0.0, 1.0, d.frames, dtype=x.dtype)
     options = {"step_size": 1.0 / ((d.frames - 1) * d.substeps)} if d.substeps > 1 else {}
     start = (x, field.initial_velocity(encoding), h)
-    positions, velocities, latents = odeint(field, start, times, method="classical_rk4", options=options)
+    positions, velocities, latents = odeint(
+        field, start, times, method="classical_rk4", options=options
+    )
     evaluated = [field.evaluate(a, b) for a, b in zip(positions, latents)]
     energies, forces, _ = zip(*evaluated)
     return PeerTrajectory(positions, velocities, torch.stack(energies), torch.stack(forces))

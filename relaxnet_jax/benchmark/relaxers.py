@@ -35,14 +35,23 @@ def load_chgnet() -> Any:
     return CHGNet.load(use_device="cpu", verbose=False)
 
 
-def relax_with_lbfgs(model: Any, atoms: Atoms) -> tuple[float, int, bool]:
-    """Seconds, steps and convergence of one CHGNet relaxation at fixed cell, as a user runs it."""
+def _with_chgnet(model: Any, atoms: Atoms) -> Atoms:
     from chgnet.model.dynamics import CHGNetCalculator
 
-    with contextlib.redirect_stdout(io.StringIO()):  # it says on which device it runs
-        calculator = CHGNetCalculator(model, use_device="cpu", on_isolated_atoms="error")
     copy = atoms.copy()
-    copy.calc = calculator
+    with contextlib.redirect_stdout(io.StringIO()):  # it says on which device it runs
+        copy.calc = CHGNetCalculator(model, use_device="cpu", on_isolated_atoms="error")
+    return copy
+
+
+def chgnet_energy(model: Any, atoms: Atoms) -> float:
+    """eV; forces are computed with it."""
+    return float(_with_chgnet(model, atoms).get_potential_energy())
+
+
+def relax_with_lbfgs(model: Any, atoms: Atoms) -> tuple[float, int, bool]:
+    """Seconds, steps and convergence of one CHGNet relaxation at fixed cell, as a user runs it."""
+    copy = _with_chgnet(model, atoms)
     start = time.perf_counter()
     optimizer = LBFGS(copy, logfile=None)
     converged = optimizer.run(fmax=FMAX, steps=MAX_STEPS)
@@ -66,9 +75,7 @@ def relax_with_torch_sim(model: Any, atoms: Sequence[Atoms]) -> tuple[float, lis
             system=[a.copy() for a in atoms],
             model=wrapped,
             optimizer=torch_sim.optimizers.fire,
-            convergence_fn=torch_sim.generate_force_convergence_fn(
-                FMAX, include_cell_forces=False
-            ),
+            convergence_fn=torch_sim.generate_force_convergence_fn(FMAX, include_cell_forces=False),
             max_steps=MAX_STEPS,
             autobatcher=torch_sim.autobatching.InFlightAutoBatcher(
                 wrapped, memory_scales_with="n_atoms", max_memory_scaler=1e9

@@ -171,3 +171,24 @@ def scaling_figure(document: dict[str, Any], path: Path) -> None:
         if handles:
             figure.legend(handles, names, loc="outside upper center", ncols=len(names))
         save_figure(figure, path)
+
+
+def peers_table(document: dict[str, Any]) -> Table:
+    """One row per comparison: seconds of both, and how many times longer the peer takes."""
+    table = Table(title="Peers", title_justify="left")
+    _columns(table, "structures", "ours ms", "peer ms", "ratio", "min–max", "agreement")
+    for name, e in document["entries"].items():
+        if "ratio" not in e:
+            continue
+        r = e["ratio"]
+        agreement = [v for k, v in e.items() if k.endswith("_difference")]
+        table.add_row(
+            name.replace(" / ", " ").replace("training step", "training"),
+            str(e["structures"]),
+            f"{1e3 * e['ours_s']['median']:.4g}",
+            f"{1e3 * e['peer_s']['median']:.4g}",
+            f"{r['median']:.2f}",
+            f"{r['min']:.2f}–{r['max']:.2f}",
+            f"{max(agreement):.0e}" if agreement else "–",
+        )
+    return table

@@ -105,7 +105,7 @@ def _first_frame(model: RelaxNet, graph: Graph) -> Step:
 def _measure(step: Step, atom_frames: int, atoms: int) -> dict[str, Any]:
     """What a step takes; a reason instead where it does not fit in memory."""
     try:
-        _, compiled, seconds = compile_once(step.function, step.arguments)
+        _, compiled, seconds = compile_once(step.function, step.arguments, step.donate)
         need, free = memory_bytes(compiled), available_bytes()
         found: dict[str, Any] = {
             "compile_s": seconds,

@@ -89,9 +89,11 @@ def compile_twice(
     return traced.jaxpr, compiled, Compilation(*cold, *cached)
 
 
-def compile_once(function: Callable, arguments: tuple) -> tuple[Any, Any, float]:
+def compile_once(
+    function: Callable, arguments: tuple, donate: tuple[int, ...] = ()
+) -> tuple[Any, Any, float]:
     """The closed jaxpr, the compiled program and the seconds, with the user's own cache."""
-    (trace, build), traced, compiled = _compile(function, arguments, ())
+    (trace, build), traced, compiled = _compile(function, arguments, donate)
     return traced.jaxpr, compiled, trace + build
 
 

@@ -1,0 +1,287 @@
+"""``relaxnet-jax benchmark peers``: ours and other programs, side by side in one run.
+
+The eager PyTorch peer has our parameters, batches, solver steps and number of threads, and the two
+take turns. The relaxers predict something else, a potential's own minimum, of the same structures;
+only their time is compared. What is not installed is named and left out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from relaxnet_jax.benchmark import machine, relaxers
+from relaxnet_jax.benchmark.notebook import Notebook
+from relaxnet_jax.benchmark.timing import compile_once, measure, measure_alternating, summary
+from relaxnet_jax.benchmark.work import (
+    BucketWork,
+    Work,
+    inference_step,
+    load_work,
+    training_step,
+)
+from relaxnet_jax.config import Config, to_dict
+from relaxnet_jax.errors import InputError
+from relaxnet_jax.predict import relax
+
+PARTS = ("torch", "chgnet", "torch-sim")
+# What each part imports, and the extra that brings it.
+NEEDS = {
+    "torch": (("torch", "torchdiffeq"), "relaxnet-jax[bench]"),
+    "chgnet": (("torch", "chgnet"), "relaxnet-jax[chgnet]"),
+    "torch-sim": (("torch", "chgnet", "torch_sim"), "relaxnet-jax[chgnet] torch-sim-atomistic"),
+}
+PACKAGES = (*machine.PACKAGES, "torch", "torchdiffeq", "chgnet", "torch-sim-atomistic")
+MINUTES, FAST_MINUTES = 10.0, 2.0
+TOLERANCE = 1e-3  # of the loss and of the trajectories, in single precision
+PAUSE = 0.02  # s, before each run: idle threads of the other program have stopped spinning by then
+STRUCTURES, FAST_STRUCTURES = 8, 2  # relaxed by each relaxer
+RELAX_SECONDS = 90.0  # after which no further relaxation begins
+
+
+def run_peers(
+    config: Config,
+    path: Path,
+    report: Callable[[str], None],
+    fast: bool = False,
+    only: Sequence[str] | None = None,
+    minutes: float | None = None,
+) -> dict[str, Any]:
+    """Compares, and returns the document that is written to ``path`` as it grows.
+
+    Args:
+      config: with its data. path: of the JSON.
+      fast: one bucket, few structures.
+      only: which of `PARTS`; by default all that are installed.
+      minutes: after which no comparison begins (default 10, fast 2).
+
+    Raises:
+      InputError: unusable data, a configuration the peer does not know, a part of ``only`` that is
+        not installed, or JAX on an accelerator: PyTorch would run on the CPU.
+    """
+    if jax.devices()[0].platform != "cpu":
+        raise InputError(
+            "benchmark peers compares on the CPU's cores; set JAX_PLATFORMS=cpu in the environment"
+        )
+    parts = _installed(only, report)
+    facts = machine.describe(PACKAGES)
+    identity = {k: v for k, v in facts.items() if k not in ("load_average", "memory_bytes")} | {
+        "configs": [to_dict(config)],
+        "fast": fast,
+        "threads": machine.usable_cores(),
+    }
+    if minutes is None:
+        minutes = FAST_MINUTES if fast else MINUTES
+    notebook = Notebook(path, identity, minutes, report)
+    work = load_work(config, report)
+    if "torch" in parts:
+        for index, bucket in enumerate(work.buckets[: 1 if fast else None]):
+            for kind, entry in (("training step", training_entry), ("inference", inference_entry)):
+                notebook.entry(
+                    f"eager PyTorch / {kind} / bucket {index}",
+                    lambda e=entry, b=bucket: e(work, b),  # type: ignore[misc]
+                )
+    count = FAST_STRUCTURES if fast else STRUCTURES
+    if "chgnet" in parts:
+        notebook.entry("CHGNet + ASE LBFGS", lambda: chgnet_entry(work, count))
+    if "torch-sim" in parts:
+        notebook.entry("CHGNet + torch-sim FIRE", lambda: torch_sim_entry(work, count))
+    notebook.finish()
+    return notebook.document(not notebook.missing) | {"machine": facts}
+
+
+def _installed(only: Sequence[str] | None, report: Callable[[str], None]) -> list[str]:
+    found = []
+    for part in only or PARTS:
+        modules, extra = NEEDS[part]
+        absent = [m for m in modules if importlib.util.find_spec(m) is None]
+        if not absent:
+            found.append(part)
+            continue
+        message = f"{part}: {', '.join(absent)} is not installed; pip install {extra}"
+        if only:
+            raise InputError(message)
+        report(message)
+    if not found:
+        raise InputError("no peer is installed; pip install 'relaxnet-jax[bench]'")
+    return found
+
+
+# The same architecture in PyTorch
+
+
+def training_entry(work: Work, bucket: BucketWork) -> dict[str, Any]:
+    """A training step of both, after checking that both have the same loss."""
+    from relaxnet_jax.benchmark import peer_torch
+
+    graph, targets = bucket.batch
+    peer_graph = peer_torch.peer_graph(graph)
+    peer_targets = peer_torch.peer_targets(graph, targets)
+    trainer = peer_torch.PeerTraining(peer_torch.peer_network(work.model), work.scale)
+    step = training_step(work, bucket.batch)
+    _, compiled, _ = compile_once(step.function, step.arguments, step.donate)
+    ours = step.runner(compiled)
+    losses = [(float(ours()[1]["loss"]), trainer.step(peer_graph, peer_targets)) for _ in range(3)]
+    difference = max(abs(a - b) / abs(a) for a, b in losses)
+    _check(difference, "the losses of three steps")
+    return {"loss_difference": difference} | _ratios(
+        ours, lambda: trainer.step(peer_graph, peer_targets), bucket
+    )
+
+
+def inference_entry(work: Work, bucket: BucketWork) -> dict[str, Any]:
+    """The trajectories of a batch by both, after checking that they are the same."""
+    from relaxnet_jax.benchmark import peer_torch
+
+    graph, _ = bucket.batch
+    peer_graph = peer_torch.peer_graph(graph)
+    network = peer_torch.peer_network(work.model).requires_grad_(False)
+    step = inference_step(work.model, graph)
+    _, compiled, _ = compile_once(step.function, step.arguments, step.donate)
+    ours = step.runner(compiled)
+
+    def theirs():
+        return peer_torch.infer(network, peer_graph, work.scale)
+
+    result, other = jax.device_get(ours()), theirs()
+    atoms, structures = np.asarray(graph.nodes["mask"]), np.asarray(graph.globals["mask"])
+    differences = {
+        "positions_difference": _largest(result.positions[:, atoms], other.positions),
+        "energies_difference": _largest(result.energies[:, structures], other.energies),
+        "forces_difference": _largest(result.forces[:, atoms], other.forces),
+    }
+    _check(max(differences.values()), "the trajectories")
+    return differences | _ratios(ours, theirs, bucket)
+
+
+def _fastest_threads(run: Callable[[], Any]) -> int:
+    """Sets PyTorch's threads to all cores or to one, whichever runs faster; returns the number.
+
+    Both have all cores at their disposal; on small tensors PyTorch is often faster on one.
+    """
+    import torch
+
+    seconds = {}
+    for threads in sorted({1, machine.usable_cores()}):
+        torch.set_num_threads(threads)
+        found = []
+        for _ in range(3):  # the first of a number of threads starts them
+            start = time.perf_counter()
+            run()
+            found.append(time.perf_counter() - start)
+            if found[-1] > 3 * min(seconds.values(), default=np.inf):
+                break
+        seconds[threads] = min(found)
+    best = min(seconds, key=seconds.__getitem__)
+    torch.set_num_threads(best)
+    return best
+
+
+def _largest(ours: np.ndarray, theirs: Any) -> float:
+    """Largest difference, relative where values exceed one."""
+    other = theirs.numpy()
+    return float((np.abs(ours - other) / np.maximum(np.abs(other), 1.0)).max())
+
+
+def _check(difference: float, what: str) -> None:
+    if not difference < TOLERANCE:
+        raise RuntimeError(f"{what} of RelaxNet and of the PyTorch peer differ by {difference:.2g}")
+
+
+def _ratios(
+    ours: Callable[[], Any], theirs: Callable[[], Any], bucket: BucketWork
+) -> dict[str, Any]:
+    """Seconds of both, taking turns, and how many times longer the peer takes."""
+    threads = _fastest_threads(theirs)
+
+    def paused(run):
+        def waiting():
+            time.sleep(PAUSE)
+            return run()
+
+        return waiting
+
+    runs = {"ours": paused(ours), "peer": paused(theirs)}
+    times = {
+        name: [max(t - PAUSE, 1e-9) for t in values]
+        for name, values in measure_alternating(runs, seconds=20.0, least=5).items()
+    }
+    return {
+        "structures": len(bucket.structures),
+        "peer_threads": threads,
+        "ours_s": dataclasses.asdict(summary(times["ours"])),
+        "peer_s": dataclasses.asdict(summary(times["peer"])),
+        "ratio": _spread([b / a for a, b in zip(times["ours"], times["peer"])]),
+    }
+
+
+def _spread(ratios: Sequence[float]) -> dict[str, float]:
+    return {"min": min(ratios), "median": statistics.median(ratios), "max": max(ratios)}
+
+
+# Relaxations with a potential
+
+
+def chgnet_entry(work: Work, count: int) -> dict[str, Any]:
+    """Seconds per structure of our predicted paths and of relaxations one after the other."""
+    structures = [relaxers.atoms_of(s) for s in _some(work, count)]
+    model = relaxers.load_chgnet()
+    threads = _fastest_threads(lambda: relaxers.chgnet_energy(model, structures[0]))
+    ours = _ours(work, structures)
+    begin, taken = time.perf_counter(), []
+    for atoms in structures:
+        if taken and time.perf_counter() - begin > RELAX_SECONDS:
+            break
+        taken.append(relaxers.relax_with_lbfgs(model, atoms))
+    seconds, steps, converged = zip(*taken)
+    return {
+        "structures": len(taken),
+        "peer_threads": threads,
+        "atoms": [len(a) for a in structures[: len(taken)]],
+        "steps": list(steps),
+        "converged": sum(converged),
+        "ours_s": {"median": ours},
+        "peer_s": dataclasses.asdict(summary(list(seconds))),
+        "ratio": _spread([s / ours for s in seconds]),
+    }
+
+
+def torch_sim_entry(work: Work, count: int) -> dict[str, Any]:
+    """Seconds per structure of our predicted paths and of one batched relaxation."""
+    free = [s for s in _some(work, count) if not s.fixed_mask.any()]
+    if not free:
+        return {"skipped": "every structure has fixed atoms, which torch-sim does not know"}
+    structures = [relaxers.atoms_of(s) for s in free]
+    model = relaxers.load_chgnet()
+    threads = _fastest_threads(lambda: relaxers.chgnet_energy(model, structures[0]))
+    ours = _ours(work, structures)
+    seconds, fmax = relaxers.relax_with_torch_sim(model, structures)
+    each = seconds / len(structures)
+    return {
+        "structures": len(structures),
+        "peer_threads": threads,
+        "atoms": [len(a) for a in structures],
+        "converged": sum(f <= relaxers.FMAX for f in fmax),
+        "ours_s": {"median": ours},
+        "peer_s": {"median": each},
+        "ratio": _spread([each / ours]),
+    }
+
+
+def _some(work: Work, count: int) -> list[Any]:
+    return [s for bucket in work.buckets for s in bucket.structures][:count]
+
+
+def _ours(work: Work, structures: list[Any]) -> float:
+    """Seconds per structure from ASE Atoms to paths, neighbour lists included, once compiled."""
+    frames = work.config.dynamics.frames
+    timing = measure(lambda: relax(work.model, structures, frames))
+    return timing.median / len(structures)
