@@ -11,6 +11,7 @@ import pytest
 from tiny import TINY
 
 from relaxnet_jax import cli
+from relaxnet_jax.benchmark import costs as costs_module
 from relaxnet_jax.benchmark import machine, scaling, speed
 from relaxnet_jax.benchmark.costs import memory_bytes, program_costs
 from relaxnet_jax.benchmark.notebook import Notebook
@@ -51,6 +52,15 @@ def test_costs_count_loops_as_often_as_they_run():
     endless, _ = costs(lambda x: jax.lax.while_loop(lambda y: y.sum() < 9, lambda y: y @ kernel, x))
     assert endless.loops_of_unknown_length == 1
     assert endless.flops == pytest.approx(product, rel=0.1)
+
+
+def test_costs_without_xlas_analysis(monkeypatch):
+    """The count of the trace stands alone, and the reason is told."""
+    monkeypatch.setattr(costs_module, "_analyse", lambda *a: {}["nothing"])
+    traced = jax.jit(lambda x: x @ x).trace(jnp.ones((8, 8)))
+    found = program_costs(traced.jaxpr, traced.lower().compile())
+    assert found.flops == 2 * 8**3 and found.xla_bytes is None
+    assert "cannot be used: KeyError: 'nothing'" in found.remark
 
 
 def test_runs_take_turns():

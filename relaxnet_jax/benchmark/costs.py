@@ -16,6 +16,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from relaxnet_jax.data.files import one_line
+
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 _WHILE = re.compile(r"\bwhile\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
@@ -35,19 +37,26 @@ class Costs:
         calls a library for matrix products, which it does not look into (GPU).
       xla_bytes: bytes that XLA's kernels read and write, loops times their trips. What stays in
         a cache between two kernels counts too: an upper estimate of the traffic to memory.
+      remark: why XLA's two figures are None, where its analysis is not to be had; else empty.
       loops_of_unknown_length: loops that count once because XLA does not know their trips.
     """
 
     flops: float
-    xla_flops: float
-    xla_bytes: float
+    xla_flops: float | None
+    xla_bytes: float | None
     loops_of_unknown_length: int
+    remark: str = ""
 
 
 def program_costs(jaxpr: Any, compiled: Any) -> Costs:
     """The costs of a program from its trace (a closed jaxpr) and its compilation."""
     flops, unknown = traced_flops(jaxpr)
-    found, loops = _with_trips(compiled.as_text())
+    try:
+        found, loops = _with_trips(compiled.as_text())
+    except (ImportError, AttributeError, KeyError, ValueError, RuntimeError) as error:
+        # The analysis of a module has no public name, and the text of one no promised form.
+        remark = f"XLA's cost analysis cannot be used: {type(error).__name__}: {one_line(error)}"
+        return Costs(flops, None, None, unknown, remark)
     return Costs(flops, found["flops"], found["bytes accessed"], max(unknown, loops))
 
 
@@ -132,7 +141,7 @@ def _loops(computations: dict[str, list[str]], name: str) -> list[tuple[tuple[st
 
 def _analyse(computations: dict[str, list[str]], name: str) -> dict[str, float]:
     """XLA's cost analysis of one computation, as the entry of a module of its own."""
-    from jax._src.lib import xla_client  # the analysis of a module has no public name
+    from jax._src.lib import xla_client
 
     needed, waiting = {name}, [name]
     while waiting:

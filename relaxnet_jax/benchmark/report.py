@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 from rich.table import Table
 
 from relaxnet_jax.data.files import atomic_path
@@ -47,6 +48,8 @@ def remarks(document: dict[str, Any]) -> list[str]:
     for name, entry in document["entries"].items():
         if "skipped" in entry:
             lines.append(f"{name}: {entry['skipped']}")
+        if entry.get("costs", {}).get("remark"):
+            lines.append(f"{name}: {entry['costs']['remark']}")
         if entry.get("costs", {}).get("loops_of_unknown_length"):
             lines.append(f"{name}: loops of unknown length are counted once in FLOP and bytes")
     if document["missing"]:
@@ -79,7 +82,7 @@ def steps_tables(document: dict[str, Any]) -> list[Table]:
             _percent(e["padding"]),
             f"{e['memory_bytes'] / 2**20:.0f}",
             f"{e['costs']['flops'] / 1e9:.2f}",
-            f"{e['costs']['xla_bytes'] / 1e9:.2f}",
+            "–" if e["costs"]["xla_bytes"] is None else f"{e['costs']['xla_bytes'] / 1e9:.2f}",
             _percent(e.get("share_of_matmul")),
             _percent(e.get("share_of_copy")),
             _percent(e.get("share_of_cache_copy")),
@@ -167,6 +170,8 @@ def scaling_figure(document: dict[str, Any], path: Path) -> None:
                     x = [p[unit] for p in points]
                     axis.plot(x, [factor * p[field] for p in points], label=kind, **style)
             axis.set(xlabel=unit, ylabel=ylabel, xscale="log", yscale="log")
+            low, high = np.log10(axis.get_ylim())  # whole decades: ticks between them are cramped
+            axis.set_ylim(10 ** np.floor(low), 10 ** np.ceil(high))
         handles, names = axes[0].get_legend_handles_labels()
         if handles:
             figure.legend(handles, names, loc="outside upper center", ncols=len(names))

@@ -121,5 +121,6 @@ def step_entry(
             "share_of_cache_copy": (costs.xla_bytes, "cache_copy_bytes_per_s"),
         }
         for name, (amount, ceiling) in rates.items():
-            found[name] = amount / timing.median / ceilings[ceiling]
+            if amount is not None:
+                found[name] = amount / timing.median / ceilings[ceiling]
     return found
