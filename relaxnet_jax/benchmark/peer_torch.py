@@ -86,8 +86,8 @@ def peer_graph(graph: Graph, dtype: torch.dtype = torch.float32) -> PeerGraph:
     atoms = nodes["mask"]  # padding comes last
 
     def edges(receivers, senders, offsets, mask):
-        index = (torch.as_tensor(x[mask].astype(np.int64)) for x in (receivers, senders))
-        return Edges(*index, torch.as_tensor(offsets[mask]).to(dtype))
+        to, of = (torch.as_tensor(x[mask].astype(np.int64)) for x in (receivers, senders))
+        return Edges(to, of, torch.as_tensor(offsets[mask]).to(dtype))
 
     n_graphs = int(graph.globals["mask"].sum())
     index = torch.as_tensor(nodes["graph"][atoms].astype(np.int64))
@@ -228,7 +228,7 @@ def peer_loss(
         "positions": _mean(moved, atom_mask[1:]),
         "direction": ((1 - cosine) * length).sum() / length.sum().clamp(min=1e-12),
     }
-    return sum(getattr(c, name) * terms[name] for name in TERMS), terms  # type: ignore[return-value]
+    return torch.stack([getattr(c, name) * terms[name] for name in TERMS]).sum(), terms
 
 
 def _mean(values: Tensor, mask: Tensor) -> Tensor:
@@ -247,7 +247,7 @@ class PeerTraining:
         }
         kernels = [p for name, p in named if name in decays or name.endswith("kernel")]
         others = [p for name, p in named if name not in decays and not name.endswith("kernel")]
-        self.parameters = [p for _, p in named]
+        self.parameters: list[Tensor] = [p for _, p in named]
         self.optimizer = torch.optim.AdamW(
             [
                 {"params": kernels, "weight_decay": t.weight_decay},

@@ -169,7 +169,7 @@ def _fastest_threads(run: Callable[[], Any]) -> int:
     """
     import torch
 
-    seconds = {}
+    seconds: dict[int, float] = {}
     for threads in sorted({1, machine.usable_cores()}):
         torch.set_num_threads(threads)
         found = []
@@ -236,7 +236,8 @@ def chgnet_entry(work: Work, count: int) -> dict[str, Any]:
     model = relaxers.load_chgnet()
     threads = _fastest_threads(lambda: relaxers.chgnet_energy(model, structures[0]))
     ours = _ours(work, structures)
-    begin, taken = time.perf_counter(), []
+    begin = time.perf_counter()
+    taken: list[tuple[float, int, bool]] = []
     for atoms in structures:
         if taken and time.perf_counter() - begin > RELAX_SECONDS:
             break

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import time
 import warnings
 from collections.abc import Sequence
@@ -53,7 +54,7 @@ def relax_with_lbfgs(model: Any, atoms: Atoms) -> tuple[float, int, bool]:
     """Seconds, steps and convergence of one CHGNet relaxation at fixed cell, as a user runs it."""
     copy = _with_chgnet(model, atoms)
     start = time.perf_counter()
-    optimizer = LBFGS(copy, logfile=None)
+    optimizer = LBFGS(copy, logfile=os.devnull)
     converged = optimizer.run(fmax=FMAX, steps=MAX_STEPS)
     return time.perf_counter() - start, optimizer.nsteps, bool(converged)
 
