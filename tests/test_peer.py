@@ -125,7 +125,7 @@ def test_losses_agree(case):
     model, graph, ours, peer_graph = case
     targets = targets_for(graph)
     prediction = ours.trajectory(model, graph)  # no element energies: relative to them already
-    terms = loss_terms(Trajectory(*prediction), targets, graph, model.config.loss)
+    terms = loss_terms(Trajectory(*prediction[:4]), targets, graph, model.config.loss)
     expected, means = weighted_loss(terms, model.config.loss)
     network = peer_torch.peer_network(model, DOUBLE).requires_grad_(False)
     found = peer_torch.infer(network, peer_graph, float(model.energy_scale))
@@ -159,7 +159,12 @@ def test_training_agrees(case):
 
 
 def test_unknown_options_are_refused():
-    for field, value in (("model.interaction", "triplets"), ("dynamics.order", "first")):
+    refused = {
+        "model.interaction": "triplets",
+        "dynamics.order": "first",
+        "dynamics.cell": "variable",
+    }
+    for field, value in refused.items():
         with pytest.raises(InputError, match=f"no {field}={value!r}"):
             peer_network.PeerNetwork(load_config("explicit.py", {field: value}))
 
