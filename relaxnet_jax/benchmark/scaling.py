@@ -20,7 +20,7 @@ from relaxnet_jax.benchmark.timing import compile_once, measure
 from relaxnet_jax.benchmark.work import Step, Work, inference_step, training_step
 from relaxnet_jax.config import Config
 from relaxnet_jax.graph import Structure, structure_from_atoms
-from relaxnet_jax.losses import Targets
+from relaxnet_jax.losses import CellTargets, Targets
 from relaxnet_jax.model import RelaxNet, create_model
 from relaxnet_jax.predict import out_of_memory
 from relaxnet_jax.typing import Graph
@@ -88,7 +88,11 @@ def _targets(graph: Graph, config: Config) -> Targets:
     energies = jnp.zeros((n, n_graphs), jnp.float32)
     present = jnp.broadcast_to(graph.globals["mask"], (n, n_graphs))
     last = jnp.full(n_graphs, n - 1, jnp.int32)
-    return Targets(positions, jnp.zeros_like(positions), energies, present, last)
+    cells = None
+    if config.dynamics.cell == "variable":
+        still = jnp.broadcast_to(jnp.eye(3, dtype=jnp.float32), (n, n_graphs, 3, 3))
+        cells = CellTargets(still, still, jnp.zeros_like(still), present)
+    return Targets(positions, jnp.zeros_like(positions), energies, present, last, None, cells)
 
 
 def _first_frame(model: RelaxNet, graph: Graph) -> Step:
@@ -105,7 +109,7 @@ def _first_frame(model: RelaxNet, graph: Graph) -> Step:
 def _measure(step: Step, atom_frames: int, atoms: int) -> dict[str, Any]:
     """What a step takes; a reason instead where it does not fit in memory."""
     try:
-        _, compiled, seconds = compile_once(step.function, step.arguments)
+        _, compiled, seconds = compile_once(step.function, step.arguments, step.donate)
         need, free = memory_bytes(compiled), available_bytes()
         found: dict[str, Any] = {
             "compile_s": seconds,

@@ -53,12 +53,23 @@ def run_speed(
         minutes = FAST_MINUTES if fast else MINUTES
     notebook = Notebook(path, identity, minutes, report)
     ceilings = notebook.entry("ceilings", lambda: machine.ceilings(0.5 if fast else 2.0))
-    if "steps" in parts:
-        for config in configs[:1] if fast else configs:
+    first, *others = configs
+
+    def steps(config: Config) -> None:
+        if "steps" in parts:
             _steps(config, notebook, ceilings or {}, report, buckets=1 if fast else None)
-    # The curves are of the first configuration: each point is a program to compile.
-    for key, entry in scaling_entries(configs[0], fast, parts):
-        notebook.entry(key, entry)
+
+    def curves(*wanted: str) -> None:
+        # Of the first configuration alone: each point is a program to compile.
+        for key, entry in scaling_entries(first, fast, tuple(p for p in parts if p in wanted)):
+            notebook.entry(key, entry)
+
+    # What tells most first: time may be over before the end.
+    steps(first)
+    curves("atoms", "frames")
+    for config in () if fast else others:
+        steps(config)
+    curves("training")
     notebook.finish()
     return notebook.document(not notebook.missing) | {"machine": facts}
 
@@ -121,5 +132,6 @@ def step_entry(
             "share_of_cache_copy": (costs.xla_bytes, "cache_copy_bytes_per_s"),
         }
         for name, (amount, ceiling) in rates.items():
-            found[name] = amount / timing.median / ceilings[ceiling]
+            if amount is not None:
+                found[name] = amount / timing.median / ceilings[ceiling]
     return found
