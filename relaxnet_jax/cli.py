@@ -1,7 +1,7 @@
 """The command line ``relaxnet-jax``: arguments and exit codes. `commands` does the work.
 
 Exit codes: 0 done, 1 done in part (relax only), 2 bad input (one line on stderr says what and how
-to mend it), 130 interrupted.
+to mend it), 130 interrupted, 143 stopped by SIGTERM with a checkpoint.
 """
 
 from __future__ import annotations
@@ -103,6 +103,19 @@ def _add_train(commands) -> None:
     p.add_argument("--workdir", metavar="DIR", help="where the run lives (default: runs/CONFIG)")
     p.add_argument("--resume", action="store_true", help="continue the run in the workdir")
     p.add_argument("--devices", type=int, metavar="N", help="local devices to use (default: all)")
+    hosts = p.add_argument_group(
+        "several processes", "under SLURM's srun they find each other without these options"
+    )
+    hosts.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 serves the others")
+    hosts.add_argument("--processes", type=int, metavar="N", help="how many there are")
+    hosts.add_argument("--process-id", type=int, metavar="I", help="which this is, 0 to N-1")
+    hosts.add_argument(
+        "--join-seconds",
+        type=float,
+        default=300.0,
+        metavar="S",
+        help="how long to wait for all to come (default: 300)",
+    )
 
 
 def _add_eval(commands) -> None:

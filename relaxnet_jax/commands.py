@@ -17,6 +17,8 @@ from relaxnet_jax.console import bar, note, q, say, status
 from relaxnet_jax.errors import InputError
 from relaxnet_jax.runtime import check_devices, enable_compilation_cache
 
+TERMINATED = 143  # as shells say it of a process that SIGTERM ended
+
 if TYPE_CHECKING:
     from relaxnet_jax.data.trajectory import RelaxationTrajectory
     from relaxnet_jax.model import RelaxNet
@@ -26,16 +28,27 @@ def train(args: argparse.Namespace) -> int:
     """``relaxnet-jax train``."""
     config, workdir = _run_of(args)
     enable_compilation_cache()
-    check_devices(args.devices)
-    from relaxnet_jax.train.loop import train as run
+    from relaxnet_jax.train.hosts import find_place, joined
 
-    try:
-        run(config, workdir, resume=args.resume, devices=args.devices)
-    except KeyboardInterrupt:
-        if any((workdir / "checkpoints" / "latest").glob("[0-9]*")):
-            note(f"\nstopped; continue with: relaxnet-jax train --resume --workdir {q(workdir)}")
-        raise
-    say(f"next: relaxnet-jax eval --workdir {q(workdir)}")
+    place = find_place(args.coordinator, args.processes, args.process_id)
+    first = place is None or place.index == 0
+    again = f"continue with: relaxnet-jax train --resume --workdir {q(workdir)}"
+    with joined(place, args.join_seconds):
+        check_devices(args.devices)
+        from relaxnet_jax.train.loop import train as run
+
+        try:
+            result = run(config, workdir, resume=args.resume, devices=args.devices)
+        except KeyboardInterrupt:
+            if first and any((workdir / "checkpoints" / "latest").glob("[0-9]*")):
+                note(f"\nstopped; {again}")
+            raise
+    if result.stopped:
+        if first:
+            note(f"stopped; {again}")
+        return TERMINATED
+    if first:
+        say(f"next: relaxnet-jax eval --workdir {q(workdir)}")
     return 0
 
 

@@ -141,6 +141,10 @@ class SampleView(Sequence[Sample]):
     def __len__(self) -> int:
         return len(self.rows)
 
+    def id(self, k: int) -> str:
+        """Of a relaxation, without reading its sample."""
+        return self.file.ids[int(self.rows[k])]
+
     def __getitem__(self, k):
         sample = self.file[int(self.rows[k])]
         composition = self.element_energies[sample.structure.atomic_numbers].sum()

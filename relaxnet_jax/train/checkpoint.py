@@ -6,21 +6,32 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from orbax.checkpoint.options import MultiprocessingOptions
 
 from relaxnet_jax.errors import InputError
 from relaxnet_jax.train.state import TrainState
 
 
 class Checkpoints:
-    """The two newest states of a run under ``folder/latest``, the best under ``folder/best``."""
+    """The two newest states of a run under ``folder/latest``, the best under ``folder/best``.
+
+    Only process 0 makes one, also where there are several: every process has the same state, so
+    orbax is told that there is no other and waits for none.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._folder = Path(folder).resolve()
+        alone = MultiprocessingOptions(primary_host=0, active_processes={0})
+        for name in ("latest", "best"):  # orbax makes no folders for some of the processes
+            (self._folder / name).mkdir(parents=True, exist_ok=True)
         self._managers = {
             name: ocp.CheckpointManager(
                 self._folder / name,
-                options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True),
+                options=ocp.CheckpointManagerOptions(
+                    max_to_keep=keep, create=False, multiprocessing_options=alone
+                ),
                 item_names=("state", "progress"),
             )
             for name, keep in (("latest", 2), ("best", 1))
@@ -40,7 +51,7 @@ class Checkpoints:
             )
 
     def restore(self, like: TrainState, which: str = "latest") -> tuple[TrainState, dict[str, Any]]:
-        """State and progress of the newest checkpoint.
+        """State (NumPy) and progress of the newest checkpoint.
 
         Raises:
           InputError: there is none, or it cannot be read.
@@ -52,7 +63,7 @@ class Checkpoints:
                 f"{self._folder / which}: no checkpoint to resume from; start without --resume "
                 "in another --workdir"
             )
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        abstract = jax.tree.map(lambda x: np.empty(np.shape(x), x.dtype), like)
         try:
             restored = manager.restore(
                 step,

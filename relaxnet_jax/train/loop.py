@@ -6,10 +6,11 @@ import dataclasses
 import functools
 import hashlib
 import importlib.util
+import itertools
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,10 @@ from relaxnet_jax.graph import MAX_ATOMIC_NUMBER
 from relaxnet_jax.losses import Term, weighted_loss
 from relaxnet_jax.model import RelaxNet, create_model, save_model
 from relaxnet_jax.train.checkpoint import Checkpoints
+from relaxnet_jax.train.clock import Clock
+from relaxnet_jax.train.hosts import Hosts
 from relaxnet_jax.train.parallel import Devices
+from relaxnet_jax.train.plan import Batches, remaining_runs
 from relaxnet_jax.train.report import ConsoleReport, MetricsLog
 from relaxnet_jax.train.state import Plateau, TrainState, initial_train_state
 from relaxnet_jax.train.step import make_eval_step, make_train_step
@@ -52,7 +56,11 @@ KEEP_LAST = 1.1
 
 @dataclasses.dataclass
 class Result:
-    """What a run ended with."""
+    """What a run ended with.
+
+    Attributes:
+      stopped: it was told to stop (SIGTERM) and can be resumed where it was.
+    """
 
     workdir: Path
     model_folder: Path
@@ -60,6 +68,7 @@ class Result:
     best: float
     reason: str
     compilations: dict[str, int]
+    stopped: bool = False
 
 
 def train(
@@ -71,29 +80,38 @@ def train(
 ) -> Result:
     """Trains a model and leaves the best one in ``workdir/model``.
 
+    On several processes (see `hosts`) all call it with the same arguments; each feeds its own
+    devices, and only process 0 writes, prints and reads checkpoints.
+
     Args:
       config: everything the run is determined by.
       workdir: holds config.json, splits.json, metrics.jsonl, checkpoints/ and model/.
-      resume: continue the run in ``workdir`` from its latest checkpoint, exactly.
+      resume: continue the run in ``workdir`` from its latest checkpoint, exactly; on another
+        number of devices too, each relaxation still coming once in an epoch.
       report: where progress goes. devices: number of local devices, all by default.
 
     Raises:
       InputError: unusable data or configuration; a workdir that holds a run although
-        ``resume`` is off, or a run of another configuration although it is on.
+        ``resume`` is off, or a run of another configuration although it is on; processes with
+        different configurations or data.
     """
-    report = report or ConsoleReport()
+    hosts = Hosts()
+    report = (report or ConsoleReport()) if hosts.first else ConsoleReport.silent()
     workdir = Path(workdir)
-    _check_workdir(config, workdir, resume)
+    if hosts.first:
+        _check_workdir(config, workdir, resume)
+    _check_same_config(config, hosts)
     if config.train.tensorboard and importlib.util.find_spec("tensorboardX") is None:
         raise InputError(
             "train.tensorboard: tensorboardX is not installed; pip install 'relaxnet-jax[tensorboard]'"
         )
-    dataset = load_dataset(config, report)
-    run = _Run(config, dataset, report, devices)
-    workdir.mkdir(parents=True, exist_ok=True)
-    if not resume:
-        (workdir / "config.json").write_text(to_json(config))
-        (workdir / "splits.json").write_text(json.dumps(dataset.ids(), indent=1))
+    dataset = hosts.in_turn(lambda: load_dataset(config, report))
+    run = _Run(config, dataset, report, Devices(devices, report, hosts))
+    if hosts.first:
+        workdir.mkdir(parents=True, exist_ok=True)
+        if not resume:
+            (workdir / "config.json").write_text(to_json(config))
+            (workdir / "splits.json").write_text(json.dumps(dataset.ids(), indent=1))
     return run.execute(workdir, resume)
 
 
@@ -112,14 +130,30 @@ def _check_workdir(config: Config, workdir: Path, resume: bool) -> None:
         )
     theirs, ours = to_dict(from_json(file.read_text(), str(file))), to_dict(config)
     for part in (theirs, ours):
-        part.pop("name")
         for field in RESUMABLE:
             part["train"].pop(field)
-    if theirs != ours:
-        section, field = next((s, f) for s in ours for f in ours[s] if ours[s][f] != theirs[s][f])
+    if difference := _difference(theirs, ours):
         raise InputError(
-            f"{workdir}: is a run of another config ({section}.{field} is {theirs[section][field]!r} there, "
-            f"{ours[section][field]!r} here); resume with its own config or give another --workdir"
+            f"{workdir}: is a run of another config ({difference}); resume with its own config or "
+            "give another --workdir"
+        )
+
+
+def _difference(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
+    """The first field in which two configs differ, in words; empty if there is none."""
+    for section in (name for name in ours if name != "name"):
+        for field, value in ours[section].items():
+            if value != theirs[section][field]:
+                return f"{section}.{field} is {theirs[section][field]!r} there, {value!r} here"
+    return ""
+
+
+def _check_same_config(config: Config, hosts: Hosts) -> None:
+    theirs = json.loads(hosts.share(to_json(config)))
+    if difference := _difference(theirs, json.loads(to_json(config))):
+        raise InputError(
+            f"train: process {hosts.index} has another config than process 0 ({difference}); start "
+            "all with the same --config and --set"
         )
 
 
@@ -127,10 +161,10 @@ class _Run:
     """Everything that does not change from epoch to epoch."""
 
     def __init__(
-        self, config: Config, dataset: Dataset, report: ConsoleReport, devices: int | None
+        self, config: Config, dataset: Dataset, report: ConsoleReport, devices: Devices
     ) -> None:
         self.config, self.dataset, self.report = config, dataset, report
-        self.devices = Devices(devices, report)
+        self.devices, self.hosts = devices, devices.hosts
         if self.devices.n > 1 and config.dynamics.solver != "rk4":
             raise InputError(
                 f"dynamics.solver={config.dynamics.solver!r} runs on one device, not on "
@@ -139,11 +173,14 @@ class _Run:
         for reason, count in dataset.left_out.items():
             report(f"{count} relaxations left out: {reason}")
         found = dataset.trajectories
-        self.element_energies, self.scale, self.seen = fit_element_energies(
+        energies, scale, self.seen = fit_element_energies(
             (found.store.energies(int(found.rows[i])) for i in dataset.splits["train"]),
             MAX_ATOMIC_NUMBER + 1,
         )
-        file = prepare_samples(found, config, report)
+        # The last bits of a fit depend on the processor.
+        energies, self.scale = self.hosts.share([energies.tolist(), scale])
+        self.element_energies = np.array(energies)
+        file = self.hosts.in_turn(lambda: prepare_samples(found, config, report))
         used = self._usable(file)
         self.samples = SampleView(file, used, self.element_energies)
         in_train = np.isin(used, dataset.splits["train"])
@@ -168,7 +205,7 @@ class _Run:
                 f"  bucket: {shape.n_graphs - 1} structures, {shape.n_atoms} atoms, {shape.n_edges} edges, "
                 f"{shape.n_bonds} bonds"
             )
-        batched = self.devices.axis is not None
+        self._check_same_data()
         self.train_step, self.static_step = (
             self.devices.compile(
                 make_train_step(config, self.scale, self.devices.axis, static),
@@ -181,7 +218,18 @@ class _Run:
         self.eval_step = self.devices.compile(
             make_eval_step(config, self.scale, self.devices.axis), "validation step", (True, True)
         )
-        self._batched = batched
+
+    def _check_same_data(self) -> None:
+        """Every process plans the epochs by itself: they must plan the same."""
+        digest = hashlib.sha256()
+        for array in (self.samples.rows, *self.samples.sizes, *self.members.values()):
+            digest.update(np.asarray(array, "<i8").tobytes())
+        digest.update(self.dataset.trajectories.store.checksum.encode())
+        if digest.hexdigest() != self.hosts.share(digest.hexdigest()):
+            raise InputError(
+                f"{self.config.data.path}: process {self.hosts.index} found other relaxations than "
+                "process 0; give all the same file and the same version of relaxnet_jax"
+            )
 
     def _usable(self, file: SampleFile) -> np.ndarray:
         """Rows of the training and validation relaxations that can be used; reports the others."""
@@ -228,33 +276,39 @@ class _Run:
         """Writes the model with these (replicated) parameters to ``workdir/model``."""
         save_model(self.model(jax.device_get(self.devices.first(params))), workdir / "model")
 
-    def batches(self, split: str, rng: np.random.Generator | None, done: int = 0):
-        """(number of structures, stacked batch) of an epoch after the first ``done``; an iterator,
-        and how many the whole epoch has."""
-        n = self.devices.n
-        plan = pack_epoch(
-            self.buckets,
-            self.samples.sizes,
-            rng,
-            self.members[split],
-            n,
-        )
+    def batches(
+        self, split: str, seed: tuple[int, int] | None, done: list[list[int]]
+    ) -> tuple[Iterator[tuple[list[int], Any]], int]:
+        """(sample indices, batch over all devices) of each step an epoch has left, and how many.
 
-        def iterate():
-            group: list[tuple[int, Any]] = []
-            rest = plan[done * n :]
-            for _, indices, batch in epoch_iterator(rest, self.samples, self.buckets, self.config):
-                group.append((len(indices), batch))
-                if len(group) == n:
-                    yield sum(size for size, _ in group), self.devices.stack([b for _, b in group])
-                    group = []
+        Args:
+          split: name. seed: of the order, None for the order of the data.
+          done: see `plan.remaining_runs`.
+        """
 
-        return iterate(), len(plan) // n
+        def pack(members: np.ndarray, n: int) -> Batches:
+            rng = None if seed is None else np.random.default_rng(seed)
+            return pack_epoch(self.buckets, self.samples.sizes, rng, members, n)
+
+        devices = self.devices
+        runs = remaining_runs(pack, self.members[split], devices.n, devices.mine, done)
+
+        def iterate() -> Iterator[tuple[list[int], Any]]:
+            mine = [batch for run in runs for batch in run.mine]
+            loaded = epoch_iterator(mine, self.samples, self.buckets, self.config)
+            for run in runs:
+                parts = [batch for _, _, batch in itertools.islice(loaded, devices.local)]
+                yield run.indices, devices.stack(parts)
+
+        return iterate(), len(runs)
 
     def validate(self, params: Any) -> dict[str, float]:
-        """Means of every loss term, the loss, and coordinate errors on the validation split."""
+        """Means of every loss term, the loss, and coordinate errors on the validation split.
+
+        Process 0's numbers on all: what depends on them must be the same everywhere.
+        """
         totals: dict[str, list[float]] = {}
-        iterator, _ = self.batches("validation", None)
+        iterator, _ = self.batches("validation", None, [])
         for _, batch in iterator:
             terms = jax.device_get(self.devices.first(self.eval_step(params, batch)))
             for name, term in terms.items():
@@ -263,16 +317,17 @@ class _Run:
                 total[1] += float(term.number)
         terms = {name: Term(np.float64(a), np.float64(b)) for name, (a, b) in totals.items()}
         loss, _ = weighted_loss(terms, self.config.loss)
-        return {"loss": float(loss)} | {name: float(term.mean()) for name, term in terms.items()}
+        means = {name: float(term.mean()) for name, term in terms.items()}
+        return self.hosts.share({"loss": float(loss)} | means)
 
     def execute(self, workdir: Path, resume: bool) -> Result:
         """Runs until an end is reached."""
-        config, t = self.config, self.config.train
+        config, t, first_host = self.config, self.config.train, self.hosts.first
         state = initial_train_state(create_model(config, t.seed).params, t)
         plateau, first, elapsed, tally = Plateau(), 0, 0.0, Tally()
-        checkpoints = Checkpoints(workdir / "checkpoints")
+        checkpoints = Checkpoints(workdir / "checkpoints") if first_host else None
         if resume:
-            state, progress = checkpoints.restore(state)
+            state, progress = self._restore(state, checkpoints)
             plateau, first, elapsed = (
                 Plateau(**progress["plateau"]),
                 progress["epoch"] + 1,
@@ -282,105 +337,146 @@ class _Run:
             tally = Tally(**progress["tally"])
             within = f" and {tally.batches} batches" if tally.batches else ""
             self.report(f"resuming after epoch {progress['epoch']}{within}")
-        log = MetricsLog(workdir, first - 1, t.tensorboard)
+            if progress["devices"] != self.devices.n:
+                self.report(
+                    f"on {self.devices.n} device(s) instead of {progress['devices']}: a step now sees "
+                    f"up to {self.devices.n * t.batch_size} structures"
+                )
+        log = MetricsLog(workdir, first - 1, t.tensorboard) if first_host else None
         parameters = sum(x.size for x in jax.tree.leaves(state.params))
+        others = f" of {self.hosts.count} processes" if self.hosts.count > 1 else ""
         self.report(
-            f"{parameters:,} parameters, {self.devices.n} device(s): {jax.devices()[0].platform}"
+            f"{parameters:,} parameters, {self.devices.n} device(s){others}: {jax.devices()[0].platform}"
         )
         state = self.devices.replicate(state)
-        start, reason, epoch = time.perf_counter() - elapsed, "epochs", first - 1
-        deadline = start + 60 * t.max_minutes if t.max_minutes else math.inf
+        clock, limit = Clock(self.devices, elapsed), 60 * t.max_minutes or math.inf
+        reason, epoch, stopped = "epochs", first - 1, False
 
         def keep(state: TrainState, tally: Tally, epoch: int, best: bool = False) -> None:
             progress = {
                 "epoch": epoch,
-                "seconds": time.perf_counter() - start,
+                "seconds": clock.seconds,
                 "plateau": _jsonable(plateau),
                 "tally": dataclasses.asdict(tally),
+                "devices": self.devices.n,
             }
-            checkpoints.save(self.devices.first(state), progress, best)
+            if checkpoints is not None:
+                checkpoints.save(self.devices.first(state), progress, best)
 
-        for epoch in range(first, t.epochs):
-            rate = plateau.scale * t.learning_rate
-            state, record = self._epoch(
-                state, epoch, rate, deadline, tally, functools.partial(keep, epoch=epoch - 1)
-            )
-            tally = Tally()
-            averaged = state.ema if t.ema else state.params
-            record["validation"] = self.validate(averaged)
-            if epoch < t.static_epochs:  # another loss: what it reaches is no mark for the solution
-                plateau = Plateau()
-            record["best"] = plateau.update(record["validation"]["loss"], epoch, t)
-            record["seconds"] = time.perf_counter() - start
-            if record["best"] or not (workdir / "model").exists():
-                self.export(averaged, workdir)
-            due = (epoch + 1) % t.checkpoint_every == 0 or epoch + 1 == t.epochs
-            if not record["partial"] and (due or record["best"]):
-                keep(state, tally, epoch, record["best"])
-            log.write(record)
-            self.report.epoch(record, _time_left(deadline, record, epoch, t.epochs))
-            if not math.isfinite(record["validation"]["loss"]):
-                self.report("validation loss is not finite; it counts as no improvement")
-            if time.perf_counter() >= deadline:
-                reason = f"train.max_minutes={t.max_minutes:g}"
-                loss = record["validation"]["loss"]
-                if t.cooldown and not record["best"] and loss <= KEEP_LAST * plateau.best:
+        with clock:
+            clock.tick()
+            for epoch in range(first, t.epochs):
+                rate = plateau.scale * t.learning_rate
+                state, record = self._epoch(
+                    state, epoch, rate, clock, limit, tally, functools.partial(keep, epoch=epoch - 1)
+                )
+                if clock.stop:
+                    stopped, reason = True, "told to stop (SIGTERM)"
+                    break
+                tally = Tally()
+                averaged = state.ema if t.ema else state.params
+                record["validation"] = self.validate(averaged)
+                clock.tick()
+                if epoch < t.static_epochs:  # another loss: what it reaches is no mark for the solution
+                    plateau = Plateau()
+                record["best"] = plateau.update(record["validation"]["loss"], epoch, t)
+                record["seconds"] = clock.seconds
+                if first_host and (record["best"] or not (workdir / "model").exists()):
                     self.export(averaged, workdir)
-                    self.report(f"the last model is kept (validation loss {loss:.4f})")
-                break
-            # A run that cools down to a deadline is at its best then, and not before.
-            if not (t.max_minutes and t.cooldown) and plateau.exhausted(epoch, t):
-                reason = f"no better validation loss for {t.early_stop_patience} epochs"
-                break
-        checkpoints.close()
+                due = (epoch + 1) % t.checkpoint_every == 0 or epoch + 1 == t.epochs
+                if not record["partial"] and (due or record["best"]):
+                    keep(state, tally, epoch, record["best"])
+                if log is not None:
+                    log.write(record)
+                self.report.epoch(record, _time_left(limit, record, epoch, t.epochs))
+                if not math.isfinite(record["validation"]["loss"]):
+                    self.report("validation loss is not finite; it counts as no improvement")
+                if clock.seconds >= limit:
+                    reason = f"train.max_minutes={t.max_minutes:g}"
+                    loss = record["validation"]["loss"]
+                    if t.cooldown and not record["best"] and loss <= KEEP_LAST * plateau.best:
+                        if first_host:
+                            self.export(averaged, workdir)
+                        self.report(f"the last model is kept (validation loss {loss:.4f})")
+                    break
+                # A run that cools down to a deadline is at its best then, and not before.
+                if not (t.max_minutes and t.cooldown) and plateau.exhausted(epoch, t):
+                    reason = f"no better validation loss for {t.early_stop_patience} epochs"
+                    break
+            if checkpoints is not None:
+                checkpoints.close()
+        self.hosts.wait()
         self.report(
             f"ended after epoch {epoch}: {reason}; best validation loss {plateau.best:.4f} at epoch "
             f"{plateau.best_epoch}; model in {workdir / 'model'}"
+            if not stopped
+            else f"stopped within epoch {epoch}: {reason}"
         )
         return Result(
-            workdir, workdir / "model", epoch + 1, plateau.best, reason, self.devices.compilations
+            workdir,
+            workdir / "model",
+            epoch + 1,
+            plateau.best,
+            reason,
+            self.devices.compilations,
+            stopped,
         )
+
+    def _restore(
+        self, like: TrainState, checkpoints: Checkpoints | None
+    ) -> tuple[TrainState, dict[str, Any]]:
+        """The latest checkpoint, read by process 0 and sent to the others."""
+        state, progress = jax.tree.map(np.zeros_like, jax.device_get(like)), None
+        if checkpoints is not None:
+            state, progress = checkpoints.restore(like)
+        progress = self.hosts.share(progress)
+        assert progress is not None
+        return self.devices.total(state), progress
 
     def _epoch(
         self,
         state: TrainState,
         epoch: int,
         rate: float,
-        deadline: float,
+        clock: Clock,
+        limit: float,
         tally: Tally,
         keep: Callable[[TrainState, Tally], None],
     ) -> tuple[TrainState, dict[str, Any]]:
         """The rest of an epoch after what ``tally`` says is done; ``keep`` is called now and then."""
         t, report = self.config.train, self.report
-        iterator, count = self.batches(
-            "train", np.random.default_rng((t.seed, epoch)), tally.batches
-        )
+        iterator, left = self.batches("train", (t.seed, epoch), tally.done)
+        count = tally.batches + left
         key = jax.random.key_data(jax.random.key(t.seed))
         report.start_epoch(epoch, count)
         step = self.static_step if epoch < t.static_epochs else self.train_step
         before = tally.seconds + self.devices.compile_seconds
-        begin = asked = saved = time.perf_counter()
+        begin = asked = time.perf_counter()
+        saved = clock.seconds
         try:
-            for size, batch in iterator:
+            for indices, batch in iterator:
                 tally.waited += time.perf_counter() - asked
-                now = np.float32(rate * self._cooling(deadline))
+                now = np.float32(rate * self._cooling(clock.seconds, limit))
                 state, metrics = step(state, batch, now, key)
                 metrics = {
                     k: float(v) for k, v in jax.device_get(self.devices.first(metrics)).items()
                 }
-                if not tally.add(metrics, size):
-                    report(
-                        f"step skipped: loss or gradient not finite; structures: {self._names(batch)}"
-                    )
+                if not tally.add(metrics, len(indices), self.devices.n):
+                    names = ", ".join(self.samples.id(i) for i in indices)
+                    report(f"step skipped: loss or gradient not finite; structures: {names}")
+                clock.tick()
                 asked = time.perf_counter()
                 tally.seconds = before + asked - begin - self.devices.compile_seconds
                 speed = tally.structures / max(tally.seconds, 1e-9)
                 report.batch(tally.batches, metrics["loss"], speed)
-                if asked >= deadline:
-                    break
-                if asked - saved >= 60 * t.checkpoint_minutes and tally.batches < count:
+                if clock.stop:
                     keep(state, tally)
-                    saved = time.perf_counter()
+                    break
+                if clock.seconds >= limit:
+                    break
+                if clock.seconds - saved >= 60 * t.checkpoint_minutes and tally.batches < count:
+                    keep(state, tally)
+                    saved = clock.seconds
         finally:
             report.end_epoch()
         return state, {
@@ -391,36 +487,13 @@ class _Run:
             **tally.record(),
         }
 
-    def _cooling(self, deadline: float) -> float:
-        """Factor on the learning rate towards the end of a run with a time limit."""
+    def _cooling(self, seconds: float, limit: float) -> float:
+        """Factor on the learning rate towards the end of a run with a time limit (s)."""
         t = self.config.train
         if not t.max_minutes or not t.cooldown:
             return 1.0
-        left = (deadline - time.perf_counter()) / (60 * t.max_minutes * t.cooldown)
+        left = (limit - seconds) / (60 * t.max_minutes * t.cooldown)
         return min(1.0, max(left, 0.0))
-
-    def _names(self, batch: Any) -> str:
-        """Ids of the structures in a batch, found by their positions."""
-        graph = batch[0]
-        wanted = {
-            hashlib.sha1(np.asarray(s.structure.positions, np.float32).tobytes()).digest(): s.id
-            for s in self.samples
-        }
-        names = []
-        for n_node, mask, positions in _per_device(graph, self._batched):
-            ends = np.cumsum(n_node)
-            for end, size, real in zip(ends, n_node, mask):
-                if real:
-                    digest = hashlib.sha1(
-                        np.ascontiguousarray(positions[end - size : end]).tobytes()
-                    ).digest()
-                    names.append(wanted.get(digest, "?"))
-        return ", ".join(names)
-
-
-def _per_device(graph: Any, batched: bool):
-    leaves = graph.n_node, graph.globals["mask"], graph.nodes["positions"]
-    return zip(*leaves) if batched else [leaves]
 
 
 def _jsonable(plateau: Plateau) -> dict[str, Any]:
@@ -429,9 +502,9 @@ def _jsonable(plateau: Plateau) -> dict[str, Any]:
     return values
 
 
-def _time_left(deadline: float, record: dict[str, Any], epoch: int, epochs: int) -> str:
+def _time_left(limit: float, record: dict[str, Any], epoch: int, epochs: int) -> str:
     per_epoch = record["seconds"] / (epoch + 1)
-    left = min(deadline - time.perf_counter(), per_epoch * (epochs - epoch - 1))
+    left = min(limit - record["seconds"], per_epoch * (epochs - epoch - 1))
     return f"{max(left, 0) / 60:.1f} min left at most"
 
 

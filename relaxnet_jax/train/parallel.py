@@ -1,4 +1,4 @@
-"""One device or several: the only place that knows where steps run.
+"""One device or several, of one process or several: the only place that knows where steps run.
 
 Several devices run `jax.pmap`. It cannot trace diffrax's own differentiable loops, which mark
 arrays with the devices' mesh and take a marked counter for another type than an unmarked one
@@ -14,24 +14,51 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from relaxnet_jax.errors import InputError
+from relaxnet_jax.train.hosts import Hosts
 
 AXIS = "devices"
 
 
 class Devices:
-    """Runs steps on ``n`` local devices, one padded batch each; plain `jax.jit` on one.
+    """Runs steps on devices of all processes, one padded batch each; plain `jax.jit` on one.
 
     Attributes:
-      n: number of devices. axis: axis name the step must add over, None on one device.
+      n: number of devices, of all processes. local: of this one.
+      mine: slice of the n devices that are this process's. hosts: the processes.
+      axis: axis name the step must add over, None on one device.
       compilations: how many step functions were compiled, by kind.
     """
 
-    def __init__(self, n: int | None = None, log: Callable[[str], None] = lambda _: None) -> None:
-        self.n = jax.local_device_count() if n is None else n
+    def __init__(
+        self,
+        local: int | None = None,
+        log: Callable[[str], None] = lambda _: None,
+        hosts: Hosts | None = None,
+    ) -> None:
+        self.hosts = hosts = hosts or Hosts()
+        found = [jax.local_devices(process_index=p) for p in range(hosts.count)]
+        counts = [len(devices) for devices in found]
+        self.local = counts[hosts.index] if local is None else local
+        if hosts.count > 1 and {*counts, self.local} != {counts[0]}:
+            raise InputError(
+                f"--devices {self.local}: the processes see {counts} devices; each must have the "
+                "same number and use all of them (choose with CUDA_VISIBLE_DEVICES)"
+            )
+        self.n = self.local * hosts.count
+        self.mine = slice(self.local * hosts.index, self.local * (hosts.index + 1))
         self.axis = AXIS if self.n > 1 else None
         self.compilations: dict[str, int] = {}
         self.compile_seconds = 0.0
         self._log = log
+        # Process by process, as pmap itself would have them.
+        self._devices = [device for devices in found for device in devices[: self.local]]
+        self._sharding = NamedSharding(Mesh(np.array(self._devices), (AXIS,)), PartitionSpec(AXIS))
+        self._total = jax.pmap(
+            lambda x: jax.lax.psum(x, AXIS), axis_name=AXIS, devices=self._devices
+        )
 
     def compile(
         self, step: Callable, kind: str, batched: tuple[bool, ...], donate: tuple[int, ...] = ()
@@ -40,7 +67,8 @@ class Devices:
 
         Args:
           step: pure function. kind: its name in the log.
-          batched: for each argument, whether it has a leading axis of devices.
+          batched: for each argument, whether it has a leading axis of devices, as `replicate`
+            and `stack` make it; the others must be the same on all processes.
           donate: arguments whose buffers may be reused.
         """
         if self.n == 1:
@@ -51,7 +79,7 @@ class Devices:
                 axis_name=AXIS,
                 in_axes=tuple(0 if b else None for b in batched),
                 donate_argnums=donate,
-                devices=jax.local_devices()[: self.n],
+                devices=self._devices,
             )
         compiled: dict[Hashable, Any] = {}
 
@@ -61,6 +89,8 @@ class Devices:
                 start = time.perf_counter()
                 self._log(f"compiling {kind}…")
                 compiled[shapes] = transformed.lower(*args).compile()
+                # The first collectives connect the devices: nobody should come minutes late.
+                self.hosts.wait()
                 seconds = time.perf_counter() - start
                 self.compilations[kind] = self.compilations.get(kind, 0) + 1
                 self.compile_seconds += seconds
@@ -75,16 +105,40 @@ class Devices:
             # Copies that are bound to no device, also of what a checkpoint restored: else a
             # resumed run would be another program, compiled again.
             return jax.tree.map(lambda x: jax.numpy.array(np.asarray(x)), tree)
-        return jax.tree.map(
-            lambda x: np.broadcast_to(np.asarray(x)[None], (self.n, *np.shape(x))), tree
+        return self._put(
+            jax.tree.map(
+                lambda x: np.broadcast_to(np.asarray(x)[None], (self.local, *np.shape(x))), tree
+            )
         )
 
     def first(self, tree: Any) -> Any:
-        """The first device's copy."""
-        return tree if self.n == 1 else jax.tree.map(lambda x: x[0], tree)
+        """This process's first copy."""
+        if self.n == 1:
+            return tree
+        return jax.tree.map(lambda x: np.asarray(x.addressable_data(0))[0], tree)
 
     def stack(self, batches: Sequence[Any]) -> Any:
-        """One batch per device, stacked."""
+        """One batch per device of this process, stacked; on all devices of all processes."""
         if self.n == 1:
             return batches[0]
-        return jax.tree.map(lambda *leaves: np.stack(leaves), *batches)
+        return self._put(jax.tree.map(lambda *leaves: np.stack(leaves), *batches))
+
+    def total(self, tree: Any) -> Any:
+        """Sums over the processes of arrays every one of them gives (NumPy)."""
+        if self.hosts.count == 1:
+            return tree
+
+        def on_first(x):
+            rows = np.zeros((self.local, *np.shape(x)), np.asarray(x).dtype)
+            rows[0] = x
+            return rows
+
+        return jax.tree.map(
+            lambda x: np.asarray(x)[0], self._total(jax.tree.map(on_first, tree))
+        )
+
+    def _put(self, tree: Any) -> Any:
+        """Arrays of this process's devices as parts of arrays over all devices."""
+        return jax.tree.map(
+            lambda x: jax.make_array_from_process_local_data(self._sharding, x), tree
+        )

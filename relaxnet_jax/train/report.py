@@ -74,6 +74,11 @@ class ConsoleReport:
         """Prints a line."""
         self.console.print(message, highlight=False, markup=False, soft_wrap=True)
 
+    @classmethod
+    def silent(cls) -> ConsoleReport:
+        """One that shows nothing: of all processes but the first."""
+        return cls(Console(quiet=True))
+
     def start_epoch(self, epoch: int, batches: int) -> None:
         """Opens the bar of an epoch."""
         self._bar = Progress(

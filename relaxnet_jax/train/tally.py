@@ -12,7 +12,9 @@ class Tally:
     """Sums over the batches of an epoch.
 
     Attributes:
-      batches: done, the position in the epoch's plan. structures: in them.
+      batches: done. structures: in them.
+      done: [devices, batches], one for each number of devices the epoch has run on in turn: the
+        position in its plan, see `plan.remaining_runs`.
       skipped: batches without an update, their loss or gradient not being finite.
       seconds: spent on them without compiling. waited: of these, until a batch was there.
       sums: of each metric over the batches that were not skipped.
@@ -24,9 +26,13 @@ class Tally:
     seconds: float = 0.0
     waited: float = 0.0
     sums: dict[str, float] = dataclasses.field(default_factory=dict)
+    done: list[list[int]] = dataclasses.field(default_factory=list)
 
-    def add(self, metrics: dict[str, float], structures: int) -> bool:
-        """Takes a batch in; returns whether it was an update."""
+    def add(self, metrics: dict[str, float], structures: int, devices: int) -> bool:
+        """Takes a batch (one step, of all devices) in; returns whether it was an update."""
+        if not self.done or self.done[-1][0] != devices:
+            self.done.append([devices, 0])
+        self.done[-1][1] += 1
         self.batches, self.structures = self.batches + 1, self.structures + structures
         if not metrics["finite"]:
             self.skipped += 1
