@@ -106,7 +106,9 @@ def _add_train(commands) -> None:
     hosts = p.add_argument_group(
         "several processes", "under SLURM's srun they find each other without these options"
     )
-    hosts.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 serves the others")
+    hosts.add_argument(
+        "--coordinator", metavar="HOST:PORT", help="where process 0 serves the others"
+    )
     hosts.add_argument("--processes", type=int, metavar="N", help="how many there are")
     hosts.add_argument("--process-id", type=int, metavar="I", help="which this is, 0 to N-1")
     hosts.add_argument(

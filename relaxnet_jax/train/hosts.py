@@ -33,7 +33,9 @@ WAIT_MS = 7 * 24 * 3600 * 1000  # for one another; a lost process ends the wait 
 POLL_SECONDS = 0.5  # between looks for the message of a process that failed
 FAILED = "relaxnet_jax/failed"
 # What JAX's errors say when the cause is another process.
-_LOST = re.compile(r"gloo|nccl|connection (closed|reset)|coordination ?service|heartbeat|barrier", re.I)
+_LOST = re.compile(
+    r"gloo|nccl|connection (closed|reset)|coordination ?service|heartbeat|barrier", re.I
+)
 
 
 @dataclasses.dataclass(frozen=True)

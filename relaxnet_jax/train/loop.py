@@ -368,7 +368,13 @@ class _Run:
             for epoch in range(first, t.epochs):
                 rate = plateau.scale * t.learning_rate
                 state, record = self._epoch(
-                    state, epoch, rate, clock, limit, tally, functools.partial(keep, epoch=epoch - 1)
+                    state,
+                    epoch,
+                    rate,
+                    clock,
+                    limit,
+                    tally,
+                    functools.partial(keep, epoch=epoch - 1),
                 )
                 if clock.stop:
                     stopped, reason = True, "told to stop (SIGTERM)"
@@ -377,7 +383,9 @@ class _Run:
                 averaged = state.ema if t.ema else state.params
                 record["validation"] = self.validate(averaged)
                 clock.tick()
-                if epoch < t.static_epochs:  # another loss: what it reaches is no mark for the solution
+                if (
+                    epoch < t.static_epochs
+                ):  # another loss: what it reaches is no mark for the solution
                     plateau = Plateau()
                 record["best"] = plateau.update(record["validation"]["loss"], epoch, t)
                 record["seconds"] = clock.seconds

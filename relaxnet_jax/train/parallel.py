@@ -133,9 +133,7 @@ class Devices:
             rows[0] = x
             return rows
 
-        return jax.tree.map(
-            lambda x: np.asarray(x)[0], self._total(jax.tree.map(on_first, tree))
-        )
+        return jax.tree.map(lambda x: np.asarray(x)[0], self._total(jax.tree.map(on_first, tree)))
 
     def _put(self, tree: Any) -> Any:
         """Arrays of this process's devices as parts of arrays over all devices."""
