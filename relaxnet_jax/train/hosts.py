@@ -18,7 +18,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import jax
 
@@ -124,29 +124,36 @@ def joined(place: Place | None, seconds: float = JOIN_SECONDS) -> Iterator[None]
     Args:
       place: of this process; None does nothing.
       seconds: how long to wait for the others to come.
+
+    Raises:
+      InputError: process 0's address cannot be served at or reached.
     """
     if place is None:
         yield
         return
-    ended = threading.Event()
-    try:
-        _join(place, seconds)
-        threading.Thread(target=_watch, args=(place, ended), daemon=True).start()
-        yield
-        # Nobody leaves while another still works: JAX takes a process that is gone for lost.
-        _client().wait_at_barrier("relaxnet_jax/end", WAIT_MS)
-        ended.set()
-    except BaseException as error:
-        _leave(place, error, ended)
-
-
-def _join(place: Place, seconds: float) -> None:
     end = time.monotonic() + seconds
     # JAX ends the process without an exception where it cannot serve or connect: look first.
     if place.index == 0:
         _check_port(place.coordinator)
     else:
         _reach(place.coordinator, end, seconds)
+    ended, together = threading.Event(), False
+    try:
+        _join(place, end, seconds)
+        together = True
+        threading.Thread(target=_watch, args=(place, ended), daemon=True).start()
+        yield
+        # Nobody leaves while another still works: JAX takes a process that is gone for lost.
+        _client().wait_at_barrier("relaxnet_jax/end", WAIT_MS)
+        ended.set()
+    except BaseException as error:
+        if _LOST.search(str(error)):
+            time.sleep(4 * POLL_SECONDS)  # where the other one told why, this ends in `_watch`
+        ended.set()
+        _leave(place, error, together)
+
+
+def _join(place: Place, end: float, seconds: float) -> None:
     # Its handler of SIGTERM would only take note; the training loop has one of its own.
     jax.config.update("jax_enable_preemption_service", False)
     errors: list[BaseException] = []
@@ -185,7 +192,7 @@ def _check_port(coordinator: str) -> None:
         socket.create_server(("", port), family=family, dualstack_ipv6=dual).close()
     except OSError as error:
         raise InputError(
-            f"{coordinator}: process 0 cannot serve there ({error.strerror}); choose another port"
+            f"{coordinator}: process 0 cannot serve there ({os.strerror(error.errno or 0)}); choose another port"
         ) from None
 
 
@@ -224,10 +231,10 @@ def _watch(place: Place, ended: threading.Event) -> None:
             continue
         if told["index"] != place.index and not ended.is_set():
             _say(place, f"stopped because of process {told['index']}: {told['reason']}")
-            os._exit(told["code"])
+            _exit(place, told["code"])
 
 
-def _leave(place: Place, error: BaseException, ended: threading.Event) -> None:
+def _leave(place: Place, error: BaseException, together: bool) -> None:
     code = 1
     if isinstance(error, InputError):
         code, reason = 2, " ".join(str(error).split())
@@ -236,16 +243,20 @@ def _leave(place: Place, error: BaseException, ended: threading.Event) -> None:
     else:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         if _LOST.search(str(error)):
-            time.sleep(4 * POLL_SECONDS)  # if the other one told why, this ends here
             reason = f"another process was lost ({reason[:200]}); go on with --resume"
         else:
             traceback.print_exception(error)
-    ended.set()
     _say(place, reason)
-    with contextlib.suppress(Exception):  # the coordinator may be the one that is lost
-        told = {"index": place.index, "reason": reason, "code": code}
-        _client().key_value_set(FAILED, json.dumps(told))
-        time.sleep(4 * POLL_SECONDS)  # process 0 serves the message to the others
+    if together:
+        with contextlib.suppress(Exception):  # the coordinator may be the one that is lost
+            told = {"index": place.index, "reason": reason, "code": code}
+            _client().key_value_set(FAILED, json.dumps(told))
+    _exit(place, code)
+
+
+def _exit(place: Place, code: int) -> NoReturn:
+    if place.index == 0:
+        time.sleep(4 * POLL_SECONDS)  # it serves the message to the others
     sys.stdout.flush()
     os._exit(code)
 

@@ -1,0 +1,66 @@
+#!/usr/bin/env bash
+# Trains on N nodes with M GPUs each under SLURM. Sizes come first, train's own options last:
+#
+#   sbatch --nodes=2 --gpus-per-node=4 --ntasks-per-node=4 bin/train_slurm.sh \
+#     --config explicit.py --workdir runs/big --set data.path=/scratch/big.h5
+#
+# Give the same command again to go on where the run was stopped, also with other sizes.
+#
+# One process per GPU: each collates its own batches, so the GPUs of a node do not queue for one
+# Python, and it is what JAX expects of SLURM: task k of a node takes GPU k. All GPUs of a node must
+# be visible to all its tasks (--gpus-per-node, not --gpus-per-task), or NCCL could not use NVLink.
+# The workdir and the data must be on a file system that all nodes see.
+#
+#SBATCH --job-name=relaxnet-jax
+#SBATCH --nodes=1
+#SBATCH --gpus-per-node=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --cpus-per-task=8
+#SBATCH --time=24:00:00
+#SBATCH --output=%x-%j.log
+# Three minutes before the time is up: training writes a checkpoint and ends.
+#SBATCH --signal=TERM@180
+set -euo pipefail
+
+die() {
+  echo "train_slurm.sh: error: $*" >&2
+  exit 2
+}
+
+[ -n "${SLURM_JOB_ID:-}" ] || die "not in a SLURM job; start it with: sbatch bin/train_slurm.sh --config …"
+[ $# -gt 0 ] || die "give the options of relaxnet-jax train, e.g. --config explicit.py --workdir runs/big"
+
+tasks="${SLURM_NTASKS_PER_NODE:-1}" gpus="${SLURM_GPUS_ON_NODE:-0}"
+[ "$gpus" = 0 ] || [ "$tasks" = "$gpus" ] ||
+  die "$tasks tasks on a node with $gpus GPUs; give --ntasks-per-node=$gpus, one task per GPU"
+
+# The repository's own environment, where sbatch was called from it (what runs here is a copy of this
+# script, so its own place says nothing); else what is on the PATH.
+relaxnet="${RELAXNET_JAX:-relaxnet-jax}"
+if [ -z "${RELAXNET_JAX:-}" ] && [ -x "${SLURM_SUBMIT_DIR:-.}/.venv/bin/relaxnet-jax" ]; then
+  relaxnet="${SLURM_SUBMIT_DIR:-.}/.venv/bin/relaxnet-jax"
+fi
+command -v "$relaxnet" >/dev/null ||
+  die "$relaxnet: not found; activate its environment before sbatch, or set RELAXNET_JAX to its path"
+
+# A run with a checkpoint goes on; else it starts.
+workdir="" previous=""
+for argument in "$@"; do
+  case "$argument" in --workdir=*) workdir="${argument#--workdir=}" ;; esac
+  [ "$previous" != --workdir ] || workdir="$argument"
+  previous="$argument"
+done
+[ -n "$workdir" ] || die "give --workdir DIR, so that the run can be found again"
+resume=()
+if compgen -G "$workdir/checkpoints/latest/[0-9]*" >/dev/null; then
+  resume=(--resume)
+fi
+
+# srun no longer takes --cpus-per-task from the job (since SLURM 22.05).
+[ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"
+# Data are only read; some parallel file systems have no locks.
+export HDF5_USE_FILE_LOCKING="${HDF5_USE_FILE_LOCKING:-BEST_EFFORT}"
+
+echo "job $SLURM_JOB_ID: ${SLURM_JOB_NUM_NODES:-1} node(s) × $tasks process(es)"
+# A process that is lost takes the others with it, instead of leaving them to wait for it.
+exec srun --kill-on-bad-exit=1 --ntasks-per-node="$tasks" "$relaxnet" train ${resume[@]+"${resume[@]}"} "$@"
