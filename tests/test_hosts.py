@@ -92,10 +92,90 @@ def records(workdir):
 
 # What one computes two compute
 
+STEPS = """
+import json, os, signal, sys, time
+from pathlib import Path
+from relaxnet_jax.runtime import enable_compilation_cache
+enable_compilation_cache()
+import jax, jax.numpy as jnp, numpy as np
+from relaxnet_jax.train.checkpoint import Checkpoints
+from relaxnet_jax.train.clock import Clock
+from relaxnet_jax.train.hosts import Hosts, Place, joined
+from relaxnet_jax.train.parallel import AXIS, Devices
+from relaxnet_jax.train.state import TrainState
 
+def step(state, batch, rate):  # least squares; sums over all rows on all devices
+    x, y, mask = batch
+    error = (x @ state.params["w"] - y) * mask
+    loss, gradient = jax.lax.psum((error @ error, x.T @ error), AXIS)
+    params = {"w": state.params["w"] - rate * gradient}
+    return state._replace(params=params, step=state.step + 1), {"loss": loss}
+
+index = int(sys.argv[1])
+with joined(Place("localhost:" + sys.argv[2], 2, index)):
+    devices = Devices()
+    assert (devices.local, devices.n, devices.mine) == (2, 4, slice(2 * index, 2 * index + 2))
+    data = np.load("data.npz")
+    batches = [[a[k] for a in (data["x"], data["y"], data["mask"])] for k in range(4)]
+    run = devices.compile(step, "step", (True, True, False), donate=(0,))
+    start = TrainState({"w": data["w"]}, {}, (), np.int32(3), np.int32(0))
+    state, losses = devices.replicate(start), []
+    for _ in range(3):
+        state, metrics = run(state, devices.stack(batches[devices.mine]), np.float32(0.01))
+        losses.append(float(devices.first(metrics)["loss"]))
+    assert devices.compilations == {"step": 1}
+    last = devices.first(state)
+    # What process 0 alone has on disk comes to all.
+    if index == 0:
+        checkpoints = Checkpoints(Path("steps-checkpoints"))
+        checkpoints.save(last, {"epoch": 5}, best=False)
+        checkpoints.wait()
+        found, progress = checkpoints.restore(start)
+        checkpoints.close()
+    else:
+        found, progress = jax.tree.map(np.zeros_like, start), None
+    assert devices.hosts.share(progress) == {"epoch": 5}
+    for a, b in zip(jax.tree.leaves(devices.total(found)), jax.tree.leaves(last), strict=True):
+        assert a.dtype == b.dtype and (a == b).all()
+    # Process 0's clock, anyone's SIGTERM.
+    with Clock(devices, 100.0 * (index + 1)) as clock:
+        clock.tick()
+        assert not clock.stop and 100 <= clock.seconds < 190
+        if index == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.1)
+        clock.tick()
+        assert clock.stop
+    print(json.dumps([losses, last.params["w"].tolist(), int(last.step), clock.seconds]))
+"""
+
+
+def test_steps_over_two_processes(folder):
+    """Two processes of two devices; the last has an empty batch. As NumPy has it for all rows."""
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(4, 5, 3)).astype("f4"), rng.normal(size=(4, 5)).astype("f4")
+    mask = np.arange(5) < np.array([5, 5, 2, 0])[:, None]
+    w = rng.normal(size=3).astype("f4")
+    np.savez(folder / "data.npz", x=x, y=y, mask=mask, w=w)
+    port, two = str(free_port()), "--xla_force_host_platform_device_count=2"
+    found = finish([start(["-c", STEPS, i, port], folder, XLA_FLAGS=two) for i in "01"], 200)
+    assert [code for code, _, _ in found] == [0, 0], found
+    a, b = (json.loads(out.splitlines()[-1]) for _, out, _ in found)
+    assert a == b
+    losses = []
+    for _ in range(3):
+        error = x[mask] @ w - y[mask]
+        losses.append(error @ error)
+        w = w - 0.01 * x[mask].T @ error
+    np.testing.assert_allclose(a[0], losses, rtol=1e-5)
+    np.testing.assert_allclose(a[1], w, rtol=1e-5)
+    assert a[2] == 6
+
+
+@pytest.mark.heavy
 def test_two_processes_are_one_with_two_devices(folder):
     """Losses, parameters and splits agree; the last batches are unequal. Places come from SLURM."""
-    config = load_config("explicit.py", dict(s.split("=", 1) for s in SMALL))
+    config = load_config("explicit.py", SMALL)
     dataset = load_dataset(config)
     rows = dataset.splits["train"]
     view = SampleView(prepare_samples(dataset.trajectories, config), rows, np.zeros(119))
@@ -123,7 +203,9 @@ def test_two_processes_are_one_with_two_devices(folder):
         assert a["train"]["loss"] > 0 and a["skipped"] == b["skipped"] == 0
         for split in ("train", "validation"):
             for name, value in a[split].items():
-                np.testing.assert_allclose(b[split][name], value, rtol=1e-4, atol=1e-7, err_msg=name)
+                np.testing.assert_allclose(
+                    b[split][name], value, rtol=1e-4, atol=1e-7, err_msg=name
+                )
     parameters = [np.load(w / "model" / "parameters.npz") for w in (one, both)]
     for name in parameters[0].files:
         np.testing.assert_allclose(*(p[name] for p in parameters), rtol=1e-4, atol=1e-6)

@@ -230,6 +230,27 @@ def test_resume_within_an_epoch(run, folder, monkeypatch):
     same_run(result.workdir, workdir, config_of())
 
 
+def test_sigterm_writes_a_checkpoint(run, folder):
+    """Told to stop within an epoch: it ends after the step, and goes on there."""
+    result, _ = run
+    workdir = folder / "told"
+    report, text = quiet()
+    before = signal.getsignal(signal.SIGTERM)
+
+    class Telling(ConsoleReport):
+        def batch(self, done, loss, rate):
+            if done == 1 and len(records(workdir)) == 1:  # the second epoch's first step
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    stopped = train(config_of(), workdir, report=Telling(report.console), devices=1)
+    assert stopped.stopped and stopped.epochs == 2 and not result.stopped
+    assert "stopped within epoch 1: told to stop (SIGTERM)" in text.getvalue()
+    assert len(records(workdir)) == 1 and signal.getsignal(signal.SIGTERM) is before
+    train(config_of(), workdir, resume=True, report=report, devices=1)
+    assert "resuming after epoch 0 and 2 batches" in text.getvalue()
+    same_run(result.workdir, workdir, config_of())
+
+
 def test_bad_structures_are_skipped_and_named(folder, monkeypatch):
     """A batch whose loss is not finite changes nothing, is counted, and its ids are told."""
     bad = []
