@@ -42,10 +42,10 @@ class Devices:
         found = [jax.local_devices(process_index=p) for p in range(hosts.count)]
         counts = [len(devices) for devices in found]
         self.local = counts[hosts.index] if local is None else local
-        if hosts.count > 1 and {*counts, self.local} != {counts[0]}:
+        if len({*counts}) > 1 or hosts.share(self.local) != self.local:  # pmap wants it so
             raise InputError(
-                f"--devices {self.local}: the processes see {counts} devices; each must have the "
-                "same number and use all of them (choose with CUDA_VISIBLE_DEVICES)"
+                f"--devices: process {hosts.index} takes {self.local} devices; the processes see "
+                f"{counts}; each must see and take the same number (choose with CUDA_VISIBLE_DEVICES)"
             )
         self.n = self.local * hosts.count
         self.mine = slice(self.local * hosts.index, self.local * (hosts.index + 1))
