@@ -25,7 +25,7 @@ from relaxnet_jax.train.plan import remaining_runs
 
 ROOT = Path(__file__).parents[1]
 SMALL = [
-    "data.n_emt=24", "data.splits=(0.75,0.2,0.05)", "train.epochs=2", "train.batch_size=4",
+    "data.n_emt=24", "data.splits=(0.75,0.2,0.05)", "train.epochs=2", "train.batch_size=3",
     "train.max_buckets=1", "train.learning_rate=5e-3", "dynamics.frames=3", "graph.cutoff=4.0",
     "graph.triplet_cutoff=3.0", "model.features=8", "model.vector_features=2", "model.layers=1",
     "model.triplet_features=4", "model.pair_features=4", "model.n_gaussian=4", "model.n_bessel=3",
@@ -177,10 +177,17 @@ def test_two_processes_are_one_with_two_devices(folder):
     """Losses, parameters and splits agree; the last batches are unequal. Places come from SLURM."""
     config = load_config("explicit.py", SMALL)
     dataset = load_dataset(config)
-    rows = dataset.splits["train"]
+    train, validation = dataset.splits["train"], dataset.splits["validation"]
+    rows = np.concatenate([train, validation])
     view = SampleView(prepare_samples(dataset.trajectories, config), rows, np.zeros(119))
-    plan = pack_epoch(plan_buckets(view.sizes, 4, 1, 0.25), view.sizes, 4, None, group=2)
-    assert [] in [batch for _, batch in plan]
+    t = config.train
+    buckets = plan_buckets(view.sizes, t.batch_size, t.max_buckets, t.max_padding)
+    order = np.random.default_rng((t.seed, 0))  # of the first epoch
+    for members, rng in (
+        (np.arange(len(train)), order),
+        (len(train) + np.arange(len(validation)), None),
+    ):
+        assert [] in [batch for _, batch in pack_epoch(buckets, view.sizes, rng, members, 2)]
 
     port = str(free_port())
     tasks = {"SLURM_NTASKS": "2", "JAX_COORDINATOR_PORT": port} | SLURM

@@ -339,8 +339,8 @@ class _Run:
             self.report(f"resuming after epoch {progress['epoch']}{within}")
             if progress["devices"] != self.devices.n:
                 self.report(
-                    f"on {self.devices.n} device(s) instead of {progress['devices']}: a step now sees "
-                    f"up to {self.devices.n * t.batch_size} structures"
+                    f"on {self.devices.n} device(s) instead of {progress['devices']}: a step is now "
+                    f"over {self.devices.n} batch(es)"
                 )
         log = MetricsLog(workdir, first - 1, t.tensorboard) if first_host else None
         parameters = sum(x.size for x in jax.tree.leaves(state.params))
