@@ -69,9 +69,11 @@ def _check_minutes(args: argparse.Namespace) -> None:
 
 
 def _configs(args: argparse.Namespace) -> list[Config]:
-    """The configurations given, or all shipped ones, on the data given."""
-    names = args.config or sorted(str(p) for p in shipped_configs().glob("*.py"))
-    return [load_config(name, _changes(args)) for name in names]
+    """The configurations given, or all shipped ones that solve the ODE, on the data given."""
+    if args.config:
+        return [load_config(name, _changes(args)) for name in args.config]
+    shipped = [load_config(p, _changes(args)) for p in sorted(shipped_configs().glob("*.py"))]
+    return [c for c in shipped if c.dynamics.latent in ("explicit", "implicit")]
 
 
 def _changes(args: argparse.Namespace) -> dict[str, object]:

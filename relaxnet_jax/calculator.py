@@ -14,7 +14,7 @@ from relaxnet_jax import dynamics
 from relaxnet_jax.batching import BatchShape, collate, fitting_shape
 from relaxnet_jax.errors import InputError
 from relaxnet_jax.graph import structure_from_atoms
-from relaxnet_jax.model import RelaxNet
+from relaxnet_jax.model import NO_ENERGY_SURFACE, RelaxNet
 from relaxnet_jax.potential import Evaluation, energies_and_forces
 from relaxnet_jax.strain import to_voigt
 from relaxnet_jax.typing import Graph, Latent, Positions
@@ -64,7 +64,7 @@ class _Neighbourhood(NamedTuple):
 class RelaxNetCalculator(Calculator):
     """Energy (eV), forces (eV/Å) and free energy (the same) of a model, for ASE.
 
-    An implicit model is a potential: E(x) = E(encoder(x)), F = -dE/dx of exactly that energy, so
+    An implicit or static model is a potential: E(x) = E(encoder(x)), F = -dE/dx of exactly that energy, so
     optimisers, molecular dynamics and phonons may use it.
 
     An explicit model is none. Its latent h is a state of its own that starts at encoder(x(0)) and
@@ -108,6 +108,8 @@ class RelaxNetCalculator(Calculator):
             raise InputError(f"skin={skin}: give a length in Å, at least 0")
         if model.config.dynamics.cell == "variable":
             self.implemented_properties = [*self.implemented_properties, "stress"]
+        if model.config.dynamics.latent == "direct":
+            raise InputError(NO_ENERGY_SURFACE)
         explicit = model.config.dynamics.latent == "explicit"
         if explicit and reference is None:
             raise InputError(NOT_A_POTENTIAL)

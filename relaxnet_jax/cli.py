@@ -137,6 +137,14 @@ def _add_eval(commands) -> None:
     p.add_argument(
         "--out", metavar="DIR", help="for metrics and figures (default: WORKDIR/eval-SPLIT)"
     )
+    p.add_argument(
+        "--lbfgs",
+        action="store_true",
+        help="also minimise the energy of a static or implicit model, with L-BFGS",
+    )
+    p.add_argument(
+        "--fmax", type=float, metavar="F", help="--lbfgs to this force in eV/Å (default: 0.05)"
+    )
 
 
 def _add_predict(commands) -> None:

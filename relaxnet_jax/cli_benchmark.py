@@ -20,7 +20,7 @@ def add_benchmark(commands) -> None:
         "--config",
         nargs="+",
         metavar="FILE",
-        help="config files or names of shipped ones (default: all shipped ones)",
+        help="config files or names of shipped ones (default: the shipped ones of the ODE)",
     )
     p.add_argument("--data", metavar="STORE", help="relaxations (default: those of the configs)")
     p.add_argument(

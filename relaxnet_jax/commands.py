@@ -81,12 +81,16 @@ def evaluate(args: argparse.Namespace) -> int:
 
     from relaxnet_jax.evaluate.run import evaluate_workdir, write_evaluation
     from relaxnet_jax.evaluate.tables import metrics_table
+    from relaxnet_jax.lbfgs import FMAX
 
+    if args.fmax is not None and not args.fmax > 0:
+        raise InputError(f"--fmax {args.fmax:g}: give a force in eV/Å, above 0")
     with status("predicting…"):
-        result = evaluate_workdir(args.workdir, args.split, args.data, note)
+        fmax = FMAX if args.lbfgs and args.fmax is None else args.fmax
+        result = evaluate_workdir(args.workdir, args.split, args.data, note, fmax)
     default = Path(args.workdir, f"eval-{Path(args.data).stem if args.data else args.split}")
     files = write_evaluation(result, args.out or default)
-    Console(highlight=False).print(metrics_table(result.results, result.name))
+    Console(highlight=False).print(metrics_table(result.results, result.name, result.costs))
     for file in files:
         say(str(file))
     say(f"next: relaxnet-jax predict FILE --model {q(args.workdir)}")

@@ -42,10 +42,11 @@ class ModelConfig:
     """The energy network (DESIGN: bases, DTNN encoder, attention, head).
 
     Attributes:
-      architecture: the encoder; only "dtnn" in this version.
+      architecture: the encoder's layers: "dtnn", or "egnn" (a baseline without three-body messages:
+        their fields and `update_positions` have no effect on it).
       features: width F of the scalar node features h.
       vector_features: number of vector channels of v.
-      layers: number L of DTNN layers.
+      layers: number L of the encoder's layers.
       interaction: three-body messages by "moments" (a sum over the third atom inside the MLP, by
         the addition theorem: cost grows with the bonds) or "triplets" (one MLP per triplet).
       triplet_features: hidden width of the triplet MLPs.
@@ -65,7 +66,7 @@ class ModelConfig:
       charges: per-atom charges are an input.
     """
 
-    architecture: Literal["dtnn"] = "dtnn"
+    architecture: Literal["dtnn", "egnn"] = "dtnn"
     features: int = 64
     vector_features: int = 16
     layers: int = 2
@@ -91,7 +92,9 @@ class DynamicsConfig:
     """The neural ODE dx/dt = u, du/dt = F/m.
 
     Attributes:
-      latent: "explicit" (h is part of the ODE state) or "implicit" (h = encoder(x)).
+      latent: "explicit" (h is part of the ODE state) or "implicit" (h = encoder(x)); or, without an
+        ODE, "static" (an interatomic potential E(x), trained on single frames: a path is a
+        minimisation with it) or "direct" (the final positions and energy from one encoder pass).
       order: "second" (Newton) or "first" (dx/dt = mobility * F).
       mass: "atomic" (amu) or "unit".
       friction: learned friction, du/dt = F/m - gamma u.
@@ -104,7 +107,7 @@ class DynamicsConfig:
       max_steps: bound on the adaptive solver's steps.
     """
 
-    latent: Literal["explicit", "implicit"] = "explicit"
+    latent: Literal["explicit", "implicit", "static", "direct"] = "explicit"
     order: Literal["second", "first"] = "second"
     mass: Literal["atomic", "unit"] = "atomic"
     friction: bool = False
@@ -241,13 +244,18 @@ class Config:
     train: TrainConfig = TrainConfig()
 
     @property
+    def is_potential(self) -> bool:
+        """Whether the energy is a function of the positions alone: F = -dE/dx, no other state."""
+        return self.dynamics.latent in ("implicit", "static")
+
+    @property
     def triplet_skin(self) -> float:
         """Å. Zero where triplets are visited only at t = 0, else ``graph.skin``.
 
         A shorter list is a cheaper one: with a skin of 0.5 Å beyond 4 Å, rattled copper has up to
         35 bonds per atom instead of 18, and four times the triplets.
         """
-        moves = self.dynamics.latent == "implicit" or self.model.update_positions
+        moves = self.is_potential or self.model.update_positions
         return self.graph.skin if moves else 0.0
 
 
@@ -371,6 +379,15 @@ def check_config(config: Config) -> Config:
     require(
         d.cell == "fixed" or m.l_max >= 2,
         "dynamics.cell='variable' needs model.l_max of at least 2: strain is a tensor of degree 2",
+    )
+    require(
+        d.latent != "direct" or (d.cell == "fixed" and config.loss.forces == 0),
+        "dynamics.latent='direct' predicts neither forces nor cells: it needs loss.forces=0 and "
+        "dynamics.cell='fixed'",
+    )
+    require(
+        d.latent in ("explicit", "implicit") or d.order == "second",
+        f"dynamics.order='first' is of the ODE, which dynamics.latent={d.latent!r} does not solve",
     )
     require(m.envelope_power >= 3, "model.envelope_power must be at least 3")
     require(d.frames >= 2, "dynamics.frames must be at least 2")

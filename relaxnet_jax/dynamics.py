@@ -80,7 +80,8 @@ def initial_state(
 ) -> State:
     """x(0), u(0) from the edge expansion, and h(0) = encoder(x(0)) in the explicit scheme."""
     encoding = call(network, params, "encode", graph, positions)
-    if network.dynamics.order == "second":
+    moving = network.dynamics.order == "second" and network.dynamics.latent != "static"
+    if moving:
         velocities = call(network, params, "initial_velocity", encoding, graph)
         velocities = constrain_velocity(graph, velocities, inertia(network, graph))
     else:
@@ -92,7 +93,7 @@ def initial_state(
     n_graphs = graph.n_node.shape[0]
     deformation = jnp.broadcast_to(jnp.eye(3, dtype=positions.dtype), (n_graphs, 3, 3))
     rate = jnp.zeros_like(deformation)
-    if network.dynamics.order == "second":
+    if moving:
         rate = strainable(graph, call(network, params, "initial_strain_rate", encoding, graph))
     return State(positions, velocities, latent, deformation, rate)
 

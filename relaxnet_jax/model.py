@@ -40,6 +40,10 @@ if TYPE_CHECKING:
     from ase import Atoms
 
 FORMAT = 2
+NO_ENERGY_SURFACE = (
+    "dynamics.latent='direct': the model predicts the energy of the final structure, not one of the "
+    "positions given; use a static or implicit model"
+)
 
 
 class Prediction(NamedTuple):
@@ -108,10 +112,12 @@ class RelaxNet:
     ) -> tuple[float, np.ndarray]:
         """Energy (eV) and forces (N, 3) eV/Å of a structure, as on a trajectory's frames.
 
-        Implicit scheme: F = -dE/dx of E(x). Explicit scheme: the latent h is a state of its own,
+        Implicit scheme and static models: F = -dE/dx of E(x). Explicit scheme: the latent h is a state of its own,
         and E(x; h) depends on the structure it was encoded from: ``reference`` (the initial
         structure of a relaxation; by default ``atoms`` itself). F = -dE/dx at that fixed h.
         """
+        if self.config.dynamics.latent == "direct":
+            raise InputError(NO_ENERGY_SURFACE)
         structure = self.structure(atoms)
         shape = fitting_shape([structure], rounded=True)
         graph = collate([structure], shape, _dtype(self.params))

@@ -12,6 +12,7 @@ import numpy as np
 import vesin
 
 from relaxnet_jax.errors import InputError
+from relaxnet_jax.strain import deformations
 
 MIN_DISTANCE = 0.05  # Å; nothing bound is closer, and bases divide by the distance
 
@@ -112,6 +113,28 @@ def build_neighbors(
         n_slots=max(1, most) if slots else 0,
         reach=reach,
     )
+
+
+def approach(positions: np.ndarray, cells: np.ndarray, reach: float) -> float:
+    """Å: the most two atoms can have approached each other on a path.
+
+    The sum of the two largest displacements, and what a shrinking cell takes off the length of
+    the longest pairs of interest.
+
+    Args:
+      positions: (n, N, 3) Å. cells: (n, 3, 3) Å. reach: Å, of the neighbour list.
+    """
+    if not (np.isfinite(positions).all() and np.isfinite(cells).all()):
+        return np.inf
+    still, shrunk = positions[:1], 0.0
+    if (cells != cells[:1]).any():
+        steps = deformations(cells)
+        still = positions[0] @ np.swapaxes(steps, -1, -2)
+        smallest = np.linalg.svd(steps, compute_uv=False).min()
+        shrunk = max(0.0, 1.0 - float(smallest)) * reach
+    moved = np.linalg.norm(positions - still, axis=-1).max(0)
+    # An atom also neighbours its own images, which move with it; hence the two largest.
+    return shrunk + (float(np.sort(moved)[-2:].sum()) if len(moved) > 1 else 0.0)
 
 
 def _reverse_edges(i, j, shifts) -> tuple[np.ndarray, np.ndarray]:

@@ -41,7 +41,7 @@ def energies_and_forces(
     """Energies of all structures, F = -dE/dx and, of deformed cells, dE/d(strain).
 
     Explicit scheme: E(x; h) with the latent h held fixed, as in the ODE, where h is a state of
-    its own. Implicit scheme: E(x) through the whole encoder; ``latent`` is not used.
+    its own. Others: E(x) through the whole encoder; ``latent`` is not used.
 
     Args:
       scale: eV, the training set's energy spread per atom.
@@ -54,7 +54,7 @@ def energies_and_forces(
     """
 
     def energy(graph, x):
-        if network.dynamics.latent == "implicit":
+        if network.dynamics.latent != "explicit":
             h = call(network, params, "encode", graph, x).h
             energies, pair = call(network, params, "read_out", h, graph), None
         else:

@@ -16,8 +16,10 @@ from relaxnet_jax.batching import BatchShape, collate, fitting_shape, split_node
 from relaxnet_jax.data.trajectory import RelaxationTrajectory
 from relaxnet_jax.errors import InputError
 from relaxnet_jax.graph import Structure, build_structure
+from relaxnet_jax.lbfgs import Minimisation, minimise
 from relaxnet_jax.model import RelaxNet
-from relaxnet_jax.strain import deformations, to_voigt
+from relaxnet_jax.neighbors import approach
+from relaxnet_jax.strain import to_voigt
 
 if TYPE_CHECKING:
     from ase import Atoms
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 # that outruns every skin is a diverged prediction, not a short list.
 MAX_WIDENINGS = 3
 MAX_SKIN = 6.0  # Å
+FOLLOWED = 1e3  # Å, stands for the skin where neighbour lists follow the atoms
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -77,6 +80,8 @@ def predict_structures(
     is halved until it does; the path of a structure that does not fit alone says so in
     ``failure``, and the others go on.
 
+    Static models have no path of their own: theirs is `lbfgs.minimise`'s, see `minimised_path`.
+
     Args:
       times: (n,) pseudotimes in [0, 1]; the configuration's frames by default.
       batch_size: structures per batch. progress: called with the number of structures done.
@@ -85,6 +90,9 @@ def predict_structures(
     times = grid if times is None else np.asarray(times, np.float64)
     if times.ndim != 1 or len(times) == 0 or times.min() < 0 or times.max() > 1:
         raise InputError("times: must be pseudotimes in [0, 1], one dimension, at least one")
+    if model.config.dynamics.latent == "static":
+        found = minimise(model, structures, batch_size=batch_size, progress=progress)
+        return [minimised_path(m, times) for m in found.paths]
     on_grid = len(times) == len(grid) and np.allclose(times, grid, atol=1e-12)
     done: dict[int, Path] = {}
     batches = _Batches(model, None if on_grid else times, len(times))
@@ -118,26 +126,28 @@ def predict_structures(
     return [done[i] for i in range(len(structures))]
 
 
-def approach(positions: np.ndarray, cells: np.ndarray, reach: float) -> float:
-    """Å: the most two atoms can have approached each other on a path.
-
-    The sum of the two largest displacements, and what a shrinking cell takes off the length of
-    the longest pairs of interest.
+def minimised_path(found: Minimisation, times: np.ndarray) -> Path:
+    """A minimisation of k steps as a path: at pseudotime t it is where it was after t·k steps.
 
     Args:
-      positions: (n, N, 3) Å. cells: (n, 3, 3) Å. reach: Å, of the neighbour list.
+      times: (n,) in [0, 1]. What failed is not a number, and says why.
     """
-    if not (np.isfinite(positions).all() and np.isfinite(cells).all()):
-        return np.inf
-    still, shrunk = positions[:1], 0.0
-    if (cells != cells[:1]).any():
-        steps = deformations(cells)
-        still = positions[0] @ np.swapaxes(steps, -1, -2)
-        smallest = np.linalg.svd(steps, compute_uv=False).min()
-        shrunk = max(0.0, 1.0 - float(smallest)) * reach
-    moved = np.linalg.norm(positions - still, axis=-1).max(0)
-    # An atom also neighbours its own images, which move with it; hence the two largest.
-    return shrunk + (float(np.sort(moved)[-2:].sum()) if len(moved) > 1 else 0.0)
+    rows = np.rint(np.asarray(times, np.float64) * found.steps).astype(int)
+    values = found.positions[rows], found.energies[rows], found.forces[rows]
+    if found.failure:
+        values = tuple(np.full_like(v, np.nan) for v in values)
+    positions, energies, forces = values
+    return Path(
+        times,
+        positions,
+        np.zeros_like(positions),
+        energies,
+        forces,
+        found.cells[rows],
+        FOLLOWED,
+        found.failure,
+        None if found.stresses is None else found.stresses[rows],
+    )
 
 
 def _with_skin(model: RelaxNet, s: Structure, skin: float) -> Structure:

@@ -14,7 +14,8 @@ from jax import Array
 from relaxnet_jax import dynamics
 from relaxnet_jax.config import DynamicsConfig
 from relaxnet_jax.dynamics import State
-from relaxnet_jax.models.energy import RelaxNetwork
+from relaxnet_jax.errors import InputError
+from relaxnet_jax.models.energy import RelaxNetwork, call
 from relaxnet_jax.strain import deform_positions
 from relaxnet_jax.typing import AnyArray, Graph, Params, Positions, Times
 
@@ -172,6 +173,38 @@ def interpolate_states(states: State, rates: State, times: Array, index: AnyArra
     return State(x, u, h, cells("deformation"), cells("strain_rate"))
 
 
+def _direct_trajectory(
+    network: RelaxNetwork,
+    params: Params,
+    scale: AnyArray,
+    graph: Graph,
+    times: Times | None,
+    positions: Positions,
+) -> Trajectory:
+    """Of the "direct" scheme: u(0) is the whole displacement, the path to it a straight line.
+
+    Only the final frame is a prediction: its energy stands at every frame, and forces are zero,
+    those of a relaxed structure.
+    """
+    encoding = call(network, params, "encode", graph, positions)
+    moved = call(network, params, "initial_velocity", encoding, graph)
+    moved = dynamics.constrain_velocity(graph, moved, dynamics.inertia(network, graph))
+    energies = call(network, params, "read_out", encoding.h, graph) * scale
+    times = frame_grid(network.dynamics) if times is None else times
+    times = jnp.asarray(times, positions.dtype)
+    fraction = times[:, None, None]
+    if times.ndim == 2:
+        fraction = times[:, graph.nodes["graph"], None]
+    path = jnp.where(dynamics.movable(graph), positions + fraction * moved, positions)
+    shape = (times.shape[0], *moved.shape)
+    return Trajectory(
+        path,
+        jnp.broadcast_to(moved, shape),
+        jnp.broadcast_to(energies, (times.shape[0], *energies.shape)),
+        jnp.zeros(shape, positions.dtype),
+    )
+
+
 def solve_trajectory(
     network: RelaxNetwork,
     params: Params,
@@ -198,6 +231,13 @@ def solve_trajectory(
       `Trajectory`; energies relative to the composition energies.
     """
     positions = graph.nodes["positions"] if positions is None else positions
+    if network.dynamics.latent == "static":
+        raise InputError(
+            "dynamics.latent='static' is a potential without a path of its own; minimise its energy: "
+            "relax(model, atoms), predict_structures or RelaxNetCalculator"
+        )
+    if network.dynamics.latent == "direct":
+        return _direct_trajectory(network, params, scale, graph, times, positions)
 
     def evaluate(state):
         return dynamics.evaluate(network, params, scale, graph, state)

@@ -16,8 +16,7 @@ from ase.data import chemical_symbols, covalent_radii
 from relaxnet_jax.config import Config
 from relaxnet_jax.data.trajectory import RelaxationTrajectory
 from relaxnet_jax.model import RelaxNet
-from relaxnet_jax.neighbors import pairs_within
-from relaxnet_jax.predict import approach
+from relaxnet_jax.neighbors import approach, pairs_within
 
 # Of the sum of two covalent radii. The shortest bonds there are, multiple ones to oxygen and
 # nitrogen, come to 0.67 (uranyl) and more.
@@ -34,7 +33,7 @@ class Flag(NamedTuple):
     Attributes:
       name: one of "untrained", "unseen element", "not finite", "skin exceeded",
         "atoms too close", "energy rises", "forces do not fall", "density", "coordination",
-        "all atoms fixed", "constraints ignored".
+        "all atoms fixed", "constraints ignored", "no forces".
       detail: one line with the numbers.
       unusable: the final geometry should not be used, not even as a start.
     """
@@ -61,6 +60,8 @@ def trust_flags(path: RelaxationTrajectory, model: RelaxNet, skin: float) -> tup
         if found is not None:
             flags.append(found)
     flags += _surroundings(path, model)
+    if model.config.dynamics.latent == "direct":
+        flags.append(Flag("no forces", "the model predicts none: whether atoms rest is not known"))
     if path.fixed_mask.all():
         flags.append(Flag("all atoms fixed", "nothing can move"))
     return tuple(sorted(flags, key=lambda flag: not flag.unusable))

@@ -159,7 +159,7 @@ def scan_function(config, model):
 
 @pytest.mark.parametrize(
     "latent, update_positions",
-    [(s, u) for s in SCHEMES for u in (False, True)] + [("triplets", False)],
+    [(s, u) for s in SCHEMES for u in (False, True)] + [("triplets", False), ("egnn", False)],
 )
 def test_smooth_through_both_cutoffs(latent, update_positions):
     """Across either cutoff energy, forces and velocities have no step, the energy no kink.

@@ -14,7 +14,8 @@ from relaxnet_jax import predict
 from relaxnet_jax.config import load_config, to_dict
 from relaxnet_jax.errors import InputError
 from relaxnet_jax.model import RelaxNet, create_model, load_model, predict_trajectory, save_model
-from relaxnet_jax.predict import approach, compiled_shapes, predict_structures, relax
+from relaxnet_jax.neighbors import approach
+from relaxnet_jax.predict import compiled_shapes, predict_structures, relax
 from relaxnet_jax.structure_files import predict_all
 
 

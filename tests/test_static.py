@@ -11,7 +11,10 @@ from tiny import SHAPE, TINY, batch, crystal, molecule, tiny_config, tiny_model
 
 from relaxnet_jax.config import load_config
 from relaxnet_jax.errors import InputError
+from relaxnet_jax.evaluate.run import evaluate_workdir
+from relaxnet_jax.evaluate.tables import metrics_table
 from relaxnet_jax.losses import Targets
+from relaxnet_jax.model import load_model, predict_trajectory
 from relaxnet_jax.train.loop import train
 from relaxnet_jax.train.report import ConsoleReport
 from relaxnet_jax.train.step import make_static_loss
@@ -105,3 +108,70 @@ def test_explicit_scheme_has_no_static_loss():
         tiny_config("explicit", train__static_epochs=3)
     with pytest.raises(InputError, match=r"train\.static_epochs"):
         tiny_config("implicit", train__static_epochs=-1)
+
+
+BASELINE = {
+    "model": {"architecture": "egnn", "layers": 1, "attention": False},
+    "data": {"n_emt": 24, "splits": [0.7, 0.15, 0.15], "seed": 2},
+    "train": {"batch_size": 4, "epochs": 2, "max_buckets": 1},
+}
+
+
+def test_static_models_solve_nothing(tmp_path, monkeypatch):
+    """Trained, validated and exported on energies and forces alone; evaluated by minimisation."""
+    monkeypatch.setenv("RELAXNET_JAX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("relaxnet_jax.train.step.solve_trajectory", None)
+    shared = {"dynamics.latent": "static", "data.frame_selection": "all", "data.max_frames": 6}
+    config = load_config(TINY, BASELINE | shared)
+    text = io.StringIO()
+    report = ConsoleReport(Console(file=text, width=1000))
+    result = train(config, tmp_path / "run", report=report, devices=1)
+    assert result.compilations == {"training step": 1, "validation step": 1}
+    records = [
+        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
+    weights = config.loss
+    for record in records:
+        found = record["validation"]
+        assert set(found) == {"loss", "energy", "forces"}
+        expected = weights.energy * found["energy"] + weights.forces * found["forces"]
+        assert found["loss"] == pytest.approx(expected, rel=1e-6)
+    assert "doing nothing" not in text.getvalue()
+    with pytest.raises(InputError, match="potential without a path"):
+        model = load_model(tmp_path / "run" / "model")
+        predict_trajectory(model, batch([molecule()], config, dtype=np.float32))
+
+    evaluation = evaluate_workdir(tmp_path / "run", report=lambda _: None, fmax=0.01)
+    assert list(evaluation.results) == ["lbfgs", "nothing", "composition"]
+    costs = evaluation.costs["lbfgs"]
+    assert 0 < costs["steps"] <= 500 and 0 <= costs["converged"] <= 1 and costs["seconds"] > 0
+    console = Console(file=(table := io.StringIO()), width=200)
+    console.print(metrics_table(evaluation.results, "test", evaluation.costs))
+    assert "MLIP + LBFGS" in table.getvalue() and "optimiser steps" in table.getvalue()
+
+
+def test_direct_models_learn_the_final_frame_only(tmp_path, monkeypatch):
+    monkeypatch.setenv("RELAXNET_JAX_CACHE", str(tmp_path / "cache"))
+    config = load_config(TINY, BASELINE | {"dynamics.latent": "direct", "loss.forces": 0.0})
+    train(config, tmp_path / "run", report=ConsoleReport(Console(file=io.StringIO())), devices=1)
+    model = load_model(tmp_path / "run" / "model")
+    evaluation = evaluate_workdir(tmp_path / "run", report=lambda _: None)
+    for c in evaluation.comparisons:
+        fraction = (c.slots / (c.n_frames - 1))[:, None, None]
+        first, last = c.pred_positions[:1], c.pred_positions[-1:]
+        np.testing.assert_allclose(c.pred_positions, first + fraction * (last - first), atol=1e-5)
+        assert np.ptp(c.pred_energies) == 0 and not c.pred_forces.any()
+        assert np.abs(last - first).max() > 1e-6
+    records = [
+        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
+    # Validation is evaluation: of the final frame.
+    valid = evaluate_workdir(tmp_path / "run", "validation", report=lambda _: None).results["model"]
+    best = min((r["validation"] for r in records), key=lambda v: v["loss"])
+    assert 1e3 * best["energy"] == pytest.approx(valid.final.energy_mae_per_atom, rel=1e-3)
+    assert best["coordinates"] == pytest.approx(valid.final.positions_mae, rel=1e-3)
+    assert best["monotonicity"] == 0
+    with pytest.raises(InputError, match="direct"):
+        model.energy_and_forces(molecule())
+    with pytest.raises(InputError, match=r"loss\.forces=0"):
+        tiny_config("direct")

@@ -24,7 +24,7 @@ from tiny import (
 )
 
 CASES = [(latent, dtype) for latent in SCHEMES for dtype in (np.float64, np.float32)]
-CASES.append(("triplets", np.float64))
+CASES += [("triplets", np.float64), ("egnn", np.float64)]
 
 
 def solve(case, atoms, shape=SHAPE):

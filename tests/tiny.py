@@ -22,7 +22,7 @@ from relaxnet_jax.graph import structure_from_atoms
 from relaxnet_jax.model import create_model, network_of, predict_trajectory
 
 SCHEMES = ("explicit", "implicit")
-CASES = (*SCHEMES, "triplets")  # the last: implicit, with one MLP per triplet
+CASES = (*SCHEMES, "triplets", "egnn")  # the last two: implicit, with other layers
 SHAPE = BatchShape(n_graphs=10, n_atoms=24, n_edges=760, n_bonds=310, n_slots=20)
 TINY = {
     "graph": {"cutoff": 4.0, "triplet_cutoff": 3.2, "skin": 0.5},
@@ -39,6 +39,8 @@ def tiny_config(latent="explicit", **overrides):
     """The tiny configuration of a scheme or case; overrides as section__field=value."""
     if latent == "triplets":
         latent, overrides = "implicit", {"model__interaction": "triplets"} | overrides
+    if latent == "egnn":
+        latent, overrides = "implicit", {"model__architecture": "egnn"} | overrides
     changes = {key.replace("__", "."): value for key, value in overrides.items()}
     return load_config(TINY, {"dynamics.latent": latent} | changes)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -18,22 +19,31 @@ from relaxnet_jax.data.trajectory import RelaxationTrajectory
 from relaxnet_jax.errors import InputError
 from relaxnet_jax.evaluate.figures import parity_figure, per_frame_figure
 from relaxnet_jax.evaluate.tables import write_metrics
-from relaxnet_jax.graph import build_structure, masses_of
+from relaxnet_jax.graph import Structure, build_structure, masses_of
+from relaxnet_jax.lbfgs import FMAX, minimise
 from relaxnet_jax.metrics import Comparison, Metrics, Predictor, evaluate
 from relaxnet_jax.model import RelaxNet, load_model
-from relaxnet_jax.predict import predict_structures
+from relaxnet_jax.predict import Path as PredictedPath
+from relaxnet_jax.predict import minimised_path, predict_structures
+from relaxnet_jax.solver import frame_grid
 
 PREDICTORS: tuple[Predictor, ...] = ("model", "nothing", "composition")
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """Metrics by predictor, the comparisons they were made from, and what was left out."""
+    """Metrics by predictor, the comparisons they were made from, and what was left out.
+
+    Attributes:
+      costs: by predictor, only where energies were minimised: seconds per structure (without
+        compilation), and of a minimisation the mean steps and the fraction that converged.
+    """
 
     results: dict[str, Metrics]
     comparisons: list[Comparison]
     left_out: list[str]
     name: str
+    costs: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
 
 
 def compare(
@@ -41,11 +51,13 @@ def compare(
     trajectories: Sequence[RelaxationTrajectory],
     report: Callable[[str], None],
     batch_size: int = 16,
+    predict: Callable[[Sequence[Structure]], list[PredictedPath]] | None = None,
 ) -> tuple[list[Comparison], list[str]]:
     """True against predicted frames: the n equidistant ones the model predicts.
 
     As in training, rigid translations of a structure without fixed atoms are removed from the
-    true frames. Structures the model cannot take are reported and left out.
+    true frames. Structures the model cannot take are reported and left out. ``predict`` makes the
+    paths, on the model's frames; `predict_structures` by default.
     """
     n = model.config.dynamics.frames
     structures, kept, left_out = [], [], []
@@ -69,7 +81,11 @@ def compare(
         except InputError as error:
             left_out.append(str(error))
             report(f"left out: {error}")
-    paths = predict_structures(model, structures, batch_size=batch_size)
+    paths = (
+        predict(structures)
+        if predict is not None
+        else predict_structures(model, structures, batch_size=batch_size)
+    )
     comparisons = []
     for t, structure, path in zip(kept, structures, paths):
         if path.failure:
@@ -112,15 +128,19 @@ def evaluate_workdir(
     split: str = "test",
     data: str | None = None,
     report: Callable[[str], None] = print,
+    fmax: float | None = None,
 ) -> Evaluation:
     """Evaluates the best model of a run on one of its splits, or on another file.
 
     Args:
       workdir: of `train`. split: "train", "validation" or "test".
       data: a store or any file of relaxations; all of them are used instead of the split.
+      fmax: eV/Å, to which the model's energy is also minimised, as the predictor "lbfgs". A static
+        model is evaluated in no other way, by default to `lbfgs.FMAX`.
 
     Raises:
-      InputError: no model, no data, or nothing the model can be evaluated on.
+      InputError: no model, no data, or nothing the model can be evaluated on; ``fmax`` with a model
+        that is no potential.
     """
     workdir = Path(workdir)
     if not (workdir / "model").is_dir():
@@ -144,12 +164,57 @@ def evaluate_workdir(
         name = f"{found.name}, {split} split"
     else:
         trajectories, name = read_any(data, model, report), data
-    comparisons, left_out = compare(model, trajectories, report)
+    static = model.config.dynamics.latent == "static"
+    minimiser = _Minimiser(model, FMAX if fmax is None else fmax)
+    comparisons, left_out = compare(
+        model, trajectories, report, predict=minimiser if static else None
+    )
     if not comparisons:
         raise InputError(f"{name}: nothing left to evaluate; use data with the model's elements")
-    return Evaluation(
-        {p: evaluate(comparisons, p) for p in PREDICTORS}, comparisons, left_out, name
-    )
+    predictors = {"lbfgs" if p == "model" and static else p: p for p in PREDICTORS}
+    results = {key: evaluate(comparisons, p) for key, p in predictors.items()}
+    costs = {}
+    if fmax is not None and not static:
+        clock = _Clock(model)
+        compare(model, trajectories, lambda _: None, predict=clock)
+        costs["model"] = {"seconds": clock.seconds}
+        also, _ = compare(model, trajectories, lambda _: None, predict=minimiser)
+        results = {"model": results.pop("model"), "lbfgs": evaluate(also, "model")} | results
+    if "lbfgs" in results:
+        costs["lbfgs"] = minimiser.costs
+    return Evaluation(results, comparisons, left_out, name, costs)
+
+
+class _Minimiser:
+    """Paths by L-BFGS; ``costs`` says afterwards what they took."""
+
+    def __init__(self, model: RelaxNet, fmax: float) -> None:
+        self.model, self.fmax = model, fmax
+        self.costs: dict[str, float] = {}
+
+    def __call__(self, structures: Sequence[Structure]) -> list[PredictedPath]:
+        found = minimise(self.model, structures, self.fmax)
+        if found.paths:
+            self.costs = {
+                "fmax": self.fmax,
+                "steps": float(np.mean([m.steps for m in found.paths])),
+                "converged": float(np.mean([m.converged for m in found.paths])),
+                "seconds": found.seconds / len(found.paths),
+            }
+        return [minimised_path(m, frame_grid(self.model.config.dynamics)) for m in found.paths]
+
+
+class _Clock:
+    """The model's own paths; ``seconds`` for each, of programs that are compiled already."""
+
+    def __init__(self, model: RelaxNet) -> None:
+        self.model, self.seconds = model, 0.0
+
+    def __call__(self, structures: Sequence[Structure]) -> list[PredictedPath]:
+        begin = time.perf_counter()
+        paths = predict_structures(self.model, structures)
+        self.seconds = (time.perf_counter() - begin) / max(len(structures), 1)
+        return paths
 
 
 def read_any(
@@ -169,7 +234,13 @@ def write_evaluation(evaluation: Evaluation, folder: str | Path) -> list[Path]:
     folder = Path(folder)
     files = [folder / name for name in ("metrics.json", "per_frame.png", "parity.png")]
     write_metrics(
-        files[0], evaluation.results, {"data": evaluation.name, "left_out": evaluation.left_out}
+        files[0],
+        evaluation.results,
+        {
+            "data": evaluation.name,
+            "left_out": evaluation.left_out,
+            "costs": evaluation.costs,
+        },
     )
     per_frame_figure(evaluation.results, files[1], evaluation.name)
     parity_figure(evaluation.comparisons, files[2], evaluation.name)

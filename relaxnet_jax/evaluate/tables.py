@@ -16,7 +16,12 @@ from relaxnet_jax.data.files import atomic_path
 from relaxnet_jax.errors import InputError
 from relaxnet_jax.metrics import Metrics, plain
 
-LABELS = {"model": "RelaxNet", "nothing": "doing nothing", "composition": "composition only"}
+LABELS = {
+    "model": "RelaxNet",
+    "lbfgs": "MLIP + LBFGS",
+    "nothing": "doing nothing",
+    "composition": "composition only",
+}
 UNITS = {
     "energy_mae": "eV/structure",
     "energy_mae_per_atom": "meV/atom",
@@ -26,6 +31,7 @@ UNITS = {
     "volume": "%",
     "lengths": "Å",
     "angles": "degrees",
+    "seconds": "s/structure, without compilation",
 }
 
 _EVERY = ("model", "nothing", "composition")
@@ -59,12 +65,25 @@ def label(name: str) -> str:
     return LABELS.get(name, name)
 
 
-def metrics_table(results: Mapping[str, Metrics], title: str) -> Table:
+# (row, key into the costs, shown as)
+_COSTS = (
+    ("seconds per structure", "seconds", "number"),
+    ("optimiser steps", "steps", "number"),
+    ("converged", "converged", "percent"),
+)
+
+
+def metrics_table(
+    results: Mapping[str, Metrics],
+    title: str,
+    costs: Mapping[str, Mapping[str, float]] | None = None,
+) -> Table:
     """One row per metric, with its unit, and one column per entry of ``results``.
 
     Args:
       results: metrics by name; "model", "nothing" and "composition" get readable headings.
       title: names the data set.
+      costs: by the same names, what a prediction took: seconds, steps, converged (a fraction).
 
     Returns:
       A table for ``rich.console.Console().print``. A dash stands where a metric says
@@ -90,6 +109,9 @@ def metrics_table(results: Mapping[str, Metrics], title: str) -> Table:
             cells.append(_percent(value) if kind == "percent" else _number(value))
         ends = "all frames" in heading or row == len(_ROWS) - 1
         table.add_row(heading, *cells, end_section=ends)
+    for heading, key, kind in _COSTS if costs else ():
+        found = [(costs or {}).get(name, {}).get(key) for name in results]
+        table.add_row(heading, *(_percent(v) if kind == "percent" else _number(v) for v in found))
     if any(metrics.n_nonfinite for metrics in results.values()):
         counts = [str(metrics.n_nonfinite) for metrics in results.values()]
         table.add_row("structures left out: prediction not finite", *counts, style="bold red")

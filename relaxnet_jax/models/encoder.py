@@ -98,6 +98,23 @@ def three_body(m: ModelConfig) -> nn.Module:
     return MomentMPNN(moments=m.moment_channels, **shared)
 
 
+def expand_edges(geo: Geometry, g: GraphConfig, m: ModelConfig) -> EdgeExpansion:
+    """The edge expansion, dimensionless and times the envelope."""
+    expansion = edge_expansion(geo.vectors, geo.lengths, g.cutoff, m.n_bessel, m.l_max)
+    unit = g.cutoff**1.5 * geo.envelope[:, None, None]
+    return expansion._replace(radial=expansion.radial * unit)
+
+
+def embed_atoms(expansion: EdgeExpansion, graph: Graph, m: ModelConfig) -> Latent:
+    """Node features (N, F) that the layers start from; called inside an encoder, whose parameters
+    it makes."""
+    h = nn.Embed(MAX_ATOMIC_NUMBER + 1, m.features, name="element")(graph.nodes["atomic_numbers"])
+    if m.charges:
+        h = h + nn.Dense(m.features, name="charge")(graph.nodes["charges"][:, None])
+    spectrum = PowerSpectrum(m.expansion_channels, name="spectrum")(expansion, h, graph)
+    return h + MLP((m.features, m.features), name="input")(spectrum)
+
+
 class Encoder(nn.Module):
     """positions -> node features h (N, F) and vectors (N, C, 3), equivariantly."""
 
@@ -110,16 +127,8 @@ class Encoder(nn.Module):
         n_atoms = positions.shape[0]
         geo = geometry(graph, positions, g, m)
 
-        numbers = graph.nodes["atomic_numbers"]
-        h = nn.Embed(MAX_ATOMIC_NUMBER + 1, m.features, name="element")(numbers)
-        if m.charges:
-            h = h + nn.Dense(m.features, name="charge")(graph.nodes["charges"][:, None])
-
-        expansion = edge_expansion(geo.vectors, geo.lengths, g.cutoff, m.n_bessel, m.l_max)
-        unit = g.cutoff**1.5 * geo.envelope[:, None, None]  # makes it dimensionless
-        expansion = expansion._replace(radial=expansion.radial * unit)
-        spectrum = PowerSpectrum(m.expansion_channels, name="spectrum")(expansion, h, graph)
-        h = h + MLP((m.features, m.features), name="input")(spectrum)
+        expansion = expand_edges(geo, g, m)
+        h = embed_atoms(expansion, graph, m)
 
         zeros = jnp.zeros((n_atoms, m.vector_features, 3), h.dtype)
         # A scan over the layers: one of them to compile, however many there are.

@@ -11,6 +11,7 @@ from jax import Array
 
 from relaxnet_jax.config import DynamicsConfig, GraphConfig, ModelConfig
 from relaxnet_jax.graph import pair_list
+from relaxnet_jax.models.egnn import EGNNEncoder
 from relaxnet_jax.models.encoder import Encoder, Encoding
 from relaxnet_jax.models.layers import MLP, PAIR_NORM, AttentionBlock, pair_geometry
 from relaxnet_jax.ops import gather_senders, spread, sum_edges
@@ -36,7 +37,8 @@ class RelaxNetwork(nn.Module):
 
     def setup(self) -> None:
         m, d = self.config, self.dynamics
-        self.encoder = Encoder(self.graph_config, m)
+        encoder = {"dtnn": Encoder, "egnn": EGNNEncoder}[m.architecture]
+        self.encoder = encoder(self.graph_config, m)
         if m.attention:
             self.attention = AttentionBlock(m.attention_heads)
         self.head = MLP((m.features, m.features // 2, 1), small=True)
@@ -45,6 +47,8 @@ class RelaxNetwork(nn.Module):
             self.pair_filter = nn.Dense(m.pair_features, use_bias=False)
             self.pair_update = MLP((m.features, m.features))
             self.rate = MLP((m.features, m.features), small=True)
+        if d.latent == "static":  # an energy, and nothing that moves by itself
+            return
         self.velocity_gate = _VelocityHead(m)
         if d.cell == "variable":
             self.strain_gate = _StrainHead(m)
@@ -124,13 +128,15 @@ class RelaxNetwork(nn.Module):
         """Calls every method once, so that ``init`` makes every parameter."""
         positions = graph.nodes["positions"]
         encoding = self.encode(graph, positions)
+        if self.dynamics.latent == "static":
+            return self.read_out(encoding.h, graph)
         velocities = self.initial_velocity(encoding, graph)
         self.friction(), self.time_scale()
         rates: tuple[Array, ...] = ()
         if self.dynamics.cell == "variable":
             self.cell_mass(), self.cell_friction()
             rates = (self.initial_strain_rate(encoding, graph)[graph.nodes["graph"]],)
-        if self.dynamics.latent == "implicit":
+        if self.dynamics.latent != "explicit":
             return self.read_out(encoding.h, graph)
         energy, p = self.explicit_energy(encoding.h, graph, positions)
         self.latent_rate(encoding.h, p, velocities, *rates)
@@ -164,7 +170,7 @@ class _VelocityHead(nn.Module):
         u = sum_edges(along, edges.receivers, h.shape[0]) / PAIR_NORM
         if m.vector_messages:
             polar, axial = encoding.vectors
-            weights = nn.Dense(2 * m.vector_features, name="small_vectors")(nn.silu(own))
+            weights = nn.Dense(2 * polar.shape[1], name="small_vectors")(nn.silu(own))
             w_polar, w_cross = jnp.split(weights[..., None], 2, axis=1)
             u = u + jnp.sum(w_polar * polar + w_cross * jnp.cross(polar, axial), 1)
         return VELOCITY_UNIT * u

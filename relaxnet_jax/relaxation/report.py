@@ -46,7 +46,7 @@ def record(
         "fmax_first": float(path.fmax[0]),
         "fmax_last": float(path.fmax[-1]),
         "largest_displacement": float(moved.max(initial=0.0)),
-        "converged": bool(path.fmax[-1] < fmax),
+        "converged": bool(path.fmax[-1] < fmax) and not any(f.name == "no forces" for f in flags),
         "flags": [{"name": f.name, "detail": f.detail} for f in flags],
         "seconds": seconds,
     }

@@ -54,6 +54,14 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def _coordinates(validation: dict[str, float]) -> str:
+    if "coordinates" not in validation:  # a static model predicts none
+        return ""
+    nothing = validation["nothing"]
+    ratio = validation["coordinates"] / nothing if nothing else math.nan
+    return f"x {1e3 * validation['coordinates']:.1f} mÅ ({ratio:.2f} of doing nothing)  "
+
+
 def _strain(validation: dict[str, float]) -> str:
     if "strain" not in validation:
         return ""
@@ -109,13 +117,9 @@ class ConsoleReport:
     def epoch(self, record: dict[str, Any], left: str) -> None:
         """The epoch's line."""
         train, validation = record["train"], record["validation"]
-        ratio = (
-            validation["coordinates"] / validation["nothing"] if validation["nothing"] else math.nan
-        )
         self(
             f"epoch {record['epoch']:4d}  loss {train['loss']:.4f}/{validation['loss']:.4f}  "
             f"E {1e3 * validation['energy']:.1f} m  F {1e3 * math.sqrt(validation['forces']):.0f} meV/Å rms  "
-            f"x {1e3 * validation['coordinates']:.1f} mÅ ({ratio:.2f} of doing nothing)  "
-            f"{_strain(validation)}"
+            f"{_coordinates(validation)}{_strain(validation)}"
             f"{record['structures_per_second']:.1f} structures/s  {left}{'  *' if record['best'] else ''}"
         )

@@ -45,6 +45,8 @@ def make_loss(config: Config, scale: float, axis: str | None) -> Callable:
                 key, positions.shape, positions.dtype
             )
             positions = jnp.where(graph.nodes["fixed"][:, None], positions, shaken)
+        if config.dynamics.latent == "direct":
+            targets = _final_only(targets)
         prediction = solve_trajectory(
             network, params, jnp.asarray(scale, positions.dtype), graph, targets.times, positions
         )
@@ -62,8 +64,8 @@ def make_static_loss(config: Config, scale: float, axis: str | None) -> Callable
     """loss(params, batch, key) -> (loss, means of the terms): energies and forces, no ODE.
 
     One frame of each relaxation, drawn at random, is looked at where it truly is; so the terms
-    that compare positions, or one frame with the next, are zero. Only for the implicit scheme,
-    whose energy is a function of the positions alone.
+    that compare positions, or one frame with the next, are zero. Only for the implicit scheme and
+    static models, whose energy is a function of the positions alone.
     """
     network = network_of(config)
 
@@ -83,23 +85,36 @@ def make_static_loss(config: Config, scale: float, axis: str | None) -> Callable
             if targets.cells is None
             else CellTargets(*(jnp.asarray(v)[frame, structures][None] for v in targets.cells)),
         )
-        reference = positions = truth.positions[0]
-        deformation = None
-        if truth.cells is not None:
-            deformation = truth.cells.deformation[0]
-            positions = deform_positions(deformation, reference, node)
-        unit = jnp.asarray(scale, positions.dtype)
-        latent = jnp.zeros((positions.shape[0], 0), positions.dtype)
-        found = energies_and_forces(network, params, unit, graph, positions, latent, deformation)
-        moving = positions, jnp.zeros_like(positions), found.energies, found.forces
-        cells = () if deformation is None else (reference, deformation, found.virial)
-        prediction = Trajectory(*(value[None] for value in (*moving, *cells)))
+        deformation = None if truth.cells is None else truth.cells.deformation[0]
+        found = _at_frame(network, params, scale, graph, truth.positions[0], deformation)
+        prediction = jax.tree.map(lambda value: value[None], found)
         terms = loss_terms(prediction, truth, graph, config.loss)
         if axis is not None:
             terms = jax.tree.map(_add_over(axis), terms, is_leaf=_is_term)
         return weighted_loss(terms, config.loss)
 
     return loss
+
+
+def _at_frame(network, params, scale, graph, reference, deformation) -> Trajectory:
+    """Energies, forces and virials at these reference positions (N, 3): a frame, without the axis
+    of frames."""
+    positions = reference
+    if deformation is not None:
+        positions = deform_positions(deformation, reference, graph.nodes["graph"])
+    unit = jnp.asarray(scale, positions.dtype)
+    latent = jnp.zeros((positions.shape[0], 0), positions.dtype)
+    found = energies_and_forces(network, params, unit, graph, positions, latent, deformation)
+    moving = positions, jnp.zeros_like(positions), found.energies, found.forces
+    return Trajectory(
+        *moving, *(() if deformation is None else (reference, deformation, found.virial))
+    )
+
+
+def _final_only(targets: Targets) -> Targets:
+    """The targets of a direct predictor: of each structure nothing but its final frame."""
+    slots = jnp.arange(targets.frame_mask.shape[0])[:, None]
+    return targets._replace(frame_mask=targets.frame_mask & (slots == targets.last))
 
 
 def _errors(prediction: Trajectory, targets: Targets, graph: Graph) -> dict[str, Term]:
@@ -131,8 +146,11 @@ def make_train_step(
 ) -> Callable:
     """step(state, batch, learning_rate, key) -> (state, metrics), of either loss.
 
+    Static models know the static one only.
+
     A step whose loss or gradient is not finite changes nothing but the count of skipped steps.
     """
+    static = static or config.dynamics.latent == "static"
     loss, optimizer, decay = (
         (make_static_loss if static else make_loss)(config, scale, axis),
         make_optimizer(config.train),
@@ -161,13 +179,34 @@ def make_train_step(
     return step
 
 
+STATIC_TERMS = ("energy", "forces", "stress")  # those that a frame has by itself
+
+
 def make_eval_step(config: Config, scale: float, axis: str | None = None) -> Callable:
-    """step(params, batch) -> sums and counts of the loss terms and coordinate errors."""
-    network = network_of(config)
+    """step(params, batch) -> sums and counts of the loss terms and coordinate errors.
+
+    Of static models, `STATIC_TERMS` at all true frames instead.
+    """
+    network, latent = network_of(config), config.dynamics.latent
+
+    def static_step(params: Params, batch: Batch) -> dict[str, Term]:
+        graph, targets = batch
+        cells = () if targets.cells is None else (jnp.asarray(targets.cells.deformation),)
+
+        def frame(values):
+            reference, deformation = (*values, None)[:2]
+            return _at_frame(network, params, scale, graph, reference, deformation)
+
+        prediction = jax.lax.map(frame, (jnp.asarray(targets.positions), *cells))
+        terms = loss_terms(prediction, targets, graph, config.loss)
+        terms = {name: terms[name] for name in STATIC_TERMS if name in terms}
+        return jax.lax.psum(terms, axis) if axis is not None else terms
 
     def step(params: Params, batch: Batch) -> dict[str, Term]:
         graph, targets = batch
         dtype = graph.nodes["positions"].dtype
+        if latent == "direct":
+            targets = _final_only(targets)
         prediction = solve_trajectory(
             network, params, jnp.asarray(scale, dtype), graph, targets.times
         )
@@ -175,4 +214,4 @@ def make_eval_step(config: Config, scale: float, axis: str | None = None) -> Cal
         terms = terms | _errors(prediction, targets, graph)
         return jax.lax.psum(terms, axis) if axis is not None else terms
 
-    return step
+    return static_step if latent == "static" else step

@@ -1,0 +1,338 @@
+"""L-BFGS minimisation of many structures at once with a model that is a potential.
+
+The optimiser is ASE's `LBFGS`: two-loop recursion, initial inverse Hessian 1/70 Å²/eV, the whole step
+scaled down where an atom would move further than ``max_step``; but pairs of negative curvature, which
+would turn the step uphill, are left out. Structures share batches for energies and forces only: each has
+its own history, ends by its own forces, and makes room for the next then.
+
+Where cells relax, the coordinates are those of ASE's `UnitCellFilter`: the reference positions y and
+N times the deformation gradient D, with the forces Dᵀ F and -W D⁻ᵀ/N (W = dE/d(strain), eV, in
+the directions in which the cell may be strained).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from relaxnet_jax.batching import BatchShape, collate, fitting_shape
+from relaxnet_jax.errors import InputError
+from relaxnet_jax.graph import Structure, build_structure
+from relaxnet_jax.model import RelaxNet
+from relaxnet_jax.neighbors import approach
+from relaxnet_jax.potential import Evaluation, energies_and_forces
+from relaxnet_jax.strain import to_voigt
+from relaxnet_jax.typing import Graph
+
+FMAX = 0.05  # eV/Å
+MAX_STEP = 0.2  # Å
+STEPS = 500
+HISTORY = 100
+STIFFNESS = 70.0  # eV/Å², of the first step
+SHRINK = 4  # a batch whose padded cost is this many times what is left in it gets a smaller shape
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Minimisation:
+    """The path of one structure: NumPy, float64; entry 0 is the structure as given.
+
+    Attributes:
+      positions: (k+1, N, 3) Å. energies: (k+1,) eV, total. forces: (k+1, N, 3) eV/Å, raw: also on
+        fixed atoms. cells: (k+1, 3, 3) Å.
+      stresses: (k+1, 6) eV/Å³ in ASE's order; None unless the model's cells relax.
+      converged: whether the largest force (of free atoms, and of the cell) fell below fmax.
+      failure: why it stopped before that, other than for the number of steps; else empty.
+    """
+
+    positions: np.ndarray
+    energies: np.ndarray
+    forces: np.ndarray
+    cells: np.ndarray
+    stresses: np.ndarray | None
+    converged: bool
+    failure: str = ""
+
+    @property
+    def steps(self) -> int:
+        """k."""
+        return len(self.energies) - 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Minimisations:
+    """Paths in the order of the structures.
+
+    Attributes:
+      seconds: wall-clock time of all of them without compilation.
+      evaluations: batches evaluated.
+    """
+
+    paths: list[Minimisation]
+    seconds: float
+    evaluations: int
+
+
+def minimise(
+    model: RelaxNet,
+    structures: Sequence[Structure],
+    fmax: float = FMAX,
+    steps: int = STEPS,
+    max_step: float = MAX_STEP,
+    batch_size: int = 16,
+    progress: Callable[[int], None] = lambda _: None,
+) -> Minimisations:
+    """Relaxes structures with a model's energy.
+
+    Args:
+      model: of the static or implicit scheme.
+      structures: from `RelaxNet.structure`; fixed atoms stay, cells relax where the structure's may.
+      fmax: eV/Å, largest force of a relaxed structure. steps: at most so many for each.
+      max_step: Å, furthest an atom moves in a step.
+      batch_size: structures evaluated at once. progress: called with the number that are done.
+
+    Raises:
+      InputError: a model that is no potential.
+    """
+    if not model.config.is_potential:
+        raise InputError(
+            f"dynamics.latent={model.config.dynamics.latent!r}: its energy is no function of the "
+            "positions alone and cannot be minimised; use a static or implicit model"
+        )
+    start = time.perf_counter()
+    # The largest first: shapes shrink rather than grow.
+    order = sorted(range(len(structures)), key=lambda i: -structures[i].neighbors.n_edges)
+    waiting = deque(order)
+    active: dict[int, _Descent] = {}
+    done: dict[int, Minimisation] = {}
+    batch = _Batch(model, batch_size)
+    while waiting or active:
+        while waiting and len(active) < batch_size:
+            index = waiting.popleft()
+            active[index] = _Descent(model, structures[index], max_step)
+        members = list(active.values())
+        for descent, found in zip(members, batch.evaluate(members)):
+            descent.take(*found)
+        for index, descent in list(active.items()):
+            if descent.finished(fmax, steps) or not descent.step():
+                done[index] = descent.result(fmax)
+                del active[index]
+        progress(len(done))
+    seconds = time.perf_counter() - start - batch.compiling
+    return Minimisations([done[i] for i in range(len(structures))], seconds, batch.evaluations)
+
+
+class _Descent:
+    """One structure on its way down.
+
+    Attributes:
+      structure: with the neighbour list in use, made at some earlier step.
+      x, force: (M, 3) the optimiser's coordinates and forces, see the module's docstring; the
+        force is zero where nothing may move.
+    """
+
+    def __init__(self, model: RelaxNet, structure: Structure, max_step: float) -> None:
+        self.model, self.origin, self.structure = model, structure, structure
+        self.max_step, self.skin = max_step, model.config.graph.skin
+        self.relaxes = bool(structure.strain.any())
+        self.size = structure.n_atoms
+        self.listed = np.eye(3)  # D at which the neighbour list was made
+        self.x = np.array(structure.positions, np.float64)
+        if self.relaxes:
+            self.x = np.concatenate([self.x, self.size * np.eye(3)])
+        self.composition = model.composition_energy(structure.atomic_numbers)
+        self.pairs: deque[tuple[np.ndarray, np.ndarray]] = deque(maxlen=HISTORY)
+        self.before: tuple[np.ndarray, np.ndarray] | None = None
+        self.force = np.zeros_like(self.x)
+        self.path: list[tuple] = []
+        self.failure = ""
+
+    @property
+    def deformation(self) -> np.ndarray:
+        """D (3, 3)."""
+        return self.x[self.size :] / self.size if self.relaxes else np.eye(3)
+
+    @property
+    def positions(self) -> np.ndarray:
+        """(N, 3) Å."""
+        return self.x[: self.size] @ self.deformation.T if self.relaxes else self.x
+
+    @property
+    def cell(self) -> np.ndarray:
+        """(3, 3) Å."""
+        return self.origin.cell @ self.deformation.T if self.relaxes else self.origin.cell
+
+    @property
+    def change(self) -> np.ndarray:
+        """(3, 3), the deformation of the lattice since the neighbour list was made."""
+        return self.deformation @ np.linalg.inv(self.listed)
+
+    def take(self, energy: float, forces: np.ndarray, virial: np.ndarray | None) -> None:
+        """What the model says of the positions: eV, (N, 3) eV/Å, (3, 3) eV or None."""
+        stress = None
+        if virial is not None:
+            volume = abs(np.linalg.det(self.cell))
+            periodic = self.origin.pbc.all() and volume > 0
+            stress = to_voigt(virial / volume) if periodic else None
+        energy += self.composition
+        self.path.append((self.positions.copy(), energy, forces, self.cell, stress))
+        force = np.where(self.origin.fixed_mask[:, None], 0.0, forces)
+        if self.relaxes and virial is not None:
+            projected = self.origin.strain @ virial @ self.origin.strain
+            cell_force = -projected @ np.linalg.inv(self.deformation).T / self.size
+            force = np.concatenate([force @ self.deformation, cell_force])
+        self.force = force
+        if not (np.isfinite(energy) and np.isfinite(force).all()):
+            self.failure = "energy or forces are not finite"
+
+    def fmax(self) -> float:
+        """eV/Å."""
+        return float(np.linalg.norm(self.force, axis=1).max())
+
+    def finished(self, fmax: float, steps: int) -> bool:
+        """Whether there is no further step to take."""
+        return bool(self.failure) or self.fmax() < fmax or len(self.path) > steps
+
+    def step(self) -> bool:
+        """Moves, and makes a new neighbour list where the old one no longer serves; False if it
+        cannot."""
+        if self.before is not None:
+            s, y = self.x - self.before[0], self.before[1] - self.force
+            if float((s * y).sum()) > 0:
+                self.pairs.append((s, y))
+        self.before = self.x, self.force
+        step = inverse_hessian_times(self.force, self.pairs)
+        longest = np.linalg.norm(step, axis=1).max()
+        if longest >= self.max_step:
+            step = step * (self.max_step / longest)
+        self.x = self.x + step
+        listed = self.structure
+        moved = np.stack([listed.positions, self.positions])
+        cells = np.stack([listed.cell, self.cell])
+        if approach(moved, cells, listed.neighbors.reach) <= self.skin:
+            return True
+        try:
+            self.structure = self._around()
+        except InputError as error:
+            self.failure = str(error)
+            return False
+        self.listed = self.deformation.copy()
+        return True
+
+    def _around(self) -> Structure:
+        s = self.origin
+        return build_structure(
+            s.atomic_numbers,
+            self.positions,
+            self.cell,
+            s.pbc,
+            self.model.config,
+            s.fixed_mask,
+            s.charges,
+            relax_cell=self.relaxes,
+        )
+
+    def result(self, fmax: float) -> Minimisation:
+        """The path so far."""
+        positions, energies, forces, cells, stresses = (list(v) for v in zip(*self.path))
+        return Minimisation(
+            positions=np.stack(positions),
+            energies=np.array(energies),
+            forces=np.stack(forces),
+            cells=np.stack(cells),
+            stresses=None if stresses[0] is None else np.stack(stresses),
+            converged=not self.failure and self.fmax() < fmax,
+            failure=self.failure,
+        )
+
+
+def inverse_hessian_times(
+    force: np.ndarray, pairs: Sequence[tuple[np.ndarray, np.ndarray]]
+) -> np.ndarray:
+    """The L-BFGS step H·force by the two-loop recursion (Nocedal & Wright, algorithm 7.4).
+
+    Args:
+      force: (M, 3) eV/Å. pairs: (s, y) of steps (Å) and the fall of the force over them, oldest
+        first, s·y > 0.
+    """
+    q, weights = force.copy(), []
+    for s, y in reversed(pairs):
+        weight = (s * q).sum() / (s * y).sum()
+        weights.append(weight)
+        q -= weight * y
+    z = q / STIFFNESS
+    for (s, y), weight in zip(pairs, reversed(weights)):
+        z += s * (weight - (y * z).sum() / (s * y).sum())
+    return z
+
+
+class _Batch:
+    """Evaluates structures together; the graph stays on the device while it serves.
+
+    Attributes:
+      compiling: seconds of calls that compiled. evaluations: calls.
+    """
+
+    def __init__(self, model: RelaxNet, batch_size: int) -> None:
+        self.model, self.batch_size = model, batch_size
+        self.dtype = jax.tree.leaves(model.params)[0].dtype
+        self.shape: BatchShape | None = None
+        self.listed: list[Structure] = []
+        self.graph: Graph | None = None
+        self.compiling, self.evaluations = 0.0, 0
+
+    def evaluate(self, members: Sequence[_Descent]):
+        """(energy, forces, virial or None) of each."""
+        structures = [d.structure for d in members]
+        if list(map(id, structures)) != list(map(id, self.listed)):
+            self.shape = self._shape_for(structures)
+            self.graph = jax.device_put(collate(structures, self.shape, self.dtype))
+            self.listed = structures
+        assert self.shape is not None
+        positions = np.zeros((self.shape.n_atoms, 3), self.dtype)
+        deformation, at = None, 0
+        if self.model.config.dynamics.cell == "variable":
+            deformation = np.repeat(np.eye(3, dtype=self.dtype)[None], self.shape.n_graphs, axis=0)
+        rows = []
+        for index, descent in enumerate(members):
+            rows.append(slice(at, at := at + descent.size))
+            positions[rows[-1]] = descent.positions
+            if deformation is not None:
+                deformation[index] = descent.change
+        begin, before = time.perf_counter(), compiled_shapes()
+        found = jax.device_get(_evaluate(self.model, self.graph, positions, deformation))
+        if compiled_shapes() > before:
+            self.compiling += time.perf_counter() - begin
+        self.evaluations += 1
+        for index, own in enumerate(rows):
+            virial = None if found.virial is None else np.asarray(found.virial[index], np.float64)
+            yield float(found.energies[index]), np.asarray(found.forces[own], np.float64), virial
+
+    def _shape_for(self, structures: Sequence[Structure]) -> BatchShape:
+        needed = fitting_shape(structures, rounded=True)
+        needed = dataclasses.replace(needed, n_graphs=self.batch_size + 1)
+        if self.shape is None or self.shape.cost > SHRINK * needed.cost:
+            return needed
+        both = dataclasses.astuple(self.shape), dataclasses.astuple(needed)
+        return BatchShape(*map(max, *both))
+
+
+@jax.jit
+def _evaluate(
+    model: RelaxNet, graph: Graph, positions: Array, deformation: Array | None
+) -> Evaluation:
+    latent = jnp.zeros((positions.shape[0], 0), positions.dtype)
+    return energies_and_forces(
+        model.network, model.params, model.energy_scale, graph, positions, latent, deformation
+    )
+
+
+def compiled_shapes() -> int:
+    """How many batch shapes have been compiled for minimisation in this process."""
+    return _evaluate._cache_size()  # type: ignore[attr-defined]

@@ -1,0 +1,150 @@
+"""L-BFGS in batches: ASE's, structure by structure; and static models, which have no other path."""
+
+import jax
+import numpy as np
+import pytest
+from ase.optimize import LBFGS
+from tiny import crystal, molecule, slab, tiny_config, tiny_model
+
+from relaxnet_jax.calculator import RelaxNetCalculator
+from relaxnet_jax.errors import InputError
+from relaxnet_jax.lbfgs import compiled_shapes, inverse_hessian_times, minimise
+from relaxnet_jax.predict import predict_structures, relax
+
+pytestmark = pytest.mark.usefixtures("x64")
+FMAX = 0.02
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def model(x64):
+    """EGNN layers: the quickest to compile."""
+    config = tiny_config(
+        "static", model__architecture="egnn", model__layers=1, model__attention=False
+    )
+    table = np.zeros(119)
+    table[[1, 8, 78]] = -3.0, -5.0, -2.0
+    return tiny_model(config).replace(element_energies=table)
+
+
+def test_two_loop_recursion_is_bfgs():
+    """Against the inverse Hessian updated as a full matrix."""
+    rng = np.random.default_rng(0)
+    pairs, dense = [], np.eye(6) / 70
+    for _ in range(4):
+        s = rng.normal(size=6)
+        y = 3 * s + 0.1 * rng.normal(size=6)
+        left = np.eye(6) - np.outer(s, y) / (s @ y)
+        dense = left @ dense @ left.T + np.outer(s, s) / (s @ y)
+        pairs.append((s.reshape(2, 3), y.reshape(2, 3)))
+    force = rng.normal(size=(2, 3))
+    np.testing.assert_allclose(
+        inverse_hessian_times(force, pairs).ravel(), dense @ force.ravel(), rtol=1e-12
+    )
+
+
+@pytest.fixture(scope="module")
+def systems():
+    rattled = crystal()
+    rattled.positions += np.random.default_rng(1).normal(0, 0.05, (3, 3))
+    return [slab(), rattled, molecule()]
+
+
+@pytest.fixture(scope="module")
+def found(model, systems):
+    """All of them, two at a time."""
+    before = compiled_shapes()
+    structures = [model.structure(a) for a in systems]
+    result = minimise(model, structures, fmax=FMAX, steps=80, batch_size=2)
+    assert compiled_shapes() - before <= 3
+    return result
+
+
+def ase_energies(model, atoms, fmax, steps=80):
+    """Energies of every step of ASE's LBFGS, and whether it converged."""
+    atoms, energies = atoms.copy(), []
+    atoms.calc = RelaxNetCalculator(model)
+    optimiser = LBFGS(atoms, logfile=None, maxstep=0.2, memory=100)
+    optimiser.attach(lambda: energies.append(atoms.get_potential_energy()))
+    return bool(optimiser.run(fmax=fmax, steps=steps)), np.array(energies)
+
+
+def test_steps_are_ases_until_curvature_is_negative(model, systems, found):
+    compared = 0
+    for atoms, ours in zip(systems, found.paths):
+        free = np.ones(len(atoms), bool)
+        if atoms.constraints:
+            free[atoms.constraints[0].index] = False
+        s, y = np.diff(ours.positions, axis=0), -np.diff(ours.forces, axis=0)
+        curvature = (s * y)[:, free].sum((1, 2))
+        n = min(10, (curvature <= 0).argmax() if (curvature <= 0).any() else 10) + 2
+        _, energies = ase_energies(model, atoms, FMAX, n - 1)
+        np.testing.assert_allclose(ours.energies[:n], energies, rtol=0, atol=1e-9)
+        compared += n - 2
+    assert compared >= 5
+
+
+def test_the_minima_are_ases(model, systems, found):
+    """From somewhere near each minimum: the same one in as many steps."""
+    near = []
+    for k, (atoms, m) in enumerate(zip(systems, found.paths)):
+        if m.converged:
+            near.append(atoms.copy())
+            noise = np.random.default_rng(k).normal(0, 0.02, m.positions[-1].shape)
+            near[-1].positions = m.positions[-1] + noise
+    ours = minimise(model, [model.structure(a) for a in near], fmax=5e-3, steps=80, batch_size=2)
+    assert len(near) >= 2
+    for atoms, m in zip(near, ours.paths):
+        converged, energies = ase_energies(model, atoms, 5e-3)
+        assert converged and m.converged
+        assert m.energies[-1] == pytest.approx(energies[-1], abs=1e-4)
+        assert abs(m.steps - (len(energies) - 1)) <= 2
+
+
+def test_paths(systems, found):
+    """Fall, end below fmax, hold what is fixed, and move nothing by more than the longest step."""
+    assert sum(m.converged for m in found.paths) >= 2 and found.seconds > 0
+    for atoms, m in zip(systems, found.paths):
+        assert (m.positions[0] == atoms.positions).all() and len(m.forces) == m.steps + 1
+        steps = np.linalg.norm(np.diff(m.positions, axis=0), axis=-1)
+        assert steps.max() < 0.2 + 1e-9
+        assert m.energies[-1] < m.energies[0] - 1e-3 and m.stresses is None
+        if m.converged:
+            free = np.ones(len(atoms), bool)
+            if atoms.constraints:
+                free[atoms.constraints[0].index] = False
+                assert (m.positions[:, ~free] == atoms.positions[~free]).all()
+            assert np.linalg.norm(m.forces[-1][free], axis=1).max() < FMAX
+
+
+def test_lists_follow_the_atoms(model, systems, found):
+    """The last energy of each path is that of the structure there, with a list of its own."""
+    for atoms, m in zip(systems, found.paths):
+        atoms = atoms.copy()
+        atoms.positions = m.positions[-1]
+        atoms.calc = RelaxNetCalculator(model)
+        assert m.energies[-1] == pytest.approx(atoms.get_potential_energy(), abs=1e-8)
+        forces = atoms.get_forces(apply_constraint=False)
+        np.testing.assert_allclose(m.forces[-1], forces, atol=1e-7)
+
+
+def test_static_models_predict_by_minimisation(model, systems):
+    structure = model.structure(systems[1])
+    (path,) = predict_structures(model, [structure], np.array([0.0, 0.5, 1.0]))
+    (whole,) = minimise(model, [structure], batch_size=1).paths
+    middle = round(0.5 * whole.steps)
+    np.testing.assert_allclose(path.positions, whole.positions[[0, middle, -1]], atol=1e-9)
+    np.testing.assert_allclose(path.energies, whole.energies[[0, middle, -1]], atol=1e-9)
+
+
+def test_only_potentials_are_minimised(model):
+    explicit = model.replace(config=tiny_config("explicit"))
+    with pytest.raises(InputError, match=r"dynamics\.latent"):
+        minimise(explicit, [])
+    assert relax(model, []) == []
