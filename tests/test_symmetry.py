@@ -166,7 +166,8 @@ def test_padding(latent):
             graph = batch(atoms, config, shape)
             state = functions.start(model, graph, graph.nodes["positions"])
             rate = functions.field(model, graph, state)
-            found.append([v for s in (state, rate) for leaf in s for v in split(leaf, atoms)])
+            leaves = jax.tree.leaves((state, rate))
+            found.append([v for leaf in leaves for v in split(leaf, atoms)])
         assert len(found[0]) == 18
         for snug, roomy in zip(*found):
             np.testing.assert_allclose(roomy, snug, rtol=1e-9, atol=1e-11)

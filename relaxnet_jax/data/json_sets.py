@@ -181,7 +181,9 @@ def _alignn(shown: Path, path: Path) -> Iterator[RelaxationTrajectory | SkippedR
             records = []
             for step, label, start, length in places:
                 file.seek(start)
-                records.append((step, label, json.loads(file.read(length))))
+                # Bytes that are no text were let pass by the search for the records too.
+                text = file.read(length).decode("utf-8", "replace")
+                records.append((step, label, json.loads(text)))
             yield _relaxation(name, records, _alignn_frame, shown.name)
 
 
