@@ -51,7 +51,8 @@ class EGNNLayer(nn.Module):
         total = sum_edges(messages, edges.receivers, h.shape[0]) / PAIR_NORM
         step = sum_edges(-weight * vectors, edges.receivers, h.shape[0]) / PAIR_NORM
         h = h + MLP((width, width), name="update")(jnp.concatenate([h, total], -1))
-        return (h, positions + step), positions + step
+        positions = positions + step.astype(positions.dtype)
+        return (h, positions), positions
 
 
 class EGNNEncoder(nn.Module):
