@@ -141,7 +141,7 @@ def test_static_models_solve_nothing(tmp_path, monkeypatch):
         model = load_model(tmp_path / "run" / "model")
         predict_trajectory(model, batch([molecule()], config, dtype=np.float32))
 
-    evaluation = evaluate_workdir(tmp_path / "run", report=lambda _: None, fmax=0.01)
+    evaluation = evaluate_workdir(tmp_path / "run", report=lambda _: None, fmax=1e-5)
     assert list(evaluation.results) == ["lbfgs", "nothing", "composition"]
     costs = evaluation.costs["lbfgs"]
     assert 0 < costs["steps"] <= 500 and 0 <= costs["converged"] <= 1 and costs["seconds"] > 0
