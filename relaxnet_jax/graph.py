@@ -205,6 +205,11 @@ def bond_vectors(graph: Graph, positions: Positions) -> Array:
     return edge_vectors(bond_list(graph), bonds["offsets"], bonds["mask"], positions)
 
 
+def relaxing_cells(graph: Graph) -> Array:
+    """(G,) bool: structures whose cell may change."""
+    return jnp.any(graph.globals["strain"] != 0, axis=(-2, -1))
+
+
 def deform(graph: Graph, deformation: Array) -> Graph:
     """The graph with its lattice deformed: offsets D·offset, D (G, 3, 3) of each structure.
 

@@ -13,6 +13,7 @@ import jraph
 from jax import Array
 
 from relaxnet_jax.config import LossConfig
+from relaxnet_jax.graph import relaxing_cells
 from relaxnet_jax.ops import safe_divide, safe_norm
 from relaxnet_jax.solver import Trajectory
 from relaxnet_jax.strain import log_strain, stress
@@ -131,11 +132,6 @@ def loss_terms(
         "stress": term(difference, mask & cells.stress_mask & relaxes, 9),
         "cell": term(strain, mask[1:] & relaxes, 9),
     }
-
-
-def relaxing_cells(graph: Graph) -> Array:
-    """(G,) bool: structures whose cell may change."""
-    return jnp.any(graph.globals["strain"] != 0, axis=(-2, -1))
 
 
 def strain_between(prediction: Trajectory, cells: CellTargets) -> Array:

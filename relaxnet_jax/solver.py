@@ -15,6 +15,7 @@ from relaxnet_jax import dynamics
 from relaxnet_jax.config import DynamicsConfig
 from relaxnet_jax.dynamics import State
 from relaxnet_jax.errors import InputError
+from relaxnet_jax.graph import relaxing_cells
 from relaxnet_jax.models.energy import RelaxNetwork, call
 from relaxnet_jax.strain import deform_positions
 from relaxnet_jax.typing import AnyArray, Graph, Params, Positions, Times
@@ -270,7 +271,7 @@ def solve_trajectory(
         return Trajectory(held, states.velocities, energies, forces)
     deformation, index = states.deformation, graph.nodes["graph"]
     # Where no strain is allowed there is none: not even by rounding.
-    allowed = jnp.any(graph.globals["strain"] != 0, axis=(-2, -1))[:, None, None]
+    allowed = relaxing_cells(graph)[:, None, None]
     deformation = jnp.where(allowed, deformation, jnp.eye(3, dtype=deformation.dtype))
     x = jnp.where(allowed[index, :, 0], deform_positions(deformation, held, index), held)
     u = deform_positions(deformation, states.velocities, index)
