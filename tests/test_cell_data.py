@@ -53,7 +53,7 @@ def test_samples_and_targets():
     """Reference positions hold the internal displacement, deformations the cell's; nothing is lost."""
     moving, still = relaxation(crystal(), "a"), relaxation(crystal(), "bb", n=3, stresses=False)
     still = type(still)(**{**still.__dict__, "cells": np.repeat(still.cells[:1], 3, 0)})
-    samples = [make_sample(t, VARIABLE, np.zeros(119)) for t in (moving, still)]
+    samples = [make_sample(t, VARIABLE) for t in (moving, still)]
     np.testing.assert_allclose(samples[0].structure.strain, np.eye(3), atol=1e-12)
     assert not samples[1].structure.strain.any() and (samples[1].deformations == np.eye(3)).all()
     shape = fitting_shape([s.structure for s in samples])
@@ -70,7 +70,7 @@ def test_samples_and_targets():
     product = targets.cells.deformation @ targets.cells.inverse
     np.testing.assert_allclose(product, np.broadcast_to(np.eye(3), product.shape), atol=1e-12)
     # Models with fixed cells see neither.
-    _, plain = collate_samples([make_sample(still, tiny_config(), np.zeros(119))], shape,
+    _, plain = collate_samples([make_sample(still, tiny_config())], shape,
                                tiny_config())  # fmt: skip
     assert plain.cells is None
 
@@ -78,7 +78,7 @@ def test_samples_and_targets():
 def test_loss_terms_by_hand():
     moving, still = relaxation(crystal(), "a"), relaxation(crystal(), "bb")
     still = type(still)(**{**still.__dict__, "cells": np.repeat(still.cells[:1], 3, 0)})
-    samples = [make_sample(t, VARIABLE, np.zeros(119)) for t in (moving, still)]
+    samples = [make_sample(t, VARIABLE) for t in (moving, still)]
     shape = fitting_shape([s.structure for s in samples])
     graph, targets = collate_samples(samples, shape, VARIABLE, np.float32)
     identity = jnp.broadcast_to(jnp.eye(3), (3, 3, 3, 3))
@@ -171,7 +171,7 @@ def test_train_evaluate_predict(run, capsys):
 def test_static_loss_looks_at_strained_frames():
     """The first epochs of the implicit scheme: true frames in their true cells."""
     config = tiny_config("implicit", dynamics__cell="variable", model__layers=1)
-    sample = make_sample(relaxation(crystal(), "a", grow=(0.2, 0.0, 0.0)), config, np.zeros(119))
+    sample = make_sample(relaxation(crystal(), "a", grow=(0.2, 0.0, 0.0)), config)
     shape = fitting_shape([sample.structure])
     graph, targets = collate_samples([sample], shape, config)
     model = tiny_model(config, dtype=np.float32)

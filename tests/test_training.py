@@ -373,7 +373,7 @@ from relaxnet_jax.train.step import make_eval_step, make_train_step
 
 assert jax.local_device_count() == 2
 config = from_json(Path({config!r}).read_text())
-samples = [make_sample(t, config, np.zeros(119)) for t in emt_relaxations(5, 1)]
+samples = [make_sample(t, config) for t in emt_relaxations(5, 1)]
 key = jax.random.key_data(jax.random.key(0))
 shape = fitting_shape([s.structure for s in samples])
 ways = []

@@ -17,8 +17,8 @@ from relaxnet_jax.strain import deformations, from_voigt
 class Sample:
     """One relaxation ready for training: its initial structure and the chosen frames.
 
-    Arrays over the n frame slots: positions (n, N, 3) Å, forces (n, N, 3) eV/Å, energies (n,) eV
-    relative to the composition energy, frame_mask (n,), times (n,); absent slots are zero.
+    Arrays over the n frame slots: positions (n, N, 3) Å, forces (n, N, 3) eV/Å, energies (n,) eV,
+    frame_mask (n,), times (n,); absent slots are zero.
     Where the cell relaxes, positions are reference positions (see `relaxnet_jax.strain`), and
     deformations (n, 3, 3), the identity in absent slots, stresses (n, 3, 3) eV/Å³ and stress_mask
     (n,) say the rest.
@@ -51,9 +51,7 @@ def without_drift(positions: np.ndarray, weights: np.ndarray) -> np.ndarray:
     return positions - (centre - centre[:1])[:, None]
 
 
-def make_sample(
-    trajectory: RelaxationTrajectory, config: Config, element_energies: np.ndarray
-) -> Sample:
+def make_sample(trajectory: RelaxationTrajectory, config: Config) -> Sample:
     """Chooses the frames of a relaxation and builds the graph of its first one.
 
     The dynamics conserve momentum; so in a structure without fixed atoms the frames'
@@ -98,7 +96,7 @@ def make_sample(
         structure=structure,
         positions=slots(positions),
         forces=slots(t.forces[chosen.indices]),
-        energies=slots(t.energies[chosen.indices] - element_energies[t.atomic_numbers].sum()),
+        energies=slots(t.energies[chosen.indices]),
         frame_mask=slots(np.ones(len(chosen.slots))) > 0,
         times=slots(chosen.times),
         deformations=identity,

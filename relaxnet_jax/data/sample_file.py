@@ -30,7 +30,7 @@ from relaxnet_jax.graph import MAX_ATOMIC_NUMBER, Structure
 from relaxnet_jax.neighbors import Neighbors
 from relaxnet_jax.runtime import cache_folder
 
-MAGIC = b"relaxnet_jax samples 3\n"
+MAGIC = b"relaxnet_jax samples 4\n"
 # Field: (dtype, shape in terms of N atoms, E edges, n frames). The order is that of a record.
 _FIELDS: dict[str, tuple[str, tuple[str | int, ...]]] = {
     "frames": ("<f8", ("n", "N", 3)),
@@ -55,6 +55,7 @@ _FIELDS: dict[str, tuple[str, tuple[str | int, ...]]] = {
     "frame_mask": ("|b1", ("n",)),
     "stress_mask": ("|b1", ("n",)),
 }
+_ELEMENT_BYTES = -(-(MAX_ATOMIC_NUMBER + 1) // 8)  # a bit for each element
 CHUNK = 128  # relaxations prepared at a time
 PARALLEL = 2000  # relaxations from which worker processes are worth their start
 UNUSED_DAYS = 30  # after which a file of the cache is deleted
@@ -75,7 +76,6 @@ class SampleFile:
 
     Attributes:
       sizes: of all of them, zero where ``left_out``.
-      elements: (R, 119) bool, which elements each has.
       left_out: reason by row, for those of which no sample could be made.
     """
 
@@ -87,13 +87,13 @@ class SampleFile:
         except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
             self.close()
             raise InputError(f"{path}: damaged cache file: delete it") from error
-        self.sizes = Sizes(*index["sizes"].T)
-        self.elements = np.unpackbits(index["elements"], axis=1).astype(bool)
-        self.elements = self.elements[:, : MAX_ATOMIC_NUMBER + 1]
+        # What is kept here of every relaxation is all of memory that grows with their number.
+        self.sizes = Sizes(*np.ascontiguousarray(index["sizes"].T, np.int32))
+        self._elements = index["elements"]  # a bit each
         self._offsets = index["offsets"]
-        texts = json.loads(index["texts"].tobytes().decode())
-        self.ids: list[str] = texts["ids"]
-        self.left_out: dict[int, str] = {int(k): v for k, v in texts["left_out"].items()}
+        self._names, self._name_ends = index["names"].tobytes(), index["name_ends"]
+        left_out = json.loads(index["left_out"].tobytes().decode())
+        self.left_out: dict[int, str] = {int(k): v for k, v in left_out.items()}
 
     def _read_index(self) -> dict[str, np.ndarray]:
         end = os.fstat(self._descriptor).st_size - len(MAGIC) - 8
@@ -115,16 +115,25 @@ class SampleFile:
         self.close()
 
     def __len__(self) -> int:
-        return len(self.ids)
+        return len(self._name_ends)
+
+    def id(self, row: int) -> str:
+        """The relaxation's name."""
+        begin = int(self._name_ends[row - 1]) if row else 0
+        return self._names[begin : int(self._name_ends[row])].decode()
+
+    def has_any(self, elements: np.ndarray) -> np.ndarray:
+        """(R,) bool: which relaxations have one of these elements ((119,) bool)."""
+        return np.any(self._elements & np.packbits(elements), axis=1)
 
     def __getitem__(self, row: int) -> Sample:
         """The sample of a relaxation, with energies as stored; KeyError for one left out."""
         if row in self.left_out:
-            raise KeyError(f"{self.ids[row]}: {self.left_out[row]}")
+            raise KeyError(f"{self.id(row)}: {self.left_out[row]}")
         begin, end = int(self._offsets[row]), int(self._offsets[row + 1])
         record = os.pread(self._descriptor, end - begin, begin)
         lengths = {"N": self.sizes.atoms[row], "E": self.sizes.edges[row], "n": self.n_frames}
-        return _decode(record, lengths, int(self.sizes.slots[row]), self.ids[row])
+        return _decode(record, lengths, int(self.sizes.slots[row]), self.id(row))
 
 
 class SampleView(Sequence[Sample]):
@@ -143,7 +152,7 @@ class SampleView(Sequence[Sample]):
 
     def id(self, k: int) -> str:
         """Of a relaxation, without reading its sample."""
-        return self.file.ids[int(self.rows[k])]
+        return self.file.id(int(self.rows[k]))
 
     def __getitem__(self, k):
         sample = self.file[int(self.rows[k])]
@@ -198,26 +207,29 @@ def _key(relaxations: Relaxations, config: Config) -> str:
 
 
 def _write(path: Path, relaxations: Relaxations, config: Config) -> None:
-    offsets, sizes, elements, left_out = [0], [], [], {}
+    n = len(relaxations)
+    offsets, sizes = np.zeros(n + 1, "<i8"), np.zeros((n, len(Sizes._fields)), "<i4")
+    elements, left_out = np.zeros((n, _ELEMENT_BYTES), np.uint8), {}
     with path.open("wb") as file:
         for row, made in enumerate(_rows(relaxations, config)):
             file.write(made.record)
-            offsets.append(offsets[-1] + len(made.record))
-            sizes.append(made.sizes)
-            elements.append(made.elements)
+            offsets[row + 1] = offsets[row] + len(made.record)
+            sizes[row], elements[row] = made.sizes, made.elements
             if made.reason:
                 left_out[row] = made.reason
-        texts = json.dumps({"ids": relaxations.ids, "left_out": left_out}).encode()
+        names = [name.encode() for name in relaxations.ids]
         packed = io.BytesIO()
         np.savez(
             packed,
-            offsets=np.array(offsets, "<i8"),
-            sizes=np.array(sizes, "<i8").reshape(-1, len(Sizes._fields)),
-            elements=np.array(elements),
-            texts=np.frombuffer(texts, np.uint8),
+            offsets=offsets,
+            sizes=sizes,
+            elements=elements,
+            names=np.frombuffer(b"".join(names), np.uint8),
+            name_ends=np.cumsum([len(name) for name in names], dtype="<i8"),
+            left_out=np.frombuffer(json.dumps(left_out).encode(), np.uint8),
         )
-        file.write(packed.getvalue())
-        file.write(len(packed.getvalue()).to_bytes(8, "little") + MAGIC)
+        length = file.write(packed.getbuffer())
+        file.write(length.to_bytes(8, "little") + MAGIC)
 
 
 def _rows(relaxations: Relaxations, config: Config) -> Iterator[_Row]:
@@ -240,7 +252,7 @@ def _make_rows(part: Relaxations, config: Config) -> list[_Row]:
         elements = np.zeros(MAX_ATOMIC_NUMBER + 1, bool)
         elements[trajectory.atomic_numbers] = True
         try:
-            sample = make_sample(trajectory, config, np.zeros(MAX_ATOMIC_NUMBER + 1))
+            sample = make_sample(trajectory, config)
         except InputError as error:
             rows.append(_Row(b"", (0,) * len(Sizes._fields), np.packbits(elements), str(error)))
             continue

@@ -233,14 +233,14 @@ class _Run:
 
     def _usable(self, file: SampleFile) -> np.ndarray:
         """Rows of the training and validation relaxations that can be used; reports the others."""
-        unseen = (file.elements & ~self.seen).any(axis=1)
+        unseen = file.has_any(~self.seen)
         used = []
         for i in (int(i) for name in ("train", "validation") for i in self.dataset.splits[name]):
             if i in file.left_out:
                 self.report(f"left out: {file.left_out[i]}")
             elif unseen[i]:
                 self.report(
-                    f"{file.ids[i]}: left out: contains an element absent from the training split"
+                    f"{file.id(i)}: left out: contains an element absent from the training split"
                 )
             else:
                 used.append(i)
