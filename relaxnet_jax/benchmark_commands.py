@@ -63,6 +63,16 @@ def benchmark_peers(args: argparse.Namespace) -> int:
     return 0
 
 
+def benchmark_steps(args: argparse.Namespace) -> int:
+    """``relaxnet-jax benchmark steps``."""
+    _check_minutes(args)
+    enable_compilation_cache()
+    check_devices(None)
+    from relaxnet_jax.benchmark.steps_command import benchmark_steps as run
+
+    return run(args)
+
+
 def _check_minutes(args: argparse.Namespace) -> None:
     if args.minutes is not None and args.minutes <= 0:
         raise InputError(f"--minutes {args.minutes:g}: must be positive")

@@ -48,6 +48,78 @@ def add_benchmark(commands) -> None:
     )
     p.add_argument("--fast", action="store_true", help="one bucket, few structures")
     _add_output(p, "peers")
+    _add_steps(kinds)
+
+
+def _add_steps(kinds) -> None:
+    p = command(
+        kinds,
+        "steps",
+        "benchmark_steps",
+        "count the ionic steps that a calculator is saved by starting from predictions",
+    )
+    p.add_argument(
+        "--oracle",
+        required=True,
+        metavar="NAME",
+        help="relaxes every structure with ASE's LBFGS: emt, chgnet, gpaw (plane waves, PBE, no "
+        "spins; bin/setup_gpaw installs it), or MODULE:FACTORY, a function of yours that returns "
+        "an ASE calculator",
+    )
+    p.add_argument(
+        "--structures",
+        nargs="+",
+        required=True,
+        metavar="SET",
+        help="stores, of which the models' test split is used, or structure files and folders",
+    )
+    p.add_argument(
+        "--model", metavar="DIR", help="start from its prediction: a run or model folder"
+    )
+    p.add_argument(
+        "--egnn",
+        metavar="DIR",
+        help="also start from the minimum of this static or implicit model's own energy (L-BFGS)",
+    )
+    p.add_argument(
+        "--chgnet", action="store_true", help="also start from the end of CHGNet's relaxation"
+    )
+    p.add_argument(
+        "--limit", type=int, metavar="N", help="so many structures, drawn by chance (default: all)"
+    )
+    p.add_argument(
+        "--fmax", type=float, default=0.05, metavar="F", help="eV/Å, of all (default: 0.05)"
+    )
+    p.add_argument(
+        "--max-steps", type=int, default=500, metavar="N", help="of each relaxation (default: 500)"
+    )
+    p.add_argument(
+        "--wrong-minimum",
+        type=float,
+        default=10.0,
+        metavar="E",
+        help="meV/atom, by which a relaxation that ends higher than that of the initial structure "
+        "counts as failed (default: 10)",
+    )
+    p.add_argument(
+        "--cutoff", type=float, metavar="E", help="eV, of gpaw's plane waves (default: 600)"
+    )
+    p.add_argument(
+        "--kpoint-density", type=float, metavar="D", help="of gpaw, per Å⁻¹ (default: 4)"
+    )
+    p.add_argument(
+        "--minutes",
+        type=float,
+        metavar="M",
+        help="begin no relaxation after so long; the same command goes on (default: no limit)",
+    )
+    p.add_argument(
+        "--out",
+        default="benchmark",
+        metavar="DIR",
+        help="for what is written; relaxations kept in it are not made again (default: benchmark)",
+    )
+    p.add_argument("--json", metavar="FILE", help="all figures (default: DIR/steps.json)")
 
 
 def _add_output(p: argparse.ArgumentParser, name: str) -> None:

@@ -206,9 +206,6 @@ def _without_drift(true: RelaxationTrajectory, model: RelaxNet) -> RelaxationTra
 
 def _load(folder: str) -> RelaxNet:
     """The model of a workdir or of a model folder."""
-    from relaxnet_jax.model import load_model
+    from relaxnet_jax.model import load_model, model_folder
 
-    path = Path(folder)
-    if not path.is_dir():
-        raise InputError(f"{path}: no such folder; give a training run or its 'model' folder")
-    return load_model(path / "model" if (path / "model").is_dir() else path)
+    return load_model(model_folder(folder))

@@ -229,6 +229,14 @@ def save_model(model: RelaxNet, folder: str | Path) -> Path:
     return Path(folder)
 
 
+def model_folder(folder: str | Path) -> Path:
+    """The model folder of a training run, or the folder itself. Raises InputError if absent."""
+    path = Path(folder)
+    if not path.is_dir():
+        raise InputError(f"{path}: no such folder; give a training run or its 'model' folder")
+    return path / "model" if (path / "model").is_dir() else path
+
+
 def load_model(folder: str | Path) -> RelaxNet:
     """Reads a model folder written by `save_model`; executes nothing in it.
 

@@ -80,18 +80,13 @@ def refine(
     Raises:
       InputError: the calculator does not know an element, or fails.
     """
-    unknown = set(initial.numbers.tolist()) - (calculator.elements or set(initial.numbers.tolist()))
-    if unknown:
-        raise InputError(f"--refine: {calculator.label} does not know {names(unknown)}")
     cell_too = not np.allclose(initial.cell.array, predicted.cell.array, atol=CELL_TOLERANCE)
     runs = []
     for atoms in (initial.copy(), predicted.copy()):
         try:
-            runs.append((_relax(atoms, calculator, fmax, steps, cell_too), atoms))
-        except Exception as error:  # calculators raise anything
-            raise InputError(
-                f"--refine: {calculator.label} failed ({type(error).__name__}: {one_line(error)})"
-            ) from error
+            runs.append((descend(atoms, calculator, fmax, steps, cell_too), atoms))
+        except InputError as error:
+            raise InputError(f"--refine: {error}") from error
     (without, plain), (with_start, refined) = runs
     wrong: bool | None = None
     if without.converged and with_start.converged:
@@ -101,14 +96,41 @@ def refine(
     return Refined(without, with_start, wrong, *kept)
 
 
-def _relax(atoms: Atoms, calculator: Calculator, fmax: float, steps: int, cell_too: bool) -> Leg:
+def descend(atoms: Atoms, calculator: Calculator, fmax: float, steps: int, relax_cell: bool) -> Leg:
+    """Relaxes the atoms, in place, with LBFGS; their calculator is a fresh one afterwards.
+
+    Args:
+      fmax: eV/Å. steps: most optimiser steps.
+      relax_cell: also relax the cell in its periodic directions (ASE's `FrechetCellFilter`); fmax
+        then holds for the stress times the volume as well.
+
+    Raises:
+      InputError: the calculator does not know an element, or fails.
+    """
+    elements = set(atoms.numbers.tolist())
+    unknown = elements - (calculator.elements or elements)
+    if unknown:
+        raise InputError(f"{calculator.label} does not know {names(unknown)}")
+    try:
+        return _descend(atoms, calculator, fmax, steps, relax_cell)
+    except InputError:
+        raise
+    except Exception as error:  # calculators raise anything
+        raise InputError(
+            f"{calculator.label} failed ({type(error).__name__}: {one_line(error)})"
+        ) from error
+
+
+def _descend(
+    atoms: Atoms, calculator: Calculator, fmax: float, steps: int, relax_cell: bool
+) -> Leg:
     from ase.filters import FrechetCellFilter
     from ase.optimize import LBFGS
 
     begin = time.perf_counter()
     atoms.calc = calculator.make()
     kind: Any = LBFGS  # ASE's annotations know no logfile=None
-    target: Any = FrechetCellFilter(atoms) if cell_too else atoms
+    target: Any = FrechetCellFilter(atoms, mask=strain_mask(atoms)) if relax_cell else atoms
     optimizer = kind(target, logfile=None)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the optimiser's; what matters shows in the result
@@ -119,3 +141,21 @@ def _relax(atoms: Atoms, calculator: Calculator, fmax: float, steps: int, cell_t
         raise RuntimeError("energy or forces are not finite")
     seconds = time.perf_counter() - begin
     return Leg(optimizer.nsteps + 1, float(energy), last, last < fmax, seconds)
+
+
+def strain_mask(atoms: Atoms) -> np.ndarray:
+    """(3, 3) for ASE's filters: 1 for the strains of the periodic directions.
+
+    Raises:
+      InputError: the periodic directions of a slab or chain are not along Cartesian axes, which
+        ASE's filters cannot express.
+    """
+    from relaxnet_jax.graph import strain_projector
+
+    projector = strain_projector(atoms.cell.array, atoms.pbc)
+    periodic = np.diag(projector)
+    if np.abs(projector - np.diag(periodic)).max() > 1e-6:
+        raise InputError(
+            "its cell cannot be relaxed: the periodic directions are not along x, y or z; turn it"
+        )
+    return np.outer(periodic, periodic).round()

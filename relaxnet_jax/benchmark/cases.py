@@ -1,0 +1,121 @@
+"""The structures of ``benchmark steps``: unseen relaxations of a store, or structure files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from relaxnet_jax.errors import InputError
+from relaxnet_jax.relaxation.inputs import Hold, find_files, read_inputs
+from relaxnet_jax.structure_files import Failure
+
+if TYPE_CHECKING:
+    from ase import Atoms
+
+Say = Callable[[str], None]
+
+
+class Case(NamedTuple):
+    """One structure to relax.
+
+    Attributes:
+      name: distinct. atoms: with constraints, without calculator.
+      relax_cell: whether its cell is relaxed too.
+    """
+
+    name: str
+    atoms: Atoms
+    relax_cell: bool
+
+
+def find_cases(
+    named: Sequence[str], runs: Sequence[str], variable: bool, limit: int | None, say: Say
+) -> tuple[list[Case], list[Failure]]:
+    """Structures by name, and complaints about what cannot be read.
+
+    Of a store these are the first frames of the relaxations that every run has in its test split;
+    or of all relaxations, if the run was trained on another set. Only they can have an unseen
+    structure in common with a run; a model folder without a run beside it says nothing of the kind.
+
+    Args:
+      named: stores ("emt": the generated data), structure files, folders of them.
+      runs: folders of the models that are compared.
+      variable: whether cells are relaxed: of a store's relaxations those that did relax it, of
+        files all that are periodic.
+      limit: so many at most, drawn by chance, the same ones each time.
+
+    Raises:
+      InputError: no structure, or a store that cannot be read.
+    """
+    stores = [name for name in named if _is_store(name)]
+    files, failures = find_files([n for n in named if n not in stores], Path())
+    inputs, unreadable = read_inputs(files, Hold())
+    found = [Case(i.name, _bare(i.atoms), variable and bool(i.atoms.pbc.any())) for i in inputs]
+    for name in stores:
+        found += _unseen(name, runs, variable, say)
+    taken: set[str] = set()
+    for k, case in enumerate(found):
+        if case.name in taken:
+            found[k] = case._replace(name=f"{case.name}-{k}")
+        taken.add(found[k].name)
+    if not found:
+        first = f": {(failures + unreadable)[0]}" if failures + unreadable else ""
+        raise InputError(f"--structures {' '.join(named)}: no structure to relax{first}")
+    if limit is not None and limit < len(found):
+        chosen = np.random.default_rng(0).permutation(len(found))[:limit]
+        found = [found[k] for k in sorted(chosen)]
+    return found, failures + unreadable
+
+
+def _is_store(name: str) -> bool:
+    path = Path(name)
+    return name == "emt" or path.suffix in (".h5", ".hdf5") or any(path.glob("*.h5"))
+
+
+def _unseen(name: str, runs: Sequence[str], variable: bool, say: Say) -> list[Case]:
+    from relaxnet_jax.data.generate import default_dataset
+    from relaxnet_jax.data.store import TrajectoryStore
+
+    with TrajectoryStore(default_dataset(report=say) if name == "emt" else name) as store:
+        ids = store.ids
+        keep = set(ids)
+        for run in runs:
+            splits = _splits(Path(run))
+            if splits is None:
+                say(f"{run}: says nothing of what it was trained on; all of {name} is used")
+            elif any(keep.intersection(members) for members in splits.values()):
+                keep &= set(splits["test"])
+            else:
+                say(f"{run}: was trained on another set; all of {name} is used")
+        if not keep:
+            raise InputError(
+                f"--structures {name}: no relaxation is in the test split of all models; give "
+                "models trained with the same splits (data.split_file), or other structures"
+            )
+        rows = [row for row, key in enumerate(ids) if key in keep]
+        changes = store.variable_cell()
+        return [Case(ids[k], _bare(store[k].atoms(0)), variable and bool(changes[k])) for k in rows]
+
+
+def _splits(run: Path) -> dict[str, list[str]] | None:
+    """Ids by split of a training run, given its folder or that of its model; None if unknown."""
+    file = next((f for f in (run / "splits.json", run.parent / "splits.json") if f.is_file()), None)
+    if file is None:
+        return None
+    try:
+        found = json.loads(file.read_text())
+        return {name: list(found[name]) for name in ("train", "validation", "test")}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{file}: damaged ({type(error).__name__}); restore it, or give the model folder alone"
+        ) from None
+
+
+def _bare(atoms: Atoms) -> Atoms:
+    copy = atoms.copy()  # leaves out the calculator
+    copy.set_initial_magnetic_moments(None)
+    return copy

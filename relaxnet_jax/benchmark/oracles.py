@@ -1,0 +1,77 @@
+"""The calculators that ``benchmark steps`` counts steps of."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from relaxnet_jax.data.files import one_line
+from relaxnet_jax.data.generation.calculators import Calculator, check_calculator
+from relaxnet_jax.errors import InputError
+
+# Forces on rattled MgO change by less than 2 meV/Å beyond it; at 400 eV they are off by far more.
+CUTOFF = 600.0  # eV
+KPOINT_DENSITY = 4.0  # k-points per Å⁻¹
+SMEARING = 0.05  # eV, of the Fermi-Dirac occupations
+# Of the positions relative to the cell. What a model predicts in single precision is no more
+# symmetric than that.
+SYMMETRY = 1e-5
+
+
+def load_oracle(
+    name: str, relax_cell: bool, cutoff: float | None = None, density: float | None = None
+) -> Calculator:
+    """The calculator of ``--oracle``: emt, chgnet, gpaw or MODULE:FACTORY.
+
+    Args:
+      relax_cell: whether it must have stresses.
+      cutoff: eV, of gpaw's plane waves (default `CUTOFF`).
+      density: of gpaw's k-points, per Å⁻¹ (default `KPOINT_DENSITY`).
+
+    Raises:
+      InputError: it cannot be had, or is given an option it has not.
+    """
+    if name == "gpaw":
+        return _gpaw(CUTOFF if cutoff is None else cutoff, density or KPOINT_DENSITY)
+    for option, value in (("--cutoff", cutoff), ("--kpoint-density", density)):
+        if value is not None:
+            raise InputError(f"{option} {value:g}: is for --oracle gpaw; leave it out")
+    try:
+        return check_calculator(name, relax_cell)
+    except InputError as error:
+        text = str(error).replace("--calculator", "--oracle", 1)
+        raise InputError(text.replace("give emt, chgnet or", "give emt, chgnet, gpaw or")) from None
+
+
+def _gpaw(cutoff: float, density: float) -> Calculator:
+    """Plane waves, PBE, no spins: GPAW's own convergence criteria."""
+    for option, value in (("--cutoff", cutoff), ("--kpoint-density", density)):
+        if not value > 0:
+            raise InputError(f"{option} {value:g}: must be positive")
+    try:
+        import gpaw
+        from gpaw import GPAW, PW, FermiDirac
+    except ImportError as error:
+        raise InputError(
+            f"--oracle gpaw: GPAW cannot be imported ({one_line(error)}): bin/setup_gpaw of the "
+            "repository installs it on Debian and Ubuntu"
+        ) from error
+    if not gpaw.setup_paths:
+        raise InputError(
+            "--oracle gpaw: GPAW has no PAW data sets: pip install gpaw-data, or name their folder "
+            "in GPAW_SETUP_PATH"
+        )
+
+    def make() -> Any:
+        return GPAW(
+            mode=PW(cutoff),
+            xc="PBE",
+            kpts={"density": density, "gamma": True},
+            occupations=FermiDirac(SMEARING),
+            spinpol=False,
+            symmetry={"tolerance": SYMMETRY},
+            txt=None,
+        )
+
+    settings = f"PBE, {cutoff:g} eV, {density:g} k-points per Å⁻¹, no spins"
+    source = f"GPAW {gpaw.__version__} ({settings})"
+    return Calculator(make, "gpaw", source, None, f"{gpaw.__version__} {settings}")

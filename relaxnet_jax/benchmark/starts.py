@@ -1,0 +1,168 @@
+"""Where an oracle's relaxation may begin: the initial structure, and what others make of it."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from relaxnet_jax.benchmark.cases import Case
+from relaxnet_jax.data.generation.calculators import Calculator
+from relaxnet_jax.errors import InputError
+from relaxnet_jax.relaxation.refine import descend
+
+if TYPE_CHECKING:
+    from ase import Atoms
+
+    from relaxnet_jax.graph import Structure
+    from relaxnet_jax.model import RelaxNet
+    from relaxnet_jax.structure_files import Predicted
+
+
+class Start(NamedTuple):
+    """Where one relaxation begins.
+
+    Attributes:
+      atoms: with the constraints of the initial structure; None where there is no usable start.
+      seconds: that it took to find it.
+      remark: why there is none, or what must be known of it; else empty.
+    """
+
+    atoms: Atoms | None
+    seconds: float
+    remark: str = ""
+
+
+class Kind(NamedTuple):
+    """A kind of start.
+
+    Attributes:
+      key: for files. label: for tables. identity: what its result depends on.
+      find: starts of structures, in their order.
+      one_by_one: whether finding one takes so long that it waits for the structure's turn.
+    """
+
+    key: str
+    label: str
+    identity: str
+    find: Callable[[Sequence[Case]], list[Start]]
+    one_by_one: bool = False
+
+
+INITIAL = Kind(
+    "initial", "initial structure", "", lambda cases: [Start(c.atoms.copy(), 0.0) for c in cases]
+)
+
+
+def predicted_start(model: RelaxNet, identity: str) -> Kind:
+    """The end of the path a model predicts."""
+
+    def predict(usable: Sequence[tuple[str, Structure]]) -> list[Predicted | str]:
+        from relaxnet_jax.structure_files import predict_all
+
+        frames = max(model.config.dynamics.frames, 2)
+        results, failed = predict_all(model, usable, frames, lambda _: None, lambda _: None)
+        by_name: dict[str, Predicted | str] = {r.path.id: r for r in results}
+        by_name |= {f.name: f.reason for f in failed}
+        return [by_name[name] for name, _ in usable]
+
+    return Kind("model", "RelaxNet", identity, lambda cases: _with_model(model, cases, predict))
+
+
+def minimised_start(model: RelaxNet, identity: str, fmax: float, steps: int) -> Kind:
+    """The end of a model's own L-BFGS relaxation. Raises InputError for one that is no potential."""
+    from relaxnet_jax.lbfgs import minimise
+    from relaxnet_jax.predict import as_trajectory, minimised_path
+    from relaxnet_jax.structure_files import Predicted
+    from relaxnet_jax.trust import Flag, trust_flags
+
+    if not model.config.is_potential:
+        minimise(model, [])  # says so
+
+    def predict(usable: Sequence[tuple[str, Structure]]) -> list[Predicted | str]:
+        found: list[Predicted | str] = []
+        for (name, structure), m in zip(
+            usable, minimise(model, [s for _, s in usable], fmax, steps).paths
+        ):
+            if m.failure:
+                found.append(m.failure)
+                continue
+            solved = minimised_path(m, np.linspace(0.0, 1.0, max(m.steps + 1, 2)))
+            path = as_trajectory(name, structure, solved)
+            flags = trust_flags(path, model, solved.skin)
+            if not m.converged:
+                text = f"its own relaxation, after {m.steps} steps"
+                flags = (*flags, Flag("not converged", text))
+            found.append(Predicted(path, flags))
+        return found
+
+    name = "EGNN" if model.config.model.architecture == "egnn" else "MLIP"
+    kind = f"{identity} {fmax} {steps}"
+    return Kind("egnn", f"{name} + LBFGS", kind, lambda cases: _with_model(model, cases, predict))
+
+
+def relaxed_start(calculator: Calculator, fmax: float, steps: int) -> Kind:
+    """The end of an LBFGS relaxation with another calculator."""
+
+    def find(cases: Sequence[Case]) -> list[Start]:
+        starts = []
+        for case in cases:
+            begin, atoms = time.perf_counter(), case.atoms.copy()
+            try:
+                leg = descend(atoms, calculator, fmax, steps, case.relax_cell)
+            except InputError as error:
+                starts.append(Start(None, time.perf_counter() - begin, str(error)))
+                continue
+            remark = "" if leg.converged else f"not converged after {leg.steps} steps"
+            atoms.calc = None
+            starts.append(Start(atoms, leg.seconds, remark))
+        return starts
+
+    identity = f"{calculator.version} {fmax} {steps}"
+    return Kind(calculator.label, f"{calculator.label.upper()} + LBFGS", identity, find, True)
+
+
+def model_identity(folder: Path) -> str:
+    """A hash of a model folder's parameters and configuration."""
+    digest = hashlib.sha256()
+    for name in ("config.json", "parameters.npz"):
+        digest.update((folder / name).read_bytes())
+    return digest.hexdigest()
+
+
+def _with_model(
+    model: RelaxNet,
+    cases: Sequence[Case],
+    predict: Callable[[Sequence[tuple[str, Structure]]], list[Predicted | str]],
+) -> list[Start]:
+    """Ends of predicted paths; seconds: of all, compiling included, by their number."""
+    from relaxnet_jax.starting import move_to_end
+    from relaxnet_jax.trust import unusable
+
+    begin = time.perf_counter()
+    starts: dict[str, Start] = {}
+    usable: list[tuple[str, Structure]] = []
+    for case in cases:
+        try:
+            usable.append((case.name, model.structure(case.atoms, case.name, case.relax_cell)))
+        except InputError as error:
+            starts[case.name] = Start(None, 0.0, str(error).removeprefix(f"{case.name}: "))
+    results = predict(usable)
+    seconds = (time.perf_counter() - begin) / max(len(usable), 1)
+    by_name = {case.name: case for case in cases}
+    for (name, _), result in zip(usable, results):
+        if isinstance(result, str):
+            starts[name] = Start(None, seconds, result)
+            continue
+        said = "; ".join(f"{flag.name}: {flag.detail}" for flag in result.flags)
+        if unusable(result.flags):
+            starts[name] = Start(None, seconds, said)
+            continue
+        atoms = by_name[name].atoms.copy()
+        move_to_end(atoms, result.path)
+        starts[name] = Start(atoms, seconds, said)
+    return [starts[case.name] for case in cases]

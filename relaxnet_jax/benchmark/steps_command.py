@@ -1,0 +1,118 @@
+"""``relaxnet-jax benchmark steps``, from the parsed arguments to the exit code."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from relaxnet_jax.benchmark import machine, starts, steps_report
+from relaxnet_jax.benchmark.cases import find_cases
+from relaxnet_jax.benchmark.ledger import Ledger
+from relaxnet_jax.benchmark.oracles import load_oracle
+from relaxnet_jax.benchmark.starts import INITIAL, Kind
+from relaxnet_jax.benchmark.steps import Limits, run_steps
+from relaxnet_jax.console import bar, note, say
+from relaxnet_jax.data.files import atomic_path
+from relaxnet_jax.data.generation.calculators import Calculator
+from relaxnet_jax.errors import InputError
+from relaxnet_jax.model import RelaxNet, load_model, model_folder
+
+PACKAGES = (*machine.PACKAGES, "ase", "chgnet", "gpaw")
+
+
+def benchmark_steps(args: argparse.Namespace) -> int:
+    """Relaxes, writes steps.csv, steps.md and steps.json, and prints the table.
+
+    Raises:
+      InputError: wrong arguments, or not one structure could be relaxed.
+    """
+    _check(args)
+    models = {name: getattr(args, name) for name in ("model", "egnn") if getattr(args, name)}
+    loaded = {name: _load(folder) for name, folder in models.items()}
+    variable = any(model.config.dynamics.cell == "variable" for model, _ in loaded.values())
+    oracle = load_oracle(args.oracle, variable, args.cutoff, args.kpoint_density)
+    kinds = _kinds(args, loaded, variable)
+    cases, failures = find_cases(args.structures, list(models.values()), variable, args.limit, note)
+    for failure in failures:
+        note(f"left out: {failure}")
+    folder = Path(args.out)
+    ledger = Ledger(folder / "steps.jsonl")
+    limits = Limits(args.fmax, args.max_steps, args.minutes)
+    with bar("structures", len(cases)) as advance:
+        rows = run_steps(cases, oracle, kinds, limits, ledger, note, advance)
+    rows = steps_report.judged(rows, 1e-3 * args.wrong_minimum)
+    labels = {kind.key: kind.label for kind in (INITIAL, *kinds)}
+    found = steps_report.summaries(rows, labels)
+    files = [Path(args.json or folder / "steps.json"), folder / "steps.csv", folder / "steps.md"]
+    caption = (
+        f"LBFGS to {args.fmax:g} eV/Å with {oracle.source}: {' '.join(args.structures)}; wrong "
+        f"minimum: ends higher by more than {args.wrong_minimum:g} meV/atom"
+    )
+    document = _facts(args, oracle, kinds) | {
+        "left_out": [str(failure) for failure in failures],
+        "summary": found,
+        "rows": rows,
+    }
+    with atomic_path(files[0]) as temporary:
+        text = json.dumps(document, indent=1, allow_nan=False, ensure_ascii=False)
+        temporary.write_text(text, encoding="utf-8")
+    steps_report.write_rows(rows, files[1])
+    steps_report.write_markdown(found, caption, files[2])
+    console = Console(highlight=False)
+    if not console.is_terminal:  # a file or a pipe is as wide as the table needs
+        console = Console(highlight=False, width=200)
+    console.print(steps_report.table(found, caption))
+    for file in files:
+        say(str(file))
+    if not found[0]["n"]:
+        raise InputError("benchmark steps: no initial structure was relaxed; the reasons are above")
+    return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    for option in ("limit", "max_steps", "fmax", "wrong_minimum"):
+        value = getattr(args, option)
+        if value is not None and not value > 0:
+            raise InputError(f"--{option.replace('_', '-')} {value:g}: must be positive")
+    if args.chgnet and args.oracle == "chgnet":
+        raise InputError("--chgnet: CHGNet is the oracle already; leave it out")
+
+
+def _load(folder: str) -> tuple[RelaxNet, str]:
+    path = model_folder(folder)
+    return load_model(path), starts.model_identity(path)
+
+
+def _kinds(
+    args: argparse.Namespace, loaded: dict[str, tuple[RelaxNet, str]], variable: bool
+) -> list[Kind]:
+    """The starts asked for, beside the initial structure."""
+    kinds = []
+    if "model" in loaded:
+        kinds.append(starts.predicted_start(*loaded["model"]))
+    if "egnn" in loaded:
+        kinds.append(starts.minimised_start(*loaded["egnn"], args.fmax, args.max_steps))
+    if args.chgnet:
+        chgnet = load_oracle("chgnet", variable)
+        kinds.append(starts.relaxed_start(chgnet, args.fmax, args.max_steps))
+    return kinds
+
+
+def _facts(args: argparse.Namespace, oracle: Calculator, kinds: Sequence[Kind]) -> dict[str, Any]:
+    """What the figures depend on."""
+    return {
+        "structures": args.structures,
+        "limit": args.limit,
+        "oracle": {"name": args.oracle, "source": oracle.source, "version": oracle.version},
+        "fmax": args.fmax,
+        "max_steps": args.max_steps,
+        "wrong_minimum": 1e-3 * args.wrong_minimum,
+        "units": {"energy": "eV", "wrong_minimum": "eV/atom", "fmax": "eV/Å", "seconds": "s"},
+        "starts": {k.key: {"label": k.label, "identity": k.identity} for k in kinds},
+        "machine": machine.describe(PACKAGES),
+    }
