@@ -133,6 +133,9 @@ class LossConfig:
       direction: lambda_5, dimensionless.
       stress: per (eV/Å³)². cell: per squared logarithmic strain. Both only count with
         dynamics.cell="variable".
+      errors: of forces, positions, stresses and cells: "squared", the paper's, whose mean the few
+        largest displacements decide; or "norm", the length of each error vector (the Frobenius norm
+        of a tensor), whose weights are then per eV/Å, Å, eV/Å³ and logarithmic strain.
       energy_per: "atom" or "structure", for the first two terms.
     """
 
@@ -143,6 +146,7 @@ class LossConfig:
     direction: float = 0.1
     stress: float = 300.0
     cell: float = 300.0
+    errors: Literal["squared", "norm"] = "squared"
     energy_per: Literal["atom", "structure"] = "atom"
 
 

@@ -75,14 +75,14 @@ def loss_terms(
 
     energy: |E - Ê| per structure and frame (per atom with energy_per="atom").
     monotonicity: ReLU(Ê_{t+1} - Ê_t) over pairs of frames that both exist.
-    forces: (F - F̂)² per component of free atoms. positions: (x - x̂)² likewise, over the
-      frames after the first, which is given.
+    forces: (F - F̂)² per component of free atoms, or with errors="norm" |F - F̂| per free atom.
+    positions: (x - x̂)² or |x - x̂| likewise, over the frames after the first, which is given.
     direction: (1 - cos theta_i) |Δx_i| over |Δx_i|, Δx_i the true total displacement of free
       atom i and theta_i its angle with the predicted one. Atoms that do not move count zero,
       and an atom predicted not to move has cos theta = 0.
-    stress: (s - ŝ)² per component, of structures whose cell relaxes, projected on the directions
-      in which it may. cell: squared logarithmic strain between the true cell and the predicted
-      one, per component, over the frames after the first.
+    stress: (s - ŝ)² per component or the Frobenius norm |s - ŝ|, of structures whose cell relaxes,
+      projected on the directions in which it may. cell: likewise of the logarithmic strain between
+      the true cell and the predicted one, over the frames after the first.
 
     Positions are reference positions where cells relax: strain is the cell term's affair.
     """
@@ -98,8 +98,10 @@ def loss_terms(
     energy = jnp.abs(prediction.energies - targets.energies) / size
     rise = jnp.maximum(prediction.energies[1:] - prediction.energies[:-1], 0.0) / size
     pairs = mask[1:] & mask[:-1]
-    forces = jnp.sum((prediction.forces - targets.forces) ** 2, -1)
-    moved = jnp.sum((positions - targets.positions) ** 2, -1)[1:]
+    squared = config.errors == "squared"
+    size_of, components = (_square, lambda n: n) if squared else (safe_norm, lambda n: 1)
+    forces = size_of(prediction.forces - targets.forces)
+    moved = size_of(positions - targets.positions)[1:]
 
     atoms = jnp.arange(node.shape[0])
     last = targets.last[node]
@@ -109,15 +111,15 @@ def loss_terms(
     length = safe_norm(true)
     cosine = safe_divide(jnp.sum(true * ours, -1), length * safe_norm(ours))
 
-    def term(values, where, components=1):
+    def term(values, where, number=1):
         values = jnp.where(where, values, 0.0)
-        return Term(jnp.sum(values), components * jnp.sum(where).astype(values.dtype))
+        return Term(jnp.sum(values), number * jnp.sum(where).astype(values.dtype))
 
     terms = {
         "energy": term(energy, mask),
         "monotonicity": term(rise, pairs),
-        "forces": term(forces, atom_mask, 3),
-        "positions": term(moved, atom_mask[1:], 3),
+        "forces": term(forces, atom_mask, components(3)),
+        "positions": term(moved, atom_mask[1:], components(3)),
         "direction": Term(jnp.sum((1.0 - cosine) * length), jnp.sum(length)),
     }
     if prediction.deformation is None:
@@ -126,12 +128,20 @@ def loss_terms(
     assert cells is not None and prediction.virial is not None
     projector, relaxes = graph.globals["strain"], relaxing_cells(graph)
     found = stress(prediction.virial, graph.globals["cell"], prediction.deformation)
-    difference = jnp.sum((projector @ (found - cells.stress) @ projector) ** 2, (-2, -1))
-    strain = jnp.sum(strain_between(prediction, cells) ** 2, (-2, -1))[1:]
+    difference = size_of(_flat(projector @ (found - cells.stress) @ projector))
+    strain = size_of(_flat(strain_between(prediction, cells)))[1:]
     return terms | {
-        "stress": term(difference, mask & cells.stress_mask & relaxes, 9),
-        "cell": term(strain, mask[1:] & relaxes, 9),
+        "stress": term(difference, mask & cells.stress_mask & relaxes, components(9)),
+        "cell": term(strain, mask[1:] & relaxes, components(9)),
     }
+
+
+def _square(vectors: Array) -> Array:
+    return jnp.sum(vectors**2, -1)
+
+
+def _flat(tensors: Array) -> Array:
+    return tensors.reshape(*tensors.shape[:-2], 9)
 
 
 def strain_between(prediction: Trajectory, cells: CellTargets) -> Array:

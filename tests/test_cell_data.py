@@ -97,6 +97,11 @@ def test_loss_terms_by_hand():
         np.asarray(log_strain(jnp.asarray(d))) for d in targets.cells.deformation[1:, 0]])  # fmt: skip
     np.testing.assert_allclose(terms["cell"].total, (expected**2).sum(), rtol=0.1)
     assert float(terms["cell"].number) == 2 * 9
+    norms = loss_terms(prediction, targets, graph, LossConfig(errors="norm"))
+    sizes = np.linalg.norm(difference, axis=(1, 2))
+    np.testing.assert_allclose(norms["stress"], (sizes.sum(), 3), rtol=1e-4)
+    sizes = np.linalg.norm(expected, axis=(1, 2))
+    np.testing.assert_allclose(norms["cell"], (sizes.sum(), 2), rtol=0.1)
     ours, nothing = strain_error(prediction, targets, graph)
     np.testing.assert_allclose(ours.mean(), nothing.mean(), rtol=1e-5)
     np.testing.assert_allclose(ours.mean(), np.abs(expected[-1]).mean(), rtol=0.1)

@@ -93,6 +93,15 @@ def test_term(graph, targets, prediction, name):
     np.testing.assert_allclose(term.mean(), total / number, rtol=1e-5)
 
 
+def test_norms_instead_of_squares(graph, targets, prediction):
+    terms = loss_terms(prediction, targets, graph, LossConfig(errors="norm"))
+    # The same atoms and frames as in EXPECTED, an error vector each.
+    np.testing.assert_allclose(terms["forces"], (3.0 + 2.0, 3 * 2 + 2), rtol=1e-6)
+    np.testing.assert_allclose(terms["positions"], (0.2 + 1 + 0.3 + 4, 2 * 2 + 1), rtol=1e-6)
+    for name in ("energy", "monotonicity", "direction"):
+        np.testing.assert_allclose(terms[name], EXPECTED[name], rtol=1e-5)
+
+
 def test_energy_per_structure(graph, targets, prediction):
     terms = loss_terms(prediction, targets, graph, LossConfig(energy_per="structure"))
     np.testing.assert_allclose(terms["energy"].total, 0.6 + 3 + 0 + 0.5 + 1, rtol=1e-5)
@@ -112,12 +121,13 @@ def test_weighted_sum(graph, targets, prediction):
         np.testing.assert_allclose(loss, means[name])
 
 
-def test_gradients_are_finite(graph, targets, prediction):
+@pytest.mark.parametrize("errors", ["squared", "norm"])
+def test_gradients_are_finite(graph, targets, prediction, errors):
     """Also for a prediction that does not move at all, and for a perfect one."""
+    config = LossConfig(errors=errors)
 
     def loss(prediction):
-        return weighted_loss(
-            loss_terms(prediction, targets, graph, LossConfig()), LossConfig())[0]
+        return weighted_loss(loss_terms(prediction, targets, graph, config), config)[0]
 
     still = prediction._replace(positions=jnp.zeros((3, 5, 3)))
     perfect = Trajectory(targets.positions, prediction.velocities, targets.energies, targets.forces)

@@ -396,7 +396,8 @@ class _Run:
                     keep(state, tally, epoch, record["best"])
                 if log is not None:
                     log.write(record)
-                self.report.epoch(record, _time_left(limit, record, epoch, t.epochs))
+                left = _time_left(limit, record, epoch, t.epochs)
+                self.report.epoch(record, left, self.config.loss.errors == "squared")
                 if not math.isfinite(record["validation"]["loss"]):
                     self.report("validation loss is not finite; it counts as no improvement")
                 if clock.seconds >= limit:

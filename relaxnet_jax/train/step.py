@@ -10,6 +10,7 @@ import optax
 from jax import Array
 
 from relaxnet_jax.config import Config
+from relaxnet_jax.dynamics import constrain_velocity, inertia
 from relaxnet_jax.losses import (
     CellTargets,
     Targets,
@@ -41,10 +42,10 @@ def make_loss(config: Config, scale: float, axis: str | None) -> Callable:
         graph, targets = batch
         positions = graph.nodes["positions"]
         if config.train.noise and key is not None:
-            shaken = positions + config.train.noise * jax.random.normal(
-                key, positions.shape, positions.dtype
-            )
-            positions = jnp.where(graph.nodes["fixed"][:, None], positions, shaken)
+            noise = config.train.noise * jax.random.normal(key, positions.shape, positions.dtype)
+            # As a velocity: fixed atoms stay, and free structures keep their centre, which the
+            # dynamics could not bring back to that of the true frames.
+            positions = positions + constrain_velocity(graph, noise, inertia(network, graph))
         if config.dynamics.latent == "direct":
             targets = _final_only(targets)
         prediction = solve_trajectory(
