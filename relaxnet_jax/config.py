@@ -191,6 +191,8 @@ class TrainConfig:
       batch_size: structures per batch and device.
       learning_rate, weight_decay: of AdamW.
       clip_norm: largest global gradient norm.
+      start_from: a model folder or training run whose parameters training begins with, e.g. to
+        fine-tune on other data ("": random ones); its layers and cutoffs must be this config's.
       static_epochs: so many first epochs fit energies and forces at the data's own frames, one
         random frame of each relaxation, without solving the ODE: an interatomic potential's
         training, at a fraction of the cost. Implicit scheme only (0: none).
@@ -218,6 +220,7 @@ class TrainConfig:
     learning_rate: float = 5e-4
     weight_decay: float = 5e-5
     clip_norm: float = 10.0
+    start_from: str = ""
     static_epochs: int = 0
     epochs: int = 1000
     max_minutes: float = 0.0

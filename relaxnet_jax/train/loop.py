@@ -26,13 +26,14 @@ from relaxnet_jax.data.sample_file import SampleFile, SampleView, prepare_sample
 from relaxnet_jax.errors import InputError
 from relaxnet_jax.graph import MAX_ATOMIC_NUMBER
 from relaxnet_jax.losses import Term, weighted_loss
-from relaxnet_jax.model import RelaxNet, create_model, save_model
+from relaxnet_jax.model import RelaxNet, save_model
 from relaxnet_jax.train.checkpoint import Checkpoints
 from relaxnet_jax.train.clock import Clock
 from relaxnet_jax.train.hosts import Hosts
 from relaxnet_jax.train.parallel import Devices
 from relaxnet_jax.train.plan import Batches, remaining_runs
 from relaxnet_jax.train.report import ConsoleReport, MetricsLog
+from relaxnet_jax.train.start import energy_scale, read_start, start_facts, start_parameters
 from relaxnet_jax.train.state import Plateau, TrainState, initial_train_state
 from relaxnet_jax.train.step import make_eval_step, make_train_step
 from relaxnet_jax.train.tally import Tally
@@ -177,7 +178,9 @@ class _Run:
             (found.store.energies(int(found.rows[i])) for i in dataset.splits["train"]),
             MAX_ATOMIC_NUMBER + 1,
         )
+        self.start, self.start_facts = read_start(config), start_facts(config)
         # The last bits of a fit depend on the processor.
+        scale = energy_scale(self.start, scale)
         energies, self.scale = self.hosts.share([energies.tolist(), scale])
         self.element_energies = np.array(energies)
         file = self.hosts.in_turn(lambda: prepare_samples(found, config, report))
@@ -256,6 +259,7 @@ class _Run:
                 "energy_scale_eV_per_atom": self.scale,
                 "surroundings": self._surroundings(),
             }
+            | self.start_facts
         )
         return RelaxNet(
             params,
@@ -323,7 +327,7 @@ class _Run:
     def execute(self, workdir: Path, resume: bool) -> Result:
         """Runs until an end is reached."""
         config, t, first_host = self.config, self.config.train, self.hosts.first
-        state = initial_train_state(create_model(config, t.seed).params, t)
+        state = initial_train_state(start_parameters(config, self.start, self.report), t)
         plateau, first, elapsed, tally = Plateau(), 0, 0.0, Tally()
         checkpoints = Checkpoints(workdir / "checkpoints") if first_host else None
         if resume:

@@ -1,0 +1,76 @@
+"""What a run starts from: random parameters, or those of a model trained before."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+
+import flax
+import numpy as np
+
+from relaxnet_jax.config import Config
+from relaxnet_jax.errors import InputError
+from relaxnet_jax.model import RelaxNet, create_model, load_model, model_folder
+from relaxnet_jax.typing import Params
+
+# Of the graph, what parameters were learned for; a skin is none of their affair.
+_GRAPH = ("cutoff", "triplet_cutoff")
+
+
+def read_start(config: Config) -> RelaxNet | None:
+    """The model named by ``train.start_from``; None where it names none.
+
+    Raises:
+      InputError: it is no model (see `load_model`), or one with other layers or cutoffs.
+    """
+    if not config.train.start_from:
+        return None
+    folder = model_folder(config.train.start_from)
+    model = load_model(folder)
+    theirs, ours = model.config, config
+    pairs = [(f"graph.{k}", getattr(theirs.graph, k), getattr(ours.graph, k)) for k in _GRAPH]
+    pairs += [
+        (f"model.{f.name}", getattr(theirs.model, f.name), getattr(ours.model, f.name))
+        for f in dataclasses.fields(ours.model)
+    ]
+    for name, their, our in pairs:
+        if their != our:
+            raise InputError(
+                f"train.start_from: {folder}: {name} is {their!r} there, {our!r} here: set it alike, "
+                "or start from another model"
+            )
+    return model
+
+
+def start_parameters(
+    config: Config, start: RelaxNet | None, report: Callable[[str], None]
+) -> Params:
+    """Parameters to begin with: the start's where it has them, else drawn with ``train.seed``.
+
+    A scheme may have learned functions that the start lacks, as a relaxing cell's strain rate or
+    the explicit scheme's latent rate: these begin at random, and ``report`` is told.
+    """
+    fresh = create_model(config, config.train.seed).params
+    if start is None:
+        return fresh
+    known = flax.traverse_util.flatten_dict(start.params)
+    flat = flax.traverse_util.flatten_dict(fresh)
+    missing = sorted({path[0] for path in flat if path not in known})
+    if missing:
+        report(f"{config.train.start_from}: knows no {', '.join(missing)}: drawn at random")
+    taken = {path: known.get(path, value) for path, value in flat.items()}
+    return flax.traverse_util.unflatten_dict(taken)
+
+
+def start_facts(config: Config) -> dict[str, str]:
+    """What the exported model says of its start: the checksum of the start's parameters."""
+    if not config.train.start_from:
+        return {}
+    described = json.loads((model_folder(config.train.start_from) / "model.json").read_text())
+    return {"started_from": described["sha256"]}
+
+
+def energy_scale(start: RelaxNet | None, fitted: float) -> float:
+    """eV per atom, the network's unit: the start's, or else the training set's own spread."""
+    return fitted if start is None else float(np.asarray(start.energy_scale))

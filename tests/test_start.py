@@ -1,0 +1,84 @@
+"""Training that begins with another model's parameters."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from test_training import config_of, quiet
+from tiny import TINY, tiny_config
+
+from relaxnet_jax.config import load_config
+from relaxnet_jax.errors import InputError
+from relaxnet_jax.model import create_model, load_model, save_model
+from relaxnet_jax.train.loop import train
+from relaxnet_jax.train.start import energy_scale, read_start, start_parameters
+
+
+def saved(config, tmp_path, seed=5, scale=0.37):
+    model = create_model(config, seed).replace(
+        energy_scale=np.asarray(scale, np.float32), elements=(1, 29)
+    )
+    return model, str(save_model(model, tmp_path / "start" / "model"))
+
+
+def test_a_run_starts_where_the_model_is(tmp_path):
+    """With a learning rate of nearly nothing it ends there too: with the start's energy unit, but the
+    composition energies and elements of its own data."""
+    start, _ = saved(config_of(), tmp_path)
+    config = config_of(epochs=1, learning_rate=1e-12, start_from=str(tmp_path / "start"))
+    report, _ = quiet()
+    result = train(config, tmp_path / "run", report=report)
+    model = load_model(result.model_folder)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-7), model.params, start.params
+    )
+    assert float(model.energy_scale) == np.float32(0.37)
+    assert 1 not in model.elements and len(model.elements) > 3
+    assert np.asarray(model.element_energies)[list(model.elements)].all()
+    assert json.loads(model.statistics)["started_from"] == json.loads(
+        (tmp_path / "start" / "model" / "model.json").read_text())["sha256"]  # fmt: skip
+
+
+def test_no_start():
+    config = tiny_config()
+    assert read_start(config) is None and energy_scale(None, 0.5) == 0.5
+    fresh = create_model(config, config.train.seed).params
+    drawn = start_parameters(config, None, print)
+    jax.tree.map(np.testing.assert_array_equal, fresh, drawn)
+
+
+def test_functions_the_start_lacks_are_drawn(tmp_path):
+    """A potential becomes the encoder and head of a model whose cells relax."""
+    static = tiny_config("static")
+    start, folder = saved(static, tmp_path)
+    config = load_config(
+        TINY,
+        {"dynamics.latent": "explicit", "dynamics.cell": "variable", "train.start_from": folder},
+    )
+    told = []
+    params = start_parameters(config, read_start(config), told.append)
+    fresh = create_model(config, config.train.seed).params
+    for name in ("encoder", "head", "attention"):
+        jax.tree.map(np.testing.assert_array_equal, params[name], start.params[name])
+    for name in ("strain_gate", "velocity_gate", "rate"):
+        assert name in told[0]
+        jax.tree.map(np.testing.assert_array_equal, params[name], fresh[name])
+    assert jax.tree.structure(params) == jax.tree.structure(fresh) and len(told) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [({"model.features": 16}, "model.features"), ({"graph.cutoff": 4.5}, "graph.cutoff")],
+)
+def test_other_layers_are_refused(tmp_path, change, named):
+    _, folder = saved(tiny_config(), tmp_path)
+    config = load_config(TINY, {"train.start_from": folder} | change)
+    with pytest.raises(InputError, match=f"train.start_from: .*{named} is .* there"):
+        read_start(config)
+
+
+def test_no_such_model(tmp_path):
+    config = load_config(TINY, {"train.start_from": str(tmp_path / "nothing")})
+    with pytest.raises(InputError, match="no such folder"):
+        read_start(config)
