@@ -1,6 +1,6 @@
 """The command line ``relaxnet-jax``: arguments and exit codes. `commands` does the work.
 
-Exit codes: 0 done, 1 done in part (relax only), 2 bad input (one line on stderr says what and how
+Exit codes: 0 done, 1 done in part (relax, reproduce), 2 bad input (one line on stderr says what and how
 to mend it), 130 interrupted, 143 stopped by SIGTERM with a checkpoint.
 """
 
@@ -17,6 +17,7 @@ from relaxnet_jax import __version__
 from relaxnet_jax.cli_benchmark import add_benchmark
 from relaxnet_jax.cli_data import add_data, command
 from relaxnet_jax.cli_relax import add_relax
+from relaxnet_jax.cli_reproduce import add_reproduce
 from relaxnet_jax.errors import InputError
 
 BAD_INPUT = 2
@@ -38,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     try:
         args = build_parser().parse_args(argv)
+        args.argv = list(sys.argv[1:] if argv is None else argv)
         return getattr(_module(args.run), args.run)(args)
     except InputError as error:
         return _fail(str(error))
@@ -81,6 +83,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_relax(commands)
     _add_demo(commands)
     add_benchmark(commands)
+    add_reproduce(commands)
     return parser
 
 

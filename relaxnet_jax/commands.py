@@ -140,6 +140,13 @@ def relax(args: argparse.Namespace) -> int:
     return run(args, _load)
 
 
+def reproduce(args: argparse.Namespace) -> int:
+    """``relaxnet-jax reproduce``."""
+    from relaxnet_jax.reproduce.command import reproduce as run
+
+    return run(args)
+
+
 def demo(args: argparse.Namespace) -> int:
     """``relaxnet-jax demo``: the test relaxation of median displacement, predicted and true."""
     enable_compilation_cache()

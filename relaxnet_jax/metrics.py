@@ -304,22 +304,12 @@ def evaluate(comparisons: Sequence[Comparison], predictor: Predictor = "model") 
     by_slot = {name: np.full((len(usable), n_frames), np.nan) for name in _PER_FRAME}
     pairs, nothing, monotone = [], [], []
     for row, c in enumerate(usable):
-        positions, energies, forces = c.prediction(predictor)
-        d_energy, n = np.abs(energies - c.true_energies), len(c.atomic_numbers)
-        one = {
-            "energy_mae": d_energy,
-            "energy_mae_per_atom": 1e3 * d_energy / n,
-            "forces_mae": 1e3 * coordinate_errors(forces, c.true_forces, c.free_mask),
-            "positions_mae": coordinate_errors(positions, c.true_positions, c.free_mask),
-            "rmsd": _rmsd(c, positions),
-        }
-        if c.true_cells is not None:
-            one |= cell_errors(c.cells(predictor), c.true_cells)
+        one, energies = structure_errors(c, predictor), c.prediction(predictor)[1]
         for name, values in one.items():
             errors[name].append(values)
         for name in _PER_FRAME:
             by_slot[name][row, c.slots] = one[name]
-        pairs.append(np.stack([c.true_energies, energies]) / n)
+        pairs.append(np.stack([c.true_energies, energies]) / len(c.atomic_numbers))
         first = c.prediction("nothing")[0][-1]
         nothing.append(float(coordinate_errors(first, c.true_positions[-1], c.free_mask)))
         if len(energies) > 1:
@@ -342,6 +332,22 @@ def evaluate(comparisons: Sequence[Comparison], predictor: Predictor = "model") 
         improved_fraction=_mean([*improved, *lost]),
         per_frame=PerFrame(**{k: _column_means(v) for k, v in by_slot.items()}, counts=counts),
     )
+
+
+def structure_errors(c: Comparison, predictor: Predictor = "model") -> dict[str, np.ndarray]:
+    """Errors (m,) of one structure's frames, by the names and in the units of ``FrameMetrics``."""
+    positions, energies, forces = c.prediction(predictor)
+    d_energy = np.abs(energies - c.true_energies)
+    found = {
+        "energy_mae": d_energy,
+        "energy_mae_per_atom": 1e3 * d_energy / len(c.atomic_numbers),
+        "forces_mae": 1e3 * coordinate_errors(forces, c.true_forces, c.free_mask),
+        "positions_mae": coordinate_errors(positions, c.true_positions, c.free_mask),
+        "rmsd": _rmsd(c, positions),
+    }
+    if c.true_cells is not None:
+        found |= cell_errors(c.cells(predictor), c.true_cells)
+    return found
 
 
 def cell_errors(cells: np.ndarray, true: np.ndarray) -> dict[str, np.ndarray]:

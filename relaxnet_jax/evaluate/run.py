@@ -52,14 +52,15 @@ def compare(
     report: Callable[[str], None],
     batch_size: int = 16,
     predict: Callable[[Sequence[Structure]], list[PredictedPath]] | None = None,
+    n_frames: int | None = None,
 ) -> tuple[list[Comparison], list[str]]:
-    """True against predicted frames: the n equidistant ones the model predicts.
+    """True against predicted frames: ``n_frames`` equidistant ones, by default those of the model.
 
     As in training, rigid translations of a structure without fixed atoms are removed from the
     true frames. Structures the model cannot take are reported and left out. ``predict`` makes the
-    paths, on the model's frames; `predict_structures` by default.
+    paths, on these frames; `predict_structures` by default.
     """
-    n = model.config.dynamics.frames
+    n = n_frames or model.config.dynamics.frames
     structures, kept, left_out = [], [], []
     for t in trajectories:
         try:
@@ -84,7 +85,7 @@ def compare(
     paths = (
         predict(structures)
         if predict is not None
-        else predict_structures(model, structures, batch_size=batch_size)
+        else predict_structures(model, structures, np.linspace(0.0, 1.0, n), batch_size)
     )
     comparisons = []
     for t, structure, path in zip(kept, structures, paths):

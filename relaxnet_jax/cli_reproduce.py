@@ -1,0 +1,63 @@
+"""The arguments of ``relaxnet-jax reproduce``. `reproduce.command` does the work."""
+
+from __future__ import annotations
+
+import argparse
+
+from relaxnet_jax.cli_data import command
+
+# The names of `reproduce.registry`, which is not imported here: it starts JAX.
+NAMES = (
+    *(f"table{k}" for k in range(1, 7)),
+    *("fig3a", "fig3b", "fig3c", "figA1", "figA2", "figA3"),
+    *("frames", "ablation"),
+)
+EPILOG = """\
+Runs are shared between experiments, kept in OUT/runs under a hash of configuration and data, not
+trained again when finished and gone on with when interrupted. A configuration is replaced with
+--config, e.g. --config explicit=paper_explicit.py; --set changes all of them.
+exit codes: 0 done; 1 some experiments could not be done; 2 bad input; 143 stopped, to be gone on with"""
+
+
+def add_reproduce(commands) -> None:
+    text = "measure what the paper claims: its tables and figures on your data"
+    p = command(commands, "reproduce", "reproduce", text)
+    p.epilog = EPILOG
+    p.formatter_class = argparse.RawDescriptionHelpFormatter
+    p.add_argument(
+        "experiment", choices=(*NAMES, "all"), metavar="NAME", help=f"all, {', '.join(NAMES)}"
+    )
+    p.add_argument("--data", required=True, metavar="SET.h5", help="a store of 'data import'")
+    p.add_argument(
+        "--budget", type=float, metavar="MINUTES", help="of training, for all missing runs together"
+    )
+    p.add_argument("--plan", action="store_true", help="say which runs are needed, and stop")
+    p.add_argument(
+        "--out", default="reproduce", metavar="DIR", help="for all results (default: reproduce)"
+    )
+    p.add_argument(
+        "--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="default: 0 1 2"
+    )
+    p.add_argument(
+        "--folds",
+        type=int,
+        default=5,
+        metavar="K",
+        help="of table4's cross-validation (default: 5)",
+    )
+    p.add_argument(
+        "--config",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME=FILE",
+        help="instead of a shipped config: explicit, implicit, static, egnn or static_final",
+    )
+    p.add_argument(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="change fields of all configs, e.g. data.limit=200 model.features=32",
+    )

@@ -1,0 +1,30 @@
+"""How the time of a report is divided among its runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from relaxnet_jax.config import Config
+
+# Relative times, in units of the explicit scheme with 5 frames and RK4: an implicit one evaluates
+# its encoder at every stage, the direct predictor once.
+LATENT = {"explicit": 1.0, "implicit": 3.0, "static": 1.0, "direct": 0.5}
+RULE = (
+    "weights: explicit 1, implicit 3, each times frames/5 and substeps; static 1, direct 0.5; tsit5 "
+    "twice that of RK4; times the square root of the share of the training relaxations"
+)
+
+
+def weight_of(config: Config, share: float = 1.0) -> float:
+    """The weight of a run; see `RULE`."""
+    d = config.dynamics
+    weight = LATENT[d.latent] * share**0.5
+    if d.latent in ("explicit", "implicit"):
+        weight *= d.frames / 5 * d.substeps * (2.0 if d.solver == "tsit5" else 1.0)
+    return weight
+
+
+def divide(minutes: float, weights: Mapping[str, float]) -> dict[str, float]:
+    """Minutes of each, in proportion to the weights; together ``minutes``."""
+    total = sum(weights.values())
+    return {name: minutes * weight / total for name, weight in weights.items()}

@@ -1,0 +1,115 @@
+"""``relaxnet-jax reproduce``, from the parsed arguments to the exit code."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fcntl
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+from relaxnet_jax.console import note, say
+from relaxnet_jax.errors import InputError
+from relaxnet_jax.runtime import check_devices, enable_compilation_cache
+
+SOME_FAILED, TERMINATED = 1, 143
+
+
+def reproduce(args: argparse.Namespace) -> int:
+    """Plans, trains, predicts, writes sections and REPORT.md; see ``relaxnet-jax reproduce --help``.
+
+    Raises:
+      InputError: wrong arguments or unusable data; no budget although runs are missing.
+    """
+    _check(args)
+    enable_compilation_cache()
+    check_devices(None)
+    from rich.console import Console
+
+    from relaxnet_jax.reproduce.budget import RULE
+    from relaxnet_jax.reproduce.plan import keep_plan, make_plan
+    from relaxnet_jax.reproduce.registry import EXPERIMENTS
+    from relaxnet_jax.reproduce.report import write_report, write_section
+    from relaxnet_jax.reproduce.setting import Setting
+    from relaxnet_jax.reproduce.training import StoppedError
+
+    out = Path(args.out)
+    names = list(EXPERIMENTS) if args.experiment == "all" else [args.experiment]
+    setting = Setting(
+        args.data, out, tuple(args.seeds), _sources(args.config), tuple(args.set), args.folds
+    )
+    needs = {name: EXPERIMENTS[name].runs(setting) for name in names}
+    identity = [names, args.budget, list(setting.seeds)]
+    plan = make_plan(needs, out, args.budget, identity)
+    if plan.entries:
+        Console(highlight=False, width=None).print(plan.table())
+    left = sum(e.minutes or 0.0 for e in plan.left)
+    say(
+        f"{len(plan.entries)} runs, {len(plan.left)} to train"
+        + (f": {left:.1f} min of training, predictions not counted" if args.budget else "")
+    )
+    note(RULE)
+    if args.plan:
+        return 0
+    if plan.left and args.budget is None:
+        raise InputError(
+            f"--budget: {len(plan.left)} runs are to be trained; give the minutes for them together"
+        )
+    command = shlex.join(["relaxnet-jax", *args.argv])
+    with _alone(out):
+        keep_plan(plan, out, identity)
+        try:
+            failed = 0
+            for name in names:
+                failed += not write_section(EXPERIMENTS[name], setting, plan, command)
+        except StoppedError:
+            note("stopped; the same command goes on there")
+            return TERMINATED
+        if args.experiment == "all":
+            say(str(write_report(setting, names, command)))
+    return SOME_FAILED if failed else 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    if args.budget is not None and not args.budget > 0:
+        raise InputError(f"--budget {args.budget:g}: give minutes, above 0")
+    if len(set(args.seeds)) != len(args.seeds) or min(args.seeds) < 0:
+        raise InputError("--seeds: give different numbers, none negative")
+    if args.folds < 2:
+        raise InputError(f"--folds {args.folds}: give at least 2")
+
+
+def _sources(items: list[str]) -> dict[str, str]:
+    """Config file by role, of "role=file" and of files named after roles."""
+    from relaxnet_jax.reproduce.setting import ROLES
+
+    found = {}
+    for item in items:
+        role, _, file = item.partition("=")
+        if role not in ROLES or not file:
+            raise InputError(
+                f"--config {item!r}: write it as NAME=FILE, NAME one of {', '.join(ROLES)}"
+            )
+        found[role] = file
+    return found
+
+
+@contextlib.contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Holds the report's folder; InputError where another process does."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = (out / ".lock").open("w")
+    except OSError as error:
+        raise InputError(
+            f"{out}: cannot be written ({error.strerror}): choose another --out"
+        ) from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise InputError(
+                f"{out}: another reproduce command is at work there; wait for it, or give another --out"
+            ) from None
+        yield

@@ -1,0 +1,28 @@
+"""The shape of an experiment."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from relaxnet_jax.reproduce.runs import Run
+from relaxnet_jax.reproduce.section import Section
+from relaxnet_jax.reproduce.setting import Setting
+
+if TYPE_CHECKING:
+    from relaxnet_jax.reproduce.lab import Lab
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """A table or figure.
+
+    Attributes:
+      name: on the command line. runs: the training runs it needs.
+      section: what it makes of them, once they are finished; writes its figures.
+    """
+
+    name: str
+    runs: Callable[[Setting], Sequence[Run]]
+    section: Callable[[Lab], Section]

@@ -1,0 +1,74 @@
+"""Figure A.2: predicted against true energies."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from relaxnet_jax.evaluate.figures import parity_figure
+from relaxnet_jax.metrics import Comparison, pearson
+from relaxnet_jax.reproduce import fig3a, paper
+from relaxnet_jax.reproduce.experiment import Experiment
+from relaxnet_jax.reproduce.formats import number
+from relaxnet_jax.reproduce.lab import Lab
+from relaxnet_jax.reproduce.scores import Score, numbers
+from relaxnet_jax.reproduce.section import Cell, Section, Table
+from relaxnet_jax.reproduce.verdict import Claim, decided
+
+
+def section(lab: Lab) -> Section:
+    """The figure, its numbers and its claim."""
+    setting = lab.setting
+    found = fig3a.runs(setting)
+    predicted = [lab.paths(run).comparisons for run in found]
+    total = {p: _correlations(predicted, p, False) for p in ("model", "nothing", "composition")}
+    relative = {p: _correlations(predicted, p, True) for p in ("model", "nothing")}
+    rows: list[list[Cell]] = [
+        ["total energies", total["model"], total["nothing"], total["composition"], paper.PEARSON],
+        ["per atom, less composition", relative["model"], relative["nothing"], None, None],
+    ]
+    path, files = setting.out / "figA2.png", []
+    if any(c.finite for c in predicted[0]):
+        parity_figure(predicted[0], path, f"{found[0].name}, test split of {setting.name}")
+        files = [(path, "parity of energies")]
+    mean = total["model"].mean
+    return Section(
+        "figA2",
+        "Figure A.2: parity of energies",
+        "Implicit scheme, 10 frames, a fifth of the training split (table 2); all frames of all test "
+        "structures. Total energies correlate for whatever knows the composition, so the second row "
+        "and the figure are of what the composition does not explain.",
+        [Table("Pearson's correlation of predicted and true", COLUMNS, rows)],
+        [
+            Claim(
+                "predicted energies agree strongly with true ones (the paper: PCC 0.979)",
+                decided(
+                    None if not np.isfinite(mean) else bool(mean >= paper.PEARSON),
+                    f"PCC {number(mean, 4)}; composition only {number(total['composition'].mean, 4)}",
+                ),
+                f"the correlation of total energies is at least {paper.PEARSON}",
+            )
+        ],
+        files,
+    )
+
+
+COLUMNS = ("energies", "RelaxNet", "doing nothing", "composition only", "paper")
+
+
+def _correlations(predicted: Sequence[Sequence[Comparison]], predictor, per_atom: bool) -> Score:
+    """By seed, over all frames of all structures with a finite prediction."""
+    found = []
+    for comparisons in predicted:
+        pairs = []
+        for c in comparisons:
+            if c.finite:
+                both = np.stack([c.true_energies, c.prediction(predictor)[1]])
+                size = len(c.atomic_numbers)
+                pairs.append((both - c.composition_energy) / size if per_atom else both)
+        found.append(pearson(*np.concatenate(pairs, axis=1)) if pairs else None)
+    return numbers(found)
+
+
+EXPERIMENT = Experiment("figA2", fig3a.runs, section)

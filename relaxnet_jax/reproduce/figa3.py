@@ -1,0 +1,156 @@
+"""Figure A.3: energy errors against energies and displacements."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from scipy.stats import gaussian_kde, spearmanr
+
+from relaxnet_jax.evaluate.figures import STYLE, new_figure, save_figure
+from relaxnet_jax.metrics import Comparison
+from relaxnet_jax.reproduce import paper
+from relaxnet_jax.reproduce.experiment import Experiment
+from relaxnet_jax.reproduce.lab import Lab
+from relaxnet_jax.reproduce.methods import seeds
+from relaxnet_jax.reproduce.runs import Run
+from relaxnet_jax.reproduce.scores import Score, errors, numbers
+from relaxnet_jax.reproduce.section import Cell, Section, Table
+from relaxnet_jax.reproduce.setting import Setting
+from relaxnet_jax.reproduce.verdict import Claim, Outcome, decided
+
+SIGNIFICANT = 0.05  # two-sided p of Spearman's rank correlation
+
+
+def runs(setting: Setting) -> list[Run]:
+    """The explicit scheme."""
+    return seeds(setting, "explicit")
+
+
+def section(lab: Lab) -> Section:
+    """The figure, its numbers and its claims."""
+    setting = lab.setting
+    predicted = [lab.paths(run).comparisons for run in runs(setting)]
+    points = [frame_points(comparisons) for comparisons in predicted]
+    energy = [_rank(p["energy"], p["error"]) for p in points]
+    moved = [_rank(p["moved"], p["error"], p["moved"] > 0) for p in points]
+    share = numbers([_share(p["moved"]) for p in points[:1]])
+    errors_now = [errors(predicted, "energy_mae", which) for which in ("final", "all")]
+    nothing = [errors(predicted[:1], "energy_mae", w, "nothing") for w in ("final", "all")]
+    rows: list[list[Cell]] = [
+        ["rank correlation of |E error| with |E|", numbers([r for r, _ in energy]), None],
+        ["… with the displacement", numbers([r for r, _ in moved]), None],
+        ["displacements in 0.001–0.01 Å (%)", share, None],
+        ["energy MAE, final frame (eV)", errors_now[0], nothing[0]],
+        ["energy MAE, all frames (eV)", errors_now[1], nothing[1]],
+    ]
+    path = setting.out / "figA3.png"
+    files = [(path, "energy errors")] if _draw(points[0], path, setting.name) else []
+    return Section(
+        "figA3",
+        "Figure A.3: energy errors, energies and displacements",
+        "Explicit scheme, all frames of all test structures: absolute energy error against the true "
+        "energy and against the mean distance of the free atoms from where they began (true frames "
+        "after the first). Correlations are Spearman's.",
+        [Table("Test split", ("quantity", "RelaxNet", "doing nothing"), rows)],
+        [
+            Claim(
+                "most true displacements are between 0.001 and 0.01 Å",
+                _most(share),
+                "more than half of them",
+            ),
+            Claim(
+                "energy errors fall as displacements grow",
+                _correlated(moved, -1),
+                f"rank correlation negative with p < {SIGNIFICANT} with every seed",
+            ),
+            Claim(
+                "energy errors are larger for energies of larger magnitude",
+                _correlated(energy, 1),
+                f"rank correlation positive with p < {SIGNIFICANT} with every seed",
+            ),
+        ],
+        files,
+        ["Frames of one structure are not independent: the p values are too low."],
+    )
+
+
+def frame_points(comparisons: Sequence[Comparison]) -> dict[str, np.ndarray]:
+    """Of every frame: ``energy`` (eV), ``error`` (eV) and ``moved`` (Å, mean over free atoms)."""
+    columns: dict[str, list[np.ndarray]] = {"energy": [], "error": [], "moved": []}
+    for c in comparisons:
+        if c.finite and c.free_mask.any():
+            away = (c.true_positions - c.true_positions[:1])[:, c.free_mask]
+            columns["moved"].append(np.linalg.norm(away, axis=-1).mean(-1))
+            columns["energy"].append(c.true_energies)
+            columns["error"].append(np.abs(c.pred_energies - c.true_energies))
+    return {k: np.concatenate(v) if v else np.zeros(0) for k, v in columns.items()}
+
+
+def _rank(x: np.ndarray, y: np.ndarray, kept=None) -> tuple[float | None, float]:
+    """Spearman's correlation of |x| and y, and its p; None where it is not defined."""
+    x = np.abs(x) if kept is None else np.abs(x)[kept]
+    y = y if kept is None else y[kept]
+    if len(x) < 3 or np.ptp(x) == 0 or np.ptp(y) == 0:
+        return None, 1.0
+    found = spearmanr(x, y)
+    return float(found.statistic), float(found.pvalue)
+
+
+def _share(moved: np.ndarray) -> float | None:
+    moved = moved[moved > 0]
+    low, high = paper.COMMON_DISPLACEMENT
+    return 100 * float(((moved >= low) & (moved <= high)).mean()) if len(moved) else None
+
+
+def _most(share: Score) -> Outcome:
+    if not share.seeds:
+        return decided(None, "nothing moves")
+    return decided(share.mean > 50, f"{share.mean:.1f} % of them are")
+
+
+def _correlated(found: Sequence[tuple[float | None, float]], sign: int) -> Outcome:
+    known = [(r, p) for r, p in found if r is not None]
+    if not known:
+        return decided(None, "no correlation is defined")
+    text = ", ".join(f"{r:+.2f} (p = {p:.1g})" for r, p in known)
+    if all(sign * r > 0 and p < SIGNIFICANT for r, p in known):
+        return decided(True, text)
+    against = any(sign * r < 0 and p < SIGNIFICANT for r, p in known)
+    return decided(False if against else None, text)
+
+
+def _draw(points: dict[str, np.ndarray], path: Path, data: str) -> bool:
+    """False where there is nothing to draw."""
+    panels = (
+        ("energy", "true energy (eV)", points["error"] > 0, False),
+        ("moved", "mean displacement (Å)", (points["error"] > 0) & (points["moved"] > 0), True),
+    )
+    if any(kept.sum() < 3 for _, _, kept, _ in panels):
+        return False
+    with matplotlib.rc_context(STYLE):
+        caption = f"All frames, test split of {data}; colour: kernel density estimate."
+        figure = new_figure(8.0, 3.2, caption)
+        axes = figure.subplots(1, 2, sharey=True)
+        for axis, (name, label, kept, log) in zip(axes, panels):
+            x, y = points[name][kept], points["error"][kept]
+            axis.scatter(
+                x, y, s=8, c=_density(np.log10(x) if log else x, np.log10(y)), linewidths=0
+            )
+            axis.set(xlabel=label, yscale="log", xscale="log" if log else "linear")
+        axes[0].set_ylabel("|energy error| (eV)")
+        save_figure(figure, path)
+    return True
+
+
+def _density(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Kernel density at the points; equal where they lie on a line."""
+    try:
+        return gaussian_kde(np.stack([x, y]))(np.stack([x, y]))
+    except np.linalg.LinAlgError:
+        return np.ones_like(x)
+
+
+EXPERIMENT = Experiment("figA3", runs, section)

@@ -1,0 +1,48 @@
+"""Numbers as people read them."""
+
+from __future__ import annotations
+
+import math
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """So many significant digits, without powers of ten between 1e-4 and 1e6; a dash for none."""
+    if value is None or not math.isfinite(value):
+        return "–"
+    if value == 0:
+        return "0"
+    size = abs(value)
+    if size >= 1e6 or size < 1e-4:
+        return f"{value:.{digits - 1}e}"
+    return f"{value:.{_decimals(size, digits)}f}"
+
+
+def with_deviation(mean: float, deviation: float | None, digits: int = 3) -> str:
+    """ "12.3 ± 0.4": as many decimals as the mean has, and enough to show the deviation."""
+    if deviation is None or not math.isfinite(mean) or not 1e-4 <= abs(mean) < 1e6:
+        return number(mean, digits)
+    decimals = _decimals(abs(mean), digits)
+    if deviation > 0:
+        decimals = max(decimals, min(_decimals(deviation, 1), decimals + 1))
+    return f"{mean:.{decimals}f} ± {deviation:.{decimals}f}"
+
+
+def percent_change(new: float, old: float) -> str:
+    """ "+12.3 %"; a dash where there is nothing to compare."""
+    if not (math.isfinite(new) and math.isfinite(old)) or old == 0:
+        return "–"
+    return f"{100 * (new / old - 1):+.1f} %"
+
+
+def clock(seconds: float | None) -> str:
+    """h:mm:ss, and tenths below a minute."""
+    if seconds is None or not math.isfinite(seconds):
+        return "–"
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
+
+
+def _decimals(size: float, digits: int) -> int:
+    return max(digits - 1 - math.floor(math.log10(size)), 0)

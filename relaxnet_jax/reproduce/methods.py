@@ -1,0 +1,146 @@
+"""The ways to a relaxed structure that tables 5 and 6 compare, each with its errors and its cost."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from relaxnet_jax.reproduce import paper
+from relaxnet_jax.reproduce.lab import Lab, Predicted
+from relaxnet_jax.reproduce.runs import Run
+from relaxnet_jax.reproduce.scores import EMPTY, Score, errors, final_fmax, measured, numbers
+from relaxnet_jax.reproduce.section import Cell, Table
+from relaxnet_jax.reproduce.setting import Setting
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """Final frames by one method, with each seed.
+
+    Attributes:
+      energy: eV/structure. per_atom: meV/atom. forces: meV/Å. positions, rmsd: Å.
+      seconds: of one structure. converged: fraction, steps: both of minimisations only.
+      failed: predictions that are no numbers, over all seeds.
+    """
+
+    energy: Score
+    per_atom: Score
+    forces: Score
+    positions: Score
+    rmsd: Score
+    seconds: Score = EMPTY
+    converged: Score = EMPTY
+    steps: Score = EMPTY
+    failed: int = 0
+
+
+def method(predicted: Sequence[Predicted], forces: bool = True) -> Method:
+    """Of the predictions with each seed."""
+    compared = [p.comparisons for p in predicted]
+    minimised = all("converged" in p.facts for p in predicted)
+    energy = errors(compared, "energy_mae")
+
+    def facts(name: str) -> Score:
+        if not minimised:
+            return EMPTY
+        return numbers([sum(p.facts[name]) / len(p.facts[name]) for p in predicted])
+
+    return Method(
+        energy,
+        errors(compared, "energy_mae_per_atom"),
+        errors(compared, "forces_mae") if forces else EMPTY,
+        errors(compared, "positions_mae"),
+        errors(compared, "rmsd"),
+        numbers([p.facts["seconds"] for p in predicted]),
+        facts("converged"),
+        facts("steps"),
+        energy.missing,
+    )
+
+
+def doing_nothing(predicted: Sequence[Predicted]) -> Method:
+    """The true initial frame as the final one: costs a DFT step, no time of ours."""
+    compared = [p.comparisons for p in predicted][:1]
+
+    def error(name: str) -> Score:
+        return errors(compared, name, predictor="nothing")
+
+    return Method(
+        error("energy_mae"),
+        error("energy_mae_per_atom"),
+        error("forces_mae"),
+        error("positions_mae"),
+        error("rmsd"),
+    )
+
+
+def criteria(lab: Lab, explicit: Sequence[Run]) -> dict[str, list[float]]:
+    """C1 and C2 in eV/Å, for each seed.
+
+    C2 is the final force norm of explicit RelaxNet with the same seed: the mean over the test
+    structures of the largest force it predicts at its final frame.
+    """
+    own = [measured([lab.paths(run).comparisons], final_fmax).mean for run in explicit]
+    return {"C1": [paper.C1] * len(explicit), "C2": own}
+
+
+def minimised(lab: Lab, runs: Sequence[Run], fmax: Sequence[float]) -> Method | None:
+    """A potential with L-BFGS; None where a criterion is no number."""
+    if any(not f > 0 for f in fmax):
+        return None
+    return method([lab.relaxed(run, f) for run, f in zip(runs, fmax)])
+
+
+def seeds(setting: Setting, role: str, **changes) -> list[Run]:
+    """Runs of a role with every seed."""
+    label = changes.pop("label", "")
+    return [setting.run(role, seed, label=label, **changes) for seed in setting.seeds]
+
+
+COLUMNS = (
+    "method",
+    "energy MAE (eV)",
+    "paper: energy MAE (eV)",
+    "energy MAE (meV/atom)",
+    "force MAE (eV/Å)",
+    "paper: force MAE (eV/Å)",
+    "coordinate MAE (Å)",
+    "/ doing nothing",
+    "aligned RMSD (Å)",
+    "inference (ms/structure)",
+    "paper: inference (ms/structure)",
+    "L-BFGS steps",
+    "converged (%)",
+    "failed",
+)
+
+
+def methods_table(methods: dict[str, tuple[str, Method]], nothing: Method) -> Table:
+    """A row for each method: its label by name, which is also its key in `paper.TABLE5`."""
+    rows: list[list[Cell]] = []
+    for name, (label, m) in {**methods, "nothing": ("doing nothing", nothing)}.items():
+        theirs = paper.TABLE5.get(name)
+        rows.append(
+            [
+                label,
+                m.energy,
+                theirs[0] if theirs else None,
+                m.per_atom,
+                scaled(m.forces, 1e-3),
+                theirs[1] if theirs else None,
+                m.positions,
+                scaled(m.positions, 1 / nothing.positions.mean),
+                m.rmsd,
+                scaled(m.seconds, 1e3),
+                1e3 * theirs[2] / paper.TABLE5_STRUCTURES if theirs else None,
+                m.steps,
+                scaled(m.converged, 100),
+                m.failed,
+            ]
+        )
+    return Table("Final frames of the test split", COLUMNS, rows)
+
+
+def scaled(score: Score, factor: float) -> Score:
+    """In another unit."""
+    return Score(score.ids, factor * score.values)

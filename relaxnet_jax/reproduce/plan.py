@@ -1,0 +1,145 @@
+"""Which runs a report needs, which of them are there, and how long the others may take."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from relaxnet_jax.data.files import atomic_path
+from relaxnet_jax.errors import InputError
+from relaxnet_jax.reproduce.budget import divide
+from relaxnet_jax.reproduce.runs import Run, State, folder_of, read_epochs, read_facts, state_of
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A run of a plan.
+
+    Attributes:
+      needed_by: names of experiments. minutes: it took, if finished, else may take in all; None
+        where no budget is given.
+    """
+
+    run: Run
+    needed_by: tuple[str, ...]
+    state: State
+    minutes: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """All runs, each once, in the order in which experiments ask for them."""
+
+    entries: tuple[Entry, ...]
+
+    @property
+    def left(self) -> list[Entry]:
+        """Those not finished."""
+        return [e for e in self.entries if e.state != "finished"]
+
+    def minutes(self, run: Run) -> float | None:
+        """See `Entry`."""
+        return next(e.minutes for e in self.entries if e.run.digest == run.digest)
+
+    def table(self) -> Table:
+        """For the terminal."""
+        table = Table(box=box.SIMPLE_HEAD)
+        for name in ("run", "for", "state"):
+            table.add_column(name)
+        for name in ("relaxations", "weight", "minutes"):
+            table.add_column(name, justify="right")
+        for e in self.entries:
+            minutes = "–" if e.minutes is None else f"{e.minutes:.2f}"
+            weight, count = f"{e.run.weight:.2f}", str(e.run.relaxations)
+            table.add_row(e.run.name, " ".join(e.needed_by), e.state, count, weight, minutes)
+        return table
+
+
+def make_plan(
+    needs: Mapping[str, Sequence[Run]], out: Path, budget: float | None, identity: Any
+) -> Plan:
+    """Divides a budget among the runs that are missing.
+
+    An interrupted run keeps the time it was given; what it has left of it comes off the budget.
+
+    Args:
+      needs: runs by experiment. out: the report's folder. budget: minutes, None: not yet known.
+      identity: of the command, as JSON has it: given again, it goes on with the same division.
+    """
+    runs: dict[str, Run] = {}
+    needed_by: dict[str, list[str]] = {}
+    for experiment, wanted in needs.items():
+        for run in wanted:
+            runs.setdefault(run.digest, run)
+            names = needed_by.setdefault(run.digest, [])
+            if experiment not in names:
+                names.append(experiment)
+    states = {digest: state_of(folder_of(out, run)) for digest, run in runs.items()}
+    given = {digest: _given(folder_of(out, run)) for digest, run in runs.items()}
+    if budget is not None:
+        given |= _divided(runs, states, given, out, budget, identity)
+    entries = []
+    for digest, run in runs.items():
+        minutes = given[digest]
+        if states[digest] == "finished":
+            minutes = read_facts(folder_of(out, run))["minutes"]
+        entries.append(Entry(run, tuple(needed_by[digest]), states[digest], minutes))
+    return Plan(tuple(entries))
+
+
+def _divided(
+    runs: dict[str, Run],
+    states: dict[str, State],
+    given: dict[str, float | None],
+    out: Path,
+    budget: float,
+    identity: Any,
+) -> dict[str, float | None]:
+    """Minutes of the missing runs."""
+    missing = [digest for digest, state in states.items() if state == "missing"]
+    before = _read(out)
+    if before.get("command") == identity and all(d in before["minutes"] for d in missing):
+        return {d: before["minutes"][d] for d in missing}
+    for digest, state in states.items():
+        if state == "interrupted" and (promised := given[digest]) is not None:
+            spent = [r["seconds"] / 60 for r in read_epochs(folder_of(out, runs[digest]))]
+            budget -= max(promised - max(spent, default=0.0), 0.0)
+    if not missing:
+        return {}
+    if budget <= 0:
+        raise InputError(
+            "--budget: all of it is what interrupted runs were given before; give more minutes"
+        )
+    return dict(divide(budget, {d: runs[d].weight for d in missing}))
+
+
+def keep_plan(plan: Plan, out: Path, identity: Any) -> None:
+    """Remembers the division, for the same command given again."""
+    minutes = {e.run.digest: e.minutes for e in plan.entries}
+    before = _read(out)
+    if before.get("command") == identity:
+        minutes = before["minutes"] | minutes
+    with atomic_path(out / "plan.json") as temporary:
+        temporary.write_text(json.dumps({"command": identity, "minutes": minutes}, indent=1))
+
+
+def _read(out: Path) -> dict[str, Any]:
+    try:
+        found = json.loads((out / "plan.json").read_text())
+        return found if {"command", "minutes"} <= set(found) else {}
+    except (OSError, ValueError):
+        return {}
+
+
+def _given(folder: Path) -> float | None:
+    """The time limit an interrupted run has."""
+    try:
+        return float(json.loads((folder / "config.json").read_text())["train"]["max_minutes"])
+    except (OSError, ValueError, KeyError):
+        return None

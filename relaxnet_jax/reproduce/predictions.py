@@ -1,0 +1,161 @@
+"""Predictions of a trained model on relaxations, of every kind that experiments look at.
+
+Each function returns what `archive` keeps: records of structures, and facts: ``left_out`` (why
+structures are missing), ``seconds`` for one structure (without compilation), ….
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from relaxnet_jax.data.frames import select_frames
+from relaxnet_jax.data.trajectory import RelaxationTrajectory
+from relaxnet_jax.errors import InputError
+from relaxnet_jax.evaluate.run import compare
+from relaxnet_jax.graph import Structure, build_structure
+from relaxnet_jax.lbfgs import minimise
+from relaxnet_jax.model import RelaxNet
+from relaxnet_jax.predict import Path, minimised_path, predict_structures
+from relaxnet_jax.reproduce.archive import to_record
+
+Made = tuple[list[dict[str, np.ndarray]], dict[str, Any]]
+Relaxations = Sequence[RelaxationTrajectory]
+Report = Callable[[str], None]
+
+
+def paths(model: RelaxNet, relaxations: Relaxations, n_frames: int, report: Report) -> Made:
+    """The model's own paths on so many equidistant frames: of the ODE, or a direct prediction.
+
+    Predicted twice: the second time, of programs that are compiled, is what ``seconds`` says.
+    """
+    grid, seconds = np.linspace(0.0, 1.0, n_frames), 0.0
+
+    def predict(structures: Sequence[Structure]) -> list[Path]:
+        nonlocal seconds
+        predict_structures(model, structures, grid)
+        begin = time.perf_counter()
+        found = predict_structures(model, structures, grid)
+        seconds = (time.perf_counter() - begin) / max(len(structures), 1)
+        return found
+
+    compared, left_out = compare(model, relaxations, report, predict=predict, n_frames=n_frames)
+    return [to_record(c) for c in compared], {"seconds": seconds, "left_out": left_out}
+
+
+def relaxed(
+    model: RelaxNet, relaxations: Relaxations, n_frames: int, fmax: float, report: Report
+) -> Made:
+    """Minimisations by L-BFGS; ``steps`` and ``converged`` are lists, one entry a structure."""
+    facts: dict[str, Any] = {"fmax": fmax}
+
+    def predict(structures: Sequence[Structure]) -> list[Path]:
+        found = minimise(model, structures, fmax)
+        facts["steps"] = [m.steps for m in found.paths]
+        facts["converged"] = [m.converged for m in found.paths]
+        facts["seconds"] = found.seconds / max(len(structures), 1)
+        return [minimised_path(m, np.linspace(0.0, 1.0, n_frames)) for m in found.paths]
+
+    compared, left_out = compare(model, relaxations, report, predict=predict, n_frames=n_frames)
+    return [to_record(c) for c in compared], facts | {"left_out": left_out}
+
+
+def points(model: RelaxNet, relaxations: Relaxations, n_frames: int, report: Report) -> Made:
+    """A static model's energies and forces at the true frames; nothing is moved."""
+    usable = [t for t in relaxations if set(t.atomic_numbers.tolist()) <= set(model.elements)]
+
+    def predict(structures: Sequence[Structure]) -> list[Path]:
+        chosen = [select_frames(t.n_frames, n_frames) for t in usable]
+        frames = [
+            build_structure(
+                t.atomic_numbers,
+                t.positions[k],
+                t.cells[k],
+                t.pbc,
+                model.config,
+                t.fixed_mask,
+                t.charges,
+                t.id,
+                relax_cell=t.variable_cell,
+            )
+            for t, c in zip(usable, chosen)
+            for k in c.indices
+        ]
+        found = iter(minimise(model, frames, steps=0).paths)
+        made = []
+        for t, c in zip(usable, chosen):
+            positions = np.zeros((n_frames, t.n_atoms, 3))
+            energies, forces = np.zeros(n_frames), np.zeros((n_frames, t.n_atoms, 3))
+            cells = np.repeat(t.cells[:1], n_frames, axis=0)
+            positions[c.slots], cells[c.slots] = t.positions[c.indices], t.cells[c.indices]
+            for slot in c.slots:
+                one = next(found)
+                energies[slot], forces[slot] = one.energies[0], one.forces[0]
+            times = np.linspace(0.0, 1.0, n_frames)
+            still = np.zeros_like(positions)
+            made.append(Path(times, positions, still, energies, forces, cells, 0.0))
+        return made
+
+    compared, left_out = compare(model, relaxations, report, predict=predict, n_frames=n_frames)
+    return [to_record(c) for c in compared], {"left_out": left_out}
+
+
+def shaken(model: RelaxNet, relaxations: Relaxations, scale: float, report: Report) -> Made:
+    """Paths from initial positions with Gaussian noise of so many Å on the free atoms.
+
+    The draws are the same for every scale and model. A structure in which atoms come to lie in each
+    other is predicted to be nowhere (NaN).
+    """
+    n = model.config.dynamics.frames
+
+    def predict(structures: Sequence[Structure]) -> list[Path]:
+        moved: dict[int, Structure] = {}
+        for i, s in enumerate(structures):
+            draws = np.random.default_rng([7, i]).normal(size=s.positions.shape)
+            noise = scale * np.where(s.fixed_mask[:, None], 0.0, draws)
+            try:
+                moved[i] = build_structure(
+                    s.atomic_numbers,
+                    s.positions + noise,
+                    s.cell,
+                    s.pbc,
+                    model.config,
+                    s.fixed_mask,
+                    s.charges,
+                    relax_cell=bool(s.strain.any()),
+                )
+            except InputError as error:
+                report(f"noise of {scale:g} Å: {error}")
+        found = dict(zip(moved, predict_structures(model, list(moved.values()))))
+        return [found[i] if i in found else _nowhere(s, n) for i, s in enumerate(structures)]
+
+    compared, left_out = compare(model, relaxations, report, predict=predict)
+    return [to_record(c) for c in compared], {"left_out": left_out, "scale": scale}
+
+
+def _nowhere(s: Structure, n: int) -> Path:
+    frames, cells = np.full((n, s.n_atoms, 3), np.nan), np.repeat(s.cell[None], n, axis=0)
+    times = np.linspace(0.0, 1.0, n)
+    reason = "atoms lie in each other"
+    return Path(times, frames, frames, np.full(n, np.nan), frames, cells, 0.0, reason)
+
+
+def dense(model: RelaxNet, relaxations: Relaxations, n_frames: int, report: Report) -> Made:
+    """Whole predicted paths: ``pred`` (n, N, 3) Å, beside the true frames there are, at most n:
+    ``true`` (m, N, 3) Å; ``cell``, ``numbers``, ``fixed``, ``id``."""
+    kept: list[Path] = []
+
+    def predict(structures: Sequence[Structure]) -> list[Path]:
+        kept.extend(predict_structures(model, structures, np.linspace(0.0, 1.0, n_frames)))
+        return kept
+
+    found = []
+    compared, left_out = compare(model, relaxations, report, predict=predict, n_frames=n_frames)
+    for c, path in zip(compared, kept):
+        record = {"pred": path.positions, "true": c.true_positions, "cell": c.cell}
+        fixed = {"numbers": c.atomic_numbers, "fixed": c.fixed_mask, "id": np.array(c.id)}
+        found.append(record | fixed)
+    return found, {"left_out": left_out}

@@ -1,0 +1,157 @@
+"""From an experiment to its page, and from the pages to the report."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markdown import Markdown
+
+from relaxnet_jax.benchmark.machine import describe
+from relaxnet_jax.console import note, say
+from relaxnet_jax.data.files import atomic_path
+from relaxnet_jax.errors import InputError
+from relaxnet_jax.reproduce import paper
+from relaxnet_jax.reproduce.experiment import Experiment
+from relaxnet_jax.reproduce.lab import Lab
+from relaxnet_jax.reproduce.plan import Plan
+from relaxnet_jax.reproduce.runs import Run, folder_of, read_facts
+from relaxnet_jax.reproduce.section import Section, Table, claims_table
+from relaxnet_jax.reproduce.setting import Setting
+from relaxnet_jax.reproduce.training import train_all
+
+REPORT = "REPORT.md"
+RUN_COLUMNS = (
+    *("run", "name", "training relaxations", "minutes", "time limit (min)", "epochs"),
+    *("ended by", "ended", "machine"),
+)
+
+
+def write_section(experiment: Experiment, setting: Setting, plan: Plan, command: str) -> bool:
+    """Trains what an experiment lacks and writes its page; False, told, where that cannot be done.
+
+    Raises:
+      StoppedError: see `training`.
+    """
+    wanted = {run.digest for run in experiment.runs(setting)}
+    entries = [e for e in plan.left if e.run.digest in wanted]
+    try:
+        setting.write_shares((e.run for e in entries), note)
+        train_all(entries, setting.out, note)
+        runs = experiment.runs(setting)
+        lab = Lab(setting, note)
+        made = experiment.section(lab)
+    except InputError as error:
+        note(f"{experiment.name}: cannot be done: {error}")
+        page = setting.out / f"{experiment.name}.md"
+        with atomic_path(page) as temporary:
+            temporary.write_text(f"## {experiment.name}\n\nCould not be done: {error}\n")
+        return False
+    lines = provenance(setting, runs, command)
+    if lab.left_out:
+        lines.append(f"Test structures left out by some models: {'; '.join(sorted(lab.left_out))}")
+    files = made.write(setting.out, lines)
+    if runs:
+        files.append(_write_runs(setting, runs))
+    _keep_claims(made, setting.out)
+    console = Console(highlight=False)
+    console.print(Markdown(claims_table(made.claims).markdown() if made.claims else made.title))
+    for file in files:
+        say(str(file))
+    return True
+
+
+def provenance(setting: Setting, runs: Sequence[Run], command: str) -> list[str]:
+    """Lines that say on what, where and how something was measured."""
+    dataset = setting.dataset
+    sizes = {name: len(rows) for name, rows in dataset.splits.items()}
+    lines = [
+        f"Data: {setting.name} ({setting.checksum[:12]}), {len(dataset.trajectories)} relaxations: "
+        + ", ".join(f"{n} {name}" for name, n in sizes.items())
+        + (f"; left out: {dataset.left_out}" if dataset.left_out else ""),
+        f"Seeds: {', '.join(map(str, setting.seeds))}. Means ± standard deviation over seeds.",
+        f"Command: `{command}`",
+    ]
+    facts = [read_facts(folder_of(setting.out, run)) for run in runs]
+    machines = dict.fromkeys(_machine(f["machine"]) for f in facts)
+    lines += [f"Trained on: {name}" for name in machines]
+    lines.append(f"Predicted on: {_machine(describe())}")
+    if runs:
+        minutes, epochs = ([f[name] for f in facts] for name in ("minutes", "epochs"))
+        lines.append(
+            f"Runs: {len({r.digest for r in runs})}, of {min(minutes):.1f} to {max(minutes):.1f} min and "
+            f"{min(epochs)} to {max(epochs)} epochs; all in runs.csv"
+        )
+        lines += _uneven(runs, facts)
+    return lines
+
+
+def _write_runs(setting: Setting, runs: Sequence[Run]) -> Path:
+    """runs.csv: what is known of these runs, and of those of other experiments already in it."""
+    path, rows = setting.out / "runs.csv", {}
+    if path.is_file():
+        with path.open(newline="") as file:
+            rows = {row[0]: row for row in list(csv.reader(file))[1:]}
+    for run in runs:
+        f = read_facts(folder_of(setting.out, run))
+        cells = [f["minutes"], f["limit"], f["epochs"], f["reason"], f["ended"]]
+        machine = f"{_machine(f['machine'])}, load {f['machine']['load_average']}"
+        rows[run.digest] = [run.digest, run.name, str(run.relaxations), *map(str, cells), machine]
+    with atomic_path(path) as temporary, temporary.open("w", newline="") as file:
+        csv.writer(file).writerows([RUN_COLUMNS, *rows.values()])
+    return path
+
+
+def _machine(m: dict[str, Any]) -> str:
+    versions = ", ".join(f"{k} {v}" for k, v in m["versions"].items() if k in ("python", "jax"))
+    return f"{m['device']} ({m['platform']}), {m['cores']} cores, {versions}"
+
+
+def _uneven(runs: Sequence[Run], facts: Sequence[dict[str, Any]]) -> list[str]:
+    """A line where runs that are compared were not given time by their weights."""
+    rates = [f["limit"] / r.weight for r, f in zip(runs, facts)]
+    if max(rates) <= 1.5 * min(rates):
+        return []
+    return [
+        f"The runs were given {min(rates):.2f} to {max(rates):.2f} minutes for a weight of 1, by different "
+        "commands: comparisons between them are uneven; another --out trains all anew"
+    ]
+
+
+def _keep_claims(made: Section, out: Path) -> None:
+    """The verdicts as JSON, for the report's summary."""
+    claims = [
+        {"claim": c.text, "verdict": c.outcome.verdict, "because": c.outcome.reason, "ours": c.ours}
+        for c in made.claims
+    ]
+    with atomic_path(out / f"{made.name}.json") as temporary:
+        text = json.dumps({"title": made.title, "claims": claims}, indent=1, ensure_ascii=False)
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_report(setting: Setting, names: Sequence[str], command: str) -> Path:
+    """REPORT.md of the pages there are: a summary of the verdicts, then every page."""
+    rows, pages = [], []
+    for name in names:
+        page, verdicts = setting.out / f"{name}.md", setting.out / f"{name}.json"
+        if page.is_file():
+            pages.append(page.read_text(encoding="utf-8"))
+        if verdicts.is_file():
+            for claim in json.loads(verdicts.read_text(encoding="utf-8"))["claims"]:
+                whose = "ours" if claim["ours"] else "the paper's"
+                rows.append([name, claim["claim"], whose, claim["verdict"]])
+    summary = Table("", ("experiment", "claim", "whose", "verdict"), rows).markdown()
+    head = [
+        f"# {paper.NAME}: what holds on {setting.name}",
+        f"Command: `{command}`. The paper's data (JARVIS-DFT) and machine (two V100) were others: its "
+        "figures stand beside ours to be compared in kind, not in size.",
+        summary,
+    ]
+    path = setting.out / REPORT
+    with atomic_path(path) as temporary:
+        temporary.write_text("\n\n".join([*head, *pages]), encoding="utf-8")
+    return path

@@ -1,0 +1,97 @@
+"""A training run that experiments need: its configuration, its folder, how far it is."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from relaxnet_jax.config import Config, to_dict
+from relaxnet_jax.data.files import atomic_path
+from relaxnet_jax.errors import InputError
+
+State = Literal["missing", "interrupted", "finished"]
+
+# What says where data lie or how a run is watched, not what is computed. The time a run gets is
+# divided anew for every command, so a finished run serves whatever it got; its facts say how much.
+_NOT_IN_DIGEST = {
+    "data": ("path", "split_file"),
+    "train": ("max_minutes", "tensorboard", "checkpoint_every", "checkpoint_minutes"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run, identified by its digest.
+
+    Attributes:
+      name: for people. config: without a time limit. weight: its share of the budget.
+      digest: hash of configuration, data and splits.
+      relaxations: in its training split, those that cannot be used included.
+    """
+
+    name: str
+    config: Config
+    weight: float
+    digest: str
+    relaxations: int
+
+
+def digest_of(config: Config, data: str, split: str) -> str:
+    """16 hexadecimal digits of everything a run's result depends on.
+
+    Args:
+      data: checksum of the store. split: hash of the file of splits, empty without one.
+    """
+    fields: dict[str, Any] = to_dict(config)
+    del fields["name"]
+    for section, names in _NOT_IN_DIGEST.items():
+        for name in names:
+            del fields[section][name]
+    text = json.dumps([fields, data, split], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def folder_of(out: Path, run: Run) -> Path:
+    """The run's workdir."""
+    return out / "runs" / run.digest
+
+
+def state_of(folder: Path) -> State:
+    """Whether a run is still to be trained, to be gone on with, or done."""
+    if (folder / "finished.json").is_file() and (folder / "model").is_dir():
+        return "finished"
+    return "interrupted" if any((folder / "checkpoints" / "latest").glob("[0-9]*")) else "missing"
+
+
+def write_facts(folder: Path, facts: dict[str, Any]) -> None:
+    """Marks a run as finished."""
+    with atomic_path(folder / "finished.json") as temporary:
+        temporary.write_text(json.dumps(facts, indent=1))
+
+
+def read_facts(folder: Path) -> dict[str, Any]:
+    """What is known of a finished run: minutes, epochs, reason, machine."""
+    return _json(folder / "finished.json")
+
+
+def read_epochs(folder: Path) -> list[dict[str, Any]]:
+    """The records of a run's epochs (``metrics.jsonl``); a line that a kill cut short is none."""
+    records = []
+    for line in (folder / "metrics.jsonl").read_text().splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return records
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{path}: missing or damaged ({type(error).__name__}): delete its folder to train anew"
+        ) from None

@@ -1,0 +1,148 @@
+"""Numbers with their spread: one of each structure, with each seed."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import numpy as np
+
+from relaxnet_jax.metrics import Comparison, Predictor, structure_errors
+
+Frames = Literal["final", "all"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Score:
+    """A number of each structure (M columns), with each seed (S rows); NaN where there is none.
+
+    Attributes:
+      ids: of the columns. values: (S, M).
+    """
+
+    ids: tuple[str, ...]
+    values: np.ndarray
+
+    @property
+    def by_seed(self) -> np.ndarray:
+        """(S,) means over the structures that have the number; NaN where none has."""
+        return np.array([_mean(row) for row in self.values])
+
+    @property
+    def mean(self) -> float:
+        """Of the seeds."""
+        return _mean(self.by_seed)
+
+    @property
+    def deviation(self) -> float | None:
+        """Standard deviation over seeds (n - 1); None of fewer than two."""
+        found = self.by_seed[np.isfinite(self.by_seed)]
+        return float(found.std(ddof=1)) if len(found) > 1 else None
+
+    @property
+    def seeds(self) -> int:
+        """How many have a mean."""
+        return int(np.isfinite(self.by_seed).sum())
+
+    @property
+    def missing(self) -> int:
+        """Numbers that are not there, over all seeds."""
+        return int(self.values.size - np.isfinite(self.values).sum())
+
+
+def _mean(values: np.ndarray) -> float:
+    kept = values[np.isfinite(values)]
+    return float(kept.mean()) if len(kept) else math.nan
+
+
+EMPTY = Score((), np.zeros((0, 0)))
+
+
+def score(rows: Sequence[dict[str, float]]) -> Score:
+    """Of {structure: number} by seed; structures in the order in which they come up."""
+    ids = tuple(dict.fromkeys(name for row in rows for name in row))
+    values = [[row.get(name, math.nan) for name in ids] for row in rows]
+    return Score(ids, np.array(values, float).reshape(len(rows), len(ids)))
+
+
+def numbers(values: Sequence[float | None]) -> Score:
+    """Of one number a seed, e.g. seconds."""
+    return score([{} if v is None else {"": v} for v in values])
+
+
+def errors(
+    predicted: Sequence[Sequence[Comparison]],
+    metric: str,
+    frames: Frames = "final",
+    predictor: Predictor = "model",
+) -> Score:
+    """A metric of `FrameMetrics`, by seed.
+
+    Averaged over a structure's frames with "all". Where a prediction is not finite, the model has
+    none.
+    """
+    rows = []
+    for comparisons in predicted:
+        row = {}
+        for c in comparisons:
+            if predictor == "model" and not c.finite:
+                row[c.id] = math.nan
+                continue
+            found = structure_errors(c, predictor).get(metric)
+            if found is not None:
+                row[c.id] = float(found[-1] if frames == "final" else found.mean())
+        rows.append(row)
+    return score(rows)
+
+
+def measured(
+    predicted: Sequence[Sequence[Comparison]], measure: Callable[[Comparison], float]
+) -> Score:
+    """Any number of each structure, by seed."""
+    return score([{c.id: measure(c) for c in comparisons} for comparisons in predicted])
+
+
+def final_fmax(c: Comparison) -> float:
+    """Largest predicted force on a free atom of the final frame, eV/Å."""
+    return float(np.linalg.norm(c.pred_forces[-1][c.free_mask], axis=-1).max(initial=0.0))
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """Of the means of two scores, over the structures that both have.
+
+    Attributes:
+      value: b - a. error: its standard error: of the seeds' means, and of the structures' paired
+        differences, in quadrature; None where there is neither a second seed nor structure.
+      structures: compared.
+    """
+
+    value: float
+    error: float | None
+    structures: int
+
+
+def difference(a: Score, b: Score) -> Difference | None:
+    """b - a; None where there is nothing to compare."""
+    if not np.isfinite(a.mean) or not np.isfinite(b.mean):
+        return None
+    both = [name for name in a.ids if name in set(b.ids)]
+    pairs = [score.values[:, [score.ids.index(n) for n in both]] for score in (a, b)]
+    columns = [np.array([_mean(column) for column in values.T]) for values in pairs]
+    apart = columns[1] - columns[0]
+    kept = np.isfinite(apart)
+    apart = apart[kept]
+    if not len(apart):
+        return None
+    variances = []
+    if len(apart) > 1:
+        variances.append(apart.var(ddof=1) / len(apart))
+    for values in pairs:
+        means = np.array([_mean(row) for row in values[:, kept]])
+        means = means[np.isfinite(means)]
+        if len(means) > 1:
+            variances.append(means.var(ddof=1) / len(means))
+    error = math.sqrt(math.fsum(variances)) if variances else None
+    return Difference(float(apart.mean()), error, len(apart))

@@ -1,0 +1,137 @@
+"""What all experiments of a report share: data, splits, seeds, configurations."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from relaxnet_jax.config import Config, load_config
+from relaxnet_jax.data.dataset import Dataset, load_dataset
+from relaxnet_jax.data.split_file import write_splits
+from relaxnet_jax.data.splits import Splits
+from relaxnet_jax.errors import InputError
+from relaxnet_jax.reproduce.budget import weight_of
+from relaxnet_jax.reproduce.runs import Run, digest_of
+
+ROLES = ("explicit", "implicit", "static", "egnn", "static_final")
+SHOWN = {"static_final": "direct"}
+# What the command decides itself, and the option that says it.
+_RESERVED = {
+    "data.path": "--data",
+    "train.max_minutes": "--budget",
+    "train.seed": "--seeds",
+    "train.noise": "table3, which varies it",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """Data, seeds and configurations of a report.
+
+    Attributes:
+      data: a store. out: the report's folder. seeds: of initialisation and shuffling.
+      sources: config file by role (see `ROLES`). changes: "section.field=value" for all of them.
+      folds: of the cross-validation.
+    """
+
+    data: str
+    out: Path
+    seeds: tuple[int, ...] = (0, 1, 2)
+    sources: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    changes: tuple[str, ...] = ()
+    folds: int = 5
+
+    def __post_init__(self) -> None:
+        for item in self.changes:
+            key = item.partition("=")[0].strip()
+            if key in _RESERVED:
+                raise InputError(f"--set {key}: is given by {_RESERVED[key]}")
+
+    def config(self, role: str, **changes: Any) -> Config:
+        """The configuration of a role with what an experiment changes (section__field=value)."""
+        source = self.sources.get(role, f"{role}.py")
+        base = {"data.path": self.data, "data.variable_cell": "drop"}
+        config = load_config(dataclasses.asdict(load_config(source, base)), self.changes)
+        own = {key.replace("__", "."): value for key, value in changes.items()}
+        return load_config(dataclasses.asdict(config), own)
+
+    def run(self, role: str, seed: int, share: float = 1.0, label: str = "", **changes: Any) -> Run:
+        """A training run.
+
+        Args:
+          role: of the configuration. seed: of the run.
+          share: of the training split; smaller ones are parts of larger ones. label: of what is
+            special about it.
+          changes: section__field=value.
+        """
+        config = self.config(role, train__seed=seed, **changes)
+        split, count = "", len(self.dataset.splits["train"])
+        if share < 1.0:
+            if changes.keys() & {"data__fold", "data__splits"}:
+                raise ValueError("a share is of the training split of the report")
+            file, content = self._share(share)
+            split = hashlib.sha256(content.encode()).hexdigest()
+            data = dataclasses.replace(config.data, split_file=str(file), fold=0)
+            config, count = dataclasses.replace(config, data=data), self._count(share)
+        special = f", {label}" if label else ""
+        return Run(
+            f"{SHOWN.get(role, role)}{special}, seed {seed}",
+            config,
+            weight_of(config, share),
+            digest_of(config, self.checksum, split or self._own_split_file(config)),
+            count,
+        )
+
+    @functools.cached_property
+    def dataset(self) -> Dataset:
+        """The relaxations and the splits of the report. Raises InputError."""
+        return load_dataset(self.config("explicit"))
+
+    @functools.cached_property
+    def checksum(self) -> str:
+        """Of the store."""
+        return self.dataset.trajectories.store.checksum
+
+    @property
+    def name(self) -> str:
+        """Of the data, for captions."""
+        return Path(self.dataset.name).name
+
+    def write_shares(self, runs: Iterable[Run], report: Callable[[str], None]) -> None:
+        """Writes the files of splits that these runs name."""
+        for run in runs:
+            path = Path(run.config.data.split_file)
+            if path.parent == self.out / "splits" and not path.is_file():
+                splits = self.dataset.splits
+                kept = splits["train"][self._order()[: run.relaxations]]
+                part = Splits(np.sort(kept), splits["validation"], splits["test"])
+                write_splits(path, self.dataset.trajectories.ids, [part], {"of": self.name})
+                report(f"{path}: {run.relaxations} of the training relaxations")
+
+    def _order(self) -> np.ndarray:
+        """A random order of the training split, the same for all shares."""
+        seed = self.config("explicit").data.seed
+        return np.random.default_rng(seed).permutation(len(self.dataset.splits["train"]))
+
+    def _count(self, share: float) -> int:
+        return max(1, round(share * len(self.dataset.splits["train"])))
+
+    def _share(self, share: float) -> tuple[Path, str]:
+        """Where the splits of a share are, and text that is equal for equal ones."""
+        ids, splits = self.dataset.trajectories.ids, self.dataset.splits
+        kept = np.sort(splits["train"][self._order()[: self._count(share)]])
+        rows = [kept, splits["validation"], splits["test"]]
+        content = json.dumps([[ids[i] for i in part] for part in rows])
+        tag = hashlib.sha256(content.encode()).hexdigest()[:8]
+        return self.out / "splits" / f"{self._count(share)}-{tag}.json", content
+
+    def _own_split_file(self, config: Config) -> str:
+        file = config.data.split_file
+        return hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else ""

@@ -1,0 +1,499 @@
+"""The paper's experiments by command: runs shared and kept, budgets, verdicts, pages."""
+
+import csv
+import dataclasses
+import json
+import math
+import shutil
+import zlib
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+from tiny import TINY
+
+from relaxnet_jax import cli
+from relaxnet_jax.config import load_config
+from relaxnet_jax.data.dataset import load_dataset
+from relaxnet_jax.errors import InputError
+from relaxnet_jax.metrics import Comparison, evaluate, structure_errors
+from relaxnet_jax.model import create_model
+from relaxnet_jax.reproduce import budget, formats, predictions
+from relaxnet_jax.reproduce.archive import from_record, read_records, to_record, write_records
+from relaxnet_jax.reproduce.convergence import convergence_seconds
+from relaxnet_jax.reproduce.lab import Predicted
+from relaxnet_jax.reproduce.plan import keep_plan, make_plan
+from relaxnet_jax.reproduce.registry import EXPERIMENTS
+from relaxnet_jax.reproduce.runs import Run, folder_of, state_of, write_facts
+from relaxnet_jax.reproduce.scores import difference, errors, numbers, score
+from relaxnet_jax.reproduce.section import Section, Table
+from relaxnet_jax.reproduce.setting import Setting
+from relaxnet_jax.reproduce.verdict import FAILS, HOLDS, OPEN, Claim, all_of, decided, lower
+
+SMALL = (
+    "data.n_emt=24",
+    "data.splits=(0.6,0.15,0.25)",
+    "data.seed=2",
+    "train.batch_size=4",
+    "train.epochs=1",
+    "train.max_buckets=1",
+    "model.layers=1",
+    "model.attention=False",
+    "model.features=8",
+    "model.vector_features=3",
+    "model.triplet_features=4",
+    "model.moment_channels=3",
+    "model.pair_features=4",
+    "model.n_gaussian=4",
+    "model.n_bessel=3",
+    "model.l_max=1",
+    "model.l_angle=1",
+    "model.expansion_channels=3",
+    "model.attention_heads=2",
+    "graph.cutoff=4.0",
+    "graph.triplet_cutoff=3.2",
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    """A cache of its own for generated data, and quick compilation."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RELAXNET_JAX_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def setting(out, seeds=(0, 1), changes=SMALL, **more):
+    return Setting("emt", out, seeds, changes=changes, **more)
+
+
+# Runs and budgets
+
+
+def test_runs_are_known_by_what_they_compute(tmp_path):
+    own = setting(tmp_path)
+    run = own.run("explicit", 0)
+    assert own.run("explicit", 0, label="another name").digest == run.digest
+    assert own.run("explicit", 0, dynamics__frames=5).digest == run.digest  # as shipped
+    assert setting(tmp_path / "moved").run("explicit", 0).digest == run.digest
+    others = [
+        own.run("explicit", 1),
+        own.run("implicit", 0),
+        own.run("explicit", 0, dynamics__frames=3),
+        own.run("explicit", 0, share=0.5),
+        setting(tmp_path, changes=(*SMALL, "data.n_emt=25")).run("explicit", 0),
+        setting(tmp_path, changes=(*SMALL, "train.epochs=2")).run("explicit", 0),
+    ]
+    assert len({run.digest, *(r.digest for r in others)}) == 7
+    watched = setting(tmp_path, changes=(*SMALL, "train.checkpoint_minutes=1"))
+    assert watched.run("explicit", 0).digest == run.digest
+    for reserved in ("data.path=x.h5", "train.seed=1", "train.max_minutes=3"):
+        with pytest.raises(InputError, match=reserved.partition("=")[0]):
+            setting(tmp_path, changes=(reserved,))
+
+
+def test_shares_are_nested_and_keep_the_other_splits(tmp_path):
+    own = setting(tmp_path)
+    runs = [own.run("explicit", 0, share=share) for share in (0.25, 0.5)]
+    own.write_shares(runs, lambda _: None)
+    found = [load_dataset(run.config).ids() for run in runs]
+    whole = own.dataset.ids()
+    small, large = (set(ids["train"]) for ids in found)
+    assert small < large < set(whole["train"])
+    assert [len(small), len(large)] == [run.relaxations for run in runs]
+    for ids in found:
+        assert ids["validation"] == whole["validation"] and ids["test"] == whole["test"]
+
+
+def test_every_experiment_shares_the_shipped_runs(tmp_path):
+    own = setting(tmp_path, changes=("data.n_emt=24",))
+    needs = {name: experiment.runs(own) for name, experiment in EXPERIMENTS.items()}
+    digests = {name: {run.digest for run in runs} for name, runs in needs.items()}
+    explicit = {own.run("explicit", seed).digest for seed in own.seeds}
+    for name in ("table2", "table3", "table5", "table6", "fig3b", "fig3c", "figA3", "frames"):
+        assert explicit <= digests[name], name
+    assert explicit <= digests["ablation"]
+    assert digests["fig3a"] == digests["figA2"] <= digests["table2"]
+    assert digests["fig3b"] <= digests["table5"] and digests["figA1"] == set()
+    direct = {own.run("static_final", seed).digest for seed in own.seeds}
+    assert direct <= digests["table1"] & digests["table5"]
+    for runs in needs.values():
+        by_digest = {run.digest: run.name for run in runs}
+        assert len(set(by_digest.values())) == len(by_digest)
+
+
+def fake_run(digest, weight):
+    return Run(digest, load_config(TINY), weight, digest, 10)
+
+
+def test_budget_is_divided_among_the_missing(tmp_path):
+    runs = {name: fake_run(name, w) for name, w in zip("abcd", (1.0, 3.0, 1.0, 0.5))}
+    needs = {"one": [runs["a"], runs["b"]], "two": [runs["b"], runs["c"], runs["d"]]}
+    done = folder_of(tmp_path, runs["a"])
+    (done / "model").mkdir(parents=True)
+    write_facts(done, {"minutes": 7.0})
+    plan = make_plan(needs, tmp_path, 9.0, "first")
+    minutes = {e.run.digest: e.minutes for e in plan.entries}
+    assert minutes == pytest.approx({"a": 7.0, "b": 6.0, "c": 2.0, "d": 1.0})
+    assert [e.run.digest for e in plan.left] == list("bcd")
+    assert plan.entries[1].needed_by == ("one", "two")
+    keep_plan(plan, tmp_path, "first")
+
+    # An interrupted run keeps what it was promised; what it has left of it is not there for others.
+    part = folder_of(tmp_path, runs["b"])
+    (part / "checkpoints" / "latest" / "5").mkdir(parents=True)
+    (part / "config.json").write_text(json.dumps({"train": {"max_minutes": 6.0}}))
+    (part / "metrics.jsonl").write_text(json.dumps({"seconds": 240.0}) + '\n{"cut sh')
+    other = make_plan(needs, tmp_path, 5.0, "second")
+    assert [e.state for e in other.entries] == ["finished", "interrupted", "missing", "missing"]
+    assert [e.minutes for e in other.entries] == pytest.approx([7.0, 6.0, 2.0, 1.0])
+    other = make_plan(needs, tmp_path, 3.5, "second")
+    assert [e.minutes for e in other.entries] == pytest.approx([7.0, 6.0, 1.0, 0.5])
+    with pytest.raises(InputError, match="--budget"):
+        make_plan(needs, tmp_path, 1.0, "second")
+    # The same command goes on with its own division.
+    same = make_plan(needs, tmp_path, 9.0, "first")
+    assert [e.minutes for e in same.entries] == pytest.approx([7.0, 6.0, 2.0, 1.0])
+    assert [e.minutes for e in make_plan(needs, tmp_path, None, "").entries][2:] == [None, None]
+
+
+def test_weights():
+    def weight(share=1.0, **changes):
+        changes = {key.replace("__", "."): value for key, value in changes.items()}
+        return budget.weight_of(load_config("explicit.py", changes), share)
+
+    assert weight() == 1.0
+    assert weight(dynamics__frames=10, dynamics__substeps=2) == 4.0
+    assert weight(0.25, dynamics__latent="implicit") == 1.5
+    assert budget.divide(6.0, {"x": 1.0, "y": 2.0}) == {"x": 2.0, "y": 4.0}
+
+
+# Numbers and verdicts
+
+
+def test_scores_leave_out_what_is_missing():
+    found = score([{"a": 1.0, "b": 3.0}, {"a": 2.0, "b": math.nan, "c": 6.0}])
+    assert found.ids == ("a", "b", "c") and found.missing == 2
+    assert found.by_seed.tolist() == [2.0, 4.0]
+    assert found.mean == 3.0 and found.deviation == pytest.approx(math.sqrt(2)) and found.seeds == 2
+    assert numbers([1.0]).deviation is None and math.isnan(numbers([None]).mean)
+    other = score([{"b": 4.0, "c": 8.0, "d": 100.0}])
+    apart = difference(found, other)  # b: 4 - 3, c: 8 - 6
+    assert apart.structures == 2 and apart.value == pytest.approx(1.5)
+    assert difference(found, score([{"d": 1.0}])) is None
+
+
+def test_standard_error_of_a_difference():
+    a = score([{"x": 1.0, "y": 2.0}, {"x": 3.0, "y": 4.0}])
+    b = score([{"x": 5.0, "y": 8.0}, {"x": 7.0, "y": 10.0}])
+    # Structures: differences 4 and 6, variance 2, over 2; seeds: means 1.5, 3.5 and 6.5, 8.5.
+    assert difference(a, b).value == 5.0
+    assert difference(a, b).error == pytest.approx(math.sqrt(2 / 2 + 2 / 2 + 2 / 2))
+
+
+def test_verdicts():
+    a = score([{"x": 1.0, "y": 1.1}, {"x": 1.1, "y": 1.0}])
+    b = score([{"x": 2.0, "y": 2.1}, {"x": 2.1, "y": 2.1}])
+    noisy = score([{"x": 0.0, "y": 3.0}, {"x": 9.0, "y": -7.0}])
+    names = "A", "B"
+    assert lower(a, b, names).verdict == HOLDS and lower(b, a, names).verdict == FAILS
+    assert lower(a, noisy, names).verdict == OPEN
+    assert "not told apart" in lower(a, noisy, names).reason
+    assert lower(b, a, names, factor=3.0).verdict == HOLDS
+    assert lower(a, numbers([]), names).verdict == OPEN
+    one = [lower(numbers([x]), numbers([2.0]), names) for x in (1.0, 3.0)]
+    assert [o.verdict for o in one] == [HOLDS, FAILS] and "one measurement" in one[0].reason
+    holds, fails, unknown = (decided(value, str(value)) for value in (True, False, None))
+    assert all_of([holds, holds]).verdict == HOLDS
+    assert all_of([holds, unknown]).verdict == OPEN
+    assert all_of([holds, unknown, fails]).verdict == FAILS and all_of([]).verdict == OPEN
+
+
+def test_convergence_times():
+    losses = [10.0, 4.0, 1.4, 0.0, 0.5]
+    records = [{"seconds": 10.0 * (k + 1), "validation": {"loss": v}} for k, v in enumerate(losses)]
+    assert convergence_seconds(records) == [30.0, 40.0, 40.0]
+    assert convergence_seconds(records[:1]) == [None] * 3
+    assert convergence_seconds([{"seconds": 1.0, "validation": {"loss": None}}]) == [None] * 3
+
+
+def test_numbers_as_people_read_them():
+    assert formats.with_deviation(0.123456, 0.01) == "0.123 ± 0.010"
+    assert formats.with_deviation(26.44, 0.04) == "26.44 ± 0.04"
+    assert formats.with_deviation(math.nan, None) == formats.number(None) == "–"
+    assert formats.percent_change(1.5, 2.0) == "-25.0 %" and formats.percent_change(1, 0) == "–"
+    assert formats.clock(3725) == "1:02:05" and formats.clock(5.25) == "5.2 s"
+
+
+def test_sections_are_csv_and_markdown(tmp_path):
+    spread = numbers([1.0, 2.0])
+    table = Table("T", ("name", "value (Å)"), [["a|b", spread], ["c", None]])
+    claim = Claim("A < B", decided(True, "1 < 2"), "by sign", ours=True)
+    made = Section("x", "X", "Intro.", [table], [claim])
+    pages = made.write(tmp_path, ["Data: d"])
+    rows = list(csv.reader(pages[0].open()))
+    assert rows[1] == ["name", "value (Å)", "value (Å): standard deviation", "value (Å): seeds"]
+    assert rows[2] == ["a|b", "1.5", str(math.sqrt(0.5)), "2"] and rows[3] == ["c", "", "", ""]
+    text = pages[1].read_text()
+    assert "| a\\|b | 1.50 ± 0.71 |" in text and "| c | – |" in text
+    assert "A < B (ours" in text and "holds" in text and "by sign" in text and "- Data: d" in text
+
+
+# Sections, of made-up predictions
+
+
+def relaxations(n_frames, error, count=8, atoms=4):
+    """Comparisons of relaxations with predictions that are wrong by ``error``."""
+    decay = np.exp(-3 * np.linspace(0, 1, n_frames))
+    out = []
+    for s in range(count):
+        rng = np.random.default_rng(s)
+        start, step = rng.uniform(0, 5, (atoms, 3)), rng.normal(0, 0.05, (atoms, 3))
+        true = start + (1 - decay)[:, None, None] * step
+        forces = decay[:, None, None] * rng.normal(size=(n_frames, atoms, 3))
+        energies = -4.0 * atoms + 0.1 * rng.normal() + 0.3 * decay
+        wrong = error * (1 + 0.05 * rng.normal())
+        one = Comparison(
+            f"s{s}", np.full(atoms, 29), 5 * np.eye(3), np.ones(3), np.zeros(atoms),
+            true, energies, forces, start + (1 - wrong) * (true - start), energies + wrong,
+            (1 - wrong) * forces, -4.0 * atoms, np.arange(n_frames), n_frames,
+        )  # fmt: skip
+        out.append(one)
+    return out
+
+
+class Inventor:
+    """A lab whose models err by a number made of their configuration: explicit ones least."""
+
+    def __init__(self, own):
+        self.setting, self.report = own, print
+
+    def predicted(self, run, n_frames, **facts):
+        latent = run.config.dynamics.latent
+        error = {"explicit": 0.1, "implicit": 0.2, "direct": 0.4, "static": 0.6}[latent]
+        error += 0.01 * (zlib.crc32(run.digest.encode()) % 5) / 5
+        slow = {"explicit": 0.01, "implicit": 0.1}
+        seconds = {"seconds": slow.get(latent, 0.5), "left_out": []}
+        return Predicted(tuple(relaxations(n_frames, error)), seconds | facts)
+
+    def paths(self, run, n_frames=None):
+        return self.predicted(run, n_frames or run.config.dynamics.frames)
+
+    def relaxed(self, run, fmax, n_frames=5):
+        return self.predicted(run, n_frames, steps=[7] * 8, converged=[True] * 7 + [False])
+
+    def points(self, run, n_frames=5):
+        return self.predicted(run, n_frames)
+
+    def shaken(self, run, scale):
+        found = self.predicted(run, run.config.dynamics.frames)
+        moved = []
+        for c in found.comparisons:
+            fall = np.linspace(1, 0.5, len(c.slots))[:, None, None]
+            noise = scale * np.random.default_rng(1).normal(size=c.pred_positions.shape[1:])
+            moved.append(dataclasses.replace(c, pred_positions=c.pred_positions + fall * noise))
+        return Predicted(tuple(moved), found.facts)
+
+    def dense(self, run, n_frames):
+        return [
+            {"pred": c.pred_positions, "true": c.true_positions, "id": np.array(c.id)}
+            | {"cell": c.cell, "numbers": c.atomic_numbers, "fixed": c.fixed_mask}
+            for c in self.predicted(run, n_frames).comparisons
+        ]
+
+    def facts(self, run):
+        return {"minutes": 1.0}
+
+    def epochs(self, run):
+        losses = (3.0, 2.0, 1.0)
+        return [{"seconds": 10.0 * k, "validation": {"loss": v}} for k, v in enumerate(losses)]
+
+    def epoch_seconds(self, run):
+        return 1.0 if run.config.dynamics.latent == "explicit" else 20.0
+
+    def memory(self, run):
+        return 2**20
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_section(tmp_path, name):
+    own = setting(tmp_path)
+    made = EXPERIMENTS[name].section(Inventor(own))
+    pages = made.write(tmp_path, ["Data: made up"])
+    assert {p.name for p in pages} >= {f"{name}.csv", f"{name}.md", f"{name}.png"}
+    for page in pages:
+        assert page.stat().st_size > 100
+    text = (tmp_path / f"{name}.md").read_text()
+    assert f"]({name}.png)" in text and "Traceback" not in text
+    widths = {len(row) for row in csv.reader((tmp_path / f"{name}.csv").open()) if len(row) > 1}
+    assert len(widths) == 1
+    if name != "figA1":
+        assert "doing nothing" in text
+    assert made.claims
+    for table in made.tables:
+        assert all(len(row) == len(table.columns) for row in table.rows), table.title
+
+
+def test_verdicts_of_table5_follow_from_the_predictions(tmp_path):
+    made = EXPERIMENTS["table5"].section(Inventor(setting(tmp_path)))
+    assert [c.outcome.verdict for c in made.claims] == [HOLDS] * len(made.claims)
+    rows = {row[0]: row for row in made.tables[0].rows}
+    explicit = relaxations(5, 0.1)
+    ratio = rows["RelaxNet explicit"][7].mean
+    assert 0.05 < ratio < 0.15 and evaluate(explicit).final_ratio == pytest.approx(0.1, abs=0.02)
+    assert rows["EGNN, 2 layers + LBFGS (C1)"][12].mean == pytest.approx(100 * 7 / 8)
+
+
+def test_errors_are_those_of_the_metrics():
+    compared = relaxations(4, 0.2)
+    compared[2].pred_energies[:] = np.nan
+    reference = evaluate(compared)
+    for metric in ("energy_mae", "forces_mae", "positions_mae", "rmsd"):
+        for frames, own in (("final", reference.final), ("all", reference.all_frames)):
+            assert errors([compared], metric, frames).mean == pytest.approx(getattr(own, metric))
+    found = structure_errors(compared[0], "nothing")
+    assert found["energy_mae"][0] == 0 and found["positions_mae"][-1] > 0
+
+
+# Predictions and runs
+
+
+def test_comparisons_keep_in_files(tmp_path):
+    compared = relaxations(3, 0.1, count=2)
+    write_records(tmp_path / "a.npz", [to_record(c) for c in compared], {"seconds": 0.5})
+    records, facts = read_records(tmp_path / "a.npz")
+    assert facts == {"seconds": 0.5}
+    for one, record in zip(compared, records):
+        again = from_record(record)
+        for field in dataclasses.fields(one):
+            np.testing.assert_array_equal(getattr(again, field.name), getattr(one, field.name))
+    (tmp_path / "a.npz").write_bytes(b"damaged")
+    assert read_records(tmp_path / "a.npz") is None and read_records(tmp_path / "b.npz") is None
+
+
+def test_kinds_of_predictions(tmp_path):
+    """By an untrained potential: what each kind asks of it, and of what."""
+    own = setting(tmp_path, changes=(*SMALL, "model.architecture=egnn"))
+    test = [own.dataset.trajectories[int(i)] for i in own.dataset.splits["test"][:2]]
+    model = create_model(own.config("static"))
+    records, _ = predictions.points(model, test, 3, print)
+    for record, t in zip(records, test):
+        c = from_record(record)
+        np.testing.assert_array_equal(c.pred_positions, t.positions[[0, t.n_frames // 2, -1]])
+        energy, forces = model.energy_and_forces(t.atoms(-1))
+        assert c.pred_energies[-1] == pytest.approx(energy, rel=1e-5)
+        np.testing.assert_allclose(c.pred_forces[-1], forces, atol=1e-4)
+    records, facts = predictions.relaxed(model, test, 3, 1e3, print)
+    assert facts["converged"] == [True, True] and facts["steps"] == [0, 0]
+
+    model = create_model(own.config("explicit", dynamics__frames=2))
+    still, facts = predictions.paths(model, test, 2, print)
+    assert facts["seconds"] > 0 and facts["left_out"] == []
+    shaken, _ = predictions.shaken(model, test, 0.01, print)
+    for a, b in zip(still, shaken):
+        moved = b["pred_positions"][0] - a["pred_positions"][0]
+        assert 0.003 < moved.std() < 0.03
+        np.testing.assert_array_equal(a["true_positions"], b["true_positions"])
+    lost, _ = predictions.shaken(model, test, 1e4, print)
+    assert len(lost) == 2
+    (record, _), _ = predictions.dense(model, test, 2, print)
+    np.testing.assert_allclose(record["pred"], still[0]["pred_positions"], atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def report(cache, tmp_path_factory):
+    """fig3b, then figA3, which needs nothing more: (folder, arguments)."""
+    out = tmp_path_factory.mktemp("report")
+    changes = (*SMALL, "model.architecture=egnn")
+    more = ["--data", "emt", "--seeds", "3", "--out", str(out), "--set", *changes]
+    assert cli.main(["reproduce", "fig3b", "--budget", "5", *more]) == 0
+    return out, more
+
+
+def test_experiments_share_runs(report, capsys, monkeypatch):
+    out, more = report
+    folders = sorted((out / "runs").iterdir())
+    assert len(folders) == 2 and all(state_of(f) == "finished" for f in folders)
+    facts = [json.loads((f / "finished.json").read_text()) for f in folders]
+    assert all(f["reason"] == "epochs" and f["machine"]["cores"] > 0 for f in facts)
+    assert sum(f["limit"] for f in facts) == pytest.approx(5.0)
+    before = {p: p.stat().st_mtime_ns for p in out.rglob("*.npz")}
+    monkeypatch.setattr("relaxnet_jax.reproduce.training.train", None)
+    assert cli.main(["reproduce", "figA3", *more]) == 0
+    told = capsys.readouterr()
+    assert "1 runs, 0 to train" in told.out and "figA3.md" in told.out
+    assert {p: p.stat().st_mtime_ns for p in before} == before
+    page = (out / "figA3.md").read_text()
+    assert "Seeds: 3" in page and "reproduce figA3" in page and "Trained on: " in page
+    claims = json.loads((out / "figA3.json").read_text())["claims"]
+    assert {c["verdict"] for c in claims} <= {HOLDS, FAILS, OPEN}
+
+
+def test_plan_trains_nothing(report, capsys, tmp_path):
+    out, more = report
+    before = sorted(out.rglob("*"))
+    assert cli.main(["reproduce", "table5", "--plan", *more]) == 0
+    assert "5 runs, 3 to train" in capsys.readouterr().out
+    assert sorted(out.rglob("*")) == before
+    assert cli.main(["reproduce", "table5", *more]) == 2
+    assert "--budget" in capsys.readouterr().err
+
+
+def test_interrupted_runs_are_gone_on_with(report, capsys, monkeypatch, tmp_path):
+    out, more = report
+    copy = tmp_path / "copy"
+    shutil.copytree(out, copy)
+    more = [str(copy) if item == str(out) else item for item in more]
+    own = Setting("emt", copy, (3,), changes=tuple(more[more.index("--set") + 1 :]))
+    folder = folder_of(copy, own.run("explicit", 3))
+    (folder / "finished.json").unlink()
+    assert state_of(folder) == "interrupted"
+    epochs = (folder / "metrics.jsonl").read_text()
+
+    def told_to_stop(config, workdir, resume, **_):
+        assert resume and config.train.max_minutes == pytest.approx(10 / 3)
+        return SimpleNamespace(stopped=True)
+
+    command = ["reproduce", "figA3", "--budget", "9", *more]
+    with monkeypatch.context() as patch:
+        patch.setattr("relaxnet_jax.reproduce.training.train", told_to_stop)
+        assert cli.main(command) == 143
+    assert state_of(folder) == "interrupted"
+    assert cli.main(command) == 0
+    assert state_of(folder) == "finished"
+    assert (folder / "metrics.jsonl").read_text() == epochs
+    assert "resuming" in capsys.readouterr().err
+
+
+def test_all_tells_what_cannot_be_done(report, monkeypatch, capsys):
+    out, more = report
+
+    def broken(lab):
+        raise InputError("no such thing: give another")
+
+    few = {name: EXPERIMENTS[name] for name in ("fig3b", "figA1")}
+    few["figA1"] = dataclasses.replace(few["figA1"], section=broken)
+    monkeypatch.setattr("relaxnet_jax.reproduce.registry.EXPERIMENTS", few)
+    assert cli.main(["reproduce", "all", *more]) == 1
+    told = capsys.readouterr()
+    assert "figA1: cannot be done: no such thing" in told.err
+    text = (out / "REPORT.md").read_text()
+    assert "| fig3b |" in text and "## Figure 3b" in text and "Could not be done" in text
+    assert cli.main(["reproduce", "fig3b", "--folds", "1", *more]) == 2
+    assert cli.main(["reproduce", "fig3b", "--config", "explicit.py", *more]) == 2
+    assert "NAME=FILE" in capsys.readouterr().err
+
+
+@pytest.mark.heavy
+def test_table5_and_table1_end_to_end(tmp_path):
+    changes = (*SMALL, "model.architecture=egnn", "train.epochs=2")
+    more = ["--data", "emt", "--seeds", "0", "--out", str(tmp_path), "--set", *changes]
+    config = tmp_path / "implicit.py"
+    config.write_text('def get_config():\n    return {"dynamics": {"latent": "implicit"}}\n')
+    more += ["--config", f"implicit={config}"]
+    for name in ("table5", "table1"):
+        assert cli.main(["reproduce", name, "--budget", "5", *more]) == 0
+        assert (tmp_path / f"{name}.csv").is_file()
