@@ -36,7 +36,7 @@ def get_config():
             "vector_messages": True,
             "update_positions": True,
         },
-        "loss": {"energy_per": "structure"},
+        "loss": {"energy_per": "structure", "errors": "squared"},
         "data": {"frame_selection": "equidistant", "splits": (0.9, 0.05, 0.05)},
         "train": {
             "batch_size": 64,

@@ -171,6 +171,22 @@ def test_weights():
     assert budget.divide(6.0, {"x": 1.0, "y": 2.0}) == {"x": 2.0, "y": 4.0}
 
 
+@pytest.mark.parametrize("latent", ("explicit", "implicit"))
+def test_paper_configs(latent):
+    """What the paper prints of its model and training."""
+    config = load_config(f"paper_{latent}.py")
+    d, t, loss = config.dynamics, config.train, config.loss
+    assert (d.latent, d.order, d.mass, d.solver, d.rtol, d.atol) == (
+        *(latent, "second", "atomic", "rk4"), 1e-3, 1e-3
+    )  # fmt: skip
+    assert not d.friction and not d.time_scale and config.model.interaction == "triplets"
+    assert config.model.layers == 2 and config.model.update_positions
+    assert (t.learning_rate, t.weight_decay, t.batch_size, t.epochs) == (5e-4, 5e-5, 64, 1000)
+    assert (t.plateau_factor, t.plateau_patience, t.early_stop_patience) == (0.8, 8, 20)
+    assert config.data.splits == (0.9, 0.05, 0.05) and t.static_epochs == 0 and t.ema == 0
+    assert (loss.energy_per, loss.errors) == ("structure", "squared")
+
+
 # Numbers and verdicts
 
 

@@ -18,7 +18,10 @@ State = Literal["missing", "interrupted", "finished"]
 # divided anew for every command, so a finished run serves whatever it got; its facts say how much.
 _NOT_IN_DIGEST = {
     "data": ("path", "split_file"),
-    "train": ("max_minutes", "tensorboard", "checkpoint_every", "checkpoint_minutes"),
+    "train": (
+        *("max_minutes", "tensorboard", "checkpoint_every", "checkpoint_minutes"),
+        "start_from",
+    ),
 }
 
 
@@ -39,18 +42,19 @@ class Run:
     relaxations: int
 
 
-def digest_of(config: Config, data: str, split: str) -> str:
+def digest_of(config: Config, data: str, split: str, start: str = "") -> str:
     """16 hexadecimal digits of everything a run's result depends on.
 
     Args:
       data: checksum of the store. split: hash of the file of splits, empty without one.
+      start: checksum of the model it begins with, empty without one.
     """
     fields: dict[str, Any] = to_dict(config)
     del fields["name"]
     for section, names in _NOT_IN_DIGEST.items():
         for name in names:
             del fields[section][name]
-    text = json.dumps([fields, data, split], sort_keys=True)
+    text = json.dumps([fields, data, split, start], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -19,6 +19,7 @@ from relaxnet_jax.data.splits import Splits
 from relaxnet_jax.errors import InputError
 from relaxnet_jax.reproduce.budget import weight_of
 from relaxnet_jax.reproduce.runs import Run, digest_of
+from relaxnet_jax.train.start import start_facts
 
 ROLES = ("explicit", "implicit", "static", "egnn", "static_final")
 SHOWN = {"static_final": "direct"}
@@ -80,12 +81,13 @@ class Setting:
             split = hashlib.sha256(content.encode()).hexdigest()
             data = dataclasses.replace(config.data, split_file=str(file), fold=0)
             config, count = dataclasses.replace(config, data=data), self._count(share)
+        start = start_facts(config).get("started_from", "")
         special = f", {label}" if label else ""
         return Run(
             f"{SHOWN.get(role, role)}{special}, seed {seed}",
             config,
             weight_of(config, share),
-            digest_of(config, self.checksum, split or self._own_split_file(config)),
+            digest_of(config, self.checksum, split or self._own_split_file(config), start),
             count,
         )
 
