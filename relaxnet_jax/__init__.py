@@ -22,6 +22,7 @@ _HOMES = {
     "save_model": "relaxnet_jax.model",
     "predict_trajectory": "relaxnet_jax.model",
     "relax": "relaxnet_jax.predict",
+    "relax_committee": "relaxnet_jax.committee",
     "head_start": "relaxnet_jax.starting",
     "solve_trajectory": "relaxnet_jax.solver",
     "train": "relaxnet_jax.train.loop",
@@ -33,6 +34,7 @@ __all__ = sorted([*_HOMES, "__version__"])
 
 if TYPE_CHECKING:
     from relaxnet_jax.calculator import RelaxNetCalculator as RelaxNetCalculator
+    from relaxnet_jax.committee import relax_committee as relax_committee
     from relaxnet_jax.config import load_config as load_config
     from relaxnet_jax.data.trajectory import RelaxationTrajectory as RelaxationTrajectory
     from relaxnet_jax.errors import InputError as InputError

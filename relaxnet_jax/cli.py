@@ -148,6 +148,14 @@ def _add_eval(commands) -> None:
     p.add_argument(
         "--fmax", type=float, metavar="F", help="--lbfgs to this force in eV/Å (default: 0.05)"
     )
+    p.add_argument(
+        "--committee",
+        nargs="+",
+        default=[],
+        metavar="DIR",
+        help="runs of other models trained from other seeds: how well their disagreement with "
+        "this one tells its errors",
+    )
 
 
 def _add_predict(commands) -> None:

@@ -23,7 +23,13 @@ def add_relax(commands) -> None:
         help="structures in any format ASE reads, all images of each; folders, searched for "
         "POSCAR*, vasp, poscar, cif, xyz, extxyz and traj files",
     )
-    p.add_argument("--model", metavar="DIR", help="a training run or a model folder")
+    p.add_argument(
+        "--model",
+        action="append",
+        metavar="DIR",
+        help="a training run or a model folder; given several times, models trained from different "
+        "seeds: the first one predicts, and how far they disagree is an estimate of its error",
+    )
     p.add_argument("--frames", type=int, default=5, metavar="N", help="of each path (default: 5)")
     p.add_argument(
         "--refine",

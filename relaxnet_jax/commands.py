@@ -85,12 +85,27 @@ def evaluate(args: argparse.Namespace) -> int:
 
     if args.fmax is not None and not args.fmax > 0:
         raise InputError(f"--fmax {args.fmax:g}: give a force in eV/Å, above 0")
+    runs = [args.workdir, *args.committee]
+    if len({Path(run).resolve() for run in runs}) < len(runs):
+        raise InputError("--committee: names a run twice; a committee's members must differ")
     with status("predicting…"):
         fmax = FMAX if args.lbfgs and args.fmax is None else args.fmax
         result = evaluate_workdir(args.workdir, args.split, args.data, note, fmax)
+        members = [result]
+        for run in args.committee:
+            members.append(evaluate_workdir(run, args.split, args.data, note))
     default = Path(args.workdir, f"eval-{Path(args.data).stem if args.data else args.split}")
-    files = write_evaluation(result, args.out or default)
-    Console(highlight=False).print(metrics_table(result.results, result.name, result.costs))
+    out = Path(args.out or default)
+    files = write_evaluation(result, out)
+    console = Console(highlight=False)
+    console.print(metrics_table(result.results, result.name, result.costs))
+    if args.committee:
+        from relaxnet_jax import calibration
+
+        errors = calibration.committee_errors([m.comparisons for m in members])
+        found = calibration.calibrate(errors)
+        console.print(calibration.calibration_table(found, len(members)))
+        files += calibration.write_calibration(errors, found, runs, out)
     for file in files:
         say(str(file))
     say(f"next: relaxnet-jax predict FILE --model {q(args.workdir)}")
@@ -123,7 +138,7 @@ def predict(args: argparse.Namespace) -> int:
         raise InputError(f"{source}: no structure could be predicted: {left_out[0]}{more}")
     files.write_trajectories([result.path for result in results], out)
     for result in results[:20]:
-        say(files.summary(*result))
+        say(files.summary(result.path, result.flags))
     if len(results) > 20:
         say(f"… and {len(results) - 20} more")
     say(
@@ -174,7 +189,7 @@ def demo(args: argparse.Namespace) -> int:
     predicted.write(out / "predicted.extxyz")
     true.write(out / "true.extxyz")
     trajectory_figure(_without_drift(true, model), predicted, out / "trajectory.png", caption)
-    say(f"predicted: {files.summary(*results[0])}")
+    say(f"predicted: {files.summary(results[0].path, results[0].flags)}")
     say(f"true:      {files.summary(true)}")
     for file in ("predicted.extxyz", "true.extxyz", "trajectory.png"):
         say(str(out / file))

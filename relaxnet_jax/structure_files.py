@@ -16,6 +16,7 @@ from relaxnet_jax.errors import InputError
 if TYPE_CHECKING:
     from ase import Atoms
 
+    from relaxnet_jax.committee import Spread
     from relaxnet_jax.graph import Structure
     from relaxnet_jax.model import RelaxNet
     from relaxnet_jax.trust import Flag
@@ -35,10 +36,17 @@ class Failure(NamedTuple):
 
 
 class Predicted(NamedTuple):
-    """A predicted trajectory and what speaks against it, see `trust.trust_flags`."""
+    """A predicted trajectory.
+
+    Attributes:
+      path: of the first member of a committee.
+      flags: what speaks against it, see `trust.trust_flags`.
+      spread: of the committee; None without one.
+    """
 
     path: RelaxationTrajectory
     flags: tuple[Flag, ...]
+    spread: Spread | None = None
 
 
 def is_poscar(path: Path) -> bool:

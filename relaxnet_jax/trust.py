@@ -33,7 +33,8 @@ class Flag(NamedTuple):
     Attributes:
       name: one of "untrained", "unseen element", "not finite", "skin exceeded",
         "atoms too close", "energy rises", "forces do not fall", "density", "coordination",
-        "all atoms fixed", "constraints ignored", "no forces".
+        "all atoms fixed", "constraints ignored", "no forces"; of a committee "members disagree",
+        "no spread".
       detail: one line with the numbers.
       unusable: the final geometry should not be used, not even as a start.
     """

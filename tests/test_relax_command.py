@@ -34,6 +34,7 @@ from relaxnet_jax.relaxation.inputs import (
 from relaxnet_jax.relaxation.outputs import lost_constraints
 from relaxnet_jax.relaxation.refine import Leg, Refined, refine
 from relaxnet_jax.relaxation.report import MAX_ROWS, flag_lines, record, tables, totals
+from relaxnet_jax.structure_files import Predicted
 from relaxnet_jax.trust import Flag
 
 ELEMENTS = (29, 46, 78, 79)
@@ -405,10 +406,10 @@ def test_record_and_tables():
     path = trajectory()
     fmax = 0.02 * np.sqrt(3)
     flags = (Flag("energy rises", "by 3 meV/atom"),)
-    assert record(path, (), fmax + 1e-9, 0.1, None)["converged"]
-    assert not record(path, (), fmax - 1e-9, 0.1, None)["converged"]
+    assert record(Predicted(path, ()), fmax + 1e-9, 0.1, None)["converged"]
+    assert not record(Predicted(path, ()), fmax - 1e-9, 0.1, None)["converged"]
     legs = Leg(9, -1.0, 0.01, True, 0.3), Leg(3, -1.0, 0.01, True, 0.1)
-    values = record(path, flags, 0.05, 0.1, Refined(*legs, False, alloy(), "with"))
+    values = record(Predicted(path, flags), 0.05, 0.1, Refined(*legs, False, alloy(), "with"))
     assert values["energy_change_per_atom"] == -0.5
     assert values["largest_displacement"] == pytest.approx(0.2 * np.sqrt(3))
     json.dumps(values, allow_nan=False)

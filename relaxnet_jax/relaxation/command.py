@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,8 +63,12 @@ def relax(args: argparse.Namespace, load_model: Callable[[str], RelaxNet]) -> in
     calculator = _calculator(args.refine)
     enable_compilation_cache()
     check_devices(None)
-    model = load_model(args.model)
-    predicted, seconds = _predict(model, found, args.frames, failures)
+    from relaxnet_jax.committee import check_members
+
+    members = [load_model(folder) for folder in args.model]
+    if len(members) > 1:
+        check_members(members)
+    predicted, seconds = _predict(dict(zip(args.model, members)), found, args.frames, failures)
     done = _finish(predicted, calculator, args, seconds, failures)
     _write(done, dict(zip((i.name for i in found), targets)), html, args.fmax, failures)
     records = [one.record for one in done if one.written]
@@ -123,18 +127,29 @@ class _Done:
 
 
 def _predict(
-    model: RelaxNet, found: Sequence[Input], frames: int, failures: _Failures
+    models: Mapping[str, RelaxNet], found: Sequence[Input], frames: int, failures: _Failures
 ) -> tuple[list[tuple[Input, Predicted]], float]:
-    """The inputs with a usable prediction, and seconds of prediction per structure."""
+    """The inputs with a usable prediction, and seconds of prediction per structure.
+
+    Args:
+      models: by name; the first one predicts.
+    """
+    from relaxnet_jax.committee import add_spreads
     from relaxnet_jax.starting import constraint_flags
     from relaxnet_jax.trust import unusable
 
     by_place = {one.place: one for one in found}
+    model, *_ = models.values()
+    others = dict(list(models.items())[1:])
     usable, unfit = usable_structures(model, [(i.place, i.atoms) for i in found], lambda _: None)
     failures.add(unfit)
     begin = time.perf_counter()
     with bar("structures", len(usable)) as advance:
         results, failed = predict_all(model, usable, frames, advance, lambda _: None)
+    if others:
+        with bar("other members", len(others)) as advance:
+            atoms = {one.place: one.atoms for one in found}
+            results = add_spreads(results, others, atoms, model, advance)
     seconds = (time.perf_counter() - begin) / max(len(usable), 1)
     failures.add(failed)
     kept = []
@@ -149,7 +164,8 @@ def _predict(
             failures.add([Failure(one.place, reason)])
             continue
         path = dataclasses.replace(result.path, id=one.name)
-        kept.append((one, Predicted(path, result.flags + constraint_flags(one.atoms))))
+        flags = result.flags + constraint_flags(one.atoms)
+        kept.append((one, Predicted(path, flags, result.spread)))
     return kept, seconds
 
 
@@ -177,7 +193,7 @@ def _finish(
                 except InputError as error:
                     failures.add([Failure(one.place, str(error))])
                 advance(count)
-            values = record(result.path, result.flags, args.fmax, seconds, refined)
+            values = record(result, args.fmax, seconds, refined)
             values["input"] = one.place
             done.append(_Done(one, result, values, refined))
     return done
@@ -239,7 +255,8 @@ def _json(
     from relaxnet_jax.relaxation.report import UNITS
 
     document = {
-        "model": args.model,
+        "model": args.model[0],
+        "committee": args.model,
         "fmax": args.fmax,
         "refine": args.refine,
         "wrong_minimum_per_atom": WRONG_MINIMUM,

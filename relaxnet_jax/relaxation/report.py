@@ -10,29 +10,25 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from relaxnet_jax.data.trajectory import RelaxationTrajectory
 from relaxnet_jax.relaxation.refine import WRONG_MINIMUM, Refined
 
 if TYPE_CHECKING:
-    from relaxnet_jax.trust import Flag
+    from relaxnet_jax.structure_files import Predicted
 
 UNITS = {"energy": "eV", "force": "eV/Å", "length": "Å", "time": "s"}
 MAX_ROWS = 50
 
 
 def record(
-    path: RelaxationTrajectory,
-    flags: Sequence[Flag],
-    fmax: float,
-    seconds: float,
-    refined: Refined | None,
+    result: Predicted, fmax: float, seconds: float, refined: Refined | None
 ) -> dict[str, Any]:
     """What is known of one predicted relaxation: numbers, strings, lists and None only.
 
     Args:
-      path: predicted. flags: of it. fmax: eV/Å, asked for.
+      fmax: eV/Å, asked for.
       seconds: of prediction, the share of this structure. refined: by ``--refine``, or None.
     """
+    path, flags, spread = result
     free = ~path.fixed_mask
     moved = np.linalg.norm(path.positions[-1] - path.positions[0], axis=-1)[free]
     values: dict[str, Any] = {
@@ -49,6 +45,7 @@ def record(
         "converged": bool(path.fmax[-1] < fmax) and not any(f.name == "no forces" for f in flags),
         "flags": [{"name": f.name, "detail": f.detail} for f in flags],
         "seconds": seconds,
+        "spread": None if spread is None else spread._asdict(),
     }
     if refined is not None:
         without, with_start = refined.without, refined.with_start
@@ -70,10 +67,14 @@ def tables(records: Sequence[dict[str, Any]], fmax: float, refine: str | None) -
         "seconds: of all structures together, compiling included, by their number"
     )
     headings = ["atoms", "ΔE\nmeV/atom", "fmax\neV/Å", "moved\nÅ", "converged", "seconds"]
+    committee = next((r["spread"]["members"] for r in records if r["spread"]), 0)
+    if committee:
+        headings[4:4] = ["± E\nmeV/atom", "± positions\nÅ"]
+        caption += f";\n±: spread of {committee} models, of the final energy and positions"
     predicted = _table("predicted", headings, caption)
     predicted.add_column("flags", overflow="fold")
     for r in shown:
-        cells = (
+        cells = [
             r["name"],
             str(r["atoms"]),
             f"{1e3 * r['energy_change_per_atom']:+.1f}",
@@ -82,7 +83,13 @@ def tables(records: Sequence[dict[str, Any]], fmax: float, refine: str | None) -
             "yes" if r["converged"] else "no",
             f"{r['seconds']:.2f}",
             ", ".join(f["name"] for f in r["flags"]),
-        )
+        ]
+        if committee:
+            s = r["spread"]
+            shown_spread = ["–", "–"]
+            if s is not None:
+                shown_spread = [f"{1e3 * s['energy_per_atom']:.1f}", f"{s['positions']:.3f}"]
+            cells[5:5] = shown_spread
         predicted.add_row(*map(escape, cells))
     if not refine:
         return [predicted]

@@ -1,0 +1,238 @@
+"""Committees: the spread of their predictions, what it flags, and how it is held against errors."""
+
+import csv
+import dataclasses
+import json
+from pathlib import Path
+
+import ase.io
+import jax
+import numpy as np
+import pytest
+from ase.build import bulk
+from ase.constraints import FixAtoms
+from scipy.stats import spearmanr
+from tiny import tiny_config, tiny_model
+
+from relaxnet_jax import cli, predict
+from relaxnet_jax.calibration import calibrate, calibration_table, committee_errors
+from relaxnet_jax.committee import check_members, disagreement, relax_committee, spread
+from relaxnet_jax.data.store_write import write_store
+from relaxnet_jax.data.trajectory import RelaxationTrajectory
+from relaxnet_jax.errors import InputError
+from relaxnet_jax.metrics import Comparison
+from relaxnet_jax.model import save_model
+
+LIGHT = {"model__layers": 1, "model__attention": False, "model__vector_messages": False}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation(tmp_path_factory):
+    jax.config.update("jax_disable_most_optimizations", True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RELAXNET_JAX_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def models():
+    """Three models from different seeds, the last one without gold."""
+    made = []
+    for seed in range(3):
+        config = tiny_config("explicit", **LIGHT, train__seed=seed)
+        model = tiny_model(config, seed=seed, dtype=np.float32, factor=3.0)
+        made.append(model.replace(elements=(29, 79)[: 1 if seed == 2 else 2]))
+    return made
+
+
+def alloy(symbol="Au", seed=0):
+    atoms = bulk("Cu", cubic=True)
+    atoms.symbols[1] = symbol
+    atoms.rattle(0.08, seed=seed)
+    return atoms
+
+
+def paths(shifts, fixed=(), cells=None):
+    """Paths of two frames whose final frames differ by these (members, 4, 3) Å."""
+    start, n = alloy().positions, len(shifts)
+    cell = alloy().cell.array
+    cells = [cell] * n if cells is None else cells
+    return [
+        RelaxationTrajectory(
+            id="a",
+            atomic_numbers=alloy().numbers,
+            positions=np.stack([start, start + shift]),
+            cells=np.stack([cell, last]),
+            pbc=np.ones(3, bool),
+            energies=np.array([0.0, -0.1 * k]),
+            forces=np.zeros((2, 4, 3)),
+            fixed_mask=np.isin(np.arange(4), fixed),
+        )
+        for k, (shift, last) in enumerate(zip(shifts, cells))
+    ]
+
+
+def test_spread():
+    """Standard deviations over the members, by NumPy's own words; translations are none."""
+    shifts = np.random.default_rng(0).normal(0, 0.1, (3, 4, 3))
+    found = spread(paths(shifts, fixed=[0]))
+    variance = shifts[:, 1:].var(axis=0, ddof=1).sum(-1)
+    assert found.positions == pytest.approx(np.sqrt(variance.mean()))
+    assert found.largest == pytest.approx(np.sqrt(variance.max())) and found.members == 3
+    assert found.energy_per_atom == pytest.approx(0.1 / 4) and found.volume is None
+    moved = np.tile(np.array([[[0.0] * 3], [[1.0] * 3]]), (1, 4, 1))
+    assert spread(paths(moved)).positions == pytest.approx(0, abs=1e-12)
+    assert spread(paths(moved, fixed=[0])).positions > 0.5
+    assert spread(paths(shifts, fixed=range(4))).positions == 0
+
+
+def test_spread_of_cells():
+    """A strained cell is a spread of the volume, not of the internal displacements."""
+    start, cell = alloy().positions, alloy().cell.array
+    scales = (1.0, 1.02)
+    found = spread(paths([start * (s - 1) for s in scales], cells=[cell * s for s in scales]))
+    assert found.positions == pytest.approx(0, abs=1e-12)
+    assert found.volume == pytest.approx(np.std([1, 1.02**3], ddof=1) / np.mean([1, 1.02**3]))
+
+
+def test_disagreement():
+    """Flagged where members differ by more than atoms move."""
+    shifts = np.full((2, 4, 3), 0.1)
+    shifts[0, :2] -= 0.05
+    path, other = paths(shifts, fixed=[3])
+    found = spread([path, other])
+    assert disagreement(path, found) is None
+    wide = found._replace(positions=0.2)
+    assert disagreement(path, wide).name == "members disagree"
+    assert "0.200" in disagreement(path, wide).detail
+
+
+def test_relax_command(models, tmp_path, monkeypatch, capsys):
+    """One program for members of one kind; spreads in table and JSON; why there is none is told."""
+    monkeypatch.chdir(tmp_path)
+    for k, model in enumerate(models):
+        save_model(model, f"m{k}")
+    ase.io.write("cells.extxyz", [alloy("Cu"), alloy("Au", 1)])
+    before = predict.compiled_shapes()
+    argv = ["relax", "cells.extxyz", "--model", "m0", "--model", "m1", "--frames", "3", "--json"]
+    assert cli.main(argv) == 0
+    assert predict.compiled_shapes() == before + 1
+    document = json.loads(capsys.readouterr().out)
+    assert document["model"] == "m0" and document["committee"] == ["m0", "m1"]
+    expected = relax_committee(models[:2], alloy("Cu"), 3)
+    one, two = document["structures"]
+    assert one["spread"]["positions"] == pytest.approx(expected.spread.positions, rel=1e-3)
+    assert one["spread"]["energy_per_atom"] == pytest.approx(
+        expected.spread.energy_per_atom, rel=1e-3
+    )
+    assert 0 < two["spread"]["positions"] <= two["spread"]["largest"]
+    final = ase.io.read("relaxed/cells-path.extxyz", "2").positions
+    np.testing.assert_allclose(final, expected.path.positions[-1], atol=1e-5)
+    assert np.abs(expected.paths[1].positions[-1] - final).max() > 1e-4
+
+    assert cli.main([*argv[:-1], "--model", "m2", "--overwrite"]) == 0
+    out, err = capsys.readouterr()
+    assert "± positions" in out and "spread of 3 models" in out
+    assert "no spread: a member has no usable path, m2: the model never saw Au" in err
+    assert cli.main([*argv[:-3], "--model", "m0", "--overwrite"]) == 2
+    assert "given twice" in capsys.readouterr().err
+    with pytest.raises(InputError, match="at least 2"):
+        check_members(models[:1])
+
+
+def comparison(name, true, predicted, energy, fixed=(0,)):
+    atoms = alloy()
+    return Comparison(
+        id=name,
+        atomic_numbers=atoms.numbers,
+        cell=atoms.cell.array,
+        pbc=np.ones(3, bool),
+        fixed_mask=np.isin(np.arange(4), fixed),
+        true_positions=np.stack([atoms.positions, atoms.positions + true]),
+        true_energies=np.zeros(2),
+        true_forces=np.zeros((2, 4, 3)),
+        pred_positions=np.stack([atoms.positions, atoms.positions + predicted]),
+        pred_energies=np.array([0.0, energy]),
+        pred_forces=np.zeros((2, 4, 3)),
+        composition_energy=0.0,
+        slots=np.arange(2),
+        n_frames=2,
+    )
+
+
+def test_a_calibrated_committee_is_found_to_be_one():
+    """Members and truth drawn from one normal distribution, whose width differs by structure."""
+    rng = np.random.default_rng(0)
+    members = [[] for _ in range(5)]
+    for k in range(400):
+        width = 10 ** rng.uniform(-3, -1)
+        true = rng.normal(0, width, (4, 3))
+        for own in members:
+            shift, energy = rng.normal(0, width, (4, 3)), rng.normal(0, width)
+            own.append(comparison(f"s{k}", true, shift, energy))
+    errors = committee_errors([members[0], *(m[::-1] for m in members[1:])])
+    assert errors.ids[:2] == ["s0", "s1"] and len(errors.ids) == 400
+    assert errors.error["energy"][3] == pytest.approx(abs(members[0][3].pred_energies[-1]) / 4)
+    found = calibrate(errors)["positions"]
+    # Two independent draws differ by √2 widths; a vector of nine components does so closely.
+    assert found.ratio == pytest.approx(np.sqrt(2), rel=0.1)
+    assert found.within_two > 0.9 > 0.3 > found.within_one
+    assert found.spearman > 0.9
+    expected = spearmanr(errors.spread["positions"], errors.error["positions"]).statistic
+    assert found.spearman == pytest.approx(expected)
+    # Spreads a tenth as wide are overconfident.
+    narrow = errors._replace(spread={k: v / 10 for k, v in errors.spread.items()})
+    assert calibrate(narrow)["positions"].within_two < 0.01
+    same = errors._replace(spread={k: np.ones(400) for k in errors.spread})
+    assert calibrate(same)["energy"].spearman is None
+    assert calibration_table(calibrate(same), 5).row_count == 6
+
+
+def test_committee_errors_compare_like_with_like():
+    shift = np.full((4, 3), 0.1)
+    good = [comparison("a", shift, shift, 1.0), comparison("b", shift, 0 * shift, 1.0)]
+    other = [dataclasses.replace(c, pred_energies=np.array([0, 3.0])) for c in good]
+    found = committee_errors([good, other])
+    assert found.error["positions"] == pytest.approx([0, np.sqrt(3) * 0.1])
+    assert found.spread["energy"] == pytest.approx([np.sqrt(2) / 4] * 2)
+    # A translation is no error where nothing is fixed.
+    free = comparison("c", shift, 0 * shift, 1.0, fixed=())
+    assert committee_errors([[free], [free]]).error["positions"] == pytest.approx([0])
+    lost = dataclasses.replace(good[0], pred_positions=np.full((2, 4, 3), np.nan))
+    assert committee_errors([good, [lost, other[1]]]).ids == ["b"]
+    with pytest.raises(InputError, match="same structures"):
+        committee_errors([good, other[:1]])
+    held = comparison("d", shift, shift, 1.0, fixed=range(4))
+    with pytest.raises(InputError, match="no structure"):
+        committee_errors([[held], [held]])
+
+
+def test_eval_command(models, tmp_path, monkeypatch, capsys):
+    """``eval --committee`` on a file: the figures of the table are those of the CSV."""
+    monkeypatch.chdir(tmp_path)
+    start = [alloy("Cu", k) for k in range(4)]
+    for atoms in start:
+        atoms.set_constraint(FixAtoms([0]))
+    write_store("set.h5", [
+        dataclasses.replace(paths(np.full((1, 4, 3), 0.02 * k))[0], id=f"r{k}", fixed_mask=np.eye(4)[0] > 0)
+        for k in range(4)])  # fmt: skip
+    for k, model in enumerate(models):
+        save_model(model, Path(f"run{k}", "model"))
+    argv = ["eval", "--workdir", "run0", "--data", "set.h5", "--out", "out"]
+    assert cli.main([*argv, "--committee", "run1"]) == 0
+    out = capsys.readouterr().out
+    document = json.loads(Path("out/calibration.json").read_text())
+    with open("out/calibration.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [r["structure"] for r in rows] == [f"r{k}" for k in range(4)]
+    assert document["members"] == ["run0", "run1"]
+    for name, found in document["calibration"].items():
+        error, width = (
+            np.array([float(r[f"{name}_{w}"]) for r in rows]) for w in ("error", "spread")
+        )
+        assert found["error"] == pytest.approx(np.median(error))
+        assert found["within_two"] == np.mean(error <= 2 * width) and found["n"] == 4
+    assert "Calibration of the committee" in out and "out/calibration.csv" in out
+    assert cli.main([*argv, "--committee", "run0"]) == 2
+    assert "must differ" in capsys.readouterr().err
