@@ -28,7 +28,8 @@ class CellTargets(NamedTuple):
 
     Attributes:
       deformation, inverse: (n, G, 3, 3), of each frame's cell and its inverse.
-      stress: (n, G, 3, 3) eV/Å³, tension positive. stress_mask: (n, G) bool, where it is known.
+      stress: (n, G, 3, 3) eV/Å³, tension positive. stress_mask: (n, G) bool, where it is known
+        and means something: of crystals, and of what else has a cell that relaxes.
     """
 
     deformation: AnyArray
@@ -80,9 +81,10 @@ def loss_terms(
     direction: (1 - cos theta_i) |Δx_i| over |Δx_i|, Δx_i the true total displacement of free
       atom i and theta_i its angle with the predicted one. Atoms that do not move count zero,
       and an atom predicted not to move has cos theta = 0.
-    stress: (s - ŝ)² per component or the Frobenius norm |s - ŝ|, of structures whose cell relaxes,
-      projected on the directions in which it may. cell: likewise of the logarithmic strain between
-      the true cell and the predicted one, over the frames after the first.
+    stress: (s - ŝ)² per component or the Frobenius norm |s - ŝ|, of crystals and of structures whose
+      cell relaxes, projected on the directions in which it may. cell: likewise of the logarithmic
+      strain between the true cell and the predicted one, over the frames after the first, of
+      structures whose cell relaxes.
 
     Positions are reference positions where cells relax: strain is the cell term's affair.
     """
@@ -126,12 +128,15 @@ def loss_terms(
         return terms
     cells = targets.cells
     assert cells is not None and prediction.virial is not None
-    projector, relaxes = graph.globals["strain"], relaxing_cells(graph)
+    relaxes = relaxing_cells(graph)
+    # The stress of a cell that is held says as much about the energy as that of one that moves.
+    identity = jnp.eye(3, dtype=prediction.deformation.dtype)
+    projector = jnp.where(relaxes[:, None, None], graph.globals["strain"], identity)
     found = stress(prediction.virial, graph.globals["cell"], prediction.deformation)
     difference = size_of(_flat(projector @ (found - cells.stress) @ projector))
     strain = size_of(_flat(strain_between(prediction, cells)))[1:]
     return terms | {
-        "stress": term(difference, mask & cells.stress_mask & relaxes, components(9)),
+        "stress": term(difference, mask & cells.stress_mask, components(9)),
         "cell": term(strain, mask[1:] & relaxes, components(9)),
     }
 

@@ -91,20 +91,25 @@ def test_loss_terms_by_hand():
     assert float(terms["positions"].total) == 0  # reference positions agree, whatever the cell
     volume = abs(np.linalg.det(moving.cells[0]))
     difference = np.asarray(virial)[:, 0] / volume - from_voigt(moving.stresses)
-    np.testing.assert_allclose(terms["stress"].total, (difference**2).sum(), rtol=1e-4)
-    assert float(terms["stress"].number) == 3 * 9  # the held cell's stress does not count
+    # The held crystal's stress counts as well, in all directions.
+    held = np.asarray(virial)[:, 1] / volume - from_voigt(still.stresses)
+    total = (difference**2).sum() + (held**2).sum()
+    np.testing.assert_allclose(terms["stress"], (total, 2 * 3 * 9), rtol=1e-4)
     expected = -np.stack([
         np.asarray(log_strain(jnp.asarray(d))) for d in targets.cells.deformation[1:, 0]])  # fmt: skip
     np.testing.assert_allclose(terms["cell"].total, (expected**2).sum(), rtol=0.1)
     assert float(terms["cell"].number) == 2 * 9
     norms = loss_terms(prediction, targets, graph, LossConfig(errors="norm"))
-    sizes = np.linalg.norm(difference, axis=(1, 2))
-    np.testing.assert_allclose(norms["stress"], (sizes.sum(), 3), rtol=1e-4)
+    sizes = np.linalg.norm([difference, held], axis=(2, 3))
+    np.testing.assert_allclose(norms["stress"], (sizes.sum(), 2 * 3), rtol=1e-4)
     sizes = np.linalg.norm(expected, axis=(1, 2))
     np.testing.assert_allclose(norms["cell"], (sizes.sum(), 2), rtol=0.1)
     ours, nothing = strain_error(prediction, targets, graph)
     np.testing.assert_allclose(ours.mean(), nothing.mean(), rtol=1e-5)
     np.testing.assert_allclose(ours.mean(), np.abs(expected[-1]).mean(), rtol=0.1)
+    # A slab's would depend on its vacuum.
+    flat = type(still)(**{**still.__dict__, "pbc": np.array([True, True, False])})
+    assert samples[1].stress_mask.all() and not make_sample(flat, VARIABLE).stress_mask.any()
     perfect = prediction._replace(deformation=jnp.asarray(targets.cells.deformation))
     terms = loss_terms(perfect, targets, graph, LossConfig())
     assert float(terms["cell"].total) < 1e-10

@@ -87,7 +87,8 @@ def make_sample(trajectory: RelaxationTrajectory, config: Config) -> Sample:
 
     identity = np.broadcast_to(np.eye(3), (n, 3, 3)).copy()
     identity[chosen.slots] = steps
-    known = t.stresses is not None
+    # Without three periodic directions the volume, and so the stress, depends on the vacuum.
+    known = t.stresses is not None and bool(structure.strain.any() or np.all(t.pbc))
     stresses = np.zeros_like(steps)
     if t.stresses is not None:
         stresses = from_voigt(t.stresses[chosen.indices])
