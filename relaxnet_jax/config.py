@@ -210,7 +210,9 @@ class TrainConfig:
       seed: of initialisation and shuffling.
       max_buckets: most padded batch shapes (compilations).
       max_padding: padding fraction below which no further bucket is opened.
-      noise: Å, standard deviation of Gaussian noise on the initial positions.
+      noise: Å, standard deviation of Gaussian noise on the initial positions (see `train.perturb`).
+      strain_noise: likewise of a strain of the initial cell, where it relaxes.
+      noise_share: share of the structures that get noise, drawn at every step.
       checkpoint_every: epochs between checkpoints.
       checkpoint_minutes: after which there is one within an epoch, too.
       tensorboard: also write TensorBoard events (needs the ``tensorboard`` extra).
@@ -233,6 +235,8 @@ class TrainConfig:
     max_buckets: int = 3
     max_padding: float = 0.2
     noise: float = 0.0
+    strain_noise: float = 0.0
+    noise_share: float = 0.5
     checkpoint_every: int = 1
     checkpoint_minutes: float = 30.0
     tensorboard: bool = False

@@ -10,7 +10,6 @@ import optax
 from jax import Array
 
 from relaxnet_jax.config import Config
-from relaxnet_jax.dynamics import constrain_velocity, inertia
 from relaxnet_jax.losses import (
     CellTargets,
     Targets,
@@ -24,6 +23,7 @@ from relaxnet_jax.model import network_of
 from relaxnet_jax.potential import energies_and_forces
 from relaxnet_jax.solver import Trajectory, solve_trajectory
 from relaxnet_jax.strain import deform_positions
+from relaxnet_jax.train.perturb import perturbed
 from relaxnet_jax.train.state import TrainState, make_optimizer
 from relaxnet_jax.typing import Graph, Params
 
@@ -40,17 +40,11 @@ def make_loss(config: Config, scale: float, axis: str | None) -> Callable:
 
     def loss(params: Params, batch: Batch, key: Array | None) -> tuple[Array, dict[str, Array]]:
         graph, targets = batch
-        positions = graph.nodes["positions"]
-        if config.train.noise and key is not None:
-            noise = config.train.noise * jax.random.normal(key, positions.shape, positions.dtype)
-            # As a velocity: fixed atoms stay, and free structures keep their centre, which the
-            # dynamics could not bring back to that of the true frames.
-            positions = positions + constrain_velocity(graph, noise, inertia(network, graph))
+        if key is not None and (config.train.noise or config.train.strain_noise):
+            graph, targets = perturbed(config, network, graph, targets, key)
         if config.dynamics.latent == "direct":
             targets = _final_only(targets)
-        prediction = solve_trajectory(
-            network, params, jnp.asarray(scale, positions.dtype), graph, targets.times, positions
-        )
+        prediction = solve_trajectory(network, params, _unit(scale, graph), graph, targets.times)
         terms = loss_terms(prediction, targets, graph, config.loss)
         errors = _errors(prediction, targets, graph)
         if axis is not None:
@@ -59,6 +53,10 @@ def make_loss(config: Config, scale: float, axis: str | None) -> Callable:
         return total, means | {name: error.mean() for name, error in errors.items()}
 
     return loss
+
+
+def _unit(scale: float, graph: Graph) -> Array:
+    return jnp.asarray(scale, graph.nodes["positions"].dtype)
 
 
 def make_static_loss(config: Config, scale: float, axis: str | None) -> Callable:
