@@ -125,6 +125,18 @@ def test_every_experiment_shares_the_shipped_runs(tmp_path):
         assert len(set(by_digest.values())) == len(by_digest)
 
 
+def test_roles_are_tested_on_the_same(tmp_path):
+    cells = setting(tmp_path, changes=(*SMALL, "dynamics.cell=variable", "model.l_max=2"))
+    assert "direct" in cells.why_not("static_final") and not cells.why_not("static")
+    assert len(EXPERIMENTS["table5"].runs(cells)) == 8
+    other = tmp_path / "other.py"
+    other.write_text(
+        'def get_config():\n    return {"dynamics": {"latent": "static"}, "data": {"fold": 1}}\n'
+    )
+    with pytest.raises(InputError, match="tested on the same"):
+        setting(tmp_path, changes=(), sources={"static": str(other)}).run("static", 0)
+
+
 def fake_run(digest, weight):
     return Run(digest, load_config(TINY), weight, digest, 10)
 
@@ -412,6 +424,8 @@ def test_kinds_of_predictions(tmp_path):
     for a, b in zip(still, shaken):
         moved = b["pred_positions"][0] - a["pred_positions"][0]
         assert 0.003 < moved.std() < 0.03
+        if not a["fixed_mask"].any():
+            np.testing.assert_allclose(moved.mean(0), 0, atol=1e-9)  # unit masses
         np.testing.assert_array_equal(a["true_positions"], b["true_positions"])
     lost, _ = predictions.shaken(model, test, 1e4, print)
     assert len(lost) == 2

@@ -64,9 +64,12 @@ def lines(
     caption: str,
     xlabel: str,
     xlog: bool = False,
-    ylog: bool = False,
+    ylog: Collection[str] = (),
 ) -> None:
-    """Curves of scores, one panel for each quantity: (x, scores) by name, by axis label."""
+    """Curves of scores, one panel for each quantity: (x, scores) by name, by axis label.
+
+    ``ylog`` names the panels with a logarithmic ordinate.
+    """
     with matplotlib.rc_context(STYLE):
         figure = new_figure(8.0, 3.0, caption)
         axes = np.atleast_1d(figure.subplots(1, len(panels)))
@@ -78,7 +81,10 @@ def lines(
             axis.set(xlabel=xlabel, ylabel=ylabel)
             if xlog:
                 axis.set_xscale("log")
-            if ylog:
+                places = sorted({v for x, _ in curves.values() for v in x})
+                axis.set_xticks(places, [f"{v:g}" for v in places], minor=False)
+                axis.minorticks_off()
+            if ylabel in ylog:
                 axis.set_yscale("log")
             else:
                 axis.set_ylim(bottom=0)

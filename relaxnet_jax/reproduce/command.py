@@ -14,6 +14,7 @@ from relaxnet_jax.errors import InputError
 from relaxnet_jax.runtime import check_devices, enable_compilation_cache
 
 SOME_FAILED, TERMINATED = 1, 143
+TABLE_WIDTH = 120  # of the plan, also where no terminal says how wide it is
 
 
 def reproduce(args: argparse.Namespace) -> int:
@@ -39,11 +40,19 @@ def reproduce(args: argparse.Namespace) -> int:
     setting = Setting(
         args.data, out, tuple(args.seeds), _sources(args.config), tuple(args.set), args.folds
     )
-    needs = {name: EXPERIMENTS[name].runs(setting) for name in names}
+    needs = {}
+    for name in names:
+        try:
+            needs[name] = EXPERIMENTS[name].runs(setting)
+        except InputError:  # told when its turn comes, and the others go on
+            if args.experiment != "all":
+                raise
     identity = [names, args.budget, list(setting.seeds)]
     plan = make_plan(needs, out, args.budget, identity)
     if plan.entries:
-        Console(highlight=False, width=None).print(plan.table())
+        console = Console(highlight=False)
+        console.width = max(console.width, TABLE_WIDTH)
+        console.print(plan.table())
     left = sum(e.minutes or 0.0 for e in plan.left)
     say(
         f"{len(plan.entries)} runs, {len(plan.left)} to train"

@@ -136,7 +136,7 @@ def _draw(distance: dict[str, Score], path: Path, data: str) -> None:
             style = {"color": SERIES["nothing"]["color"], "label": STATIC}
             axis.hist(pooled[STATIC], edges, alpha=0.35, histtype="stepfilled", **style)
         axis.set(xscale="log", xlabel="coordinate error (Å)", ylabel="structures")
-        axis.legend(fontsize=8)
+        figure.legend(loc="outside upper center", ncols=3, fontsize=8)
         save_figure(figure, path)
 
 

@@ -138,7 +138,8 @@ class Lab:
         """
         first = run.config.train.static_epochs
         rates = [r["structures_per_second"] for r in self.epochs(run) if r["epoch"] >= first]
-        trained = json.loads(self._model(run).statistics)["training_relaxations"]
+        facts = json.loads((folder_of(self.setting.out, run) / "model" / "model.json").read_text())
+        trained = facts["statistics"]["training_relaxations"]
         return trained / statistics.median(rates) if rates and min(rates) > 0 else None
 
     def memory(self, run: Run) -> int:

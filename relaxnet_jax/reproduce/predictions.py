@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 
 from relaxnet_jax.data.frames import select_frames
+from relaxnet_jax.data.sample import without_drift
 from relaxnet_jax.data.trajectory import RelaxationTrajectory
 from relaxnet_jax.errors import InputError
 from relaxnet_jax.evaluate.run import compare
-from relaxnet_jax.graph import Structure, build_structure
+from relaxnet_jax.graph import Structure, build_structure, masses_of
 from relaxnet_jax.lbfgs import minimise
 from relaxnet_jax.model import RelaxNet
 from relaxnet_jax.predict import Path, minimised_path, predict_structures
@@ -106,8 +107,9 @@ def points(model: RelaxNet, relaxations: Relaxations, n_frames: int, report: Rep
 def shaken(model: RelaxNet, relaxations: Relaxations, scale: float, report: Report) -> Made:
     """Paths from initial positions with Gaussian noise of so many Å on the free atoms.
 
-    The draws are the same for every scale and model. A structure in which atoms come to lie in each
-    other is predicted to be nowhere (NaN).
+    As in training, structures without fixed atoms keep their centre. The draws are the same for
+    every scale and model. A structure in which atoms come to lie in each other is predicted to be
+    nowhere (NaN).
     """
     n = model.config.dynamics.frames
 
@@ -115,7 +117,7 @@ def shaken(model: RelaxNet, relaxations: Relaxations, scale: float, report: Repo
         moved: dict[int, Structure] = {}
         for i, s in enumerate(structures):
             draws = np.random.default_rng([7, i]).normal(size=s.positions.shape)
-            noise = scale * np.where(s.fixed_mask[:, None], 0.0, draws)
+            noise = scale * _within(s, draws, model.config.dynamics.mass)
             try:
                 moved[i] = build_structure(
                     s.atomic_numbers,
@@ -134,6 +136,14 @@ def shaken(model: RelaxNet, relaxations: Relaxations, scale: float, report: Repo
 
     compared, left_out = compare(model, relaxations, report, predict=predict)
     return [to_record(c) for c in compared], {"left_out": left_out, "scale": scale}
+
+
+def _within(s: Structure, draws: np.ndarray, mass: str) -> np.ndarray:
+    """Draws without those of fixed atoms, or where there are none, without the centre's motion."""
+    if s.fixed_mask.any():
+        return np.where(s.fixed_mask[:, None], 0.0, draws)
+    weights = masses_of(s.atomic_numbers) if mass == "atomic" else np.ones(s.n_atoms)
+    return without_drift(np.stack([np.zeros_like(draws), draws]), weights)[1]
 
 
 def _nowhere(s: Structure, n: int) -> Path:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 from rich.console import Console
 from rich.markdown import Markdown
 
@@ -37,12 +38,12 @@ def write_section(experiment: Experiment, setting: Setting, plan: Plan, command:
     Raises:
       StoppedError: see `training`.
     """
-    wanted = {run.digest for run in experiment.runs(setting)}
-    entries = [e for e in plan.left if e.run.digest in wanted]
     try:
+        runs = experiment.runs(setting)
+        wanted = {run.digest for run in runs}
+        entries = [e for e in plan.left if e.run.digest in wanted]
         setting.write_shares((e.run for e in entries), note)
         train_all(entries, setting.out, note)
-        runs = experiment.runs(setting)
         lab = Lab(setting, note)
         made = experiment.section(lab)
     except InputError as error:
@@ -54,6 +55,7 @@ def write_section(experiment: Experiment, setting: Setting, plan: Plan, command:
     lines = provenance(setting, runs, command)
     if lab.left_out:
         lines.append(f"Test structures left out by some models: {'; '.join(sorted(lab.left_out))}")
+    jax.clear_caches()  # the programs of predictions that are kept now
     files = made.write(setting.out, lines)
     if runs:
         files.append(_write_runs(setting, runs))

@@ -48,6 +48,7 @@ class Setting:
     sources: Mapping[str, str] = dataclasses.field(default_factory=dict)
     changes: tuple[str, ...] = ()
     folds: int = 5
+    _sizes: dict[tuple, int] = dataclasses.field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         for item in self.changes:
@@ -60,8 +61,24 @@ class Setting:
         source = self.sources.get(role, f"{role}.py")
         base = {"data.path": self.data, "data.variable_cell": "drop"}
         config = load_config(dataclasses.asdict(load_config(source, base)), self.changes)
+        if role != "explicit" and _selection(config) != _selection(self.config("explicit")):
+            raise InputError(
+                f"{source}: takes other relaxations or splits than explicit (data.limit, splits, fold, "
+                "seed, split_file, dynamics.cell): all must be tested on the same; give them by --set"
+            )
         own = {key.replace("__", "."): value for key, value in changes.items()}
         return load_config(dataclasses.asdict(config), own)
+
+    def why_not(self, role: str) -> str:
+        """Why a role cannot be trained with these settings; empty if it can.
+
+        A direct predictor, for one, predicts no cells.
+        """
+        try:
+            self.config(role)
+        except InputError as error:
+            return str(error)
+        return ""
 
     def run(self, role: str, seed: int, share: float = 1.0, label: str = "", **changes: Any) -> Run:
         """A training run.
@@ -73,7 +90,7 @@ class Setting:
           changes: section__field=value.
         """
         config = self.config(role, train__seed=seed, **changes)
-        split, count = "", len(self.dataset.splits["train"])
+        split, count = "", self._training(config)
         if share < 1.0:
             if changes.keys() & {"data__fold", "data__splits"}:
                 raise ValueError("a share is of the training split of the report")
@@ -117,6 +134,15 @@ class Setting:
                 write_splits(path, self.dataset.trajectories.ids, [part], {"of": self.name})
                 report(f"{path}: {run.relaxations} of the training relaxations")
 
+    def _training(self, config: Config) -> int:
+        """Relaxations of a configuration's training split."""
+        key = _selection(config)
+        if key == _selection(self.config("explicit")):
+            return len(self.dataset.splits["train"])
+        if key not in self._sizes:
+            self._sizes[key] = len(load_dataset(config).splits["train"])
+        return self._sizes[key]
+
     def _order(self) -> np.ndarray:
         """A random order of the training split, the same for all shares."""
         seed = self.config("explicit").data.seed
@@ -137,3 +163,9 @@ class Setting:
     def _own_split_file(self, config: Config) -> str:
         file = config.data.split_file
         return hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else ""
+
+
+def _selection(config: Config) -> tuple:
+    """What decides which relaxations are trained and tested on."""
+    d = config.data
+    return d.limit, d.splits, d.fold, d.seed, d.split_file, d.n_emt, config.dynamics.cell

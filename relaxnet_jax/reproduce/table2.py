@@ -33,7 +33,12 @@ def case_runs(setting: Setting, scheme: str, frames: int, share: float) -> list[
 def runs(setting: Setting) -> list[Run]:
     """Every case with every seed, and the static baselines of the same sizes."""
     own = [run for case in ALL for run in case_runs(setting, *case)]
-    return own + [run for share in STRUCTURES for run in direct_runs(setting, "dtnn", share, 2)]
+    return own + [run for share in STRUCTURES for run in _static(setting, share)]
+
+
+def _static(setting: Setting, share: float) -> list[Run]:
+    """The direct predictors of table 1; none where they cannot be had."""
+    return [] if setting.why_not("static_final") else direct_runs(setting, "dtnn", share, 2)
 
 
 def section(lab: Lab) -> Section:
@@ -53,7 +58,7 @@ def section(lab: Lab) -> Section:
     )
     places = {case: errors(compared[case], "positions_mae") for case in ALL}
     seconds = {case: numbers([lab.epoch_seconds(r) for r in found[case]]) for case in ALL}
-    static = {share: direct_runs(setting, "dtnn", share, 2) for share in STRUCTURES}
+    static = {share: _static(setting, share) for share in STRUCTURES}
     base = {
         share: (
             errors([lab.paths(r).comparisons for r in wanted], "energy_mae").mean,

@@ -189,7 +189,9 @@ def _draw(setting, per_atom, places, contraction, path) -> None:
         "moved / noise": curves(contraction),
     }
     caption = f"Final frame, test split of {setting.name}."
-    charts.lines(panels, path, caption, "noise after training β (Å)", xlog=True, ylog=True)
+    charts.lines(
+        panels, path, caption, "noise after training β (Å)", xlog=True, ylog=tuple(panels)[:2]
+    )
 
 
 EXPERIMENT = Experiment("table3", runs, section)
