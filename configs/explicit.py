@@ -3,9 +3,9 @@
   relaxnet-jax train --config explicit.py                                # generated EMT alloys
   relaxnet-jax train --config explicit.py --set data.path=MY.h5 train.max_minutes=60
 
-Cost and scores: see "Measured" in the README.
+Cost and scores: see docs/benchmarks.md.
 
-Where it departs from the paper, each by a measurement on DFT slabs (README, "Choices"):
+Where it departs from the paper, each by a measurement on DFT slabs (docs/benchmarks.md, "Choices"):
 unit masses, learned friction and a learned time scale; three-body messages as moments; the
 loss takes the lengths of errors, not their squares.
 """

@@ -33,7 +33,7 @@ class HeadStart(NamedTuple):
 
 
 def head_start(atoms: Atoms, model: RelaxNet, n_frames: int = 5) -> HeadStart:
-    """Moves the atoms, in place, to the relaxed structure the model predicts::
+    """Moves the atoms, in place, to the relaxed structure the model predicts:
 
         head_start(atoms, model)
         LBFGS(atoms).run(fmax=0.05)
