@@ -102,10 +102,13 @@ def _add_steps(kinds) -> None:
         "counts as failed (default: 10)",
     )
     p.add_argument(
-        "--cutoff", type=float, metavar="E", help="eV, of gpaw's plane waves (default: 600)"
+        "--cutoff",
+        type=float,
+        metavar="E",
+        help="eV, of gpaw's plane waves (default: 600, where cells relax 900)",
     )
     p.add_argument(
-        "--kpoint-density", type=float, metavar="D", help="of gpaw, per Å⁻¹ (default: 4)"
+        "--kpoint-density", type=float, metavar="D", help="of gpaw, per Å⁻¹ (default: 3)"
     )
     p.add_argument(
         "--minutes",

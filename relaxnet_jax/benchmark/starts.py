@@ -123,7 +123,8 @@ def relaxed_start(calculator: Calculator, fmax: float, steps: int) -> Kind:
         return starts
 
     identity = f"{calculator.version} {fmax} {steps}"
-    return Kind(calculator.label, f"{calculator.label.upper()} + LBFGS", identity, find, True)
+    name = "CHGNet" if calculator.label == "chgnet" else calculator.label
+    return Kind(calculator.label, f"{name} + LBFGS", identity, find, True)
 
 
 def model_identity(folder: Path) -> str:
