@@ -34,13 +34,22 @@ def symmetric(matrix: Array) -> Array:
 def log_strain(deformation: Array) -> Array:
     """The logarithmic (Hencky) strain ½ log(DᵀD): (..., 3, 3) -> (..., 3, 3), symmetric.
 
-    Free of rotations. By the series of the logarithm to third order, whose derivatives, unlike
-    those of eigenvalues, are finite at equal ones, in particular at D = I: the relative error is
-    below 1e-3 for strains up to 5 %.
+    Free of rotations. With X = DᵀD - 1, by the Padé approximant log(1 + X) ≈
+    (X + X²/2)(1 + X + X²/6)⁻¹, whose derivatives, unlike those of eigenvalues, are finite at equal
+    ones, in particular at D = 1: for stretches from 0.75 to 1.33 it is wrong by less than 0.1 %.
     """
-    excess = jnp.swapaxes(deformation, -1, -2) @ deformation - jnp.eye(3, dtype=deformation.dtype)
+    identity = jnp.eye(3, dtype=deformation.dtype)
+    excess = jnp.swapaxes(deformation, -1, -2) @ deformation - identity
     square = excess @ excess
-    return (excess - square / 2 + square @ excess / 3) / 2
+    # All are functions of one symmetric matrix, so the order of factors does not matter.
+    return (excess + square / 2) @ _inverse(identity + excess + square / 6) / 2
+
+
+def _inverse(matrix: Array) -> Array:
+    """Inverse (..., 3, 3) by cofactors."""
+    a, b, c = (matrix[..., row, :] for row in range(3))
+    cofactors = jnp.stack([jnp.cross(b, c), jnp.cross(c, a), jnp.cross(a, b)], -1)
+    return cofactors / determinant(matrix)[..., None, None]
 
 
 def determinant(matrix: Array) -> Array:
