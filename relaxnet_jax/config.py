@@ -96,7 +96,9 @@ class DynamicsConfig:
         ODE, "static" (an interatomic potential E(x), trained on single frames: a path is a
         minimisation with it) or "direct" (the final positions and energy from one encoder pass).
       order: "second" (Newton) or "first" (dx/dt = mobility * F).
-      mass: "atomic" (amu) or "unit".
+      mass: "atomic" (amu), "unit", or "learned": each atom's own, a function of its latent h, and
+        likewise each cell's (explicit scheme). How far an atom moves under a force is its
+        surroundings' stiffness, not its weight.
       friction: learned friction, du/dt = F/m - gamma u.
       time_scale: learned scale s of pseudotime, dx/dt = s u, du/dt = s F/m.
       cell: "fixed", or "variable": the lattice relaxes too (see `relaxnet_jax.strain`).
@@ -109,7 +111,7 @@ class DynamicsConfig:
 
     latent: Literal["explicit", "implicit", "static", "direct"] = "explicit"
     order: Literal["second", "first"] = "second"
-    mass: Literal["atomic", "unit"] = "atomic"
+    mass: Literal["atomic", "unit", "learned"] = "atomic"
     friction: bool = False
     time_scale: bool = False
     cell: Literal["fixed", "variable"] = "fixed"
@@ -400,6 +402,10 @@ def check_config(config: Config) -> Config:
         d.latent in ("explicit", "implicit") or d.order == "second",
         f"dynamics.order='first' is of the ODE, which dynamics.latent={d.latent!r} does not solve",
     )
+    require(
+        d.mass != "learned" or d.latent == "explicit",
+        "dynamics.mass='learned' is a function of the latent that only dynamics.latent='explicit' has",
+    )
     require(m.envelope_power >= 3, "model.envelope_power must be at least 3")
     require(d.frames >= 2, "dynamics.frames must be at least 2")
     require(d.substeps >= 1, "dynamics.substeps must be at least 1")
@@ -417,6 +423,10 @@ def check_config(config: Config) -> Config:
         t.static_epochs == 0 or (t.static_epochs > 0 and d.latent == "implicit"),
         "train.static_epochs is 0 or more, and more than 0 only with dynamics.latent='implicit': "
         "in the explicit scheme the energy depends on the latent's history",
+    )
+    require(
+        t.noise >= 0 and t.strain_noise >= 0 and 0 <= t.noise_share <= 1,
+        "train.noise and train.strain_noise must not be negative, train.noise_share lie in [0, 1]",
     )
     require(0 <= t.cooldown <= 1, "train.cooldown must lie in [0, 1]")
     require(0 <= t.ema < 1, "train.ema must lie in [0, 1)")

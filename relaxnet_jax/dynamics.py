@@ -4,7 +4,7 @@
   dx/dt = s F/m          u = 0                                 (first order)
   dh/dt = MLP(h, p(x), |u|²)                                   (explicit scheme only)
 
-with F = -dE/dx, m the atomic mass (or 1), s and gamma 1 and 0 unless learned. s, gamma
+with F = -dE/dx, m the atomic mass (or 1, or a function of h), s and gamma 1 and 0 unless learned. s, gamma
 and t are dimensionless, so u is in Å and, for m in amu, a force of 1 eV/Å on 1 amu
 accelerates by 1 Å per squared unit of pseudotime: pseudotime has no other meaning.
 
@@ -49,7 +49,7 @@ class State(NamedTuple):
 
 
 def inertia(network: RelaxNetwork, graph: Graph) -> Array:
-    """The masses of the dynamics: (N,) amu, or ones."""
+    """What weighs atoms in the motion of the whole: (N,) masses in amu, or ones."""
     masses = graph.nodes["masses"]
     return masses if network.dynamics.mass == "atomic" else jnp.ones_like(masses)
 
@@ -118,11 +118,16 @@ def vector_field(
     network: RelaxNetwork, params: Params, graph: Graph, state: State, result: Evaluation
 ) -> State:
     """The time derivative of a state with this `evaluate` result, itself laid out as a `State`."""
-    masses, forces = inertia(network, graph)[:, None], result.forces
+    forces, learned = result.forces, network.dynamics.mass == "learned"
     if state.deformation is not None:
         transposed = jnp.swapaxes(state.deformation, -1, -2)
         forces = deform_positions(transposed, forces, graph.nodes["graph"])
-    acceleration = jnp.where(movable(graph), forces / masses, 0.0)
+    if learned:
+        forces = forces * call(network, params, "mobility", state.latent)
+        # Of unequal masses the centre of mass is at rest, but the frames keep their centroid.
+        acceleration = constrain_velocity(graph, forces, inertia(network, graph))
+    else:
+        acceleration = jnp.where(movable(graph), forces / inertia(network, graph)[:, None], 0.0)
     speed = jnp.asarray(call(network, params, "time_scale"), acceleration.dtype)
     if network.dynamics.order == "first":
         dx, du = speed * acceleration, jnp.zeros_like(acceleration)
@@ -139,7 +144,7 @@ def vector_field(
     if state.deformation is None or state.strain_rate is None or result.virial is None:
         return State(dx, du, dh)
     size = jnp.maximum(graph.n_node, 1).astype(speed.dtype)[:, None, None]
-    mass = jnp.asarray(call(network, params, "cell_mass"), speed.dtype)
+    mass = jnp.asarray(call(network, params, "cell_mass", state.latent, graph), speed.dtype)
     push = -strainable(graph, result.virial) / (size * mass)
     if network.dynamics.order == "first":
         rate, drate = push, jnp.zeros_like(push)

@@ -34,8 +34,8 @@ pytestmark = pytest.mark.usefixtures("x64")
 @pytest.fixture(scope="module", params=SCHEMES)
 def case(request, x64):
     config = tiny_config(
-        request.param, dynamics__cell="variable", dynamics__friction=True,
-        dynamics__time_scale=True, dynamics__mass="unit")  # fmt: skip
+        request.param, dynamics__cell="variable", dynamics__friction=True, dynamics__time_scale=True,
+        dynamics__mass="learned" if request.param == "explicit" else "unit")  # fmt: skip
     model = tiny_model(config)
     if request.param == "implicit":  # strains within the skin
         gate = jax.tree.map(lambda leaf: 0.2 * leaf, model.params["strain_gate"])
@@ -68,6 +68,22 @@ def test_there_is_something_to_test(case):
     for path in case.paths[1:]:
         assert np.abs(path.stresses).max() > 1e-4
         np.testing.assert_allclose(path.stresses, np.swapaxes(path.stresses, 1, 2), atol=1e-12)
+
+
+def test_learned_masses_matter_and_keep_the_centroid(case):
+    """Other atoms, other mobilities, other compliances; what nothing holds does not drift."""
+    molecule = case.paths[0].positions
+    np.testing.assert_allclose(molecule.mean(1), molecule[:1].mean(1).repeat(len(molecule), 0), atol=1e-9)
+    if case.latent != "explicit":
+        return
+    for head in ("mobility_head", "compliance_head"):
+        none = jax.tree.map(lambda leaf: 0.0 * leaf, case.model.params[head])
+        others = solve(types.SimpleNamespace(
+            config=case.config, model=case.model.replace(params=case.model.params | {head: none})),
+            systems())  # fmt: skip
+        moved = [np.abs(a.positions - b.positions).max() for a, b in zip(case.paths, others)]
+        assert moved[2] > 1e-5
+        assert (moved[0] > 1e-5) == (head == "mobility_head")  # the molecule has no cell
 
 
 def test_virial_is_the_strain_derivative(case):

@@ -47,6 +47,10 @@ class RelaxNetwork(nn.Module):
             self.pair_filter = nn.Dense(m.pair_features, use_bias=False)
             self.pair_update = MLP((m.features, m.features))
             self.rate = MLP((m.features, m.features), small=True)
+            if d.mass == "learned":
+                self.mobility_head = MLP((m.features, 1), small=True)
+                if d.cell == "variable":
+                    self.compliance_head = MLP((m.features, 1), small=True)
         if d.latent == "static":  # an energy, and nothing that moves by itself
             return
         self.velocity_gate = _VelocityHead(m)
@@ -107,9 +111,19 @@ class RelaxNetwork(nn.Module):
         """L(0) (G, 3, 3), symmetric: unprojected; see `dynamics.strainable`."""
         return self.strain_gate(encoding, graph)
 
-    def cell_mass(self) -> Array:
-        """M > 0, eV per atom."""
-        return CELL_MASS * jnp.exp(self.log_cell_mass)
+    def mobility(self, h: Latent) -> Array:
+        """1/m_i > 0 (N, 1) of latents h, with dynamics.mass="learned"."""
+        return _positive(self.mobility_head(h))
+
+    def cell_mass(self, h: Latent, graph: Graph) -> Array:
+        """M > 0, eV per atom: (), or (G, 1, 1) of the mean latents with dynamics.mass="learned"."""
+        mass = CELL_MASS * jnp.exp(self.log_cell_mass)
+        if self.dynamics.mass != "learned":
+            return mass
+        n_graphs, size = graph.n_node.shape[0], jnp.maximum(graph.n_node, 1).astype(h.dtype)
+        total = jnp.where(graph.nodes["mask"][:, None], h, 0.0)
+        mean = jraph.segment_sum(total, graph.nodes["graph"], n_graphs) / size[:, None]
+        return mass / _positive(self.compliance_head(mean))[..., None]
 
     def cell_friction(self) -> Array:
         """gamma' >= 0, dimensionless; zero when friction is switched off."""
@@ -134,13 +148,20 @@ class RelaxNetwork(nn.Module):
         self.friction(), self.time_scale()
         rates: tuple[Array, ...] = ()
         if self.dynamics.cell == "variable":
-            self.cell_mass(), self.cell_friction()
+            self.cell_mass(encoding.h, graph), self.cell_friction()
             rates = (self.initial_strain_rate(encoding, graph)[graph.nodes["graph"]],)
         if self.dynamics.latent != "explicit":
             return self.read_out(encoding.h, graph)
         energy, p = self.explicit_energy(encoding.h, graph, positions)
+        if self.dynamics.mass == "learned":
+            self.mobility(encoding.h)
         self.latent_rate(encoding.h, p, velocities, *rates)
         return energy
+
+
+def _positive(x: Array) -> Array:
+    """exp(x) for small x, within a factor of exp(3) from one: rates that no step can overrun."""
+    return jnp.exp(3.0 * jnp.tanh(x / 3.0))
 
 
 def call(network: RelaxNetwork, params: Params, method: str, *args: Any) -> Any:
