@@ -37,6 +37,10 @@ def case(request, x64):
         request.param, dynamics__cell="variable", dynamics__friction=True, dynamics__time_scale=True,
         dynamics__mass="learned" if request.param == "explicit" else "unit")  # fmt: skip
     model = tiny_model(config)
+    if request.param == "explicit":  # masses within reason
+        heads = {k: jax.tree.map(lambda leaf: 0.1 * leaf, model.params[k])
+                 for k in ("mobility_head", "compliance_head")}  # fmt: skip
+        model = model.replace(params=model.params | heads)
     if request.param == "implicit":  # strains within the skin
         gate = jax.tree.map(lambda leaf: 0.2 * leaf, model.params["strain_gate"])
         model = model.replace(params=model.params | {"strain_gate": gate})
