@@ -28,7 +28,6 @@ _RESERVED = {
     "data.path": "--data",
     "train.max_minutes": "--budget",
     "train.seed": "--seeds",
-    "train.noise": "table3, which varies it",
 }
 
 
