@@ -74,6 +74,7 @@ def provenance(setting: Setting, runs: Sequence[Run], command: str) -> list[str]
     lines = [
         f"Data: {setting.name} ({setting.checksum[:12]}), {len(dataset.trajectories)} relaxations: "
         + ", ".join(f"{n} {name}" for name, n in sizes.items())
+        + f" (n = {sizes['test']} structures tested)"
         + (f"; left out: {dataset.left_out}" if dataset.left_out else ""),
         f"Seeds: {', '.join(map(str, setting.seeds))}. Means ± standard deviation over seeds.",
         f"Command: `{command}`",

@@ -48,6 +48,8 @@ class Setting:
     changes: tuple[str, ...] = ()
     folds: int = 5
     _sizes: dict[tuple, int] = dataclasses.field(default_factory=dict, repr=False)
+    _shares: dict[float, tuple[Path, str]] = dataclasses.field(default_factory=dict, repr=False)
+    _configs: dict[str, Config] = dataclasses.field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         for item in self.changes:
@@ -57,6 +59,13 @@ class Setting:
 
     def config(self, role: str, **changes: Any) -> Config:
         """The configuration of a role with what an experiment changes (section__field=value)."""
+        if role not in self._configs:
+            self._configs[role] = self._read(role)
+        config = self._configs[role]
+        own = {key.replace("__", "."): value for key, value in changes.items()}
+        return load_config(dataclasses.asdict(config), own) if own else config
+
+    def _read(self, role: str) -> Config:
         source = self.sources.get(role, f"{role}.py")
         base = {"data.path": self.data, "data.variable_cell": "drop"}
         config = load_config(dataclasses.asdict(load_config(source, base)), self.changes)
@@ -65,8 +74,7 @@ class Setting:
                 f"{source}: takes other relaxations or splits than explicit (data.limit, splits, fold, "
                 "seed, split_file, dynamics.cell): all must be tested on the same; give them by --set"
             )
-        own = {key.replace("__", "."): value for key, value in changes.items()}
-        return load_config(dataclasses.asdict(config), own)
+        return config
 
     def why_not(self, role: str) -> str:
         """Why a role cannot be trained with these settings; empty if it can.
@@ -93,8 +101,7 @@ class Setting:
         if share < 1.0:
             if changes.keys() & {"data__fold", "data__splits"}:
                 raise ValueError("a share is of the training split of the report")
-            file, content = self._share(share)
-            split = hashlib.sha256(content.encode()).hexdigest()
+            file, split = self._share(share)
             data = dataclasses.replace(config.data, split_file=str(file), fold=0)
             config, count = dataclasses.replace(config, data=data), self._count(share)
         start = start_facts(config).get("started_from", "")
@@ -128,8 +135,7 @@ class Setting:
             path = Path(run.config.data.split_file)
             if path.parent == self.out / "splits" and not path.is_file():
                 splits = self.dataset.splits
-                kept = splits["train"][self._order()[: run.relaxations]]
-                part = Splits(np.sort(kept), splits["validation"], splits["test"])
+                part = Splits(self._part(run.relaxations), splits["validation"], splits["test"])
                 write_splits(path, self.dataset.trajectories.ids, [part], {"of": self.name})
                 report(f"{path}: {run.relaxations} of the training relaxations")
 
@@ -142,22 +148,28 @@ class Setting:
             self._sizes[key] = len(load_dataset(config).splits["train"])
         return self._sizes[key]
 
-    def _order(self) -> np.ndarray:
-        """A random order of the training split, the same for all shares."""
-        seed = self.config("explicit").data.seed
-        return np.random.default_rng(seed).permutation(len(self.dataset.splits["train"]))
+    def _part(self, count: int) -> np.ndarray:
+        """Rows of the first so many of the training split in a random order, the same for all."""
+        rows, seed = self.dataset.splits["train"], self.config("explicit").data.seed
+        return np.sort(rows[np.random.default_rng(seed).permutation(len(rows))[:count]])
 
     def _count(self, share: float) -> int:
         return max(1, round(share * len(self.dataset.splits["train"])))
 
     def _share(self, share: float) -> tuple[Path, str]:
-        """Where the splits of a share are, and text that is equal for equal ones."""
-        ids, splits = self.dataset.trajectories.ids, self.dataset.splits
-        kept = np.sort(splits["train"][self._order()[: self._count(share)]])
-        rows = [kept, splits["validation"], splits["test"]]
-        content = json.dumps([[ids[i] for i in part] for part in rows])
-        tag = hashlib.sha256(content.encode()).hexdigest()[:8]
-        return self.out / "splits" / f"{self._count(share)}-{tag}.json", content
+        """Where the splits of a share are, and the hash of their content."""
+        if share not in self._shares:
+            ids, splits, count = (
+                self.dataset.trajectories.ids,
+                self.dataset.splits,
+                self._count(share),
+            )
+            rows = [self._part(count), splits["validation"], splits["test"]]
+            content = json.dumps([[ids[i] for i in part] for part in rows])
+            digest = hashlib.sha256(content.encode()).hexdigest()
+            file = self.out / "splits" / f"{count}-{digest[:8]}.json"
+            self._shares[share] = file, digest
+        return self._shares[share]
 
     def _own_split_file(self, config: Config) -> str:
         file = config.data.split_file

@@ -158,8 +158,11 @@ def _claims(energy, forces, seconds) -> list[Claim]:
     def name(case: Case) -> str:
         return f"{case[0]} {case[1]} frames {case[2]:.0%}"
 
-    def compare(scores: dict[Case, Score], pairs, unit: str) -> Outcome:
-        return all_of([lower(scores[a], scores[b], (name(a), name(b)), unit) for a, b in pairs])
+    def compare(scores: dict[Case, Score], pairs, unit: str, factor: float = 1.0) -> Outcome:
+        """Whether a is lower than b in all pairs (a, b)."""
+        names = [(name(a), name(b)) for a, b in pairs]
+        both = [(scores[a], scores[b]) for a, b in pairs]
+        return all_of([lower(*s, n, unit, factor) for s, n in zip(both, names)])
 
     schemes = [(("explicit", *case), ("implicit", *case)) for case in CASES]
     more = {
@@ -182,6 +185,11 @@ def _claims(energy, forces, seconds) -> list[Claim]:
             compare(forces["all"], more["explicit"], "meV/Å"),
         ),
         Claim("implicit: more frames, higher energy errors", compare(energy["all"], fewer, "eV")),
+        Claim(
+            "explicit takes less than a third of the time per epoch",
+            compare(seconds, schemes, "s", 1 / 3),
+            ours=True,
+        ),
         Claim(
             "with as many frames in all, more structures have lower force errors",
             compare(forces["all"], same_total, "meV/Å"),
