@@ -303,7 +303,7 @@ class Inventor:
         latent = run.config.dynamics.latent
         error = {"explicit": 0.1, "implicit": 0.2, "direct": 0.4, "static": 0.6}[latent]
         error += 0.01 * (zlib.crc32(run.digest.encode()) % 5) / 5
-        slow = {"explicit": 0.01, "implicit": 0.1}
+        slow = {"explicit": 0.01, "implicit": 0.05}
         seconds = {"seconds": slow.get(latent, 0.5), "left_out": []}
         return Predicted(tuple(relaxations(n_frames, error)), seconds | facts)
 
