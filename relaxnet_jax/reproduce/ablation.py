@@ -26,6 +26,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "time scale": {"dynamics__time_scale": True},
     "atomic mass": {"dynamics__mass": "atomic"},
     "unit mass": {"dynamics__mass": "unit"},
+    "learned mass": {"dynamics__mass": "learned"},
     "first order": {"dynamics__order": "first"},
     "Tsit5": {"dynamics__solver": "tsit5"},
     "2 substeps": {"dynamics__substeps": 2},
