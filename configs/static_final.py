@@ -4,16 +4,21 @@
   relaxnet-jax train --config static_final.py --set model.architecture=egnn data.path=MY.h5
 
 The displacement is what the ODE's u(0) would be, the energy that of the final structure; the frames
-in between lie on a straight line, with the final energy, and no forces are predicted. Encoder and
-sizes are those of explicit.py.
+in between lie on a straight line, with the final energy, and no forces are predicted. Encoder, sizes
+and the loss's errors are those of explicit.py.
 """
 
 
 def get_config():
     return {
         "dynamics": {"latent": "direct", "mass": "unit"},
-        "graph": {"triplet_cutoff": 3.5},
-        "model": {"triplet_features": 16},
-        "loss": {"energy": 5.0, "forces": 0.0, "positions": 30.0, "direction": 0.5},
+        "model": {"triplet_features": 48},
+        "loss": {
+            "errors": "norm",
+            "energy": 5.0,
+            "forces": 0.0,
+            "positions": 20.0,
+            "direction": 0.5,
+        },
         "train": {"batch_size": 8, "learning_rate": 2e-3, "weight_decay": 0.1},
     }
