@@ -121,16 +121,20 @@ def real_mask(values, graph):
     return np.asarray(mask, float).reshape(1, -1, *[1] * (len(shape) - 2))
 
 
-def test_losses_agree(case):
+@pytest.mark.parametrize("errors", ["squared", "norm"])
+def test_losses_agree(case, errors):
     model, graph, ours, peer_graph = case
+    config = tiny_config(
+        "explicit", dynamics__friction=True, dynamics__time_scale=True, loss__errors=errors
+    )
     targets = targets_for(graph)
     prediction = ours.trajectory(model, graph)  # no element energies: relative to them already
-    terms = loss_terms(Trajectory(*prediction[:4]), targets, graph, model.config.loss)
-    expected, means = weighted_loss(terms, model.config.loss)
+    terms = loss_terms(Trajectory(*prediction[:4]), targets, graph, config.loss)
+    expected, means = weighted_loss(terms, config.loss)
     network = peer_torch.peer_network(model, DOUBLE).requires_grad_(False)
     found = peer_torch.infer(network, peer_graph, float(model.energy_scale))
     loss, parts = peer_torch.peer_loss(
-        found, peer_torch.peer_targets(graph, targets, DOUBLE), peer_graph, model.config
+        found, peer_torch.peer_targets(graph, targets, DOUBLE), peer_graph, config
     )
     for name, mean in means.items():
         assert float(parts[name]) == pytest.approx(float(mean), rel=1e-9), name

@@ -83,6 +83,7 @@ def check_peer(config: Config) -> None:
         "model.l_angle": m.l_angle > LARGEST_DEGREE,
         "dynamics.solver": d.solver != "rk4",
         "dynamics.order": d.order != "second",
+        "dynamics.mass": d.mass == "learned",
         "dynamics.cell": d.cell != "fixed",
         "data.frame_selection": config.data.frame_selection != "equidistant",
         "train.noise": config.train.noise != 0,

@@ -214,8 +214,14 @@ def peer_loss(
     atom_mask = t.frame_mask[:, graph.graph] & graph.free[:, 0]
     energy = (prediction.energies - t.energies).abs() / size
     rise = (prediction.energies[1:] - prediction.energies[:-1]).clamp(min=0) / size
-    force = ((prediction.forces - t.forces) ** 2).mean(-1)
-    moved = ((prediction.positions - t.positions) ** 2).mean(-1)[1:]
+
+    def deviation(found: Tensor, true: Tensor) -> Tensor:
+        return (
+            ((found - true) ** 2).mean(-1) if c.errors == "squared" else (found - true).norm(dim=-1)
+        )
+
+    force = deviation(prediction.forces, t.forces)
+    moved = deviation(prediction.positions, t.positions)[1:]
     last, atoms = t.last[graph.graph], torch.arange(len(graph.graph))
     true = torch.where(graph.free, t.positions[last, atoms] - graph.positions, 0.0)
     ours = torch.where(graph.free, prediction.positions[last, atoms] - graph.positions, 0.0)
