@@ -28,6 +28,22 @@ def x64():
         yield
 
 
+@pytest.fixture(scope="module")
+def quick_compilation():
+    """Programs compile fast and run slowly, for a whole module."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def own_cache(tmp_path_factory):
+    """A cache folder of the module's own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RELAXNET_JAX_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 # The files that take longest, in this order: started first, so that no core idles at the end.
 LONGEST = ("symmetry", "training", "potential", "cli", "predict", "options", "solver", "real_data")
 

@@ -6,14 +6,13 @@ import sys
 from pathlib import Path
 
 import ase.io
-import jax
 import numpy as np
 import pytest
 from ase import Atoms
 from ase.build import bulk, fcc111
 from ase.calculators.emt import EMT
 from ase.optimize import LBFGS
-from tiny import tiny_config, tiny_model
+from tiny import alloy, tiny_config, tiny_model
 
 from relaxnet_jax import cli
 from relaxnet_jax.benchmark import cases as cases_module
@@ -33,13 +32,7 @@ from relaxnet_jax.relaxation.refine import descend, strain_mask
 LIGHT = {"model__layers": 1, "model__attention": False, "model__vector_messages": False}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation(tmp_path_factory):
-    jax.config.update("jax_disable_most_optimizations", True)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RELAXNET_JAX_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compilation", "own_cache")
 
 
 @pytest.fixture(scope="module")
@@ -54,13 +47,6 @@ def folders(tmp_path_factory):
         model = model.replace(elements=(26, 29, 79), energy_scale=np.asarray(1e-3, np.float32))
         made[name] = save_model(model, tmp_path_factory.mktemp(name) / "model")
     return made
-
-
-def alloy(symbol="Au", seed=0):
-    atoms = bulk("Cu", cubic=True)
-    atoms.symbols[1] = symbol
-    atoms.rattle(0.08, seed=seed)
-    return atoms
 
 
 def read_rows(path):

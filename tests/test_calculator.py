@@ -12,14 +12,7 @@ from tiny import crystal, molecule, slab, tiny_config, tiny_model
 from relaxnet_jax.calculator import RelaxNetCalculator, compiled_shapes
 from relaxnet_jax.errors import InputError
 
-pytestmark = pytest.mark.usefixtures("x64")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("x64", "quick_compilation")
 
 
 @pytest.fixture(scope="module")

@@ -6,13 +6,11 @@ import json
 from pathlib import Path
 
 import ase.io
-import jax
 import numpy as np
 import pytest
-from ase.build import bulk
 from ase.constraints import FixAtoms
 from scipy.stats import spearmanr
-from tiny import tiny_config, tiny_model
+from tiny import alloy, tiny_config, tiny_model
 
 from relaxnet_jax import cli, predict
 from relaxnet_jax.calibration import calibrate, calibration_table, committee_errors
@@ -26,13 +24,7 @@ from relaxnet_jax.model import save_model
 LIGHT = {"model__layers": 1, "model__attention": False, "model__vector_messages": False}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation(tmp_path_factory):
-    jax.config.update("jax_disable_most_optimizations", True)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RELAXNET_JAX_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compilation", "own_cache")
 
 
 @pytest.fixture(scope="module")
@@ -44,13 +36,6 @@ def models():
         model = tiny_model(config, seed=seed, dtype=np.float32, factor=3.0)
         made.append(model.replace(elements=(29, 79)[: 1 if seed == 2 else 2]))
     return made
-
-
-def alloy(symbol="Au", seed=0):
-    atoms = bulk("Cu", cubic=True)
-    atoms.symbols[1] = symbol
-    atoms.rattle(0.08, seed=seed)
-    return atoms
 
 
 def paths(shifts, fixed=(), cells=None):

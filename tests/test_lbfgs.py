@@ -1,6 +1,5 @@
 """L-BFGS in batches: ASE's, structure by structure; and static models, which have no other path."""
 
-import jax
 import numpy as np
 import pytest
 from ase.optimize import LBFGS
@@ -11,15 +10,8 @@ from relaxnet_jax.errors import InputError
 from relaxnet_jax.lbfgs import compiled_shapes, inverse_hessian_times, minimise
 from relaxnet_jax.predict import predict_structures, relax
 
-pytestmark = pytest.mark.usefixtures("x64")
+pytestmark = pytest.mark.usefixtures("x64", "quick_compilation")
 FMAX = 0.02
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")

@@ -7,14 +7,13 @@ import sys
 from pathlib import Path
 
 import ase.io
-import jax
 import numpy as np
 import pytest
 from ase import Atoms
-from ase.build import bulk, fcc111
+from ase.build import fcc111
 from ase.calculators.emt import EMT
 from ase.constraints import FixAtoms, FixScaled
-from tiny import tiny_config, tiny_model
+from tiny import alloy, tiny_config, tiny_model
 
 from relaxnet_jax import cli, structure_files
 from relaxnet_jax.data.generation.calculators import load_calculator
@@ -40,13 +39,7 @@ from relaxnet_jax.trust import Flag
 ELEMENTS = (29, 46, 78, 79)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation(tmp_path_factory):
-    jax.config.update("jax_disable_most_optimizations", True)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RELAXNET_JAX_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compilation", "own_cache")
 
 
 @pytest.fixture(scope="module")
@@ -57,13 +50,6 @@ def model(tmp_path_factory):
     )
     made = tiny_model(config, dtype=np.float32, factor=3.0).replace(elements=ELEMENTS)
     return made, save_model(made, tmp_path_factory.mktemp("trained") / "model")
-
-
-def alloy(symbol="Au", seed=0):
-    atoms = bulk("Cu", cubic=True)
-    atoms.symbols[1] = symbol
-    atoms.rattle(0.08, seed=seed)
-    return atoms
 
 
 def slab():

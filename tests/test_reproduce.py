@@ -8,7 +8,6 @@ import shutil
 import zlib
 from types import SimpleNamespace
 
-import jax
 import numpy as np
 import pytest
 from tiny import TINY
@@ -56,14 +55,7 @@ SMALL = (
 )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    """A cache of its own for generated data, and quick compilation."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RELAXNET_JAX_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compilation", "own_cache")
 
 
 def setting(out, seeds=(0, 1), changes=SMALL, **more):
@@ -434,7 +426,7 @@ def test_kinds_of_predictions(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def report(cache, tmp_path_factory):
+def report(own_cache, tmp_path_factory):
     """fig3b, then figA3, which needs nothing more: (folder, arguments)."""
     out = tmp_path_factory.mktemp("report")
     changes = (*SMALL, "model.architecture=egnn")

@@ -94,6 +94,14 @@ def crystal():
     return Atoms("NaClO", scaled_positions=scaled, cell=cell, pbc=True)
 
 
+def alloy(symbol="Au", seed=0):
+    """Four rattled atoms, three of them copper."""
+    atoms = bulk("Cu", cubic=True)
+    atoms.symbols[1] = symbol
+    atoms.rattle(0.08, seed=seed)
+    return atoms
+
+
 def systems():
     """The three of them."""
     return [molecule(), slab(), crystal()]

@@ -101,7 +101,7 @@ def _at_frame(network, params, scale, graph, reference, deformation) -> Trajecto
     positions = reference
     if deformation is not None:
         positions = deform_positions(deformation, reference, graph.nodes["graph"])
-    unit = jnp.asarray(scale, positions.dtype)
+    unit = _unit(scale, graph)
     latent = jnp.zeros((positions.shape[0], 0), positions.dtype)
     found = energies_and_forces(network, params, unit, graph, positions, latent, deformation)
     moving = positions, jnp.zeros_like(positions), found.energies, found.forces
@@ -203,12 +203,9 @@ def make_eval_step(config: Config, scale: float, axis: str | None = None) -> Cal
 
     def step(params: Params, batch: Batch) -> dict[str, Term]:
         graph, targets = batch
-        dtype = graph.nodes["positions"].dtype
         if latent == "direct":
             targets = _final_only(targets)
-        prediction = solve_trajectory(
-            network, params, jnp.asarray(scale, dtype), graph, targets.times
-        )
+        prediction = solve_trajectory(network, params, _unit(scale, graph), graph, targets.times)
         terms = loss_terms(prediction, targets, graph, config.loss)
         terms = terms | _errors(prediction, targets, graph)
         return jax.lax.psum(terms, axis) if axis is not None else terms
