@@ -5,7 +5,8 @@
 
 The displacement is what the ODE's u(0) would be, the energy that of the final structure; the frames
 in between lie on a straight line, with the final energy, and no forces are predicted. Encoder, sizes
-and the loss's errors are those of explicit.py.
+and the loss's errors are those of explicit.py. With dynamics.cell=variable loss.stress=0 loss.cell=20
+the final cell is predicted too.
 """
 
 

@@ -18,6 +18,7 @@ from relaxnet_jax.cli_benchmark import add_benchmark
 from relaxnet_jax.cli_data import add_data, command
 from relaxnet_jax.cli_relax import add_relax
 from relaxnet_jax.cli_reproduce import add_reproduce
+from relaxnet_jax.config import PRETRAINED
 from relaxnet_jax.errors import InputError
 
 BAD_INPUT = 2
@@ -161,7 +162,12 @@ def _add_eval(commands) -> None:
 def _add_predict(commands) -> None:
     p = command(commands, "predict", "predict", "predict the relaxation of structures")
     p.add_argument("file", metavar="FILE", help="structures in any format ASE reads; all images")
-    p.add_argument("--model", required=True, metavar="DIR", help="a training run or a model folder")
+    p.add_argument(
+        "--model",
+        default=PRETRAINED,
+        metavar="DIR",
+        help="a training run or a model folder (default: the model that comes with the package)",
+    )
     p.add_argument(
         "--frames",
         type=int,

@@ -74,7 +74,9 @@ def _add_steps(kinds) -> None:
         help="stores, of which the models' test split is used, or structure files and folders",
     )
     p.add_argument(
-        "--model", metavar="DIR", help="start from its prediction: a run or model folder"
+        "--model",
+        metavar="DIR",
+        help="start from its prediction: a run or model folder, or pretrained: the package's own",
     )
     p.add_argument(
         "--egnn",

@@ -20,6 +20,10 @@ from typing import Any, Literal
 
 from relaxnet_jax.errors import InputError
 
+# Stands for the model that comes with the package wherever a model folder is asked for; a folder
+# of one's own by that name is "./pretrained".
+PRETRAINED = "pretrained"
+
 
 @dataclasses.dataclass(frozen=True)
 class GraphConfig:
@@ -194,7 +198,8 @@ class TrainConfig:
       learning_rate, weight_decay: of AdamW.
       clip_norm: largest global gradient norm.
       start_from: a model folder or training run whose parameters training begins with, e.g. to
-        fine-tune on other data ("": random ones); its layers and cutoffs must be this config's.
+        fine-tune on other data, or "pretrained" for the package's own ("": random ones); its layers
+        and cutoffs must be this config's.
       static_epochs: so many first epochs fit energies and forces at the data's own frames, one
         random frame of each relaxation, without solving the ODE: an interatomic potential's
         training, at a fraction of the cost. Implicit scheme only (0: none).
@@ -394,9 +399,12 @@ def check_config(config: Config) -> Config:
         "dynamics.cell='variable' needs model.l_max of at least 2: strain is a tensor of degree 2",
     )
     require(
-        d.latent != "direct" or (d.cell == "fixed" and config.loss.forces == 0),
-        "dynamics.latent='direct' predicts neither forces nor cells: it needs loss.forces=0 and "
-        "dynamics.cell='fixed'",
+        d.latent != "direct" or config.loss.forces == 0,
+        "dynamics.latent='direct' predicts no forces: it needs loss.forces=0",
+    )
+    require(
+        d.latent != "direct" or d.cell == "fixed" or config.loss.stress == 0,
+        "dynamics.latent='direct' predicts no stresses: of variable cells it needs loss.stress=0",
     )
     require(
         d.latent in ("explicit", "implicit") or d.order == "second",

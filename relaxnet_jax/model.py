@@ -26,7 +26,7 @@ from jax import Array
 
 from relaxnet_jax import dynamics, solver
 from relaxnet_jax.batching import collate, fitting_shape
-from relaxnet_jax.config import Config, from_json, load_config, to_json
+from relaxnet_jax.config import PRETRAINED, Config, from_json, load_config, to_json
 from relaxnet_jax.data.files import atomic_folder
 from relaxnet_jax.errors import InputError
 from relaxnet_jax.graph import MAX_ATOMIC_NUMBER, Structure, build_structure, structure_from_atoms
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from ase import Atoms
 
 FORMAT = 2
+_SHIPPED = Path(__file__).with_name(PRETRAINED)
 NO_ENERGY_SURFACE = (
     "dynamics.latent='direct': the model predicts the energy of the final structure, not one of the "
     "positions given; use a static or implicit model"
@@ -229,21 +230,30 @@ def save_model(model: RelaxNet, folder: str | Path) -> Path:
     return Path(folder)
 
 
-def model_folder(folder: str | Path) -> Path:
-    """The model folder of a training run, or the folder itself. Raises InputError if absent."""
+def model_folder(folder: str | Path = PRETRAINED) -> Path:
+    """The model folder of a training run, the folder itself, or that of the pretrained model.
+
+    Raises InputError if absent.
+    """
+    if folder == PRETRAINED:
+        return _SHIPPED
     path = Path(folder)
     if not path.is_dir():
         raise InputError(f"{path}: no such folder; give a training run or its 'model' folder")
     return path / "model" if (path / "model").is_dir() else path
 
 
-def load_model(folder: str | Path) -> RelaxNet:
-    """Reads a model folder written by `save_model`; executes nothing in it.
+def load_model(folder: str | Path = PRETRAINED) -> RelaxNet:
+    """Reads a model; executes nothing in its folder.
+
+    Args:
+      folder: a folder written by `save_model`, or a training run that holds one; by default the
+        model that comes with the package (its card: ``docs/pretrained.md``).
 
     Raises:
       InputError: no such folder, or a file in it is missing, damaged or of another format.
     """
-    folder = Path(folder)
+    folder = model_folder(folder)
     for name in ("model.json", "config.json", "parameters.npz"):
         if not (folder / name).is_file():
             raise InputError(

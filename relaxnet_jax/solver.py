@@ -17,7 +17,7 @@ from relaxnet_jax.dynamics import State
 from relaxnet_jax.errors import InputError
 from relaxnet_jax.graph import relaxing_cells
 from relaxnet_jax.models.energy import RelaxNetwork, call
-from relaxnet_jax.strain import deform_positions
+from relaxnet_jax.strain import deform_positions, exponential
 from relaxnet_jax.typing import AnyArray, Graph, Params, Positions, Times
 
 
@@ -184,8 +184,9 @@ def _direct_trajectory(
 ) -> Trajectory:
     """Of the "direct" scheme: u(0) is the whole displacement, the path to it a straight line.
 
-    Only the final frame is a prediction: its energy stands at every frame, and forces are zero,
-    those of a relaxed structure.
+    Where the cell relaxes, L(0) is its whole logarithmic strain, D(t) = exp(t L) the path there.
+    Only the final frame is a prediction: its energy stands at every frame, and forces and virials
+    are zero, those of a relaxed structure.
     """
     encoding = call(network, params, "encode", graph, positions)
     moved = call(network, params, "initial_velocity", encoding, graph)
@@ -198,12 +199,30 @@ def _direct_trajectory(
         fraction = times[:, graph.nodes["graph"], None]
     path = jnp.where(dynamics.movable(graph), positions + fraction * moved, positions)
     shape = (times.shape[0], *moved.shape)
-    return Trajectory(
-        path,
-        jnp.broadcast_to(moved, shape),
-        jnp.broadcast_to(energies, (times.shape[0], *energies.shape)),
-        jnp.zeros(shape, positions.dtype),
+    moved = jnp.broadcast_to(moved, shape)
+    energies = jnp.broadcast_to(energies, (times.shape[0], *energies.shape))
+    forces = jnp.zeros(shape, positions.dtype)
+    if network.dynamics.cell == "fixed":
+        return Trajectory(path, moved, energies, forces)
+    strain = dynamics.strainable(
+        graph, call(network, params, "initial_strain_rate", encoding, graph)
     )
+    deformation = exponential(times.reshape(times.shape[0], -1, 1, 1) * strain)
+    x, u, deformation = _deformed(graph, path, moved, deformation)
+    return Trajectory(x, u, energies, forces, path, deformation, jnp.zeros_like(deformation))
+
+
+def _deformed(
+    graph: Graph, reference: Array, velocities: Array, deformation: Array
+) -> tuple[Array, Array, Array]:
+    """x = D y (n, N, 3), D u, and D (n, G, 3, 3): one where no strain is allowed, not even by
+    rounding."""
+    index = graph.nodes["graph"]
+    allowed = relaxing_cells(graph)[:, None, None]
+    deformation = jnp.where(allowed, deformation, jnp.eye(3, dtype=deformation.dtype))
+    x = deform_positions(deformation, reference, index)
+    u = deform_positions(deformation, velocities, index)
+    return jnp.where(allowed[index, :, 0], x, reference), u, deformation
 
 
 def solve_trajectory(
@@ -269,10 +288,5 @@ def solve_trajectory(
     held = jnp.where(dynamics.movable(graph), states.positions, positions)
     if states.deformation is None:
         return Trajectory(held, states.velocities, energies, forces)
-    deformation, index = states.deformation, graph.nodes["graph"]
-    # Where no strain is allowed there is none: not even by rounding.
-    allowed = relaxing_cells(graph)[:, None, None]
-    deformation = jnp.where(allowed, deformation, jnp.eye(3, dtype=deformation.dtype))
-    x = jnp.where(allowed[index, :, 0], deform_positions(deformation, held, index), held)
-    u = deform_positions(deformation, states.velocities, index)
+    x, u, deformation = _deformed(graph, held, states.velocities, states.deformation)
     return Trajectory(x, u, energies, forces, held, deformation, virials)

@@ -45,6 +45,17 @@ def log_strain(deformation: Array) -> Array:
     return (excess + square / 2) @ _inverse(identity + excess + square / 6) / 2
 
 
+def exponential(strain: Array) -> Array:
+    """exp of a symmetric strain (..., 3, 3): the deformation gradient whose `log_strain` it is.
+
+    The Taylor series to fourth order, positive for every strain; relative error below 1e-6 up to
+    strains of 0.15.
+    """
+    identity = jnp.eye(3, dtype=strain.dtype)
+    square = strain @ strain
+    return identity + strain + square @ (identity / 2 + strain / 6 + square / 24)
+
+
 def _inverse(matrix: Array) -> Array:
     """Inverse (..., 3, 3) by cofactors."""
     a, b, c = (matrix[..., row, :] for row in range(3))

@@ -22,7 +22,7 @@ from tiny import (
     tiny_model,
 )
 
-from relaxnet_jax import potential, strain
+from relaxnet_jax import potential, solver, strain
 from relaxnet_jax.batching import collate, fitting_shape
 from relaxnet_jax.graph import structure_from_atoms
 from relaxnet_jax.model import network_of
@@ -77,7 +77,9 @@ def test_there_is_something_to_test(case):
 def test_learned_masses_matter_and_keep_the_centroid(case):
     """Other atoms, other mobilities, other compliances; what nothing holds does not drift."""
     molecule = case.paths[0].positions
-    np.testing.assert_allclose(molecule.mean(1), molecule[:1].mean(1).repeat(len(molecule), 0), atol=1e-9)
+    np.testing.assert_allclose(
+        molecule.mean(1), molecule[:1].mean(1).repeat(len(molecule), 0), atol=1e-9
+    )
     if case.latent != "explicit":
         return
     for head in ("mobility_head", "compliance_head"):
@@ -120,6 +122,46 @@ def test_virial_is_the_strain_derivative(case):
     still = evaluate(np.linalg.inv(start))  # the same lattice: the same energies and forces
     np.testing.assert_allclose(still.energies, plain.energies, atol=1e-11)
     np.testing.assert_allclose(still.forces, plain.forces, atol=1e-11)
+
+
+def test_a_direct_prediction_strains_the_cell_along_the_path():
+    """Log strains grow evenly, turn with the crystal, and stay away from what may not be strained."""
+    config = tiny_config("direct", dynamics__cell="variable", loss__forces=0.0, loss__stress=0.0)
+    model = tiny_model(config)
+    gate = jax.tree.map(lambda leaf: 0.1 * leaf, model.params["strain_gate"])
+    model = model.replace(params=model.params | {"strain_gate": gate})
+    case = types.SimpleNamespace(config=config, model=model)
+    paths = solve(case, systems())
+    times = np.linspace(0, 1, config.dynamics.frames)[:, None, None]
+    for path in paths[1:]:
+        grown = strains(path)
+        assert np.abs(grown[-1]).max() > 1e-3
+        np.testing.assert_allclose(grown, times * grown[-1], atol=2e-5)
+        assert not path.stresses.any()
+    assert np.ptp(paths[0].cells, axis=0).max() == 0  # the molecule has none
+    q, turned = random_rotation(3, -1), systems()
+    for a in turned:
+        a.set_cell(a.cell.array @ q.T)
+        a.positions = a.positions @ q.T
+    for path, reference in zip(solve(case, turned), paths):
+        close(path.positions, reference.positions @ q.T)
+        close(path.cells, reference.cells @ q.T)
+    still = [structure_from_atoms(a, config, relax_cell=False) for a in systems()]
+    held = collate(still, fitting_shape(still), np.float64)
+    found = solver.solve_trajectory(
+        network_of(config), model.params, model.energy_scale, jax.tree.map(jnp.asarray, held))  # fmt: skip
+    np.testing.assert_array_equal(
+        found.deformation, np.broadcast_to(np.eye(3), found.deformation.shape)
+    )
+    np.testing.assert_array_equal(found.positions, found.reference)
+
+
+def test_exponential_is_the_inverse_of_the_logarithm():
+    rng = np.random.default_rng(0)
+    tensor = strain.symmetric(jnp.asarray(rng.uniform(-0.1, 0.1, (20, 3, 3))))
+    deformation = strain.exponential(tensor)
+    np.testing.assert_allclose(deformation, jax.vmap(jax.scipy.linalg.expm)(tensor), atol=2e-6)
+    np.testing.assert_allclose(strain.log_strain(deformation), tensor, atol=2e-4)
 
 
 @pytest.mark.parametrize("determinant", [1, -1], ids=["rotation", "reflection"])

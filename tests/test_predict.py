@@ -225,8 +225,11 @@ def test_truncated_parameters(model, tmp_path):
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(InputError, match="damaged"):
         load_model(tmp_path / "model")
-    with pytest.raises(InputError, match="not a model folder"):
+    with pytest.raises(InputError, match="no such folder"):
         load_model(tmp_path / "elsewhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="not a model folder"):
+        load_model(tmp_path / "empty")
 
 
 def edit(path, **changes):

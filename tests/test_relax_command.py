@@ -216,12 +216,6 @@ def test_bad_arguments(run, argv, words):
     assert not Path("relaxed").exists()
 
 
-def test_without_a_model(tmp_path, capsys):
-    assert cli.main(["relax", str(tmp_path / "POSCAR")]) == 2
-    err = capsys.readouterr().err
-    assert "no pretrained model yet" in err and "--model DIR" in err and err.count("\n") == 1
-
-
 def test_arguments_and_files_are_looked_at_before_jax_starts():
     """Mistakes are told at once, and XLA's log is quiet only if it is told so before it starts."""
     code = (

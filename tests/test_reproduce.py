@@ -118,8 +118,10 @@ def test_every_experiment_shares_the_shipped_runs(tmp_path):
 
 
 def test_roles_are_tested_on_the_same(tmp_path):
+    first = setting(tmp_path, changes=(*SMALL, "dynamics.order=first"))
+    assert "order" in first.why_not("static_final") and not first.why_not("explicit")
     cells = setting(tmp_path, changes=(*SMALL, "dynamics.cell=variable", "model.l_max=2"))
-    assert "direct" in cells.why_not("static_final") and not cells.why_not("static")
+    assert "stress" in cells.why_not("static_final") and not cells.why_not("static")
     assert len(EXPERIMENTS["table5"].runs(cells)) == 8
     other = tmp_path / "other.py"
     other.write_text(

@@ -175,3 +175,5 @@ def test_direct_models_learn_the_final_frame_only(tmp_path, monkeypatch):
         model.energy_and_forces(molecule())
     with pytest.raises(InputError, match=r"loss\.forces=0"):
         tiny_config("direct")
+    with pytest.raises(InputError, match=r"loss\.stress=0"):
+        tiny_config("direct", loss__forces=0.0, dynamics__cell="variable")

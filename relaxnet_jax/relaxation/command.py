@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from relaxnet_jax.config import PRETRAINED
 from relaxnet_jax.console import bar, note, say
 from relaxnet_jax.errors import InputError
 from relaxnet_jax.relaxation import inputs as reading
@@ -34,10 +35,6 @@ if TYPE_CHECKING:
     from relaxnet_jax.relaxation.refine import Refined
 
 SOME_FAILED = 1
-NO_MODEL = (
-    "relax: this version ships no pretrained model yet; give --model DIR, a training run or its "
-    "'model' folder (relaxnet-jax train --config explicit.py makes one in runs/explicit)"
-)
 
 
 def relax(args: argparse.Namespace, load_model: Callable[[str], RelaxNet]) -> int:
@@ -47,6 +44,7 @@ def relax(args: argparse.Namespace, load_model: Callable[[str], RelaxNet]) -> in
       InputError: wrong arguments, or not one structure could be relaxed.
     """
     begin = time.perf_counter()
+    args.model = args.model or [PRETRAINED]  # argparse would append to a default
     _check(args)
     out, failures = Path(args.out), _Failures()
     hold = Hold(reading.parse_indices(args.fixed) if args.fixed else (), args.fix_below)
@@ -84,8 +82,6 @@ def relax(args: argparse.Namespace, load_model: Callable[[str], RelaxNet]) -> in
 
 
 def _check(args: argparse.Namespace) -> None:
-    if args.model is None:
-        raise InputError(NO_MODEL)
     if args.frames < 2:
         raise InputError(f"--frames {args.frames}: give at least 2, the first and the last")
     if not args.fmax > 0:
