@@ -7,7 +7,6 @@ Results go to stdout, progress and remarks to stderr. Imports that start JAX com
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -169,6 +168,7 @@ def demo(args: argparse.Namespace) -> int:
     import numpy as np
 
     from relaxnet_jax import structure_files as files
+    from relaxnet_jax.data.sample import driftless
     from relaxnet_jax.evaluate.figures import trajectory_figure
 
     out = Path(args.out or Path(args.workdir, "demo"))
@@ -179,7 +179,8 @@ def demo(args: argparse.Namespace) -> int:
         raise InputError(f"{name}: no test relaxation of the model's elements; train on more data")
     moved = [np.linalg.norm(t.positions[-1] - t.positions[0], axis=-1).mean() for t in usable]
     true = usable[int(np.argsort(moved, kind="stable")[len(moved) // 2])]
-    start = [(true.id, model.structure(true.atoms(0), true.id))]
+    start = [(true.id, model.structure(true.atoms(0), true.id, true.variable_cell))]
+    relaxes = bool(start[0][1].strain.any())
     frames = model.config.dynamics.frames
     results, failed = files.predict_all(model, start, frames, lambda _: None, note)
     if not results:
@@ -188,7 +189,9 @@ def demo(args: argparse.Namespace) -> int:
     caption = f"{true.id}, {true.formula}: test relaxation of median displacement; {name}"
     predicted.write(out / "predicted.extxyz")
     true.write(out / "true.extxyz")
-    trajectory_figure(_without_drift(true, model), predicted, out / "trajectory.png", caption)
+    trajectory_figure(
+        driftless(true, relaxes, model.config), predicted, out / "trajectory.png", caption
+    )
     say(f"predicted: {files.summary(results[0].path, results[0].flags)}")
     say(f"true:      {files.summary(true)}")
     for file in ("predicted.extxyz", "true.extxyz", "trajectory.png"):
@@ -210,20 +213,6 @@ def _test_relaxations(workdir: Path, model: RelaxNet) -> tuple[list[RelaxationTr
         ) from None
     found, _ = read_trajectories(model.config.data.path, model.config, note)
     return list(found.named(ids)), found.name
-
-
-def _without_drift(true: RelaxationTrajectory, model: RelaxNet) -> RelaxationTrajectory:
-    """The relaxation without rigid translation, as training and evaluation see it."""
-    import numpy as np
-
-    from relaxnet_jax.data.sample import without_drift
-    from relaxnet_jax.graph import masses_of
-
-    if true.fixed_mask.any():
-        return true
-    atomic = model.config.dynamics.mass == "atomic"
-    weights = masses_of(true.atomic_numbers) if atomic else np.ones(true.n_atoms)
-    return dataclasses.replace(true, positions=without_drift(true.positions, weights))
 
 
 def _load(folder: str) -> RelaxNet:

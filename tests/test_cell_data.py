@@ -1,5 +1,6 @@
 """Relaxations whose cell changes: samples, targets, losses, and a run from data to prediction."""
 
+import dataclasses
 import json
 
 import ase.io
@@ -20,7 +21,7 @@ from relaxnet_jax.cli import main
 from relaxnet_jax.config import LossConfig, load_config
 from relaxnet_jax.data.dataset import read_trajectories
 from relaxnet_jax.data.pipeline import collate_samples
-from relaxnet_jax.data.sample import make_sample
+from relaxnet_jax.data.sample import driftless, make_sample
 from relaxnet_jax.data.store_write import write_store
 from relaxnet_jax.data.trajectory import RelaxationTrajectory
 from relaxnet_jax.errors import InputError
@@ -176,6 +177,26 @@ def test_train_evaluate_predict(run, capsys):
     path = relax(model, bulk("Cu", cubic=True), n_frames=4)
     assert path.stresses.shape == (4, 6) and np.abs(path.cells[-1] - path.cells[0]).max() > 1e-5
     path.validate()
+    # The demonstration relaxes the cell where the data's does, and only there.
+    assert main(["demo", "--workdir", str(run)]) == 0
+    true, predicted = (ase.io.read(run / "demo" / f"{name}.extxyz", ":") for name in ("true", "predicted"))
+    moved = [not np.allclose(p[-1].cell, p[0].cell, atol=1e-9) for p in (true, predicted)]
+    assert moved[0] == moved[1] and len(predicted) == 3
+    np.testing.assert_allclose(predicted[0].positions, true[0].positions, atol=1e-5)
+
+
+def test_driftless_frames_keep_their_cells():
+    """Translation that strain alone makes of a shifted origin is no drift; a rigid shift is."""
+    config = tiny_config("explicit", dynamics__cell="variable", dynamics__mass="unit")
+    t = relaxation(crystal(), "a", grow=(0.2, 0.0, 0.0))
+    shift = np.linspace(0, 1, t.n_frames)[:, None, None] * np.array([0.3, -0.1, 0.2])
+    shifted = dataclasses.replace(t, positions=t.positions + shift)
+    plain, again = (driftless(x, True, config) for x in (t, shifted))
+    np.testing.assert_allclose(plain.positions, again.positions, atol=1e-9)
+    np.testing.assert_array_equal(again.cells, t.cells)
+    fractional = [np.linalg.solve(c.T, (p - p.mean(0)).T).T for c, p in zip(t.cells, t.positions)]
+    ours = [np.linalg.solve(c.T, (p - p.mean(0)).T).T for c, p in zip(again.cells, again.positions)]
+    np.testing.assert_allclose(ours, fractional, atol=1e-9)
 
 
 def test_static_loss_looks_at_strained_frames():

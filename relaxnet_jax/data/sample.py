@@ -74,11 +74,8 @@ def make_sample(trajectory: RelaxationTrajectory, config: Config) -> Sample:
         relax_cell=t.variable_cell,
     )
     chosen = select_frames(t.n_frames, n, config.data.frame_selection)
-    positions, steps = reference_frames(t, chosen.indices, bool(structure.strain.any()))
-    if not t.fixed_mask.any():
-        atomic = config.dynamics.mass == "atomic"
-        weights = masses_of(t.atomic_numbers) if atomic else np.ones(t.n_atoms)
-        positions = without_drift(positions, weights)
+    relaxes = bool(structure.strain.any())
+    positions, steps = reference_frames(t, chosen.indices, relaxes, config)
 
     def slots(values):
         out = np.zeros((n, *values.shape[1:]))
@@ -107,11 +104,27 @@ def make_sample(trajectory: RelaxationTrajectory, config: Config) -> Sample:
 
 
 def reference_frames(
-    t: RelaxationTrajectory, indices: np.ndarray, relaxes: bool
+    t: RelaxationTrajectory, indices: np.ndarray, relaxes: bool, config: Config
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Reference positions (m, N, 3) Å and deformations (m, 3, 3) of some frames; see `strain`."""
+    """Some frames as the dynamics can follow them: without rigid translation.
+
+    Returns:
+      Reference positions (m, N, 3) Å and deformations (m, 3, 3), the identity unless the cell
+      ``relaxes``; see `strain`.
+    """
     positions = t.positions[indices]
-    if not relaxes:
-        return positions, np.broadcast_to(np.eye(3), (len(indices), 3, 3)).copy()
-    steps = deformations(t.cells)[indices]
-    return positions @ np.swapaxes(np.linalg.inv(steps), -1, -2), steps
+    steps = np.broadcast_to(np.eye(3), (len(indices), 3, 3)).copy()
+    if relaxes:
+        steps = deformations(t.cells)[indices]
+        positions = positions @ np.swapaxes(np.linalg.inv(steps), -1, -2)
+    if not t.fixed_mask.any():
+        atomic = config.dynamics.mass == "atomic"
+        weights = masses_of(t.atomic_numbers) if atomic else np.ones(t.n_atoms)
+        positions = without_drift(positions, weights)
+    return positions, steps
+
+
+def driftless(t: RelaxationTrajectory, relaxes: bool, config: Config) -> RelaxationTrajectory:
+    """A relaxation without its rigid translation, as training and evaluation see it."""
+    positions, steps = reference_frames(t, np.arange(t.n_frames), relaxes, config)
+    return dataclasses.replace(t, positions=positions @ np.swapaxes(steps, -1, -2))

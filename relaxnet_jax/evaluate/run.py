@@ -14,12 +14,12 @@ import numpy as np
 from relaxnet_jax.data.dataset import SPLITS, read_trajectories
 from relaxnet_jax.data.frames import select_frames
 from relaxnet_jax.data.importing import import_files
-from relaxnet_jax.data.sample import reference_frames, without_drift
+from relaxnet_jax.data.sample import reference_frames
 from relaxnet_jax.data.trajectory import RelaxationTrajectory
 from relaxnet_jax.errors import InputError
 from relaxnet_jax.evaluate.figures import parity_figure, per_frame_figure
 from relaxnet_jax.evaluate.tables import write_metrics
-from relaxnet_jax.graph import Structure, build_structure, masses_of
+from relaxnet_jax.graph import Structure, build_structure
 from relaxnet_jax.lbfgs import FMAX, minimise
 from relaxnet_jax.metrics import Comparison, Metrics, Predictor, evaluate
 from relaxnet_jax.model import RelaxNet, load_model
@@ -93,14 +93,8 @@ def compare(
             report(f"{t.id}: {path.failure}")
         chosen = select_frames(t.n_frames, n, "equidistant")
         relaxes = bool(structure.strain.any())
-        true, steps = reference_frames(t, chosen.indices, relaxes)
-        if not t.fixed_mask.any():
-            atomic = model.config.dynamics.mass == "atomic"
-            true = without_drift(
-                true, masses_of(t.atomic_numbers) if atomic else np.ones(t.n_atoms)
-            )
-        if relaxes:
-            true = true @ np.swapaxes(steps, -1, -2)
+        true, steps = reference_frames(t, chosen.indices, relaxes, model.config)
+        true = true @ np.swapaxes(steps, -1, -2)
         comparisons.append(
             Comparison(
                 id=t.id,
