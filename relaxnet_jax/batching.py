@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import heapq
 from collections.abc import Sequence
 
 import jraph
@@ -10,6 +11,8 @@ import numpy as np
 
 from relaxnet_jax.graph import Structure, masses_of
 from relaxnet_jax.typing import Graph
+
+WASTE = 2.0
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -64,6 +67,41 @@ def fitting_shape(structures: Sequence[Structure], rounded: bool = False) -> Bat
         n_bonds=up(max(1, n_bonds)),
         n_slots=up(n_slots) if n_slots else 0,
     )
+
+
+def pack(costs: Sequence[int], batch_size: int) -> list[list[int]]:
+    """Indices in as few batches as there must be, of costs as equal as can be.
+
+    The most expensive first, each goes to the cheapest batch that has room: batches of one shape
+    come out, not one for every size of crystal.
+    """
+    room = [(0, k) for k in range(-(-len(costs) // batch_size))]
+    batches: list[list[int]] = [[] for _ in room]
+    for i in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
+        total, k = heapq.heappop(room)
+        batches[k].append(i)
+        if len(batches[k]) < batch_size:
+            heapq.heappush(room, (total + costs[i], k))
+    return [sorted(batch) for batch in batches]
+
+
+def shared_shapes(shapes: Sequence[BatchShape]) -> list[BatchShape]:
+    """For each of these shapes one as large or larger; few different ones.
+
+    Shapes share one, the largest of every size, with those up to `WASTE` times their cost: a
+    shape has to be traced, and compiled or read from the cache, which costs more than that.
+    """
+    result = list(shapes)
+    order = sorted(range(len(shapes)), key=lambda i: -shapes[i].cost)
+    while order:
+        least = shapes[order[0]].cost / WASTE
+        group = [i for i in order if shapes[i].cost >= least]
+        columns = zip(*(dataclasses.astuple(shapes[i]) for i in group))
+        largest = BatchShape(*(max(column) for column in columns))
+        for i in group:
+            result[i] = largest
+        order = order[len(group) :]
+    return result
 
 
 def collate(structures: Sequence[Structure], shape: BatchShape, dtype=np.float32) -> Graph:

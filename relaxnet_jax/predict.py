@@ -12,7 +12,15 @@ import jax
 import numpy as np
 
 from relaxnet_jax import solver
-from relaxnet_jax.batching import BatchShape, collate, fitting_shape, split_nodes
+from relaxnet_jax.batching import (
+    BatchShape,
+    collate,
+    fitting_shape,
+    pack,
+    shared_shapes,
+    split_nodes,
+    structure_cost,
+)
 from relaxnet_jax.data.trajectory import RelaxationTrajectory
 from relaxnet_jax.errors import InputError
 from relaxnet_jax.graph import Structure, build_structure
@@ -74,7 +82,8 @@ def predict_structures(
 ) -> list[Path]:
     """Predicted paths of many structures, in the order given.
 
-    Structures of similar cost share a batch, and shapes are rounded up, so few are compiled.
+    Batches are of similar cost, whatever the sizes of the structures, and their shapes rounded up,
+    so that few are compiled.
     Where atoms approach by more than the skin, the neighbour list could miss a pair: those
     structures are solved again with a wider one. A batch that does not fit in the device's memory
     is halved until it does; the path of a structure that does not fit alone says so in
@@ -99,13 +108,12 @@ def predict_structures(
     pending = {i: (s, model.config.graph.skin) for i, s in enumerate(structures)}
     for widening in range(MAX_WIDENINGS + 1):
         retry = {}
-        order = sorted(
-            pending,
-            key=lambda i: (pending[i][0].neighbors.n_edges, pending[i][0].n_atoms),
-        )
-        for begin in range(0, len(order), batch_size):
-            members = order[begin : begin + batch_size]
-            paths = batches.predict([pending[i][0] for i in members], batch_size)
+        waiting = list(pending)
+        packed = pack([structure_cost(pending[i][0]) for i in waiting], batch_size)
+        groups = [[waiting[k] for k in members] for members in packed]
+        shapes = [_batch_shape([pending[i][0] for i in g], batch_size) for g in groups]
+        for members, shape in zip(groups, shared_shapes(shapes)):
+            paths = batches.predict([pending[i][0] for i in members], shape)
             for i, raw in zip(members, paths):
                 structure, skin = pending[i]
                 needed = approach(raw.positions, raw.cells, structure.neighbors.reach)
@@ -178,9 +186,8 @@ class _Batches:
         self.model, self.times, self.n_frames = model, times, n_frames
         self.too_much = math.inf
 
-    def predict(self, structures: Sequence[Structure], batch_size: int) -> list[Path]:
+    def predict(self, structures: Sequence[Structure], shape: BatchShape) -> list[Path]:
         """The paths of one batch; see `predict_structures`."""
-        shape = _batch_shape(structures, batch_size)
         if len(structures) == 1 or shape.cost < self.too_much:
             try:
                 return _predict_batch(self.model, structures, self.times, shape)
@@ -193,7 +200,9 @@ class _Batches:
             return [_without_memory(structures[0], self.n_frames)]
         middle = len(structures) // 2
         parts = structures[:middle], structures[middle:]
-        return [path for part in parts for path in self.predict(part, len(part))]
+        return [
+            path for part in parts for path in self.predict(part, _batch_shape(part, len(part)))
+        ]
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -11,6 +11,7 @@ from tiny import crystal, molecule, slab, systems, tiny_config, tiny_model
 
 import relaxnet_jax
 from relaxnet_jax import predict
+from relaxnet_jax.batching import BatchShape, pack, shared_shapes
 from relaxnet_jax.config import load_config, to_dict
 from relaxnet_jax.errors import InputError
 from relaxnet_jax.model import RelaxNet, create_model, load_model, predict_trajectory, save_model
@@ -252,3 +253,20 @@ def test_systems_are_what_they_claim():
     assert not a.pbc.any() and a.cell.rank == 0
     assert b.constraints and b.pbc.tolist() == [True, True, False]
     assert c.cell.lengths().max() < 4.2 and np.abs(c.cell.angles() - 90).max() > 5
+
+
+def test_batches_of_unequal_crystals_have_one_shape():
+    rng = np.random.default_rng(0)
+    costs = rng.integers(50, 1500, 250).tolist()
+    packed = pack(costs, 16)
+    assert sorted(i for batch in packed for i in batch) == list(range(250))
+    assert len(packed) == 16 and max(map(len, packed)) <= 16
+    totals = [sum(costs[i] for i in batch) for batch in packed]
+    assert max(totals) < 1.2 * min(totals)
+    assert pack([], 4) == [] and pack([1, 9, 1], 1) == [[1], [0], [2]]
+
+    sizes = [(5, 20, 100, 40), (5, 30, 90, 60), (5, 30, 40, 10), (3, 4, 10, 2)]
+    shapes = shared_shapes([BatchShape(*size) for size in sizes])
+    assert shapes[0] == shapes[1] == BatchShape(5, 30, 100, 60)
+    assert shapes[2] == BatchShape(*sizes[2]) and shapes[3] == BatchShape(*sizes[3])
+    assert shared_shapes([]) == []
