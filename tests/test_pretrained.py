@@ -1,0 +1,86 @@
+"""The model that comes with the package: it is there, as its card says, and it relaxes crystals."""
+
+import re
+from pathlib import Path
+
+import ase.io
+import numpy as np
+import pytest
+from ase.build import bulk
+
+import relaxnet_jax
+from relaxnet_jax import cli
+from relaxnet_jax.config import load_config
+from relaxnet_jax.model import load_model, model_folder
+from relaxnet_jax.predict import relax
+
+CARD = Path(__file__).parents[1] / "docs" / "pretrained.md"
+
+pytestmark = pytest.mark.usefixtures("quick_compilation", "own_cache")
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load_model()
+
+
+def rattled():
+    """Crystals at rest on a lattice of high symmetry, and the same disturbed."""
+    perfect = [
+        bulk("MgO", "rocksalt", a=4.22, cubic=True),
+        bulk("CsCl", "cesiumchloride", a=4.12) * (2, 1, 1),
+        bulk("ZnS", "zincblende", a=5.41, cubic=True),
+        bulk("Cu", "fcc", a=3.61, cubic=True),
+    ]
+    disturbed = [atoms.copy() for atoms in perfect]
+    for k, atoms in enumerate(disturbed):
+        atoms.rattle(0.1, seed=k)
+    return perfect, disturbed
+
+
+def test_it_lies_in_the_package_and_is_what_the_config_makes(model):
+    folder = model_folder()
+    assert folder == model_folder("pretrained") and folder.is_relative_to(
+        Path(relaxnet_jax.__file__).parent
+    )
+    assert sum(file.stat().st_size for file in folder.iterdir()) < 4e6
+    config = load_config("pretrained.py")
+    for part in ("graph", "model", "dynamics"):
+        assert getattr(model.config, part) == getattr(config, part)
+
+
+def test_the_card_tells_what_is_shipped(model):
+    text = CARD.read_text(encoding="utf-8")
+    facts = (model_folder() / "model.json").read_text()
+    digest = re.search(r'"sha256": "([0-9a-f]{64})"', facts)[1]
+    assert digest[:12] in text
+    assert f"{len(model.elements)} elements" in text
+    assert "not DFT" in text
+
+
+def test_rattled_crystals_come_back(model):
+    """Within the lattice, whatever the cell does; the best known answer is the perfect one."""
+    perfect, disturbed = rattled()
+    paths = relax(model, disturbed, relax_cell=False)
+
+    def error(positions, reference):
+        difference = positions - reference
+        return np.sqrt(np.mean((difference - difference.mean(0)) ** 2))
+
+    for reference, start, path in zip(perfect, disturbed, paths):
+        before = error(start.positions, reference.positions)
+        after = error(path.positions[-1], reference.positions)
+        assert after < 0.7 * before, start.get_chemical_formula()
+        assert path.energies[-1] < path.energies[0]
+        assert np.ptp(path.cells, axis=0).max() == 0
+
+
+def test_relax_and_predict_use_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    ase.io.write("POSCAR", rattled()[1][0])
+    assert cli.main(["relax", "POSCAR"]) == 0
+    assert "MgO" in capsys.readouterr().out.replace("Mg4O4", "MgO")
+    assert len(list(Path("relaxed").iterdir())) == 2
+    ase.io.write("cell.extxyz", rattled()[1][0])
+    assert cli.main(["predict", "cell.extxyz", "--out", "path.extxyz"]) == 0
+    assert len(ase.io.read("path.extxyz", ":")) == 5
