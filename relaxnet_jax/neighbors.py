@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
-import vesin
 
 from relaxnet_jax.errors import InputError
 from relaxnet_jax.strain import deformations
@@ -59,6 +58,8 @@ def pairs_within(positions, cell, pbc, reach: float):
       receivers (P,), senders (P,), shifts (P, 3) int, distances (P,) Å; an atom pairs
       with its own images.
     """
+    import vesin  # where PyTorch is installed it imports that, for what may never be called
+
     pbc = np.asarray(pbc, dtype=bool)
     finder = vesin.NeighborList(cutoff=float(reach), full_list=True)
     i, j, shifts, distances = finder.compute(

@@ -7,12 +7,11 @@ import math
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 import optax
-from jax import Array
 
 from relaxnet_jax.config import TrainConfig
-from relaxnet_jax.typing import Params
+from relaxnet_jax.typing import AnyArray, Params
 
 
 class TrainState(NamedTuple):
@@ -24,8 +23,8 @@ class TrainState(NamedTuple):
     params: Params
     ema: Params
     optimizer: optax.OptState
-    step: Array
-    skipped: Array
+    step: AnyArray
+    skipped: AnyArray
 
 
 def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
@@ -45,11 +44,11 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
 
 
 def initial_train_state(params: Params, config: TrainConfig) -> TrainState:
-    """Step 0; the average starts at the parameters (a copy: buffers may be donated)."""
-    zero = jnp.zeros((), jnp.int32)
-    return TrainState(
-        params, jax.tree.map(jnp.array, params), make_optimizer(config).init(params), zero, zero + 0
-    )
+    """Step 0; the average starts at the parameters. NumPy: JAX would compile every shape of a zero."""
+    shapes = jax.eval_shape(make_optimizer(config).init, params)
+    optimizer = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
+    average = jax.tree.map(np.array, params)
+    return TrainState(params, average, optimizer, np.zeros((), np.int32), np.zeros((), np.int32))
 
 
 @dataclasses.dataclass
