@@ -1,5 +1,6 @@
 """The model that comes with the package: it is there, as its card says, and it relaxes crystals."""
 
+import json
 import re
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from relaxnet_jax import cli
 from relaxnet_jax.config import load_config
 from relaxnet_jax.model import load_model, model_folder
 from relaxnet_jax.predict import relax
+from relaxnet_jax.train.start import read_start, start_facts
 
 CARD = Path(__file__).parents[1] / "docs" / "pretrained.md"
 
@@ -73,6 +75,14 @@ def test_rattled_crystals_come_back(model):
         assert after < 0.7 * before, start.get_chemical_formula()
         assert path.energies[-1] < path.energies[0]
         assert np.ptp(path.cells, axis=0).max() == 0
+
+
+def test_training_and_comparisons_begin_with_it():
+    config = load_config("pretrained.py", {"train.start_from": "pretrained"})
+    assert read_start(config).config.model == config.model
+    assert len(start_facts(config)["started_from"]) == 64
+    splits = json.loads((model_folder() / "splits.json").read_text())
+    assert not set(splits["train"]) & set(splits["test"]) and len(splits["test"]) > 100
 
 
 def test_relax_and_predict_use_it(tmp_path, monkeypatch, capsys):
