@@ -68,6 +68,9 @@ class ModelConfig:
       update_positions: positions inside the encoder move by sum_j MLP_c(m_ij) r_ij/|r_ij|.
       envelope_power: p of the polynomial cutoff envelope.
       charges: per-atom charges are an input.
+      matmul: precision of the dense layers' matrix products: "float32", or "bfloat16" (accumulated
+        in float32; for GPUs and TPUs, slower on a CPU). Geometry and sums stay in float32, and
+        the parameters serve both.
     """
 
     architecture: Literal["dtnn", "egnn"] = "dtnn"
@@ -89,6 +92,7 @@ class ModelConfig:
     update_positions: bool = False
     envelope_power: int = 6
     charges: bool = False
+    matmul: Literal["float32", "bfloat16"] = "float32"
 
 
 @dataclasses.dataclass(frozen=True)

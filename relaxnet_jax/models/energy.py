@@ -14,6 +14,7 @@ from relaxnet_jax.graph import pair_list
 from relaxnet_jax.models.egnn import EGNNEncoder
 from relaxnet_jax.models.encoder import Encoder, Encoding
 from relaxnet_jax.models.layers import MLP, PAIR_NORM, AttentionBlock, pair_geometry
+from relaxnet_jax.models.precision import matmul_precision
 from relaxnet_jax.ops import gather_senders, spread, sum_edges
 from relaxnet_jax.typing import Energies, Graph, Latent, Params, Positions, Velocities
 
@@ -166,7 +167,8 @@ def _positive(x: Array) -> Array:
 
 def call(network: RelaxNetwork, params: Params, method: str, *args: Any) -> Any:
     """One of the network's methods with these parameters."""
-    return network.apply({"params": params}, *args, method=method)
+    with matmul_precision(network.config.matmul):
+        return network.apply({"params": params}, *args, method=method)
 
 
 class _VelocityHead(nn.Module):

@@ -1,0 +1,84 @@
+"""Dense layers in bfloat16: a little off, as much as the format rounds; nothing else is."""
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import SCHEMES, batch, compiled, random_rotation, split, systems, tiny_config, tiny_model
+
+from relaxnet_jax.models.precision import bfloat16_product
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+ROUNDING = 2.0**-8  # of one factor, at most half of that
+
+
+def test_products_and_their_derivatives_round_once():
+    x, y, g = np.random.default_rng(0).normal(size=(3, 32, 32)).astype(np.float32)
+
+    def both(product):
+        value, back = jax.vjp(product, x, y)
+        # A derivative of a derivative, as forces in a loss need it.
+        second = jax.grad(
+            lambda x: jnp.sum(jax.grad(lambda x: jnp.sum(jnp.sin(product(x, y))))(x) ** 2)
+        )
+        return value, *back(g), second(x)
+
+    for k, (ours, exact) in enumerate(zip(both(bfloat16_product), both(jnp.matmul))):
+        off = np.linalg.norm(ours - exact) / np.linalg.norm(exact)
+        assert 1e-4 < off < (ROUNDING if k < 3 else 10 * ROUNDING), k
+        assert ours.dtype == np.float32
+
+
+@pytest.fixture(scope="module", params=SCHEMES)
+def case(request):
+    """The same model in both precisions, and their predictions."""
+    exact = tiny_model(tiny_config(request.param), dtype=np.float32, factor=1.0)
+    model = dataclasses.replace(exact.config.model, matmul="bfloat16")
+    reduced = exact.replace(config=dataclasses.replace(exact.config, model=model))
+    found = [
+        compiled(m.config).trajectory(m, batch(systems(), m.config, dtype=np.float32))
+        for m in (exact, reduced)
+    ]
+    return exact, reduced, *found
+
+
+def test_predictions_are_a_little_off(case):
+    *_, exact, reduced = case
+    for name in ("positions", "energies", "forces"):
+        pairs = [np.asarray(getattr(p, name)) for p in (exact, reduced)]
+        if name == "positions":
+            pairs = [p - p[:1] for p in pairs]
+        rows = slice(None, sum(map(len, systems()))) if name != "energies" else slice(None, 3)
+        a, b = (p[:, rows] for p in pairs)
+        off = np.linalg.norm(a - b) / np.linalg.norm(a)
+        assert 1e-5 < off < 0.05, (name, off)
+        assert b.dtype == np.float32
+
+
+def test_only_dense_layers_are_rounded(case):
+    exact, reduced, *_ = case
+    graph = batch(systems(), exact.config, dtype=np.float32)
+    texts = [str(jax.make_jaxpr(compiled(m.config).trajectory)(m, graph)) for m in (exact, reduced)]
+    assert "bf16" not in texts[0]
+    # bfloat16 occurs as the rounded factors of products only, whose results are float32.
+    assert "bf16" in texts[1]
+    kept = set(re.findall(r":bf16\[[^\]]*\] = (\w+)", texts[1]))
+    assert kept and kept <= {"convert_element_type", "transpose"}
+    assert "preferred_element_type=float32" in texts[1]
+
+
+def test_the_laws_hold_as_far_as_it_rounds(case):
+    _, model, _, reference = case
+    q, turned = random_rotation(4), systems()
+    for atoms in turned:
+        atoms.positions = atoms.positions @ q.T
+        atoms.set_cell(atoms.cell.array @ q.T)
+    found = compiled(model.config).trajectory(model, batch(turned, model.config, dtype=np.float32))
+    for ours, theirs in zip(split(found.forces, turned), split(reference.forces, turned)):
+        assert np.linalg.norm(ours - theirs @ q.T) < 0.02 * np.linalg.norm(theirs)
+    np.testing.assert_allclose(
+        found.energies[:, :3], reference.energies[:, :3], rtol=0.02, atol=0.02
+    )
