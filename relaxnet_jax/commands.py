@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from relaxnet_jax.config import Config, from_json, load_config, to_dict
+from relaxnet_jax.config import PRETRAINED, Config, from_json, load_config, to_dict
 from relaxnet_jax.console import bar, note, q, say, status
 from relaxnet_jax.errors import InputError
 from relaxnet_jax.runtime import check_devices, enable_compilation_cache
@@ -216,7 +216,9 @@ def _test_relaxations(workdir: Path, model: RelaxNet) -> tuple[list[RelaxationTr
 
 
 def _load(folder: str) -> RelaxNet:
-    """The model of a workdir or of a model folder."""
-    from relaxnet_jax.model import load_model, model_folder
+    """The model of a workdir or of a model folder, or the package's own."""
+    from relaxnet_jax.model import load_model
 
-    return load_model(model_folder(folder))
+    if folder == PRETRAINED:
+        note("pretrained model: it knows CHGNet's energy surface, not DFT; --model DIR for another")
+    return load_model(folder)

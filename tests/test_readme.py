@@ -9,7 +9,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax
 import pytest
 
 from relaxnet_jax.cli import build_parser
@@ -37,13 +36,6 @@ def commands():
     ]
     kept = [line.strip() for line in lines if line.startswith("relaxnet-jax ")]
     return [shlex.split(line)[1:] for line in dict.fromkeys(kept)]
-
-
-@pytest.fixture
-def quick_compilation():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.mark.parametrize(

@@ -237,16 +237,20 @@ class _Run:
     def _usable(self, file: SampleFile) -> np.ndarray:
         """Rows of the training and validation relaxations that can be used; reports the others."""
         unseen = file.has_any(~self.seen)
-        used = []
+        used, foreign = [], []
         for i in (int(i) for name in ("train", "validation") for i in self.dataset.splits[name]):
             if i in file.left_out:
                 self.report(f"left out: {file.left_out[i]}")
             elif unseen[i]:
-                self.report(
-                    f"{file.id(i)}: left out: contains an element absent from the training split"
-                )
+                foreign.append(file.id(i))
             else:
                 used.append(i)
+        if foreign:
+            named = ", ".join(foreign[:3]) + (", …" if len(foreign) > 3 else "")
+            self.report(
+                f"left out: {len(foreign)} validation relaxation(s) with an element that the "
+                f"training split lacks ({named})"
+            )
         return np.array(used, np.int64)
 
     def model(self, params: Any) -> RelaxNet:
