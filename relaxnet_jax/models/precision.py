@@ -49,7 +49,7 @@ def _dense(following: Any, args: Any, kwargs: Any, context: nn.module.Intercepto
     if not isinstance(layer, nn.Dense) or context.method_name != "__call__":
         return following(*args, **kwargs)
     (x,) = args
-    kernel = layer.get_variable("params", "kernel")
+    kernel: Array = layer.get_variable("params", "kernel")
     flat = bfloat16_product(x.reshape(-1, x.shape[-1]), kernel)
     result = flat.reshape(*x.shape[:-1], kernel.shape[1])
     return result + layer.get_variable("params", "bias") if layer.use_bias else result
