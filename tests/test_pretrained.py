@@ -90,7 +90,7 @@ def test_relax_and_predict_use_it(tmp_path, monkeypatch, capsys):
     ase.io.write("POSCAR", rattled()[1][0])
     assert cli.main(["relax", "POSCAR"]) == 0
     out, err = capsys.readouterr()
-    assert "MgO" in out.replace("Mg4O4", "MgO") and "not DFT" in err
+    assert "1 relaxed" in out and "not DFT" in err
     assert len(list(Path("relaxed").iterdir())) == 2
     ase.io.write("cell.extxyz", rattled()[1][0])
     assert cli.main(["predict", "cell.extxyz", "--out", "path.extxyz"]) == 0
