@@ -46,7 +46,7 @@ def test_it_lies_in_the_package_and_is_what_the_config_makes(model):
         Path(relaxnet_jax.__file__).parent
     )
     assert sum(file.stat().st_size for file in folder.iterdir()) < 4e6
-    config = load_config("pretrained.py")
+    config = load_config("explicit_cell.py")
     for part in ("graph", "model", "dynamics"):
         assert getattr(model.config, part) == getattr(config, part)
 
@@ -78,7 +78,7 @@ def test_rattled_crystals_come_back(model):
 
 
 def test_training_and_comparisons_begin_with_it():
-    config = load_config("pretrained.py", {"train.start_from": "pretrained"})
+    config = load_config("explicit_cell.py", {"train.start_from": "pretrained"})
     assert read_start(config).config.model == config.model
     assert len(start_facts(config)["started_from"]) == 64
     splits = json.loads((model_folder() / "splits.json").read_text())

@@ -79,7 +79,7 @@ class Setting:
     def why_not(self, role: str) -> str:
         """Why a role cannot be trained with these settings; empty if it can.
 
-        A direct predictor, for one, predicts no cells.
+        A direct predictor, for one, predicts no stresses.
         """
         try:
             self.config(role)
