@@ -25,11 +25,25 @@ def add_reproduce(commands) -> None:
     p.epilog = EPILOG
     p.formatter_class = argparse.RawDescriptionHelpFormatter
     p.add_argument(
-        "experiment", choices=(*NAMES, "all"), metavar="NAME", help=f"all, {', '.join(NAMES)}"
+        "experiments",
+        nargs="+",
+        choices=(*NAMES, "all"),
+        metavar="NAME",
+        help=f"all, {', '.join(NAMES)}",
     )
     p.add_argument("--data", required=True, metavar="SET.h5", help="a store of 'data import'")
     p.add_argument(
-        "--budget", type=float, metavar="MINUTES", help="of training, for all missing runs together"
+        "--budget",
+        type=float,
+        metavar="MINUTES",
+        help="of training by the clock, for all missing runs together",
+    )
+    p.add_argument(
+        "--jobs",
+        type=int,
+        default=1,
+        metavar="N",
+        help="runs trained at a time, each on its share of the CPU's cores (default: 1)",
     )
     p.add_argument("--plan", action="store_true", help="say which runs are needed, and stop")
     p.add_argument(

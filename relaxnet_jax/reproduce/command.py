@@ -26,17 +26,18 @@ def reproduce(args: argparse.Namespace) -> int:
     _check(args)
     enable_compilation_cache()
     check_devices(None)
+    _check_jobs(args.jobs)
     from rich.console import Console
 
     from relaxnet_jax.reproduce.budget import RULE
     from relaxnet_jax.reproduce.plan import keep_plan, make_plan
     from relaxnet_jax.reproduce.registry import EXPERIMENTS
-    from relaxnet_jax.reproduce.report import write_report, write_section
+    from relaxnet_jax.reproduce.report import REPORT, write_report, write_section
     from relaxnet_jax.reproduce.setting import Setting
     from relaxnet_jax.reproduce.training import StoppedError
 
     out = Path(args.out)
-    names = list(EXPERIMENTS) if args.experiment == "all" else [args.experiment]
+    names = [n for n in EXPERIMENTS if n in args.experiments or "all" in args.experiments]
     setting = Setting(
         args.data, out, tuple(args.seeds), _sources(args.config), tuple(args.set), args.folds
     )
@@ -45,10 +46,11 @@ def reproduce(args: argparse.Namespace) -> int:
         try:
             needs[name] = EXPERIMENTS[name].runs(setting)
         except InputError:  # told when its turn comes, and the others go on
-            if args.experiment != "all":
+            if len(names) == 1:
                 raise
-    identity = [names, args.budget, list(setting.seeds)]
-    plan = make_plan(needs, out, args.budget, identity)
+    budget = args.budget and args.budget * args.jobs
+    identity = [names, budget, list(setting.seeds)]
+    plan = make_plan(needs, out, budget, identity)
     if plan.entries:
         console = Console(highlight=False)
         console.width = max(console.width, TABLE_WIDTH)
@@ -56,7 +58,11 @@ def reproduce(args: argparse.Namespace) -> int:
     left = sum(e.minutes or 0.0 for e in plan.left)
     say(
         f"{len(plan.entries)} runs, {len(plan.left)} to train"
-        + (f": {left:.1f} min of training, predictions not counted" if args.budget else "")
+        + (
+            f": {left / args.jobs:.1f} min of training, predictions not counted"
+            if args.budget
+            else ""
+        )
     )
     note(RULE)
     if args.plan:
@@ -71,12 +77,12 @@ def reproduce(args: argparse.Namespace) -> int:
         try:
             failed = 0
             for name in names:
-                failed += not write_section(EXPERIMENTS[name], setting, plan, command)
+                failed += not write_section(EXPERIMENTS[name], setting, plan, command, args.jobs)
         except StoppedError:
             note("stopped; the same command goes on there")
             return TERMINATED
-        if args.experiment == "all":
-            say(str(write_report(setting, names, command)))
+        if len(names) > 1 or (out / REPORT).is_file():
+            say(str(write_report(setting, EXPERIMENTS, command)))
     return SOME_FAILED if failed else 0
 
 
@@ -85,8 +91,20 @@ def _check(args: argparse.Namespace) -> None:
         raise InputError(f"--budget {args.budget:g}: give minutes, above 0")
     if len(set(args.seeds)) != len(args.seeds) or min(args.seeds) < 0:
         raise InputError("--seeds: give different numbers, none negative")
+    if args.jobs < 1:
+        raise InputError(f"--jobs {args.jobs}: give at least 1")
     if args.folds < 2:
         raise InputError(f"--folds {args.folds}: give at least 2")
+
+
+def _check_jobs(jobs: int) -> None:
+    import jax
+
+    from relaxnet_jax.reproduce.workers import core_shares
+
+    if jobs > 1 and (platform := jax.devices()[0].platform) != "cpu":
+        raise InputError(f"--jobs {jobs}: is for CPUs; a {platform} trains one run at a time")
+    core_shares(jobs)
 
 
 def _sources(items: list[str]) -> dict[str, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from relaxnet_jax.reproduce.runs import Run, folder_of, read_facts
 from relaxnet_jax.reproduce.section import Section, Table, claims_table
 from relaxnet_jax.reproduce.setting import Setting
 from relaxnet_jax.reproduce.training import train_all
+from relaxnet_jax.reproduce.workers import train_side_by_side
 
 REPORT = "REPORT.md"
 RUN_COLUMNS = (
@@ -32,8 +33,13 @@ RUN_COLUMNS = (
 )
 
 
-def write_section(experiment: Experiment, setting: Setting, plan: Plan, command: str) -> bool:
+def write_section(
+    experiment: Experiment, setting: Setting, plan: Plan, command: str, jobs: int = 1
+) -> bool:
     """Trains what an experiment lacks and writes its page; False, told, where that cannot be done.
+
+    Args:
+      jobs: runs trained at a time.
 
     Raises:
       StoppedError: see `training`.
@@ -43,7 +49,10 @@ def write_section(experiment: Experiment, setting: Setting, plan: Plan, command:
         wanted = {run.digest for run in runs}
         entries = [e for e in plan.left if e.run.digest in wanted]
         setting.write_shares((e.run for e in entries), note)
-        train_all(entries, setting.out, note)
+        if jobs > 1:
+            train_side_by_side(entries, setting.out, jobs, note)
+        else:
+            train_all(entries, setting.out, note)
         lab = Lab(setting, note)
         made = experiment.section(lab)
     except InputError as error:
@@ -136,8 +145,9 @@ def _keep_claims(made: Section, out: Path) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def write_report(setting: Setting, names: Sequence[str], command: str) -> Path:
-    """REPORT.md of the pages there are: a summary of the verdicts, then every page."""
+def write_report(setting: Setting, names: Iterable[str], command: str) -> Path:
+    """REPORT.md of the pages there are, of this command or earlier ones: a summary of the verdicts,
+    then every page."""
     rows, pages = [], []
     for name in names:
         page, verdicts = setting.out / f"{name}.md", setting.out / f"{name}.json"
@@ -150,8 +160,9 @@ def write_report(setting: Setting, names: Sequence[str], command: str) -> Path:
     summary = Table("", ("experiment", "claim", "whose", "verdict"), rows).markdown()
     head = [
         f"# {paper.NAME}: what holds on {setting.name}",
-        f"Command: `{command}`. The paper's data (JARVIS-DFT) and machine (two V100) were others: its "
-        "figures stand beside ours to be compared in kind, not in size.",
+        f"Last command: `{command}`; every section names its own.",
+        "The paper's data (JARVIS-DFT) and machine (two V100) were others: its figures stand beside ours "
+        "to be compared in kind, not in size.",
         summary,
     ]
     path = setting.out / REPORT

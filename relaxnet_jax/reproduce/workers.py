@@ -1,0 +1,161 @@
+"""Several training runs at a time, each in a process of its own on its own cores."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing import connection
+from pathlib import Path
+from typing import Any
+
+from relaxnet_jax.benchmark.machine import usable_cores
+from relaxnet_jax.errors import InputError
+from relaxnet_jax.reproduce.plan import Entry
+from relaxnet_jax.reproduce.training import StoppedError, train_entry
+from relaxnet_jax.runtime import enable_compilation_cache
+
+STOPPED, UNUSABLE = "stopped", "unusable"
+LOGS = "logs"  # in the report's folder: what each run would have shown on the terminal
+LOG_WIDTH = 160
+
+
+@dataclasses.dataclass(frozen=True)
+class _Worker:
+    """A process, the run it trains, the cores it has, where it answers."""
+
+    process: Any
+    entry: Entry
+    cores: list[int]
+    answer: connection.Connection
+
+
+def train_side_by_side(
+    entries: Sequence[Entry], out: Path, jobs: int, say: Callable[[str], None]
+) -> None:
+    """Trains runs of a plan, ``jobs`` at a time, the longest first, on equal shares of the cores.
+
+    A batch of a hundred atoms keeps no more than one or two cores busy: runs beside each other take
+    less time than one after the other on all.
+
+    Raises:
+      StoppedError: SIGTERM came; the runs at work have written checkpoints.
+      InputError: runs that could not be trained, once all others are done; names the first.
+    """
+    waiting, free = sorted(entries, key=lambda e: -(e.minutes or 0.0)), core_shares(jobs)
+    at_work: list[_Worker] = []
+    failed: list[str] = []
+    with _terminating(at_work) as told:
+        while at_work or (waiting and not told):
+            while waiting and free and not told:
+                at_work.append(_start(waiting.pop(0), out, free.pop(0)))
+                run = at_work[-1].entry
+                say(
+                    f"[{len(entries) - len(waiting)}/{len(entries)}] {run.run.name}: "
+                    f"{run.minutes:.2f} min, told in {_log(out, run)}"
+                )
+            ended = connection.wait([w.process.sentinel for w in at_work])
+            for worker in [w for w in at_work if w.process.sentinel in ended]:
+                at_work.remove(worker)
+                free.append(worker.cores)
+                if problem := _problem(worker, out):
+                    failed.append(f"{worker.entry.run.name}: {problem}")
+                    say(failed[-1])
+    if told:
+        raise StoppedError
+    if failed:
+        raise InputError(failed[0] + (f" (and {len(failed) - 1} more)" if failed[1:] else ""))
+
+
+def core_shares(jobs: int) -> list[list[int]]:
+    """The cores this process may use in so many parts; empty ones where nobody says which they are.
+
+    Raises:
+      InputError: there are fewer.
+    """
+    if jobs > usable_cores():
+        raise InputError(
+            f"--jobs {jobs}: this machine has {usable_cores()} core(s); give at most that"
+        )
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    return [cores[len(cores) * k // jobs : len(cores) * (k + 1) // jobs] for k in range(jobs)]
+
+
+@contextlib.contextmanager
+def _terminating(at_work: list[_Worker]) -> Iterator[list[bool]]:
+    """Hands SIGTERM on to the workers; yields a list that is not empty once it came."""
+    told: list[bool] = []
+
+    def stop(*_: object) -> None:
+        told.append(True)
+        for worker in at_work:
+            worker.process.terminate()
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield told
+    finally:
+        for worker in at_work:  # left by an exception, Ctrl-C among them
+            worker.process.terminate()
+            worker.process.join()
+        signal.signal(signal.SIGTERM, before)
+
+
+def _log(out: Path, entry: Entry) -> Path:
+    return out / LOGS / f"{entry.run.digest}.log"
+
+
+def _start(entry: Entry, out: Path, cores: list[int]) -> _Worker:
+    context = multiprocessing.get_context("spawn")  # JAX does not live through a fork
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_work, args=(entry, out, cores, theirs), daemon=True)
+    process.start()
+    theirs.close()  # so that ours ends when the process does
+    return _Worker(process, entry, cores, ours)
+
+
+def _problem(worker: _Worker, out: Path) -> str:
+    """Why a process that has ended did not train its run; empty if it did, or was told to stop."""
+    worker.process.join()
+    code = worker.process.exitcode
+    try:
+        kind, text = worker.answer.recv()
+    except EOFError:
+        kind, text = "", ""
+    worker.answer.close()
+    if kind == UNUSABLE:
+        return text
+    if code == 0 or kind == STOPPED or code == -signal.SIGTERM:
+        return ""
+    why = (
+        "killed, perhaps for want of memory: lower --jobs" if code == -signal.SIGKILL else "crashed"
+    )
+    return f"its process ended with exit code {code} ({why}); see {_log(out, worker.entry)}"
+
+
+def _work(entry: Entry, out: Path, cores: list[int], answer: connection.Connection) -> None:
+    """In the process of a run."""
+    if cores:
+        os.sched_setaffinity(0, cores)  # before JAX counts them
+    enable_compilation_cache()
+    from rich.console import Console
+
+    from relaxnet_jax.train.report import ConsoleReport
+
+    log = _log(out, entry)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("a", buffering=1) as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)  # tracebacks and what libraries print
+        try:
+            report = ConsoleReport(Console(file=file, width=LOG_WIDTH))
+            train_entry(entry, out, report, devices=1)
+        except StoppedError:
+            answer.send((STOPPED, ""))
+        except InputError as error:
+            answer.send((UNUSABLE, str(error)))
+        except KeyboardInterrupt:
+            raise SystemExit(1) from None
