@@ -60,6 +60,11 @@ def add_reproduce(commands) -> None:
         help="of table4's cross-validation (default: 5)",
     )
     p.add_argument(
+        "--reference",
+        metavar="CALC",
+        help="also relax table5's structures with this potential: chgnet, emt or MODULE:FACTORY",
+    )
+    p.add_argument(
         "--config",
         nargs="+",
         action="extend",

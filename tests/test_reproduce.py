@@ -13,8 +13,10 @@ import pytest
 from tiny import TINY
 
 from relaxnet_jax import cli
+from relaxnet_jax.benchmark.machine import usable_cores
 from relaxnet_jax.config import load_config
 from relaxnet_jax.data.dataset import load_dataset
+from relaxnet_jax.data.generation.calculators import load_calculator
 from relaxnet_jax.errors import InputError
 from relaxnet_jax.metrics import Comparison, evaluate, structure_errors
 from relaxnet_jax.model import create_model
@@ -22,13 +24,15 @@ from relaxnet_jax.reproduce import budget, formats, predictions
 from relaxnet_jax.reproduce.archive import from_record, read_records, to_record, write_records
 from relaxnet_jax.reproduce.convergence import convergence_seconds
 from relaxnet_jax.reproduce.lab import Predicted
-from relaxnet_jax.reproduce.plan import keep_plan, make_plan
+from relaxnet_jax.reproduce.plan import Entry, keep_plan, make_plan
+from relaxnet_jax.reproduce.reference import relaxed_by
 from relaxnet_jax.reproduce.registry import EXPERIMENTS
-from relaxnet_jax.reproduce.runs import Run, folder_of, state_of, write_facts
+from relaxnet_jax.reproduce.runs import Run, folder_of, read_facts, state_of, write_facts
 from relaxnet_jax.reproduce.scores import difference, errors, numbers, score
 from relaxnet_jax.reproduce.section import Section, Table
 from relaxnet_jax.reproduce.setting import Setting
 from relaxnet_jax.reproduce.verdict import FAILS, HOLDS, OPEN, Claim, all_of, decided, lower
+from relaxnet_jax.reproduce.workers import core_shares, train_side_by_side
 
 SMALL = (
     "data.n_emt=24",
@@ -310,6 +314,12 @@ class Inventor:
     def points(self, run, n_frames=5):
         return self.predicted(run, n_frames)
 
+    def reference(self, run, fmax):
+        if self.setting.reference is None:
+            return None
+        facts = {"seconds": 5.0, "left_out": [], "steps": [9] * 8, "converged": [True] * 8}
+        return Predicted(tuple(relaxations(2, 0.5)), facts)
+
     def shaken(self, run, scale):
         found = self.predicted(run, run.config.dynamics.frames)
         moved = []
@@ -369,6 +379,17 @@ def test_verdicts_of_table5_follow_from_the_predictions(tmp_path):
     assert rows["EGNN, 2 layers + LBFGS (C1)"][12].mean == pytest.approx(100 * 7 / 8)
 
 
+def test_outside_potentials_have_no_comparable_energies(tmp_path):
+    own = setting(tmp_path, reference=load_calculator("emt"))
+    made = EXPERIMENTS["table5"].section(Inventor(own))
+    made.write(tmp_path, ["Data: made up"])
+    (row,) = (dict(zip(made.tables[0].columns, r)) for r in made.tables[0].rows if "EMT" in r[0])
+    assert row["energy MAE (meV/atom)"].seeds == 0 and row["L-BFGS steps"].mean == 9
+    assert row["/ doing nothing"].mean == pytest.approx(0.5, abs=0.05)
+    outside = [c for c in made.claims if "outside" in c.text]
+    assert [c.outcome.verdict for c in outside] == [HOLDS, HOLDS]
+
+
 def test_errors_are_those_of_the_metrics():
     compared = relaxations(4, 0.2)
     compared[2].pred_energies[:] = np.nan
@@ -425,6 +446,25 @@ def test_kinds_of_predictions(tmp_path):
     assert len(lost) == 2
     (record, _), _ = predictions.dense(model, test, 2, print)
     np.testing.assert_allclose(record["pred"], still[0]["pred_positions"], atol=1e-6)
+
+
+def test_reference_relaxes_to_where_its_own_data_end(tmp_path):
+    """The test relaxations are EMT's: EMT must find their final frames, from their first ones."""
+    own = setting(tmp_path, changes=(*SMALL, "model.architecture=egnn"))
+    test = [own.dataset.trajectories[int(i)] for i in own.dataset.splits["test"][:3]]
+    model, emt = create_model(own.config("explicit")), load_calculator("emt")
+    records, facts = relaxed_by(emt, model, test, 0.02, print)
+    assert facts["converged"] == [True] * 3 and min(facts["steps"]) > 0 and facts["seconds"] > 0
+    for record, t in zip(records, test):
+        c = from_record(record)
+        assert c.pred_energies == pytest.approx(t.energies[[0, -1]], abs=5e-3)
+        np.testing.assert_allclose(c.pred_forces[0], t.forces[0], atol=1e-6)
+        found = [structure_errors(c, who)["positions_mae"][-1] for who in ("model", "nothing")]
+        assert found[0] < 0.2 * found[1]
+    gold = emt._replace(elements=frozenset([79]))
+    records, facts = relaxed_by(gold, model, test, 0.02, print)
+    lost = [not set(t.atomic_numbers.tolist()) <= {79} for t in test]
+    assert any(lost) and [not from_record(r).finite for r in records] == lost
 
 
 @pytest.fixture(scope="module")
@@ -510,6 +550,47 @@ def test_all_tells_what_cannot_be_done(report, monkeypatch, capsys):
     assert cli.main(["reproduce", "fig3b", "--folds", "1", *more]) == 2
     assert cli.main(["reproduce", "fig3b", "--config", "explicit.py", *more]) == 2
     assert "NAME=FILE" in capsys.readouterr().err
+
+
+def test_runs_side_by_side(report, tmp_path, capsys):
+    """Two at a time on a core each: the same files, one that cannot be trained told, others done."""
+    _, more = report
+    changes = tuple(more[more.index("--set") + 1 :])
+    own = Setting("emt", tmp_path, (0, 1), changes=changes)
+    runs = [own.run("static_final", seed) for seed in own.seeds]
+    lost = own.run("static_final", 2)
+    data = dataclasses.replace(lost.config.data, path=str(tmp_path / "lost.h5"))
+    lost = dataclasses.replace(lost, config=dataclasses.replace(lost.config, data=data))
+    entries = [Entry(run, ("x",), "missing", m) for run, m in zip((lost, *runs), (9.0, 3.0, 4.0))]
+    told = []
+    with pytest.raises(InputError, match=r"seed 2: .*lost\.h5"):
+        train_side_by_side(entries, tmp_path, min(2, usable_cores()), told.append)
+    assert [state_of(folder_of(tmp_path, run)) for run in runs] == ["finished"] * 2
+    started = [line for line in told if line.startswith("[")]
+    assert ["seed 2" in started[0], "seed 1" in started[1], "seed 0" in started[2]] == [True] * 3
+    facts = [read_facts(folder_of(tmp_path, run)) for run in runs]
+    assert all(f["reason"] == "epochs" for f in facts)
+    assert all(f["machine"]["cores"] == len(core_shares(min(2, usable_cores()))[0]) for f in facts)
+    log = (tmp_path / "logs" / f"{runs[0].digest}.log").read_text()
+    assert "ended after epoch 0" in log
+
+
+def test_workers_that_die_are_told(report, tmp_path, monkeypatch):
+    _, more = report
+    run = Setting("emt", tmp_path, (0,), changes=tuple(more[more.index("--set") + 1 :])).run("static_final", 0)
+    broken = dataclasses.replace(run, config=None)  # no config: a TypeError in the process
+    with pytest.raises(InputError, match=r"exit code 1 .*\.log"):
+        train_side_by_side([Entry(broken, ("x",), "missing", 1.0)], tmp_path, 1, print)
+    assert "Traceback" in (tmp_path / "logs" / f"{run.digest}.log").read_text()
+
+
+def test_more_jobs_than_cores_are_refused(report, capsys):
+    _, more = report
+    assert cli.main(["reproduce", "figA3", "--jobs", "4096", *more]) == 2
+    assert "--jobs 4096" in capsys.readouterr().err
+    assert cli.main(["reproduce", "figA3", "--jobs", "0", *more]) == 2
+    shares = core_shares(usable_cores())
+    assert len({core for share in shares for core in share}) == usable_cores()
 
 
 @pytest.mark.heavy

@@ -8,10 +8,14 @@ import fcntl
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from relaxnet_jax.console import note, say
 from relaxnet_jax.errors import InputError
 from relaxnet_jax.runtime import check_devices, enable_compilation_cache
+
+if TYPE_CHECKING:
+    from relaxnet_jax.data.generation.calculators import Calculator
 
 SOME_FAILED, TERMINATED = 1, 143
 TABLE_WIDTH = 120  # of the plan, also where no terminal says how wide it is
@@ -39,7 +43,13 @@ def reproduce(args: argparse.Namespace) -> int:
     out = Path(args.out)
     names = [n for n in EXPERIMENTS if n in args.experiments or "all" in args.experiments]
     setting = Setting(
-        args.data, out, tuple(args.seeds), _sources(args.config), tuple(args.set), args.folds
+        args.data,
+        out,
+        tuple(args.seeds),
+        _sources(args.config),
+        tuple(args.set),
+        args.folds,
+        _reference(args.reference),
     )
     needs = {}
     for name in names:
@@ -105,6 +115,18 @@ def _check_jobs(jobs: int) -> None:
     if jobs > 1 and (platform := jax.devices()[0].platform) != "cpu":
         raise InputError(f"--jobs {jobs}: is for CPUs; a {platform} trains one run at a time")
     core_shares(jobs)
+
+
+def _reference(name: str | None) -> Calculator | None:
+    """The calculator of ``--reference``."""
+    if name is None:
+        return None
+    from relaxnet_jax.data.generation.calculators import check_calculator
+
+    try:
+        return check_calculator(name, relax_cell=False)
+    except InputError as error:
+        raise InputError(str(error).replace("--calculator", "--reference", 1)) from None
 
 
 def _sources(items: list[str]) -> dict[str, str]:

@@ -19,6 +19,7 @@ from relaxnet_jax.metrics import Comparison
 from relaxnet_jax.model import RelaxNet, load_model
 from relaxnet_jax.reproduce import predictions
 from relaxnet_jax.reproduce.archive import from_record, read_records, write_records
+from relaxnet_jax.reproduce.reference import identity, relaxed_by
 from relaxnet_jax.reproduce.runs import Run, folder_of, read_epochs, read_facts
 from relaxnet_jax.reproduce.setting import Setting
 
@@ -87,6 +88,26 @@ class Lab:
             return predictions.dense(model, test, n_frames, self.report)
 
         return self._records(run, f"dense-{n_frames}", make)[0]
+
+    def reference(self, run: Run, fmax: float) -> Predicted | None:
+        """L-BFGS with the outside potential of the setting; None without one.
+
+        Args:
+          run: whose test split, and whose model says which of it can be compared. fmax: eV/Å.
+        """
+        calculator = self.setting.reference
+        if calculator is None:
+            return None
+        test = self._test(run)
+        name = f"{calculator.label}-{fmax:.6g}-{identity(calculator, test)}.npz"
+        file = self.setting.out / "reference" / name
+        found = read_records(file)
+        if found is None:
+            self.report(f"relaxing {len(test)} structures with {calculator.source}")
+            write_records(file, *relaxed_by(calculator, self._model(run), test, fmax, self.report))
+            found = read_records(file)
+            assert found is not None
+        return Predicted(tuple(from_record(r) for r in found[0]), found[1])
 
     def _predicted(self, run: Run, kind: str, make: Callable) -> Predicted:
         records, facts = self._records(run, kind, make)

@@ -74,6 +74,11 @@ def doing_nothing(predicted: Sequence[Predicted]) -> Method:
     )
 
 
+def foreign(made: Method) -> Method:
+    """Of a potential whose energies are of another functional: without them."""
+    return dataclasses.replace(made, energy=EMPTY, per_atom=EMPTY)
+
+
 def criteria(lab: Lab, explicit: Sequence[Run]) -> dict[str, list[float]]:
     """C1 and C2 in eV/Å, for each seed.
 

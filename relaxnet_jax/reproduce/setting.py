@@ -14,6 +14,7 @@ import numpy as np
 
 from relaxnet_jax.config import Config, load_config
 from relaxnet_jax.data.dataset import Dataset, load_dataset
+from relaxnet_jax.data.generation.calculators import Calculator
 from relaxnet_jax.data.split_file import write_splits
 from relaxnet_jax.data.splits import Splits
 from relaxnet_jax.errors import InputError
@@ -38,7 +39,7 @@ class Setting:
     Attributes:
       data: a store. out: the report's folder. seeds: of initialisation and shuffling.
       sources: config file by role (see `ROLES`). changes: "section.field=value" for all of them.
-      folds: of the cross-validation.
+      folds: of the cross-validation. reference: an outside potential to compare with.
     """
 
     data: str
@@ -47,6 +48,7 @@ class Setting:
     sources: Mapping[str, str] = dataclasses.field(default_factory=dict)
     changes: tuple[str, ...] = ()
     folds: int = 5
+    reference: Calculator | None = None
     _sizes: dict[tuple, int] = dataclasses.field(default_factory=dict, repr=False)
     _shares: dict[float, tuple[Path, str]] = dataclasses.field(default_factory=dict, repr=False)
     _configs: dict[str, Config] = dataclasses.field(default_factory=dict, repr=False)
