@@ -24,6 +24,7 @@ from relaxnet_jax.reproduce import budget, formats, predictions
 from relaxnet_jax.reproduce.archive import from_record, read_records, to_record, write_records
 from relaxnet_jax.reproduce.convergence import convergence_seconds
 from relaxnet_jax.reproduce.lab import Predicted
+from relaxnet_jax.reproduce.methods import averaged
 from relaxnet_jax.reproduce.plan import Entry, keep_plan, make_plan
 from relaxnet_jax.reproduce.reference import relaxed_by
 from relaxnet_jax.reproduce.registry import EXPERIMENTS
@@ -377,6 +378,19 @@ def test_verdicts_of_table5_follow_from_the_predictions(tmp_path):
     ratio = rows["RelaxNet explicit"][7].mean
     assert 0.05 < ratio < 0.15 and evaluate(explicit).final_ratio == pytest.approx(0.1, abs=0.02)
     assert rows["EGNN, 2 layers + LBFGS (C1)"][12].mean == pytest.approx(100 * 7 / 8)
+
+
+def test_committee_averages_what_seeds_predict(tmp_path):
+    """Two seeds that err by 0.3 and -0.1 of the way: together by 0.1, up to the noise of each."""
+    seeds = [Predicted(tuple(relaxations(3, e)), {"seconds": 2.0}) for e in (0.3, -0.1)]
+    together = averaged(seeds)
+    assert together.facts["seconds"] == 4.0
+    for one, a, b in zip(together.comparisons, *(s.comparisons for s in seeds)):
+        np.testing.assert_allclose(one.pred_positions, (a.pred_positions + b.pred_positions) / 2)
+        np.testing.assert_array_equal(one.true_positions, a.true_positions)
+    assert evaluate(together.comparisons).final_ratio == pytest.approx(0.1, abs=0.03)
+    seeds[0].comparisons[0].pred_energies[:] = np.nan
+    assert not averaged(seeds).comparisons[0].finite
 
 
 def test_outside_potentials_have_no_comparable_energies(tmp_path):

@@ -8,6 +8,7 @@ from relaxnet_jax.reproduce.formats import number
 from relaxnet_jax.reproduce.lab import Lab
 from relaxnet_jax.reproduce.methods import (
     Method,
+    averaged,
     criteria,
     doing_nothing,
     foreign,
@@ -46,6 +47,9 @@ def section(lab: Lab) -> Section:
     methods: dict[str, tuple[str, Method]] = {
         name: (f"RelaxNet {name}", method(own[name])) for name in own
     }
+    if len(setting.seeds) > 1:
+        label = f"RelaxNet explicit, mean of {len(setting.seeds)} seeds' predictions"
+        methods["committee"] = (label, method([averaged(own["explicit"])]))
     limits = criteria(lab, found["explicit"])
     for name, label in POTENTIALS.items():
         for criterion, fmax in limits.items():
