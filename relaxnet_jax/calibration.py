@@ -150,7 +150,8 @@ def write_calibration(
         "calibration": {name: c._asdict() for name, c in calibrated.items()},
     }
     with atomic_path(files[0]) as temporary:
-        temporary.write_text(json.dumps(document, indent=2, allow_nan=False, ensure_ascii=False))
+        text = json.dumps(document, indent=2, allow_nan=False, ensure_ascii=False)
+        temporary.write_text(text, encoding="utf-8")
     columns = [f"{name}_{what}" for name, *_ in QUANTITIES for what in ("spread", "error")]
     values = [d[name] for name, *_ in QUANTITIES for d in (found.spread, found.error)]
     with atomic_path(files[1]) as temporary, temporary.open("w", newline="") as file:

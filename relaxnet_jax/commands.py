@@ -34,12 +34,13 @@ def train(args: argparse.Namespace) -> int:
     again = f"continue with: relaxnet-jax train --resume --workdir {q(workdir)}"
     with joined(place, args.join_seconds):
         check_devices(args.devices)
+        from relaxnet_jax.train.checkpoint import has_checkpoint
         from relaxnet_jax.train.loop import train as run
 
         try:
             result = run(config, workdir, resume=args.resume, devices=args.devices)
         except KeyboardInterrupt:
-            if first and any((workdir / "checkpoints" / "latest").glob("[0-9]*")):
+            if first and has_checkpoint(workdir):
                 note(f"\nstopped; {again}")
             raise
     if result.stopped:

@@ -210,9 +210,9 @@ class TrainConfig:
       epochs: most epochs.
       max_minutes: wall-clock limit (0: none); ends cleanly with a usable model.
       cooldown: with ``max_minutes``, the learning rate falls linearly to zero over this last
-        fraction of the time, nothing but the deadline ends the run, and its last model is kept
-        unless its validation loss is more than a tenth above the best; a run without a time
-        limit does not use it.
+        fraction of the time (or of the epochs, where these end first), nothing else ends the run,
+        and its last model is kept unless its validation loss is more than a tenth above the best;
+        a run without a time limit does not use it.
       plateau_factor, plateau_patience: learning rate is multiplied by the factor after
         so many epochs without a better validation loss.
       early_stop_patience: epochs without a better validation loss before stopping.

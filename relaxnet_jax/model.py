@@ -6,6 +6,7 @@ A saved model is a folder: ``config.json``, ``parameters.npz`` (no pickles), ``m
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import json
@@ -28,12 +29,14 @@ from relaxnet_jax import dynamics, solver
 from relaxnet_jax.batching import collate, fitting_shape
 from relaxnet_jax.config import PRETRAINED, Config, from_json, load_config, to_json
 from relaxnet_jax.data.files import atomic_folder
+from relaxnet_jax.data.trajectory import CELL_TOLERANCE
 from relaxnet_jax.errors import InputError
 from relaxnet_jax.graph import MAX_ATOMIC_NUMBER, Structure, build_structure, structure_from_atoms
 from relaxnet_jax.models.energy import RelaxNetwork
 from relaxnet_jax.models.init import initial_parameters
+from relaxnet_jax.neighbors import approach
 from relaxnet_jax.potential import Evaluation
-from relaxnet_jax.strain import stress
+from relaxnet_jax.strain import deformations, stress
 from relaxnet_jax.typing import AnyArray, Graph, Params, Times
 
 if TYPE_CHECKING:
@@ -51,7 +54,7 @@ class Prediction(NamedTuple):
     """Predicted trajectories of a padded batch of G structures on n frames.
 
     Attributes:
-      positions: (n, N, 3) Å. velocities: (n, N, 3) Å per unit pseudotime.
+      positions: (n, N, 3) Å. velocities: (n, N, 3) Å, u of `solver.Trajectory`.
       energies: (n, G) eV, total: on the scale of the training data.
       forces: (n, N, 3) eV/Å, raw: also on fixed atoms.
       cells: (n, G, 3, 3) Å. stresses: (n, G, 3, 3) eV/Å³, tension positive; None where the model
@@ -116,22 +119,53 @@ class RelaxNet:
         Implicit scheme and static models: F = -dE/dx of E(x). Explicit scheme: the latent h is a state of its own,
         and E(x; h) depends on the structure it was encoded from: ``reference`` (the initial
         structure of a relaxation; by default ``atoms`` itself). F = -dE/dx at that fixed h.
+
+        Raises:
+          InputError: an unseen element; a reference of other atoms, or of another cell where cells
+            are fixed; a direct predictor.
         """
         if self.config.dynamics.latent == "direct":
             raise InputError(NO_ENERGY_SURFACE)
-        structure = self.structure(atoms)
+        if self.config.dynamics.latent != "explicit" or reference is None:
+            reference = atoms
+        structure, positions, deformation = self._from_reference(atoms, reference)
         shape = fitting_shape([structure], rounded=True)
         graph = collate([structure], shape, _dtype(self.params))
-        start = graph.nodes["positions"].copy()
-        if reference is not None:
-            if not np.array_equal(reference.numbers, atoms.numbers):
-                raise InputError(
-                    "reference: must have the atoms of the structure in the same order"
-                )
-            start[: len(atoms)] = reference.positions
-        result = _evaluate(self, graph, start)
+        at = graph.nodes["positions"].copy()
+        at[: len(atoms)] = positions
+        steps = np.repeat(np.eye(3, dtype=at.dtype)[None], shape.n_graphs, axis=0)
+        steps[0] = deformation
+        result = _evaluate(self, graph, at, steps)
         energy = float(result.energies[0]) + self.composition_energy(atoms.numbers)
         return energy, np.asarray(result.forces, np.float64)[: len(atoms)]
+
+    def _from_reference(
+        self, atoms: Atoms, reference: Atoms
+    ) -> tuple[Structure, np.ndarray, np.ndarray]:
+        """The reference's structure, with all neighbours the atoms have; the atoms' positions mapped
+        back to its cell (N, 3) Å, and their deformation (3, 3)."""
+        same = np.array_equal(reference.numbers, atoms.numbers)
+        if not (same and np.array_equal(reference.pbc, atoms.pbc)):
+            raise InputError(
+                "reference: must have the atoms of the structure in the same order, and its periodicity"
+            )
+        cells = np.stack([reference.cell.array, atoms.cell.array])
+        if self.config.dynamics.cell == "fixed" and not np.allclose(
+            cells[0], cells[1], atol=CELL_TOLERANCE
+        ):
+            raise InputError(
+                "reference: has another cell, which this fixed-cell model never saw change; give a "
+                "reference with the cell of the structure"
+            )
+        structure = self.structure(reference)
+        x = np.stack([reference.positions, atoms.positions])
+        needed = approach(x, cells, structure.neighbors.reach)
+        if needed > self.config.graph.skin:
+            graph = dataclasses.replace(self.config.graph, skin=float(needed))
+            wider = dataclasses.replace(self.config, graph=graph)
+            structure = structure_from_atoms(reference, wider)
+        deformation = deformations(cells)[1]
+        return structure, x[1] @ np.linalg.inv(deformation).T, deformation
 
     def composition_energy(self, atomic_numbers: np.ndarray) -> float:
         """Sum of the element energies, eV, in float64."""
@@ -183,10 +217,12 @@ def predict_trajectory(model: RelaxNet, graph: Graph, times: Times | None = None
 
 
 @jax.jit
-def _evaluate(model: RelaxNet, graph: Graph, reference: Array) -> Evaluation:
-    network, start = model.network, jnp.asarray(reference)
+def _evaluate(model: RelaxNet, graph: Graph, at: Array, deformation: Array) -> Evaluation:
+    """At reference positions (N, 3) and deformations (G, 3, 3), with h of the graph's own positions."""
+    network, start = model.network, jnp.asarray(graph.nodes["positions"])
     state = dynamics.initial_state(network, model.params, graph, start)
-    state = state._replace(positions=jnp.asarray(graph.nodes["positions"]))
+    changed = None if state.deformation is None else deformation
+    state = state._replace(positions=at, deformation=changed)
     return dynamics.evaluate(network, model.params, model.energy_scale, graph, state)
 
 

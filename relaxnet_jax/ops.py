@@ -92,9 +92,3 @@ def _scatter_bwd(edges, cotangent):
 
 gather_senders.defvjp(_gather_fwd, _gather_bwd)
 _scatter_senders.defvjp(_scatter_fwd, _scatter_bwd)
-
-
-def masked_mean(values: Array, mask: Array) -> Array:
-    """Mean over the true entries of a mask of the same shape; zero if there are none."""
-    mask = mask.astype(values.dtype)
-    return safe_divide(jnp.sum(jnp.where(mask > 0, values, 0.0)), jnp.sum(mask))

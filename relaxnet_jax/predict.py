@@ -44,7 +44,7 @@ class Path:
     """One structure's predicted path: NumPy, float64.
 
     Attributes:
-      times (n,), positions (n, N, 3) Å, velocities (n, N, 3), energies (n,) eV total,
+      times (n,), positions (n, N, 3) Å, velocities (n, N, 3), see `solver.Trajectory`, energies (n,) eV total,
       forces (n, N, 3) eV/Å, cells (n, 3, 3) Å; skin: Å, of the neighbour list that was used.
       stresses: (n, 6) eV/Å³ in ASE's order, tension positive; None where cells are fixed.
       failure: why there is no prediction (all values are then NaN), else empty.
@@ -116,7 +116,9 @@ def predict_structures(
             paths = batches.predict([pending[i][0] for i in members], shape)
             for i, raw in zip(members, paths):
                 structure, skin = pending[i]
-                needed = approach(raw.positions, raw.cells, structure.neighbors.reach)
+                # From the structure the list was made for, whatever times are asked for.
+                x, cells = [structure.positions, *raw.positions], [structure.cell, *raw.cells]
+                needed = approach(np.stack(x), np.stack(cells), structure.neighbors.reach)
                 if (
                     needed > skin
                     and np.isfinite(needed)
@@ -141,10 +143,11 @@ def minimised_path(found: Minimisation, times: np.ndarray) -> Path:
       times: (n,) in [0, 1]. What failed is not a number, and says why.
     """
     rows = np.rint(np.asarray(times, np.float64) * found.steps).astype(int)
-    values = found.positions[rows], found.energies[rows], found.forces[rows]
+    stresses = np.zeros(0) if found.stresses is None else found.stresses[rows]
+    values = [found.positions[rows], found.energies[rows], found.forces[rows], stresses]
     if found.failure:
-        values = tuple(np.full_like(v, np.nan) for v in values)
-    positions, energies, forces = values
+        values = [np.full_like(v, np.nan) for v in values]
+    positions, energies, forces, stresses = values
     return Path(
         times,
         positions,
@@ -154,7 +157,7 @@ def minimised_path(found: Minimisation, times: np.ndarray) -> Path:
         found.cells[rows],
         FOLLOWED,
         found.failure,
-        None if found.stresses is None else found.stresses[rows],
+        None if found.stresses is None else stresses,
     )
 
 

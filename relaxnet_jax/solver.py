@@ -42,23 +42,30 @@ class RK4(diffrax.AbstractSolver):
 
     def step(self, terms, t0, t1, y0, args, solver_state, made_jump):
         """One step; the interpolation keeps h f at its beginning and at its last stage."""
+        y1, first, last = self.advance(terms, t0, t1, y0, args)
+        control = terms.contr(t0, t1)
+        k0, k1 = (terms.prod(f, control) for f in (first, last))
+        dense = {"y0": y0, "y1": y1, "k0": k0, "k1": k1}
+        return y1, None, dense, None, diffrax.RESULTS.successful
+
+    def advance(self, terms, t0, t1, y0, args):
+        """y(t1), and f at the beginning and at the last stage."""
         control = terms.contr(t0, t1)
 
         def stage(carry, coefficients):
             previous, total = carry
             a, b = coefficients
             y = jax.tree.map(lambda y, k: y + a * k, y0, previous)
-            k = terms.vf_prod(t0 + a * (t1 - t0), y, args, control)
-            return (k, jax.tree.map(lambda t, k: t + b * k, total, k)), k
+            f = terms.vf(t0 + a * (t1 - t0), y, args)
+            k = terms.prod(f, control)
+            return (k, jax.tree.map(lambda t, k: t + b * k, total, k)), f
 
         zero = jax.tree.map(jnp.zeros_like, y0)
         dtype = jnp.result_type(*jax.tree.leaves(y0))
         table = jnp.array([[0, 1 / 6], [1 / 2, 1 / 3], [1 / 2, 1 / 3], [1, 1 / 6]], dtype)
-        (_, total), k = jax.lax.scan(stage, (zero, zero), (table[:, 0], table[:, 1]))
-        y1 = jax.tree.map(jnp.add, y0, total)
-        first, last = (jax.tree.map(lambda k, s=s: k[s], k) for s in (0, 3))
-        dense = {"y0": y0, "y1": y1, "k0": first, "k1": last}
-        return y1, None, dense, None, diffrax.RESULTS.successful
+        (_, total), f = jax.lax.scan(stage, (zero, zero), (table[:, 0], table[:, 1]))
+        first, last = (jax.tree.map(lambda f, s=s: f[s], f) for s in (0, 3))
+        return jax.tree.map(jnp.add, y0, total), first, last
 
     def func(self, terms, t0, y0, args):
         """The vector field."""
@@ -69,7 +76,8 @@ class Trajectory(NamedTuple):
     """A batch of predicted trajectories, all on the n frames asked for.
 
     Attributes:
-      positions: (n, N, 3) Å. velocities: (n, N, 3) Å per unit pseudotime.
+      positions: (n, N, 3) Å. velocities: (n, N, 3) Å, the state u of the second-order dynamics:
+        dx/dt = s u with the learned time scale s, and what the strain adds; zero in first order.
       energies: (n, G) eV, relative to the composition energies.
       forces: (n, N, 3) eV/Å, raw: also on fixed atoms.
       reference: (n, N, 3) Å, positions mapped back to the initial cell; None for fixed cells, as
@@ -91,13 +99,13 @@ def frame_grid(config: DynamicsConfig) -> np.ndarray:
     return np.linspace(0.0, 1.0, config.frames)
 
 
-def solve_states(field: Callable[[Any], Any], start: Any, config: DynamicsConfig) -> Any:
-    """States (any tree of arrays) on the frame grid: leaves (n, ...). See `solve_with_rates`."""
-    return solve_with_rates(field, start, config)[0]
-
-
-def solve_with_rates(field: Callable[[Any], Any], start: Any, config: DynamicsConfig):
-    """States on the frame grid and their time derivatives there: leaves (n, ...).
+def solve_with_rates(
+    field: Callable[[Any], Any],
+    start: Any,
+    config: DynamicsConfig,
+    controlled: Callable[[Any], Any] = lambda state: state,
+):
+    """States (any tree of arrays) on the frame grid, and their time derivatives: leaves (n, ...).
 
     RK4 steps `RK4` by hand, in a scan (diffrax's "manual stepping"): `diffrax.diffeqsolve` with
     `RecursiveCheckpointAdjoint` puts two more copies of the vector field into the traced
@@ -106,8 +114,9 @@ def solve_with_rates(field: Callable[[Any], Any], start: Any, config: DynamicsCo
     That of the last frame is the first stage of one step beyond it; three evaluations too many,
     but no second copy of the vector field to compile.
 
-    Tsit5 chooses its steps for the whole batch at once, so there a structure's result depends,
-    within the tolerances, on the others in its batch; with fixed steps it does not.
+    Tsit5 chooses its steps by the largest error of any number in ``controlled(state)``, for the
+    whole batch at once, so there a structure's result depends, within the tolerances, on the others
+    in its batch; with fixed steps it does not.
     """
     dtype = jnp.result_type(*jax.tree.leaves(start))
     if config.solver == "rk4":
@@ -116,12 +125,11 @@ def solve_with_rates(field: Callable[[Any], Any], start: Any, config: DynamicsCo
         n_steps = (config.frames - 1) * config.substeps
         h, solver = 1.0 / n_steps, RK4()
 
-        def step(y, t):
-            y1, _, dense, _, _ = solver.step(term, t, t + h, y, None, None, False)
-            return y1, (y, jax.tree.map(lambda k: k / h, dense["k0"]))
+        def step(y, _):
+            y1, rate, _ = solver.advance(term, 0.0, h, y, None)  # the field knows no time
+            return y1, (y, rate)
 
-        times = jnp.asarray(np.arange(n_steps + 1) * h, dtype)
-        _, (states, rates) = jax.lax.scan(step, start, times)
+        _, (states, rates) = jax.lax.scan(step, start, None, length=n_steps + 1)
         frames = slice(None, None, config.substeps)
         return jax.tree.map(lambda x: x[frames], (states, rates))
     term = diffrax.ODETerm(lambda t, y, args: field(y))
@@ -133,12 +141,19 @@ def solve_with_rates(field: Callable[[Any], Any], start: Any, config: DynamicsCo
         dt0=0.1 / (config.frames - 1),
         y0=start,
         saveat=diffrax.SaveAt(ts=jnp.asarray(frame_grid(config), dtype)),
-        stepsize_controller=diffrax.PIDController(rtol=config.rtol, atol=config.atol),
+        stepsize_controller=diffrax.PIDController(
+            rtol=config.rtol, atol=config.atol, norm=lambda y: _largest(controlled(y))
+        ),
         adjoint=diffrax.RecursiveCheckpointAdjoint(checkpoints=config.max_steps),
         max_steps=config.max_steps,
         throw=False,  # a solve that fails gives values that are not finite
     )
     return solution.ys, jax.lax.map(jax.checkpoint(field), solution.ys)
+
+
+def _largest(tree: Any) -> Array:
+    """The largest absolute value; padding, which is zero, does not count, as in a mean it would."""
+    return jnp.max(jnp.stack([jnp.max(jnp.abs(x), initial=0.0) for x in jax.tree.leaves(tree)]))
 
 
 def interpolate_states(states: State, rates: State, times: Array, index: AnyArray) -> State:
@@ -275,7 +290,7 @@ def solve_trajectory(
     virials = None if start.deformation is None else jnp.zeros_like(start.deformation)
     unused = (jnp.zeros(n_graphs, positions.dtype), jnp.zeros_like(positions), virials)
     (states, _), (rates, (energies, forces, virials)) = solve_with_rates(
-        field, (start, unused), network.dynamics
+        field, (start, unused), network.dynamics, controlled=lambda augmented: augmented[0]
     )
     if times is not None:
         times = jnp.asarray(times, positions.dtype)

@@ -32,13 +32,17 @@ class HeadStart(NamedTuple):
     moved: bool
 
 
-def head_start(atoms: Atoms, model: RelaxNet, n_frames: int = 5) -> HeadStart:
-    """Moves the atoms, in place, to the relaxed structure the model predicts:
+def head_start(
+    atoms: Atoms, model: RelaxNet, n_frames: int = 5, relax_cell: bool = True
+) -> HeadStart:
+    """Moves the atoms, and the cell where the model relaxes cells, to the relaxed structure it
+    predicts, in place:
 
         head_start(atoms, model)
         LBFGS(atoms).run(fmax=0.05)
 
-    The model itself holds what `FixAtoms` (or `FixCartesian` in all directions) holds. Other
+    The model itself holds what `FixAtoms` (or `FixCartesian` in all directions) holds, relative to
+    the lattice: where the cell changes, a fixed atom goes along with it. Other
     constraints are applied by ASE to the final positions, as whenever positions are set, and
     flagged. Where the prediction is unusable the atoms stay where they are, with a warning, so
     that an optimiser starts from there.
@@ -47,6 +51,9 @@ def head_start(atoms: Atoms, model: RelaxNet, n_frames: int = 5) -> HeadStart:
       atoms: moved; its calculator is not used.
       model: from `load_model` or `create_model`, of either scheme.
       n_frames: of the path that is returned and judged, at least 2.
+      relax_cell: whether the cell relaxes along its periodic directions, if the model was trained
+        for that; give False before an optimiser that keeps the cell, and for slabs with vacuum in
+        a cell that is periodic along it.
 
     Raises:
       InputError: atoms that cannot be used, an element the model never saw, or n_frames < 2.
@@ -56,7 +63,7 @@ def head_start(atoms: Atoms, model: RelaxNet, n_frames: int = 5) -> HeadStart:
             f"n_frames={n_frames}: a path has at least 2 frames, the first and the last"
         )
     name = atoms.get_chemical_formula()
-    structure = model.structure(atoms, name)
+    structure = model.structure(atoms, name, relax_cell)
     (solved,) = predict_structures(model, [structure], np.linspace(0.0, 1.0, n_frames))
     path = as_trajectory(name, structure, solved)
     flags = trust_flags(path, model, solved.skin) + constraint_flags(atoms)
@@ -71,7 +78,8 @@ def head_start(atoms: Atoms, model: RelaxNet, n_frames: int = 5) -> HeadStart:
 
 def move_to_end(atoms: Atoms, path: RelaxationTrajectory) -> None:
     """Gives the atoms cell and positions of a path's last frame, their constraints applied."""
-    atoms.set_cell(path.cells[-1])
+    # Scaled: what constraints hold keeps its place in the lattice, as it does on the path.
+    atoms.set_cell(path.cells[-1], scale_atoms=True)
     atoms.set_positions(path.positions[-1])
 
 

@@ -22,8 +22,12 @@ def deform_positions(deformation: Array, positions: Array, index: AnyArray) -> A
 
 
 def deformations(cells: np.ndarray) -> np.ndarray:
-    """D of every frame from its cell (n, 3, 3), the first being the initial one: (n, 3, 3)."""
-    return np.swapaxes(np.linalg.solve(cells[:1], cells), -1, -2)
+    """D of every frame from its cell (n, 3, 3), the first being the initial one: (n, 3, 3).
+
+    Along directions in which the initial cell has no lattice vector D is the identity.
+    """
+    inverse = np.linalg.pinv(cells[0])
+    return np.swapaxes(inverse @ cells + np.eye(3) - inverse @ cells[0], -1, -2)
 
 
 def symmetric(matrix: Array) -> Array:

@@ -25,11 +25,13 @@ from relaxnet_jax.data.sample import driftless, make_sample
 from relaxnet_jax.data.store_write import write_store
 from relaxnet_jax.data.trajectory import RelaxationTrajectory
 from relaxnet_jax.errors import InputError
+from relaxnet_jax.evaluate.run import compare
 from relaxnet_jax.losses import loss_terms, strain_error
+from relaxnet_jax.metrics import structure_errors
 from relaxnet_jax.model import create_model, load_model
-from relaxnet_jax.predict import relax
+from relaxnet_jax.predict import Path, relax
 from relaxnet_jax.solver import Trajectory
-from relaxnet_jax.strain import from_voigt, log_strain, stress, to_voigt
+from relaxnet_jax.strain import deformations, from_voigt, log_strain, stress, to_voigt
 from relaxnet_jax.train.step import make_static_loss
 
 VARIABLE = tiny_config(dynamics__cell="variable", dynamics__mass="unit")
@@ -183,6 +185,25 @@ def test_train_evaluate_predict(run, capsys):
     moved = [not np.allclose(p[-1].cell, p[0].cell, atol=1e-9) for p in (true, predicted)]
     assert moved[0] == moved[1] and len(predicted) == 3
     np.testing.assert_allclose(predicted[0].positions, true[0].positions, atol=1e-5)
+
+
+@pytest.mark.parametrize("cell", ["fixed", "variable"])
+def test_errors_do_not_depend_on_what_the_dynamics_conserve(cell):
+    """A drift is in no error, whichever atoms it comes from: not of the truth, not of predictions."""
+    grow = (0, 0, 0) if cell == "fixed" else (0.03, -0.01, 0.02)
+    t = relaxation(crystal(), "a", grow)
+    if cell == "fixed":
+        t = dataclasses.replace(t, cells=np.repeat(t.cells[:1], 3, 0), stresses=None)
+    drift = np.linspace(0, 0.3, 3)[:, None, None] * np.array([1.0, -2, 0.5])
+    path = Path(np.linspace(0, 1, 3), t.positions + drift @ np.swapaxes(
+        deformations(t.cells), -1, -2), 0 * t.positions, t.energies, t.forces, t.cells, 1.0)  # fmt: skip
+    for mass in ("unit", "atomic"):
+        config = tiny_config(dynamics__cell=cell, dynamics__mass=mass)
+        model = create_model(config)
+        (found,), _ = compare(model, [t], print, predict=lambda _: [path], n_frames=3)
+        errors = structure_errors(found)["positions_mae"]
+        assert errors.max() < 1e-9
+        assert structure_errors(found, "nothing")["positions_mae"][-1] > 1e-3
 
 
 def test_driftless_frames_keep_their_cells():

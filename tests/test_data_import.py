@@ -268,6 +268,19 @@ def test_groups_from_csv(tmp_path):
     path = save(tmp_path / "a.extxyz", frames("a"), frames("b"))
     import_files(path, tmp_path / "out.h5", groups=read_groups(table))
     assert TrajectoryStore(tmp_path / "out.h5").groups == ["metal", "AuCu3"]
+    told = []
+    table.write_text("id,group\na,metal\nzz,other\n")
+    import_files(path, tmp_path / "out.h5", told.append, groups=read_groups(table))
+    assert any("1 relaxations are not in it" in line for line in told)
+    assert any("1 of its ids were not read" in line for line in told)
+    table.write_text("id,group\nx/a,metal\n")
+    with pytest.raises(InputError, match="names none of the 2 relaxations read, .* is 'a'"):
+        import_files(path, tmp_path / "none.h5", groups=read_groups(table))
+    assert not (tmp_path / "none.h5").exists()
+    for row in ("b\n", "b,\n", ",metal\n"):
+        table.write_text("id,group\na,metal\n" + row)
+        with pytest.raises(InputError, match=r"groups\.csv: line 3: no id or no group"):
+            read_groups(table)
     table.write_text("id,x\n")
     with pytest.raises(InputError, match=r"groups\.csv: no column group: add it"):
         read_groups(table)

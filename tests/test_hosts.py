@@ -127,8 +127,8 @@ with joined(Place("localhost:" + sys.argv[2], 2, index)):
     last = devices.first(state)
     # What process 0 alone has on disk comes to all.
     if index == 0:
-        checkpoints = Checkpoints(Path("steps-checkpoints"))
-        checkpoints.save(last, {"epoch": 5}, best=False)
+        checkpoints = Checkpoints(Path("steps"))
+        checkpoints.save(last, {"epoch": 5})
         checkpoints.wait()
         found, progress = checkpoints.restore(start)
         checkpoints.close()

@@ -14,7 +14,6 @@ from relaxnet_jax.graph import FAR, bond_vectors, build_structure, pair_list, pa
 from relaxnet_jax.neighbors import build_neighbors
 from relaxnet_jax.ops import (
     gather_senders,
-    masked_mean,
     safe_divide,
     safe_norm,
     spread,
@@ -198,6 +197,3 @@ def test_safe_operations():
     by_a, by_b = jax.grad(lambda a, b: safe_divide(a, b).sum(), argnums=(0, 1))(a, b)
     np.testing.assert_allclose(by_a, [0, 1 / 3])
     np.testing.assert_allclose(by_b, [0, -2 / 3])
-    mask = jnp.asarray([True, False])
-    assert masked_mean(jnp.asarray([4.0, jnp.nan]), mask) == 4
-    assert masked_mean(jnp.asarray([4.0, 5.0]), mask & False) == 0

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from ase import Atoms
+from ase.build import bulk
 from test_cell_data import relaxation
 from tiny import crystal, slab, tiny_config, tiny_model
 
@@ -76,6 +77,26 @@ def test_who_moves(batch):
     assert 0.02 < moved[free].std() < 0.08
     for index in (0, 1):  # nothing holds these two: they keep their centre
         np.testing.assert_allclose(moved[node == index].mean(0), 0, atol=1e-12)
+
+
+def test_where_nothing_can_move_the_first_frame_counts(x64):
+    """A lone atom, and a slab all of whose atoms are fixed: held cells, so there is no other start."""
+    lone = relaxation(bulk("Cu"), "a", grow=(0, 0, 0))
+    still = relaxation(slab(), "bb", grow=(0, 0, 0))
+    made = []
+    for t, atoms, fixed in ((lone, bulk("Cu"), False), (still, slab(), True)):
+        held = {"cells": np.repeat(atoms.cell.array[None], 3, 0), "pbc": atoms.pbc,
+                "fixed_mask": np.full(len(atoms), fixed), "stresses": None}  # fmt: skip
+        made.append(type(t)(**{**t.__dict__, **held}))
+    strained = relaxation(bulk("Cu"), "ccc")
+    strained = type(strained)(**{**strained.__dict__, "positions": np.zeros((3, 1, 3))})
+    config = config_of(train__noise_share=1.0)
+    samples = [make_sample(t, config) for t in (*made, strained)]
+    shape = fitting_shape([s.structure for s in samples])
+    both = collate_samples(samples, shape, config, np.float64)
+    other, seen = shaken(both, config)
+    np.testing.assert_array_equal(other.nodes["positions"], both[0].nodes["positions"])
+    assert seen.frame_mask[0, :3].tolist() == [True, True, False]
 
 
 def test_a_share_of_them(batch):

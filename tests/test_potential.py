@@ -12,6 +12,7 @@ from tiny import (
     atom_slices,
     batch,
     compiled,
+    crystal,
     no_weights,
     perfect,
     slab,
@@ -22,8 +23,11 @@ from tiny import (
 )
 
 from relaxnet_jax.batching import fitting_shape
+from relaxnet_jax.calculator import RelaxNetCalculator
+from relaxnet_jax.errors import InputError
 from relaxnet_jax.graph import structure_from_atoms
 from relaxnet_jax.model import network_of
+from relaxnet_jax.strain import from_voigt
 
 pytestmark = pytest.mark.usefixtures("x64")
 SYMMETRIC = ("fcc", "rocksalt", "perovskite", "bcc", "one atom", "isolated", "far apart")
@@ -130,6 +134,35 @@ def test_energy_and_forces_of_atoms(latent):
     assert abs(forces[4, 1]) > 1e-3
     np.testing.assert_allclose(
         forces[4, 1], -(numeric[0] - numeric[1]) / (2 * step), rtol=1e-5)  # fmt: skip
+
+
+def test_energies_at_the_latent_of_another_cell(x64):
+    """Explicit scheme, strained: the slope of E(x; h(reference)) along a strain is the virial there,
+    neighbours that come in are seen, and a fixed-cell model says that it cannot tell."""
+    config = tiny_config(model__layers=1, dynamics__cell="variable", dynamics__mass="unit")
+    model, atoms = tiny_model(config), crystal()
+    strain = np.array([[0.7, 0.2, 0], [0.2, -0.4, 0.1], [0, 0.1, 0.3]])
+
+    def energy(size, reference):
+        moved = atoms.copy()
+        moved.set_cell(atoms.cell.array @ (np.eye(3) + size * strain), scale_atoms=True)
+        return model.energy_and_forces(moved, reference=reference)[0]
+
+    slope = (energy(1e-4, atoms) - energy(-1e-4, atoms)) / 2e-4
+    stress = from_voigt(RelaxNetCalculator(model, reference=atoms).get_stress(atoms))
+    expected = atoms.get_volume() * (stress * strain).sum()
+    assert abs(expected) > 1e-3
+    np.testing.assert_allclose(slope, expected, rtol=1e-5)
+    # Squeezed far beyond the skin: as with a list that was wide from the start.
+    far = energy(-0.25, atoms)
+    graph = dataclasses.replace(config.graph, skin=3.0)
+    model = model.replace(config=dataclasses.replace(config, graph=graph))
+    np.testing.assert_allclose(energy(-0.25, atoms), far, rtol=1e-9)
+    model = tiny_model(tiny_config(model__layers=1))
+    with pytest.raises(InputError, match="another cell"):
+        energy(0.01, atoms)
+    with pytest.raises(InputError, match="same order"):
+        energy(0.0, atoms[[1, 0, 2]])
 
 
 def scan_function(config, model):

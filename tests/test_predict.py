@@ -103,6 +103,9 @@ def test_skin_widens(model):
     assert reference.skin == path.skin
     np.testing.assert_allclose(path.positions, reference.positions, atol=1e-5)
     np.testing.assert_allclose(path.energies, reference.energies, atol=1e-5)
+    (end,) = predict_structures(fast, [fast.structure(atoms)], np.array([1.0]))
+    assert end.skin == path.skin  # however few of its frames are asked for
+    np.testing.assert_allclose(end.positions[0], path.positions[-1], atol=1e-5)
     narrow = predict_trajectory(fast, fast.graph(atoms))
     assert np.abs(np.asarray(narrow.energies)[:, 0] - path.energies).max() > 5e-5
     (calm,) = predict_structures(model, [model.structure(crystal())])

@@ -7,13 +7,16 @@ from pathlib import Path
 import ase.io
 import numpy as np
 import pytest
-from ase.build import bulk
+from ase import Atoms
+from ase.build import bulk, graphene
+from ase.constraints import FixAtoms
 
 import relaxnet_jax
 from relaxnet_jax import cli
 from relaxnet_jax.config import load_config
 from relaxnet_jax.model import load_model, model_folder
 from relaxnet_jax.predict import relax
+from relaxnet_jax.starting import head_start
 from relaxnet_jax.train.start import read_start, start_facts
 
 CARD = Path(__file__).parents[1] / "docs" / "pretrained.md"
@@ -49,6 +52,37 @@ def test_it_lies_in_the_package_and_is_what_the_config_makes(model):
     config = load_config("explicit_cell.py")
     for part in ("graph", "model", "dynamics"):
         assert getattr(model.config, part) == getattr(config, part)
+
+
+def test_held_atoms_keep_their_place_in_the_lattice(model):
+    """A cell that relaxes takes fixed atoms along, on the path and in the atoms a head start moves."""
+    atoms = bulk("NaCl", "rocksalt", a=5.3, cubic=True)
+    atoms.rattle(0.05, seed=1)
+    atoms.set_constraint(FixAtoms([0, 3]))
+    before = atoms.copy()
+    result = head_start(atoms, model, n_frames=3)
+    assert result.moved and np.abs(atoms.cell.array - before.cell.array).max() > 0.02
+    np.testing.assert_allclose(atoms.positions, result.path.positions[-1], atol=1e-6)
+    np.testing.assert_allclose(atoms.cell.array, result.path.cells[-1])
+    held = [a.get_scaled_positions(wrap=False)[[0, 3]] for a in (before, atoms)]
+    np.testing.assert_allclose(held[1], held[0], atol=1e-6)
+    kept = before.copy()
+    head_start(kept, model, n_frames=3, relax_cell=False)
+    np.testing.assert_array_equal(kept.cell.array, before.cell.array)
+    np.testing.assert_array_equal(kept.positions[[0, 3]], before.positions[[0, 3]])
+
+
+def test_sheets_and_wires_without_all_lattice_vectors(model):
+    """They relax, in the directions they have, and beside others in a batch."""
+    sheet = graphene(vacuum=None)
+    wire = Atoms("Al", cell=[0, 0, 2.6], pbc=(False, False, True))
+    rocksalt = bulk("MgO", "rocksalt", a=4.2)
+    assert sheet.cell.rank == 2 and wire.cell.rank == 1
+    found = relax(model, [sheet, wire, rocksalt], n_frames=3)
+    for path, atoms in zip(found, (sheet, wire, rocksalt)):
+        assert np.isfinite(path.positions).all() and np.isfinite(path.energies).all()
+        assert (path.cells[:, ~atoms.cell.any(1)] == 0).all()
+    assert np.abs(found[0].cells[-1] - sheet.cell.array).max() > 1e-4
 
 
 def test_the_card_tells_what_is_shipped(model):

@@ -22,7 +22,7 @@ from tiny import (
 from relaxnet_jax.config import DynamicsConfig
 from relaxnet_jax.dynamics import State
 from relaxnet_jax.model import predict_trajectory
-from relaxnet_jax.solver import frame_grid, interpolate_states, solve_states
+from relaxnet_jax.solver import frame_grid, interpolate_states, solve_with_rates
 
 pytestmark = pytest.mark.usefixtures("x64")
 # NumPy: made at import, before the fixture turns double precision on.
@@ -52,7 +52,7 @@ def test_rk4_is_of_fourth_order():
     errors = []
     for substeps in (2, 4, 8, 16):
         config = DynamicsConfig(frames=5, substeps=substeps)
-        states = solve_states(pendulum, START, config)
+        states = solve_with_rates(pendulum, START, config)[0]
         assert states.positions.shape == (5, 1, 3) and states.latent.shape == (5, 1, 1)
         for leaf, start in zip(states[:3], START[:3]):
             np.testing.assert_array_equal(leaf[0], start)
@@ -65,11 +65,35 @@ def test_rk4_is_of_fourth_order():
 
 def test_tsit5_agrees():
     config = DynamicsConfig(frames=5, solver="tsit5", rtol=1e-9, atol=1e-9)
-    for ours, theirs in zip(solve_states(pendulum, START, config)[:3], exact()[:3]):
+    for ours, theirs in zip(solve_with_rates(pendulum, START, config)[0][:3], exact()[:3]):
         np.testing.assert_allclose(ours, theirs, atol=1e-6)
     coarse = DynamicsConfig(frames=5, solver="tsit5", rtol=1e-3, atol=1e-3)
-    error = np.abs(solve_states(pendulum, START, coarse).positions - exact().positions).max()
+    error = np.abs(solve_with_rates(pendulum, START, coarse)[0].positions - exact().positions).max()
     assert 1e-9 < error < 1e-2
+
+
+def test_passengers_steer_no_steps():
+    """Rates of what nobody integrates come out as they are, and adaptive steps ignore them."""
+    def field(wild):
+        def both(augmented):
+            state, _ = augmented
+            passenger = wild * jnp.sin(40 * state.positions) - 20.0
+            return pendulum(state), passenger
+        return both
+
+    config = DynamicsConfig(frames=5, solver="tsit5", rtol=1e-4, atol=1e-4)
+    start = START, jnp.zeros((1, 3))
+    calm, wild = (
+        solve_with_rates(field(w), start, config, controlled=lambda y: y[0]) for w in (0.0, 100.0)
+    )
+    for a, b in zip(calm[0][0][:3], wild[0][0][:3]):
+        np.testing.assert_array_equal(a, b)
+    steered = solve_with_rates(field(100.0), start, config)
+    assert np.abs(steered[0][0].positions - wild[0][0].positions).max() > 0
+    for frames in (5, 8, 32):  # steps of 1/7 are no binary fractions
+        config = DynamicsConfig(frames=frames)
+        _, (_, passenger) = solve_with_rates(field(0.0), start, config)
+        assert passenger.shape == (frames, 1, 3) and (np.asarray(passenger) == -20.0).all()
 
 
 def test_interpolation():

@@ -5,11 +5,13 @@ import io
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import textwrap
 import time
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -25,7 +27,7 @@ from relaxnet_jax.errors import InputError
 from relaxnet_jax.model import create_model, load_model
 from relaxnet_jax.predict import relax
 from relaxnet_jax.train import loop
-from relaxnet_jax.train.checkpoint import Checkpoints
+from relaxnet_jax.train.checkpoint import Checkpoints, has_checkpoint
 from relaxnet_jax.train.loop import train
 from relaxnet_jax.train.report import ConsoleReport
 from relaxnet_jax.train.state import Plateau, initial_train_state, make_optimizer
@@ -66,7 +68,7 @@ def losses(workdir):
 
 def final_state(workdir, config):
     """Leaves of the latest checkpoint."""
-    checkpoints = Checkpoints(workdir / "checkpoints")
+    checkpoints = Checkpoints(workdir)
     like = initial_train_state(create_model(config, config.train.seed).params, config.train)
     state, progress = checkpoints.restore(like)
     checkpoints.close()
@@ -212,8 +214,8 @@ def test_resume_within_an_epoch(run, folder, monkeypatch):
     workdir = folder / "within"
     original = Checkpoints.save
 
-    def save(self, state, progress, best):
-        original(self, state, progress, best)
+    def save(self, state, progress):
+        original(self, state, progress)
         self.wait()
         if progress["tally"]["batches"] == 2 and progress["epoch"] == 1:
             raise RuntimeError("killed")
@@ -313,6 +315,72 @@ def test_workdirs_are_guarded(run, folder):
     with pytest.raises(InputError, match=r"train\.batch_size is 4 there, 5 here"):
         train(config_of(batch_size=5), result.workdir, resume=True, report=report)
     assert not (folder / "nothing").exists()
+
+
+def test_resume_refuses_other_splits(run, folder):
+    """With other data, or other splits of them, it would train on what it is tested on."""
+    result, _ = run
+    workdir = folder / "moved"
+    shutil.copytree(result.workdir, workdir)
+    file = workdir / "splits.json"
+    splits = json.loads(file.read_text())
+    splits["test"].append(splits["train"].pop())
+    file.write_text(json.dumps(splits))
+    report, _ = quiet()
+    with pytest.raises(InputError, match=r"was in test by .*splits\.json, is in train"):
+        train(config_of(epochs=7), workdir, resume=True, report=report, devices=1)
+    splits["train"].append(splits["test"].pop())
+    splits["test"].append("gone")
+    file.write_text(json.dumps(splits))
+    with pytest.raises(InputError, match=r"gone was in test by .*, is in none"):
+        train(config_of(epochs=7), workdir, resume=True, report=report, devices=1)
+    file.unlink()
+    with pytest.raises(InputError, match=r"splits\.json: missing"):
+        train(config_of(epochs=7), workdir, resume=True, report=report, devices=1)
+
+
+def test_a_new_run_keeps_no_older_checkpoints(run, folder):
+    """Of a run stopped before its first model: orbax would keep those, of a higher step, alone."""
+    result, _ = run
+    workdir = folder / "anew"
+    shutil.copytree(result.workdir / "checkpoints", workdir / "checkpoints")
+    assert has_checkpoint(workdir)
+    report, _ = quiet()
+    config = config_of(epochs=1, max_buckets=1)
+    train(config, workdir, report=report, devices=1)
+    state, epoch = final_state(workdir, config)
+    assert epoch == 0 and int(state[-2]) < 6
+    unfinished = folder / "unfinished" / "checkpoints" / "latest" / "12.orbax-checkpoint-tmp"
+    unfinished.mkdir(parents=True)
+    assert not has_checkpoint(folder / "unfinished")
+
+
+def test_cooling_ends_with_the_time_or_the_epochs():
+    """Whichever is nearer; without a time limit there is none."""
+
+    def factor(seconds, epochs, **changes):
+        cooled = config_of(**{"max_minutes": 10.0, "cooldown": 0.5, "epochs": 100} | changes)
+        limit = 60 * cooled.train.max_minutes or math.inf
+        return loop._Run._cooling(SimpleNamespace(config=cooled), seconds, limit, epochs)
+
+    assert factor(0, 0) == factor(299, 49) == 1.0
+    assert factor(450, 0) == pytest.approx(0.5) and factor(600, 1) == factor(700, 1) == 0.0
+    assert factor(0, 75) == pytest.approx(0.5) and factor(0, 100) == 0.0
+    assert factor(0, 75, max_minutes=0.0) == factor(0, 75, cooldown=0.0) == 1.0
+
+
+def test_mixed_energies_are_told(folder, monkeypatch):
+    """Half of the relaxations 40 eV/atom off, as another code's would be."""
+    fit = loop.fit_element_energies
+
+    def mixed(relaxations, n):
+        rows = [(z, e + 40.0 * len(z) * (k % 2)) for k, (z, e) in enumerate(relaxations)]
+        return fit(rows, n)
+
+    monkeypatch.setattr(loop, "fit_element_energies", mixed)
+    report, text = quiet()
+    train(config_of(epochs=1, max_buckets=1), folder / "mixed", report=report, devices=1)
+    assert "of several codes, functionals or settings?" in text.getvalue()
 
 
 def test_adaptive_solver_runs_on_one_device(folder):

@@ -285,6 +285,23 @@ def test_archives(tmp_path, suffix):
         list(read_relaxations(archive))
 
 
+def test_archives_in_archives_are_named(tmp_path):
+    """They are not opened, and not passed over in silence."""
+    inner, outer, only = (tmp_path / f"{name}.zip" for name in ("inner", "outer", "only"))
+    with zipfile.ZipFile(inner, "w") as out:
+        out.writestr("vasprun.xml", vasprun())
+    for archive, more in ((outer, {"a/vasprun.xml": vasprun()}), (only, {})):
+        with zipfile.ZipFile(archive, "w") as out:
+            out.write(inner, "b/inner.zip")
+            for name, content in more.items():
+                out.writestr(name, content)
+    skipped, read = read_relaxations(outer)
+    assert skipped.id == "outer/b/inner" and "archive in an archive: unpack it" in skipped.reason
+    assert read.id == "outer/a"
+    (skipped,) = read_relaxations(only)
+    assert skipped.id == "only/b/inner"
+
+
 def test_command(tmp_path, capsys):
     fill(tmp_path)
     out = tmp_path / "set.h5"

@@ -93,8 +93,8 @@ def import_files(
       Counts, and what was skipped.
 
     Raises:
-      InputError: no relaxation could be read (nothing is left behind), ``out`` cannot be
-        written, or see `run_parts`.
+      InputError: no relaxation could be read, or ``groups`` names none of them (nothing is left
+        behind); ``out`` cannot be written; or see `run_parts`.
     """
     say = report or (lambda _: None)
     out = Path(out)
@@ -209,6 +209,8 @@ class _Merged:
         self.done = True
         if not self.seen:
             raise InputError(self._nothing())
+        if self.groups is not None:
+            self._tell_groups(self.groups)
 
     def _of_file(self, file: str, items: Iterator[Item]) -> Iterator[RelaxationTrajectory]:
         before, read = len(self.skipped), 0
@@ -238,6 +240,20 @@ class _Merged:
             read += 1
             yield item
 
+    def _tell_groups(self, groups: Mapping[str, str]) -> None:
+        named = self.seen & groups.keys()
+        if not named:
+            raise InputError(
+                f"--groups: names none of the {len(self.seen)} relaxations read, the first of which is "
+                f"{min(self.seen)!r}: its column id must hold their ids"
+            )
+        for count, what in (
+            (len(self.seen) - len(named), "relaxations are not in it: their group is their composition"),
+            (len(groups) - len(named), "of its ids were not read"),
+        ):
+            if count:
+                self.say(f"--groups: {count} {what}")
+
     def _nothing(self) -> str:
         culprit, label, reason = self.skipped[0]
         line = f"{culprit}: {label}: {reason}" if label else f"{culprit}: {reason}"
@@ -250,7 +266,7 @@ def read_groups(path: str | os.PathLike[str]) -> dict[str, str]:
     """Groups by id from a CSV file with the columns ``id`` and ``group``.
 
     Raises:
-      InputError: the file is missing, or lacks one of the columns.
+      InputError: the file is missing, or lacks one of the columns, or a row an id or group.
     """
     try:
         with open(path, newline="", encoding="utf-8") as file:
@@ -258,6 +274,11 @@ def read_groups(path: str | os.PathLike[str]) -> dict[str, str]:
             missing = {"id", "group"} - set(rows.fieldnames or [])
             if missing:
                 raise InputError(f"{path}: no column {', '.join(sorted(missing))}: add it")
-            return {row["id"]: row["group"] for row in rows}
+            groups: dict[str, str] = {}
+            for row in rows:
+                if not (row["id"] and row["group"]):
+                    raise InputError(f"{path}: line {rows.line_num}: no id or no group: add it")
+                groups[row["id"]] = row["group"]
+            return groups
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path}: cannot be read as CSV: check the path") from error

@@ -75,7 +75,7 @@ def make_sample(trajectory: RelaxationTrajectory, config: Config) -> Sample:
     )
     chosen = select_frames(t.n_frames, n, config.data.frame_selection)
     relaxes = bool(structure.strain.any())
-    positions, steps = reference_frames(t, chosen.indices, relaxes, config)
+    positions, steps = reference_frames(t, chosen.indices, relaxes, config.dynamics.mass)
 
     def slots(values):
         out = np.zeros((n, *values.shape[1:]))
@@ -104,27 +104,36 @@ def make_sample(trajectory: RelaxationTrajectory, config: Config) -> Sample:
 
 
 def reference_frames(
-    t: RelaxationTrajectory, indices: np.ndarray, relaxes: bool, config: Config
+    t: RelaxationTrajectory, indices: np.ndarray, relaxes: bool, mass: str
 ) -> tuple[np.ndarray, np.ndarray]:
     """Some frames as the dynamics can follow them: without rigid translation.
+
+    Args:
+      mass: of the dynamics: with "atomic" the centre of mass rests, else the centroid.
 
     Returns:
       Reference positions (m, N, 3) Å and deformations (m, 3, 3), the identity unless the cell
       ``relaxes``; see `strain`.
     """
-    positions = t.positions[indices]
+    weights = masses_of(t.atomic_numbers) if mass == "atomic" else np.ones(t.n_atoms)
     steps = np.broadcast_to(np.eye(3), (len(indices), 3, 3)).copy()
     if relaxes:
         steps = deformations(t.cells)[indices]
+    return centred(t.positions[indices], steps, t.fixed_mask, weights), steps
+
+
+def centred(
+    positions: np.ndarray, steps: np.ndarray, fixed_mask: np.ndarray, weights: np.ndarray
+) -> np.ndarray:
+    """Frames mapped back to the initial cell by their deformations (m, 3, 3), their weighted centre
+    where it was in the first one unless atoms are fixed: reference positions (m, N, 3) Å."""
+    if (steps != np.eye(3)).any():
         positions = positions @ np.swapaxes(np.linalg.inv(steps), -1, -2)
-    if not t.fixed_mask.any():
-        atomic = config.dynamics.mass == "atomic"
-        weights = masses_of(t.atomic_numbers) if atomic else np.ones(t.n_atoms)
-        positions = without_drift(positions, weights)
-    return positions, steps
+    return positions if fixed_mask.any() else without_drift(positions, weights)
 
 
 def driftless(t: RelaxationTrajectory, relaxes: bool, config: Config) -> RelaxationTrajectory:
-    """A relaxation without its rigid translation, as training and evaluation see it."""
-    positions, steps = reference_frames(t, np.arange(t.n_frames), relaxes, config)
+    """A relaxation without its rigid translation, as training sees it."""
+    mass = config.dynamics.mass
+    positions, steps = reference_frames(t, np.arange(t.n_frames), relaxes, mass)
     return dataclasses.replace(t, positions=positions @ np.swapaxes(steps, -1, -2))

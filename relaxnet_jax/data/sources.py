@@ -270,11 +270,12 @@ def archive_members(archive: Path) -> Iterator[Member]:
         names, open_member = opened
         inside = sorted(PurePosixPath(name) for name in names)
         companions = Companions(inside)
-        chosen = relaxation_files(inside)
-        chosen = [name for name in chosen if not is_archive(name)]
+        found = relaxation_files(inside)
+        chosen = [name for name in found if not is_archive(name)]
+        packed = [name for name in found if is_archive(name)]
         # Data sets come as one JSON file in a zip; beside other files JSON is something else.
         chosen = chosen or [name for name in inside if is_json(name)]
-        if not chosen:
+        if not chosen and not packed:
             raise InputError(
                 f"{archive}: holds no vasprun.xml, OUTCAR, extxyz, traj or db file: name the "
                 "archive that does"
@@ -292,6 +293,8 @@ def archive_members(archive: Path) -> Iterator[Member]:
                 return path, f"damaged in the archive ({one_line(error)})"
             return path, ""
 
+        for name in packed:
+            yield Member(name, None, "is an archive in an archive: unpack it and name it")
         for name in chosen:
             path, error = unpacked(name)
             others = [

@@ -14,7 +14,7 @@ import numpy as np
 from relaxnet_jax.data.dataset import SPLITS, read_trajectories
 from relaxnet_jax.data.frames import select_frames
 from relaxnet_jax.data.importing import import_files
-from relaxnet_jax.data.sample import reference_frames
+from relaxnet_jax.data.sample import centred, reference_frames
 from relaxnet_jax.data.trajectory import RelaxationTrajectory
 from relaxnet_jax.errors import InputError
 from relaxnet_jax.evaluate.figures import parity_figure, per_frame_figure
@@ -26,6 +26,7 @@ from relaxnet_jax.model import RelaxNet, load_model
 from relaxnet_jax.predict import Path as PredictedPath
 from relaxnet_jax.predict import minimised_path, predict_structures
 from relaxnet_jax.solver import frame_grid
+from relaxnet_jax.strain import deformations
 
 PREDICTORS: tuple[Predictor, ...] = ("model", "nothing", "composition")
 
@@ -56,8 +57,9 @@ def compare(
 ) -> tuple[list[Comparison], list[str]]:
     """True against predicted frames: ``n_frames`` equidistant ones, by default those of the model.
 
-    As in training, rigid translations of a structure without fixed atoms are removed from the
-    true frames. Structures the model cannot take are reported and left out. ``predict`` makes the
+    Rigid translations of a structure without fixed atoms, of the centroid, are removed from true and
+    predicted frames alike: what conserves the centre of mass is compared by the same measure as
+    what conserves the centroid. Structures the model cannot take are reported and left out. ``predict`` makes the
     paths, on these frames; `predict_structures` by default.
     """
     n = n_frames or model.config.dynamics.frames
@@ -93,8 +95,13 @@ def compare(
             report(f"{t.id}: {path.failure}")
         chosen = select_frames(t.n_frames, n, "equidistant")
         relaxes = bool(structure.strain.any())
-        true, steps = reference_frames(t, chosen.indices, relaxes, model.config)
+        true, steps = reference_frames(t, chosen.indices, relaxes, "unit")
         true = true @ np.swapaxes(steps, -1, -2)
+        predicted, cells = path.positions[chosen.slots], path.cells[chosen.slots]
+        if np.isfinite(predicted).all() and np.isfinite(cells).all():
+            steps = deformations(cells)
+            predicted = centred(predicted, steps, t.fixed_mask, np.ones(t.n_atoms))
+            predicted = predicted @ np.swapaxes(steps, -1, -2)
         comparisons.append(
             Comparison(
                 id=t.id,
@@ -105,7 +112,7 @@ def compare(
                 true_positions=true,
                 true_energies=t.energies[chosen.indices],
                 true_forces=t.forces[chosen.indices],
-                pred_positions=path.positions[chosen.slots],
+                pred_positions=predicted,
                 pred_energies=path.energies[chosen.slots],
                 pred_forces=path.forces[chosen.slots],
                 composition_energy=model.composition_energy(t.atomic_numbers),

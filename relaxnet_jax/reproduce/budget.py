@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import heapq
+from collections.abc import Iterable, Mapping
 
 from relaxnet_jax.config import Config
 
@@ -28,3 +29,11 @@ def divide(minutes: float, weights: Mapping[str, float]) -> dict[str, float]:
     """Minutes of each, in proportion to the weights; together ``minutes``."""
     total = sum(weights.values())
     return {name: minutes * weight / total for name, weight in weights.items()}
+
+
+def clock(minutes: Iterable[float], jobs: int) -> float:
+    """Minutes that runs take together, ``jobs`` at a time, the longest first."""
+    ends = [0.0] * jobs
+    for own in sorted(minutes, reverse=True):
+        heapq.heapreplace(ends, ends[0] + own)
+    return max(ends)

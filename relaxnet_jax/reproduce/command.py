@@ -33,12 +33,13 @@ def reproduce(args: argparse.Namespace) -> int:
     _check_jobs(args.jobs)
     from rich.console import Console
 
-    from relaxnet_jax.reproduce.budget import RULE
+    from relaxnet_jax.reproduce.budget import RULE, clock
     from relaxnet_jax.reproduce.plan import keep_plan, make_plan
     from relaxnet_jax.reproduce.registry import EXPERIMENTS
     from relaxnet_jax.reproduce.report import REPORT, write_report, write_section
     from relaxnet_jax.reproduce.setting import Setting
     from relaxnet_jax.reproduce.training import StoppedError
+    from relaxnet_jax.reproduce.workers import train_side_by_side
 
     out = Path(args.out)
     names = [n for n in EXPERIMENTS if n in args.experiments or "all" in args.experiments]
@@ -58,21 +59,20 @@ def reproduce(args: argparse.Namespace) -> int:
         except InputError:  # told when its turn comes, and the others go on
             if len(names) == 1:
                 raise
+    identity = [names, args.budget, args.jobs, list(setting.seeds)]
     budget = args.budget and args.budget * args.jobs
-    identity = [names, budget, list(setting.seeds)]
     plan = make_plan(needs, out, budget, identity)
+    if budget and (span := clock([e.minutes or 0.0 for e in plan.left], args.jobs)) > args.budget:
+        # Runs of different lengths do not fill all cores to the end.
+        plan = make_plan(needs, out, budget * args.budget / span, identity)
     if plan.entries:
         console = Console(highlight=False)
         console.width = max(console.width, TABLE_WIDTH)
         console.print(plan.table())
-    left = sum(e.minutes or 0.0 for e in plan.left)
+    minutes = clock([e.minutes or 0.0 for e in plan.left], args.jobs)
     say(
         f"{len(plan.entries)} runs, {len(plan.left)} to train"
-        + (
-            f": {left / args.jobs:.1f} min of training, predictions not counted"
-            if args.budget
-            else ""
-        )
+        + (f": {minutes:.1f} min of training, predictions not counted" if args.budget else "")
     )
     note(RULE)
     if args.plan:
@@ -85,9 +85,12 @@ def reproduce(args: argparse.Namespace) -> int:
     with _alone(out):
         keep_plan(plan, out, identity)
         try:
+            if args.jobs > 1:  # what fails here is tried once more, alone, by its section
+                setting.write_shares((e.run for e in plan.left), note)
+                train_side_by_side(plan.left, out, args.jobs, note)
             failed = 0
             for name in names:
-                failed += not write_section(EXPERIMENTS[name], setting, plan, command, args.jobs)
+                failed += not write_section(EXPERIMENTS[name], setting, plan, command)
         except StoppedError:
             note("stopped; the same command goes on there")
             return TERMINATED

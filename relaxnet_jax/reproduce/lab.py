@@ -99,7 +99,8 @@ class Lab:
         if calculator is None:
             return None
         test = self._test(run)
-        name = f"{calculator.label}-{fmax:.6g}-{identity(calculator, test)}.npz"
+        known = identity(calculator, self._model(run), self.setting.checksum, [t.id for t in test])
+        name = f"{calculator.label}-{fmax:.6g}-{known}.npz"
         file = self.setting.out / "reference" / name
         found = read_records(file)
         if found is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from relaxnet_jax.graph import Structure
 from relaxnet_jax.lbfgs import STEPS
 from relaxnet_jax.model import RelaxNet
 from relaxnet_jax.predict import FOLLOWED, Path
-from relaxnet_jax.relaxation.refine import descend
+from relaxnet_jax.relaxation.refine import Leg, descend
 from relaxnet_jax.reproduce.archive import to_record
 from relaxnet_jax.reproduce.predictions import Made, Report
 
@@ -26,10 +26,20 @@ if TYPE_CHECKING:
     from ase import Atoms
 
 
-def identity(calculator: Calculator, relaxations: Sequence[RelaxationTrajectory]) -> str:
-    """A hash of what `relaxed_by` depends on, the criterion aside."""
-    ids = [t.id for t in relaxations]
-    return fingerprint({"calculator": (calculator.label, calculator.version), "ids": ids})
+def identity(calculator: Calculator, model: RelaxNet, data: str, ids: Sequence[str]) -> str:
+    """A hash of what `relaxed_by` depends on, the criterion aside.
+
+    Args:
+      data: the store's checksum. ids: of the relaxations.
+    """
+    facts = {
+        "calculator": (calculator.label, calculator.version),
+        "data": (data, list(ids)),
+        "graph": dataclasses.asdict(model.config.graph),
+        "dynamics": (model.config.dynamics.mass, model.config.dynamics.cell),
+        "elements": list(model.elements),
+    }
+    return fingerprint(facts)
 
 
 def relaxed_by(
@@ -41,49 +51,48 @@ def relaxed_by(
 ) -> Made:
     """First and last frame of ASE's LBFGS with a calculator, one structure at a time.
 
-    ``seconds`` is the mean time of a structure; ``steps`` and ``converged`` have one entry each.
+    ``seconds`` is the mean time of a structure's LBFGS; ``steps`` and ``converged`` have an entry
+    for each.
 
     Args:
       model: says which relaxations it can take, and how they are compared; predicts nothing.
       fmax: eV/Å; of the stress times the volume too where the cell relaxes.
     """
     facts: dict[str, Any] = {"fmax": fmax, "steps": [], "converged": []}
+    spent = 0.0
 
     def predict(structures: Sequence[Structure]) -> list[Path]:
-        begin = time.perf_counter()
-        found = [_path(s, calculator, fmax, facts) for s in structures]
-        facts["seconds"] = (time.perf_counter() - begin) / max(len(structures), 1)
-        return found
+        nonlocal spent
+        made = []
+        for structure in structures:
+            path, leg = _path(structure, calculator, fmax)
+            made.append(path)
+            spent += leg.seconds if leg else 0.0
+            facts["steps"].append(leg.steps - 1 if leg else 0)
+            facts["converged"].append(leg.converged if leg else False)
+        return made
 
     compared, left_out = compare(model, relaxations, report, predict=predict, n_frames=2)
-    return [to_record(c) for c in compared], facts | {"left_out": left_out}
+    return [to_record(c) for c in compared], facts | {
+        "left_out": left_out,
+        "seconds": spent / max(len(compared), 1),
+    }
 
 
-def _path(s: Structure, calculator: Calculator, fmax: float, facts: dict[str, Any]) -> Path:
-    atoms, failure, frames = atoms_of(s), "", []
+def _path(s: Structure, calculator: Calculator, fmax: float) -> tuple[Path, Leg | None]:
+    """First and last frame, and the minimisation between them; NaN and None where it fails."""
+    atoms, failure, frames, leg = atoms_of(s), "", [], None
     relax_cell = bool(s.strain.any())
     try:
         frames.append(_frame(atoms, calculator))
         leg = descend(atoms, calculator, fmax, STEPS, relax_cell)
         frames.append(_frame(atoms, calculator))
-        facts["steps"].append(leg.steps - 1)
-        facts["converged"].append(leg.converged)
     except InputError as error:
         failure, nowhere = str(error), np.full_like(s.positions, np.nan)
-        frames = [(nowhere, np.nan, nowhere, s.cell)] * 2
-        facts["steps"].append(0)
-        facts["converged"].append(False)
+        frames, leg = [(nowhere, np.nan, nowhere, s.cell)] * 2, None
     positions, energies, forces, cells = (np.array(v, float) for v in zip(*frames))
-    return Path(
-        np.array([0.0, 1.0]),
-        positions,
-        np.zeros_like(positions),
-        energies,
-        forces,
-        cells,
-        FOLLOWED,
-        failure,
-    )
+    times, still = np.array([0.0, 1.0]), np.zeros_like(positions)
+    return Path(times, positions, still, energies, forces, cells, FOLLOWED, failure), leg
 
 
 def _frame(atoms: Atoms, calculator: Calculator) -> tuple[np.ndarray, float, np.ndarray, Any]:

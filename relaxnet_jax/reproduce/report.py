@@ -24,7 +24,6 @@ from relaxnet_jax.reproduce.runs import Run, folder_of, read_facts
 from relaxnet_jax.reproduce.section import Section, Table, claims_table
 from relaxnet_jax.reproduce.setting import Setting
 from relaxnet_jax.reproduce.training import train_all
-from relaxnet_jax.reproduce.workers import train_side_by_side
 
 REPORT = "REPORT.md"
 RUN_COLUMNS = (
@@ -33,13 +32,8 @@ RUN_COLUMNS = (
 )
 
 
-def write_section(
-    experiment: Experiment, setting: Setting, plan: Plan, command: str, jobs: int = 1
-) -> bool:
+def write_section(experiment: Experiment, setting: Setting, plan: Plan, command: str) -> bool:
     """Trains what an experiment lacks and writes its page; False, told, where that cannot be done.
-
-    Args:
-      jobs: runs trained at a time.
 
     Raises:
       StoppedError: see `training`.
@@ -49,17 +43,16 @@ def write_section(
         wanted = {run.digest for run in runs}
         entries = [e for e in plan.left if e.run.digest in wanted]
         setting.write_shares((e.run for e in entries), note)
-        if jobs > 1:
-            train_side_by_side(entries, setting.out, jobs, note)
-        else:
-            train_all(entries, setting.out, note)
+        train_all(entries, setting.out, note)
         lab = Lab(setting, note)
         made = experiment.section(lab)
     except InputError as error:
         note(f"{experiment.name}: cannot be done: {error}")
         page = setting.out / f"{experiment.name}.md"
         with atomic_path(page) as temporary:
-            temporary.write_text(f"## {experiment.name}\n\nCould not be done: {error}\n")
+            text = f"## {experiment.name}\n\nCould not be done: {error}\n"
+            temporary.write_text(text, encoding="utf-8")
+        (setting.out / f"{experiment.name}.json").unlink(missing_ok=True)  # of an earlier time
         return False
     lines = provenance(setting, runs, command)
     if lab.left_out:
@@ -106,14 +99,14 @@ def _write_runs(setting: Setting, runs: Sequence[Run]) -> Path:
     """runs.csv: what is known of these runs, and of those of other experiments already in it."""
     path, rows = setting.out / "runs.csv", {}
     if path.is_file():
-        with path.open(newline="") as file:
+        with path.open(newline="", encoding="utf-8") as file:
             rows = {row[0]: row for row in list(csv.reader(file))[1:]}
     for run in runs:
         f = read_facts(folder_of(setting.out, run))
         cells = [f["minutes"], f["limit"], f["epochs"], f["reason"], f["ended"]]
         machine = f"{_machine(f['machine'])}, load {f['machine']['load_average']}"
         rows[run.digest] = [run.digest, run.name, str(run.relaxations), *map(str, cells), machine]
-    with atomic_path(path) as temporary, temporary.open("w", newline="") as file:
+    with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([RUN_COLUMNS, *rows.values()])
     return path
 

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from relaxnet_jax.config import Config, to_dict
 from relaxnet_jax.data.files import atomic_path
 from relaxnet_jax.errors import InputError
+from relaxnet_jax.train.checkpoint import has_checkpoint
 
 State = Literal["missing", "interrupted", "finished"]
 
@@ -67,7 +68,7 @@ def state_of(folder: Path) -> State:
     """Whether a run is still to be trained, to be gone on with, or done."""
     if (folder / "finished.json").is_file() and (folder / "model").is_dir():
         return "finished"
-    return "interrupted" if any((folder / "checkpoints" / "latest").glob("[0-9]*")) else "missing"
+    return "interrupted" if has_checkpoint(folder) else "missing"
 
 
 def write_facts(folder: Path, facts: dict[str, Any]) -> None:

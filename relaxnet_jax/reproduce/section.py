@@ -80,7 +80,10 @@ class Section:
           provenance: lines that say on what, where and how all this was measured.
         """
         pages = [out / f"{self.name}.csv", out / f"{self.name}.md"]
-        with atomic_path(pages[0]) as temporary, temporary.open("w", newline="") as file:
+        with (
+            atomic_path(pages[0]) as temporary,
+            temporary.open("w", newline="", encoding="utf-8") as file,
+        ):
             writer = csv.writer(file)
             for index, table in enumerate(self.tables):
                 if index:

@@ -67,7 +67,7 @@ def section(lab: Lab) -> Section:
         methods["reference"] = (f"{source} + LBFGS (C1)", foreign(method([outside])))
         remarks.append(
             f"{source} was trained on other data and another functional: its energies are not "
-            "comparable and not shown. One structure at a time on the whole machine, by ASE's LBFGS."
+            "comparable and not shown. One structure at a time on one core, by ASE's LBFGS."
         )
     nothing = doing_nothing(own["explicit"])
     path = setting.out / "table5.png"

@@ -65,7 +65,8 @@ def train_entry(
 def train_all(
     entries: list[Entry], out: Path, say: Callable[[str], None], report: ConsoleReport | None = None
 ) -> None:
-    """Trains runs one after the other."""
+    """Trains those that are not finished, one after the other."""
+    entries = [e for e in entries if state_of(folder_of(out, e.run)) != "finished"]
     for number, entry in enumerate(entries, 1):
         say(f"[{number}/{len(entries)}] {entry.run.name}: {entry.minutes:.2f} min")
         train_entry(entry, out, report)

@@ -7,6 +7,7 @@ import dataclasses
 import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import connection
 from pathlib import Path
@@ -39,19 +40,20 @@ def train_side_by_side(
     """Trains runs of a plan, ``jobs`` at a time, the longest first, on equal shares of the cores.
 
     A batch of a hundred atoms keeps no more than one or two cores busy: runs beside each other take
-    less time than one after the other on all.
+    less time than one after the other on all. Why a run could not be trained is said, and the
+    others go on.
 
     Raises:
       StoppedError: SIGTERM came; the runs at work have written checkpoints.
-      InputError: runs that could not be trained, once all others are done; names the first.
     """
     waiting, free = sorted(entries, key=lambda e: -(e.minutes or 0.0)), core_shares(jobs)
     at_work: list[_Worker] = []
-    failed: list[str] = []
     with _terminating(at_work) as told:
         while at_work or (waiting and not told):
             while waiting and free and not told:
                 at_work.append(_start(waiting.pop(0), out, free.pop(0)))
+                if told:  # between the start and the list
+                    at_work[-1].process.terminate()
                 run = at_work[-1].entry
                 say(
                     f"[{len(entries) - len(waiting)}/{len(entries)}] {run.run.name}: "
@@ -61,13 +63,9 @@ def train_side_by_side(
             for worker in [w for w in at_work if w.process.sentinel in ended]:
                 at_work.remove(worker)
                 free.append(worker.cores)
-                if problem := _problem(worker, out):
-                    failed.append(f"{worker.entry.run.name}: {problem}")
-                    say(failed[-1])
+                say(f"{worker.entry.run.name}: {_outcome(worker, out)}")
     if told:
         raise StoppedError
-    if failed:
-        raise InputError(failed[0] + (f" (and {len(failed) - 1} more)" if failed[1:] else ""))
 
 
 def core_shares(jobs: int) -> list[list[int]]:
@@ -117,8 +115,8 @@ def _start(entry: Entry, out: Path, cores: list[int]) -> _Worker:
     return _Worker(process, entry, cores, ours)
 
 
-def _problem(worker: _Worker, out: Path) -> str:
-    """Why a process that has ended did not train its run; empty if it did, or was told to stop."""
+def _outcome(worker: _Worker, out: Path) -> str:
+    """What became of a run whose process has ended, in words."""
     worker.process.join()
     code = worker.process.exitcode
     try:
@@ -128,16 +126,27 @@ def _problem(worker: _Worker, out: Path) -> str:
     worker.answer.close()
     if kind == UNUSABLE:
         return text
-    if code == 0 or kind == STOPPED or code == -signal.SIGTERM:
-        return ""
+    if kind == STOPPED or code == -signal.SIGTERM:
+        return "stopped (SIGTERM)"
+    if code == 0:
+        return "done"
     why = (
         "killed, perhaps for want of memory: lower --jobs" if code == -signal.SIGKILL else "crashed"
     )
     return f"its process ended with exit code {code} ({why}); see {_log(out, worker.entry)}"
 
 
+def _end_with_parent() -> None:
+    """Ends this process as SIGTERM does when the one that started it is gone, however it went."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    connection.wait([parent.sentinel])
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
 def _work(entry: Entry, out: Path, cores: list[int], answer: connection.Connection) -> None:
     """In the process of a run."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     if cores:
         os.sched_setaffinity(0, cores)  # before JAX counts them
     enable_compilation_cache()
@@ -147,7 +156,7 @@ def _work(entry: Entry, out: Path, cores: list[int], answer: connection.Connecti
 
     log = _log(out, entry)
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("a", buffering=1) as file:
+    with log.open("a", buffering=1, encoding="utf-8") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)  # tracebacks and what libraries print
         try:

@@ -1,7 +1,8 @@
-"""Checkpoints with orbax: the latest and the best, written atomically in the background."""
+"""Checkpoints with orbax, written atomically in the background."""
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,59 +14,64 @@ from orbax.checkpoint.options import MultiprocessingOptions
 from relaxnet_jax.errors import InputError
 from relaxnet_jax.train.state import TrainState
 
+LATEST = Path("checkpoints", "latest")  # in a workdir
+
+
+def has_checkpoint(workdir: Path) -> bool:
+    """Whether a run can be resumed: folders orbax has not finished have longer names."""
+    return any(folder.name.isdigit() for folder in (Path(workdir) / LATEST).glob("*"))
+
 
 class Checkpoints:
-    """The two newest states of a run under ``folder/latest``, the best under ``folder/best``.
+    """The two newest states of a run, under ``workdir/checkpoints/latest``.
 
     Only process 0 makes one, also where there are several: every process has the same state, so
     orbax is told that there is no other and waits for none.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = Path(folder).resolve()
+    def __init__(self, workdir: Path, fresh: bool = False) -> None:
+        """``fresh``: of a new run. Older checkpoints go: orbax keeps those of the highest step."""
+        self._folder = (Path(workdir) / LATEST).resolve()
+        if fresh:
+            shutil.rmtree(self._folder, ignore_errors=True)
         alone = MultiprocessingOptions(primary_host=0, active_processes={0})
-        for name in ("latest", "best"):  # orbax makes no folders for some of the processes
-            (self._folder / name).mkdir(parents=True, exist_ok=True)
-        self._managers = {
-            name: ocp.CheckpointManager(
-                self._folder / name,
-                options=ocp.CheckpointManagerOptions(
-                    max_to_keep=keep, create=False, multiprocessing_options=alone
-                ),
-                item_names=("state", "progress"),
-            )
-            for name, keep in (("latest", 2), ("best", 1))
-        }
+        self._folder.mkdir(
+            parents=True, exist_ok=True
+        )  # orbax makes none for some of the processes
+        self._manager = ocp.CheckpointManager(
+            self._folder,
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=2, create=False, multiprocessing_options=alone
+            ),
+            item_names=("state", "progress"),
+        )
 
-    def save(self, state: TrainState, progress: dict[str, Any], best: bool) -> None:
+    def save(self, state: TrainState, progress: dict[str, Any]) -> None:
         """Saves the state under the number of its step; returns before it is on disk."""
         # The step donates its buffers, so what is written in the background must be a copy.
         state = jax.device_get(state)
-        step = int(state.step)
-        for name in ("latest", "best") if best else ("latest",):
-            self._managers[name].save(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(progress)
-                ),
-            )
+        self._manager.save(
+            int(state.step),
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(progress)
+            ),
+        )
 
-    def restore(self, like: TrainState, which: str = "latest") -> tuple[TrainState, dict[str, Any]]:
+    def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """State (NumPy) and progress of the newest checkpoint.
 
         Raises:
           InputError: there is none, or it cannot be read.
         """
-        manager = self._managers[which]
-        step = manager.latest_step()
+        step = self._manager.latest_step()
         if step is None:
             raise InputError(
-                f"{self._folder / which}: no checkpoint to resume from; start without --resume "
+                f"{self._folder}: no checkpoint to resume from; start without --resume "
                 "in another --workdir"
             )
         abstract = jax.tree.map(lambda x: np.empty(np.shape(x), x.dtype), like)
         try:
-            restored = manager.restore(
+            restored = self._manager.restore(
                 step,
                 args=ocp.args.Composite(
                     state=ocp.args.StandardRestore(abstract), progress=ocp.args.JsonRestore()
@@ -73,18 +79,16 @@ class Checkpoints:
             )
         except Exception as error:  # orbax and tensorstore raise many kinds for damaged files
             raise InputError(
-                f"{self._folder / which / str(step)}: damaged checkpoint ({type(error).__name__}); delete this "
+                f"{self._folder / str(step)}: damaged checkpoint ({type(error).__name__}); delete this "
                 "folder to resume from the one before"
             ) from error
         return restored["state"], restored["progress"]
 
     def wait(self) -> None:
         """Returns when everything saved is on disk."""
-        for manager in self._managers.values():
-            manager.wait_until_finished()
+        self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits, and frees the managers."""
-        for manager in self._managers.values():
-            manager.wait_until_finished()
-            manager.close()
+        """Waits, and frees the manager."""
+        self.wait()
+        self._manager.close()

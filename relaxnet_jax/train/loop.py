@@ -54,6 +54,9 @@ RESUMABLE = (
 # more than this factor.
 KEEP_LAST = 1.1
 
+# eV/atom. Within one source the spread of energies about those of the compositions was 0.005 to 0.4.
+MIXED = 1.0
+
 
 @dataclasses.dataclass
 class Result:
@@ -107,6 +110,8 @@ def train(
             "train.tensorboard: tensorboardX is not installed; pip install 'relaxnet-jax[tensorboard]'"
         )
     dataset = hosts.in_turn(lambda: load_dataset(config, report))
+    if resume and hosts.first:
+        _check_same_splits(config, dataset, workdir / "splits.json")
     run = _Run(config, dataset, report, Devices(devices, report, hosts))
     if hosts.first:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -138,6 +143,25 @@ def _check_workdir(config: Config, workdir: Path, resume: bool) -> None:
             f"{workdir}: is a run of another config ({difference}); resume with its own config or "
             "give another --workdir"
         )
+
+
+def _check_same_splits(config: Config, dataset: Dataset, file: Path) -> None:
+    """A run goes on with the splits it began with: else it would train on what it is tested on."""
+    try:
+        before = {i: name for name, ids in json.loads(file.read_text()).items() for i in ids}
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise InputError(
+            f"{file}: missing or damaged ({type(error).__name__}): the run cannot be gone on with; start "
+            "in another --workdir"
+        ) from None
+    now = {i: name for name, ids in dataset.ids().items() for i in ids}
+    for i in (*now, *before):
+        if now.get(i) != before.get(i):
+            raise InputError(
+                f"{config.data.path}: its relaxations or their splits have changed since the run began "
+                f"({i} was in {before.get(i, 'none')} by {file}, is in {now.get(i, 'none')}): resume with the "
+                "data it had, or start in another --workdir (train.start_from takes its parameters)"
+            )
 
 
 def _difference(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
@@ -183,6 +207,12 @@ class _Run:
         scale = energy_scale(self.start, scale)
         energies, self.scale = self.hosts.share([energies.tolist(), scale])
         self.element_energies = np.array(energies)
+        if self.scale > MIXED:
+            report(
+                f"{config.data.path}: energies spread by {self.scale:.3g} eV/atom about what their "
+                "compositions say: of several codes, functionals or settings? Absolute energies of "
+                "different ones do not belong in one training set; relaxnet-jax data info tells the sources"
+            )
         file = self.hosts.in_turn(lambda: prepare_samples(found, config, report))
         used = self._usable(file)
         self.samples = SampleView(file, used, self.element_energies)
@@ -333,7 +363,7 @@ class _Run:
         config, t, first_host = self.config, self.config.train, self.hosts.first
         state = initial_train_state(start_parameters(config, self.start, self.report), t)
         plateau, first, elapsed, tally = Plateau(), 0, 0.0, Tally()
-        checkpoints = Checkpoints(workdir / "checkpoints") if first_host else None
+        checkpoints = Checkpoints(workdir, fresh=not resume) if first_host else None
         if resume:
             state, progress = self._restore(state, checkpoints)
             plateau, first, elapsed = (
@@ -360,7 +390,7 @@ class _Run:
         clock, limit = Clock(self.devices, elapsed), 60 * t.max_minutes or math.inf
         reason, epoch, stopped = "epochs", first - 1, False
 
-        def keep(state: TrainState, tally: Tally, epoch: int, best: bool = False) -> None:
+        def keep(state: TrainState, tally: Tally, epoch: int) -> None:
             progress = {
                 "epoch": epoch,
                 "seconds": clock.seconds,
@@ -369,7 +399,7 @@ class _Run:
                 "devices": self.devices.n,
             }
             if checkpoints is not None:
-                checkpoints.save(self.devices.first(state), progress, best)
+                checkpoints.save(self.devices.first(state), progress)
 
         with clock:
             clock.tick()
@@ -401,17 +431,18 @@ class _Run:
                     self.export(averaged, workdir)
                 due = (epoch + 1) % t.checkpoint_every == 0 or epoch + 1 == t.epochs
                 if not record["partial"] and (due or record["best"]):
-                    keep(state, tally, epoch, record["best"])
+                    keep(state, tally, epoch)
                 if log is not None:
                     log.write(record)
                 left = _time_left(limit, record, epoch, t.epochs)
                 self.report.epoch(record, left, self.config.loss.errors == "squared")
                 if not math.isfinite(record["validation"]["loss"]):
                     self.report("validation loss is not finite; it counts as no improvement")
-                if clock.seconds >= limit:
-                    reason = f"train.max_minutes={t.max_minutes:g}"
-                    loss = record["validation"]["loss"]
-                    if t.cooldown and not record["best"] and loss <= KEEP_LAST * plateau.best:
+                late = clock.seconds >= limit
+                if late or epoch + 1 == t.epochs:
+                    reason = f"train.max_minutes={t.max_minutes:g}" if late else reason
+                    loss, cooled = record["validation"]["loss"], t.max_minutes and t.cooldown
+                    if cooled and not record["best"] and loss <= KEEP_LAST * plateau.best:
                         if first_host:
                             self.export(averaged, workdir)
                         self.report(f"the last model is kept (validation loss {loss:.4f})")
@@ -473,7 +504,8 @@ class _Run:
         try:
             for indices, batch in iterator:
                 tally.waited += time.perf_counter() - asked
-                now = np.float32(rate * self._cooling(clock.seconds, limit))
+                done = epoch + tally.batches / count
+                now = np.float32(rate * self._cooling(clock.seconds, limit, done))
                 state, metrics = step(state, batch, now, key)
                 metrics = {
                     k: float(v) for k, v in jax.device_get(self.devices.first(metrics)).items()
@@ -504,12 +536,13 @@ class _Run:
             **tally.record(),
         }
 
-    def _cooling(self, seconds: float, limit: float) -> float:
-        """Factor on the learning rate towards the end of a run with a time limit (s)."""
+    def _cooling(self, seconds: float, limit: float, epochs: float) -> float:
+        """Factor on the learning rate towards the end of a run with a time limit (s): the end of its
+        time or of its epochs, whichever is nearer."""
         t = self.config.train
         if not t.max_minutes or not t.cooldown:
             return 1.0
-        left = (limit - seconds) / (60 * t.max_minutes * t.cooldown)
+        left = min((limit - seconds) / (60 * t.max_minutes), 1.0 - epochs / t.epochs) / t.cooldown
         return min(1.0, max(left, 0.0))
 
 

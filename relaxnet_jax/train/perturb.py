@@ -35,9 +35,10 @@ def perturbed(
     """
     t, node = config.train, graph.nodes["graph"]
     chosen_key, atom_key, cell_key = jax.random.split(key, 3)
-    positions = jnp.asarray(graph.nodes["positions"])
+    before = positions = jnp.asarray(graph.nodes["positions"])
     n_graphs, dtype = graph.n_node.shape[0], positions.dtype
     chosen = jax.random.uniform(chosen_key, (n_graphs,)) < t.noise_share
+    strained = jnp.zeros(n_graphs, bool)
     if t.noise:
         noise = t.noise * jax.random.normal(atom_key, positions.shape, dtype)
         noise = jnp.where(chosen[node, None], noise, 0.0)
@@ -45,14 +46,18 @@ def perturbed(
     if t.strain_noise and targets.cells is not None:
         strain = t.strain_noise * symmetric(jax.random.normal(cell_key, (n_graphs, 3, 3), dtype))
         strain = strainable(graph, jnp.where(chosen[:, None, None], strain, 0.0))
+        strained = (strain != 0).any((-1, -2))
         change = jnp.eye(3, dtype=dtype) + strain
         positions = deform_positions(change, positions, node)
         cell = jnp.asarray(graph.globals["cell"]) @ jnp.swapaxes(change, -1, -2)
         graph = deform(graph, change)._replace(globals=graph.globals | {"cell": cell})
         targets = _from_other_cell(targets, change, node)
     graph = graph._replace(nodes=graph.nodes | {"positions": positions})
+    # Where nothing may move, as in a lone atom's fixed cell, the start is still the frame's.
+    changed = (positions != before).any(-1) & graph.nodes["mask"]
+    elsewhere = strained | (jax.ops.segment_max(changed.astype(jnp.int32), node, n_graphs) > 0)
     frames = jnp.arange(targets.frame_mask.shape[0])[:, None]
-    mask = jnp.asarray(targets.frame_mask) & ~(chosen & (frames == 0))
+    mask = jnp.asarray(targets.frame_mask) & ~(elsewhere & (frames == 0))
     return graph, targets._replace(frame_mask=mask)
 
 

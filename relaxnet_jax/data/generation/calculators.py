@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib
+import io
 import os
 import re
 import sys
@@ -87,11 +89,13 @@ def _chgnet() -> Calculator:
         ) from error
     # Sums over several threads round otherwise: results would depend on the number of jobs.
     torch.set_num_threads(1)
-    model = CHGNet.load(use_device="cpu", verbose=False)
+    with contextlib.redirect_stdout(io.StringIO()):  # it says what it is and where it runs
+        model = CHGNet.load(use_device="cpu", verbose=False)
     known = frozenset(range(1, 95)) - frozenset(_CHGNET_ABSENT)
 
     def make() -> Any:
-        return CHGNetCalculator(model, use_device="cpu", on_isolated_atoms="error")
+        with contextlib.redirect_stdout(io.StringIO()):
+            return CHGNetCalculator(model, use_device="cpu", on_isolated_atoms="error")
 
     version = getattr(model, "version", None) or __version__
     source = f"CHGNet {version} (not DFT)"
