@@ -179,8 +179,13 @@ def _add_predict(commands) -> None:
         "--out",
         metavar="FILE",
         help=".extxyz or .traj: all frames of all structures; "
-        ".cif, POSCAR: the final frame of one (default: NAME-relaxed.extxyz)",
+        ".cif, .vasp, POSCAR: the final frame of one (default: NAME-relaxed.extxyz)",
     )
+    p.add_argument("--overwrite", action="store_true", help="replace a file that exists")
+    p.add_argument(
+        "--keep-cell", action="store_true", help="move atoms only, though the model relaxes cells too"
+    )
+    p.epilog = "exit codes: 0 all predicted; 1 some left out, each named on stderr; 2 nothing was predicted"
 
 
 def _add_demo(commands) -> None:

@@ -20,8 +20,9 @@ def add_relax(commands) -> None:
         "files",
         nargs="+",
         metavar="FILE",
-        help="structures in any format ASE reads, all images of each; folders, searched for "
-        "POSCAR*, vasp, poscar, cif, xyz, extxyz and traj files",
+        help="structures in any format ASE reads, all images of each or, as FILE@-1 or FILE@0:5, "
+        "some; folders, searched for POSCAR*, vasp, poscar, cif, xyz, extxyz and traj files that are "
+        "no results of this command",
     )
     p.add_argument(
         "--model",
@@ -44,14 +45,15 @@ def add_relax(commands) -> None:
         type=float,
         default=0.05,
         metavar="F",
-        help="eV/Å, below which a structure counts as relaxed (default: 0.05)",
+        help="eV/Å, below which a structure counts as relaxed, and at which --refine and static "
+        "models stop (default: 0.05)",
     )
     p.add_argument(
         "--steps",
         type=int,
         default=500,
         metavar="N",
-        help="LBFGS steps of --refine at most (default: 500)",
+        help="LBFGS steps of --refine and of static models at most (default: 500)",
     )
     p.add_argument(
         "--fixed", metavar="INDICES", help="atoms to hold, from 0, e.g. 0,3,8-11, beside the file's"
@@ -60,7 +62,17 @@ def add_relax(commands) -> None:
         "--fix-below", type=float, metavar="Z", help="hold the atoms with z below so many Å"
     )
     p.add_argument(
-        "--out", default="relaxed", metavar="DIR", help="for all results (default: relaxed)"
+        "--keep-cell",
+        action="store_true",
+        help="relax the atoms only, though the model relaxes cells too: slabs and molecules in a "
+        "periodic box, say",
+    )
+    p.add_argument(
+        "--out",
+        default="relaxed",
+        metavar="DIR",
+        help="for all results, NAME-relaxed.* and NAME-path.* of each file, NAME being the file's "
+        "or, where that says nothing (POSCAR), the folder's (default: relaxed)",
     )
     p.add_argument(
         "--format",

@@ -22,6 +22,8 @@ exit codes: 0 done; 1 some experiments could not be done; 2 bad input; 143 stopp
 def add_reproduce(commands) -> None:
     text = "measure what the paper claims: its tables and figures on your data"
     p = command(commands, "reproduce", "reproduce", text)
+    # The names first: options that take several values would swallow them.
+    p.usage = "relaxnet-jax reproduce NAME [NAME ...] --data SET.h5 [options]"
     p.epilog = EPILOG
     p.formatter_class = argparse.RawDescriptionHelpFormatter
     p.add_argument(

@@ -16,6 +16,7 @@ from relaxnet_jax.console import bar, note, q, say, status
 from relaxnet_jax.errors import InputError
 from relaxnet_jax.runtime import check_devices, enable_compilation_cache
 
+SOME_LEFT_OUT = 1
 TERMINATED = 143  # as shells say it of a process that SIGTERM ended
 
 if TYPE_CHECKING:
@@ -117,22 +118,30 @@ def predict(args: argparse.Namespace) -> int:
     if args.frames < 2:
         raise InputError(f"--frames {args.frames}: give at least 2, the first and the last")
     source = Path(args.file)
+    if source.is_dir():
+        raise InputError(f"{source}: is a folder; name a file, or use relaxnet-jax relax")
     if not source.is_file():
         raise InputError(f"{source}: no such file; check the path")
     out = Path(args.out or f"{source.name.removesuffix(source.suffix)}-relaxed.extxyz")
     from relaxnet_jax import structure_files as files
 
     files.check_output(out, source)
+    if out.exists() and not args.overwrite:
+        raise InputError(f"{out}: exists; give another --out, or --overwrite")
+    options = files.Options(relax_cell=not args.keep_cell)
     enable_compilation_cache()
     check_devices(None)
     model = _load(args.model)
     found, unreadable = files.read_structures(source, note)
-    usable, unfit = files.usable_structures(model, found, note)
+    usable, unfit = files.usable_structures(model, found, note, options)
     if len(usable) > 1 and not files.holds_many(out):
         raise InputError(f"{out}: takes one structure, {source} has {len(usable)}; write .extxyz")
     with bar("structures", len(usable)) as advance:
-        results, failed = files.predict_all(model, usable, args.frames, advance, note)
-    left_out = unreadable + unfit + failed
+        predicted, failed = files.predict_all(model, usable, args.frames, advance, note, options)
+    results, useless = files.sorted_out(predicted)
+    for failure in useless:
+        note(f"left out: {failure}")
+    left_out = unreadable + unfit + failed + useless
     if not results:
         more = f" (and {len(left_out) - 1} more left out)" if len(left_out) > 1 else ""
         raise InputError(f"{source}: no structure could be predicted: {left_out[0]}{more}")
@@ -145,7 +154,7 @@ def predict(args: argparse.Namespace) -> int:
         f"{out}: {len(results)} trajectories of {args.frames} frames"
         + (f"; {len(left_out)} structures left out" if left_out else "")
     )
-    return 0
+    return SOME_LEFT_OUT if left_out else 0
 
 
 def relax(args: argparse.Namespace) -> int:

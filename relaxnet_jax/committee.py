@@ -15,6 +15,8 @@ import numpy as np
 
 from relaxnet_jax.data.trajectory import CELL_TOLERANCE, RelaxationTrajectory
 from relaxnet_jax.errors import InputError
+from relaxnet_jax.strain import deformations
+from relaxnet_jax.structure_files import DEFAULT, Options
 from relaxnet_jax.trust import Flag
 
 if TYPE_CHECKING:
@@ -106,10 +108,9 @@ def spread(paths: Sequence[RelaxationTrajectory]) -> Spread:
     relaxes = any(np.abs(p.cells[-1] - initial).max() > CELL_TOLERANCE for p in paths)
     positions, volume = np.stack([p.positions[-1] for p in paths]), None
     if relaxes:
-        positions = np.stack(
-            [p.positions[-1] @ np.linalg.solve(p.cells[-1], initial) for p in paths]
-        )
-        volumes = np.array([abs(np.linalg.det(p.cells[-1])) for p in paths])
+        steps = [deformations(p.cells[[0, -1]])[1] for p in paths]
+        positions = np.stack([p.positions[-1] @ np.linalg.inv(d).T for p, d in zip(paths, steps)])
+        volumes = np.array([np.linalg.det(d) for d in steps])
         volume = float(volumes.std(ddof=1) / volumes.mean())
     atoms = deviations(positions, first.fixed_mask)
     return Spread(
@@ -152,6 +153,7 @@ def add_spreads(
     structures: Mapping[str, Atoms],
     first: RelaxNet,
     progress: Callable[[int], None] = lambda _: None,
+    options: Options = DEFAULT,
 ) -> list[Predicted]:
     """Predictions of the first member, with the spread of all and what it flags.
 
@@ -159,6 +161,7 @@ def add_spreads(
 
     Args:
       others: the other members by name. structures: by the ids of the results' paths.
+      options: with which the results were predicted.
     """
     from relaxnet_jax.structure_files import predict_all, usable_structures
     from relaxnet_jax.trust import unusable
@@ -170,9 +173,9 @@ def add_spreads(
     lost: dict[str, str] = {}
     for count, (name, model) in enumerate(others.items(), 1):
         named = [(r.path.id, structures[r.path.id]) for r in results]
-        usable, unfit = usable_structures(model, named, lambda _: None)
+        usable, unfit = usable_structures(model, named, lambda _: None, options)
         found, failed = predict_all(
-            _alike(model, first), usable, frames, lambda _: None, lambda _: None
+            _alike(model, first), usable, frames, lambda _: None, lambda _: None, options
         )
         lost |= {f.name: f"{name}: {f.reason}" for f in (*unfit, *failed)}
         for result in found:

@@ -29,6 +29,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from relaxnet_jax.errors import InputError
+from relaxnet_jax.strain import deformations
 
 Predictor = Literal["model", "nothing", "composition"]
 
@@ -142,7 +143,11 @@ class Comparison:
     def _in_true_cell(self, positions: np.ndarray, predictor: Predictor) -> np.ndarray:
         if self.true_cells is None:
             return positions
-        return positions @ np.linalg.solve(self.cells(predictor), self.true_cells)
+        own, true = (
+            deformations(np.concatenate([self.true_cells[:1], cells]))[1:]
+            for cells in (self.cells(predictor), self.true_cells)
+        )
+        return positions @ np.swapaxes(true @ np.linalg.inv(own), -1, -2)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,13 +21,14 @@ from relaxnet_jax.batching import (
     split_nodes,
     structure_cost,
 )
-from relaxnet_jax.data.trajectory import RelaxationTrajectory
+from relaxnet_jax.data.trajectory import PREDICTED, RelaxationTrajectory
 from relaxnet_jax.errors import InputError
 from relaxnet_jax.graph import Structure, build_structure
-from relaxnet_jax.lbfgs import Minimisation, minimise
+from relaxnet_jax.lbfgs import FMAX, STEPS, Minimisation, minimise
 from relaxnet_jax.model import RelaxNet
 from relaxnet_jax.neighbors import approach
 from relaxnet_jax.strain import to_voigt
+from relaxnet_jax.trust import trust_flags
 
 if TYPE_CHECKING:
     from ase import Atoms
@@ -79,6 +80,8 @@ def predict_structures(
     times: np.ndarray | None = None,
     batch_size: int = 16,
     progress: Callable[[int], None] = lambda _: None,
+    fmax: float = FMAX,
+    steps: int = STEPS,
 ) -> list[Path]:
     """Predicted paths of many structures, in the order given.
 
@@ -94,13 +97,14 @@ def predict_structures(
     Args:
       times: (n,) pseudotimes in [0, 1]; the configuration's frames by default.
       batch_size: structures per batch. progress: called with the number of structures done.
+      fmax, steps: of static models, see `lbfgs.minimise`.
     """
     grid = solver.frame_grid(model.config.dynamics)
     times = grid if times is None else np.asarray(times, np.float64)
     if times.ndim != 1 or len(times) == 0 or times.min() < 0 or times.max() > 1:
         raise InputError("times: must be pseudotimes in [0, 1], one dimension, at least one")
     if model.config.dynamics.latent == "static":
-        found = minimise(model, structures, batch_size=batch_size, progress=progress)
+        found = minimise(model, structures, fmax, steps, batch_size=batch_size, progress=progress)
         return [minimised_path(m, times) for m in found.paths]
     on_grid = len(times) == len(grid) and np.allclose(times, grid, atol=1e-12)
     done: dict[int, Path] = {}
@@ -301,7 +305,8 @@ def relax(model, atoms, n_frames=5, batch_size=16, relax_cell=True):
 
     Returns:
       A `RelaxationTrajectory` (a list of them for a sequence). Of a structure too large for the
-      device's memory all values are NaN, and a warning names it.
+      device's memory all values are NaN. A warning names this and every other structure whose
+      prediction should not be used (`trust.trust_flags`, which says more).
 
     Raises:
       InputError: a structure that cannot be used, named by its place in the sequence; or
@@ -316,10 +321,12 @@ def relax(model, atoms, n_frames=5, batch_size=16, relax_cell=True):
     names = [a.info.get("traj_id") or f"{i}-{a.get_chemical_formula()}" for i, a in enumerate(many)]
     structures = [model.structure(a, str(n), relax_cell) for a, n in zip(many, names)]
     paths = predict_structures(model, structures, np.linspace(0.0, 1.0, n_frames), batch_size)
-    for name, path in zip(names, paths):
-        if path.failure:
-            warnings.warn(f"{name}: {path.failure}", RuntimeWarning, stacklevel=2)
     results = [as_trajectory(str(n), s, p) for n, s, p in zip(names, structures, paths)]
+    for result, path in zip(results, paths):
+        grave = [flag for flag in trust_flags(result, model, path.skin) if flag.unusable]
+        if grave:
+            reason = path.failure or f"not to be used, {grave[0].name}: {grave[0].detail}"
+            warnings.warn(f"{result.id}: {reason}", RuntimeWarning, stacklevel=2)
     return results[0] if single else results
 
 
@@ -336,5 +343,5 @@ def as_trajectory(name: str, structure: Structure, path: Path) -> RelaxationTraj
         forces=path.forces,
         fixed_mask=structure.fixed_mask,
         times=path.times,
-        source="RelaxNet",
+        source=PREDICTED,
     )

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from relaxnet_jax.trust import Flag
 
 MANY = (".extxyz", ".traj")
+FULL = 1e-3  # by how much an occupancy may differ from 1
 Say = Callable[[str], None]
 
 
@@ -49,6 +50,23 @@ class Predicted(NamedTuple):
     spread: Spread | None = None
 
 
+class Options(NamedTuple):
+    """How structures are predicted.
+
+    Attributes:
+      relax_cell: whether cells relax, if the model was trained for that.
+      fmax: eV/Å. steps: at most. Both of the minimisation with a static model, which predicts no
+        path of its own.
+    """
+
+    relax_cell: bool = True
+    fmax: float = 0.05
+    steps: int = 500
+
+
+DEFAULT = Options()
+
+
 def is_poscar(path: Path) -> bool:
     """Whether the name is one of VASP's for structures: POSCAR*, CONTCAR*, *.vasp, *.poscar."""
     upper = path.name.upper()
@@ -59,10 +77,10 @@ def check_output(out: Path, source: Path) -> None:
     """InputError unless ``out`` is of a format we write, and not the file that is read."""
     if out.resolve() == source.resolve():
         raise InputError(f"{out}: is also read; choose another --out")
-    single = out.suffix == ".cif" or out.name.upper().startswith(("POSCAR", "CONTCAR"))
-    if not single and not holds_many(out):
+    poscar = out.suffix == ".vasp" or out.name.upper().startswith(("POSCAR", "CONTCAR"))
+    if not (out.suffix == ".cif" or poscar or holds_many(out)):
         raise InputError(
-            f"{out}: unknown suffix {out.suffix!r}; write .extxyz, .traj, .cif or POSCAR"
+            f"{out}: unknown suffix {out.suffix!r}; write .extxyz, .traj, .cif, .vasp or POSCAR"
         )
 
 
@@ -82,7 +100,7 @@ def read_images(path: Path) -> list[Atoms | str]:
     images: list[Atoms | str] = []
     try:
         for item in images_of(path):
-            images.append(item)
+            images.append(item if isinstance(item, str) else disorder(item) or item)
     except Exception as error:  # ASE's readers raise many kinds for files they cannot parse
         if not images:
             raise InputError(
@@ -93,6 +111,18 @@ def read_images(path: Path) -> list[Atoms | str]:
     if not images:
         raise InputError(f"{path}: holds no structure; give a file with at least one")
     return images
+
+
+def disorder(atoms: Atoms) -> str:
+    """What is wrong with sites that several elements, or none, may take; empty if there are none.
+
+    ASE puts the likeliest element on such a site and keeps the occupancies aside.
+    """
+    for site, shares in (atoms.info.get("occupancy") or {}).items():
+        if any(abs(share - 1) > FULL for share in shares.values()):
+            shown = ", ".join(f"{symbol} {share:g}" for symbol, share in shares.items())
+            return f"partial occupancies (site {site}: {shown}); give an ordered configuration"
+    return ""
 
 
 def read_structures(path: Path, say: Say) -> tuple[list[tuple[str, Atoms]], list[Failure]]:
@@ -118,14 +148,14 @@ def read_structures(path: Path, say: Say) -> tuple[list[tuple[str, Atoms]], list
 
 
 def usable_structures(
-    model: RelaxNet, found: Sequence[tuple[str, Atoms]], say: Say
+    model: RelaxNet, found: Sequence[tuple[str, Atoms]], say: Say, options: Options = DEFAULT
 ) -> tuple[list[tuple[str, Structure]], list[Failure]]:
     """The structures the model can take, and complaints about the others."""
     usable: list[tuple[str, Structure]] = []
     bad: list[Failure] = []
     for name, atoms in found:
         try:
-            usable.append((name, model.structure(atoms, name)))
+            usable.append((name, model.structure(atoms, name, options.relax_cell)))
         except InputError as error:
             bad.append(Failure(name, str(error).removeprefix(f"{name}: ")))
             say(f"left out: {bad[-1]}")
@@ -138,6 +168,7 @@ def predict_all(
     frames: int,
     progress: Callable[[int], None],
     say: Say,
+    options: Options = DEFAULT,
 ) -> tuple[list[Predicted], list[Failure]]:
     """Predicted trajectories, and complaints about those that failed or are not finite."""
     from relaxnet_jax.predict import as_trajectory, predict_structures
@@ -146,7 +177,14 @@ def predict_all(
     if not usable:
         return [], []
     times = np.linspace(0.0, 1.0, frames)
-    paths = predict_structures(model, [s for _, s in usable], times, progress=progress)
+    paths = predict_structures(
+        model,
+        [s for _, s in usable],
+        times,
+        progress=progress,
+        fmax=options.fmax,
+        steps=options.steps,
+    )
     results: list[Predicted] = []
     bad: list[Failure] = []
     for (name, structure), path in zip(usable, paths):
@@ -162,6 +200,22 @@ def predict_all(
         else:
             results.append(Predicted(trajectory, flags))
     return results, bad
+
+
+def sorted_out(results: Sequence[Predicted]) -> tuple[list[Predicted], list[Failure]]:
+    """The predictions without those that a flag calls unusable, and these as failures."""
+    from relaxnet_jax.trust import unusable
+
+    kept = [result for result in results if not unusable(result.flags)]
+    bad = []
+    for result in results:
+        if unusable(result.flags):
+            grave = result.flags[0]
+            reason = (
+                f"the prediction is unusable, {grave.name}: {grave.detail}; relax it without the model"
+            )
+            bad.append(Failure(result.path.id, reason))
+    return kept, bad
 
 
 def write_trajectories(results: Sequence[RelaxationTrajectory], out: Path) -> None:

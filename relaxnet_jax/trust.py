@@ -14,7 +14,7 @@ import numpy as np
 from ase.data import chemical_symbols, covalent_radii
 
 from relaxnet_jax.config import Config
-from relaxnet_jax.data.trajectory import RelaxationTrajectory
+from relaxnet_jax.data.trajectory import CELL_TOLERANCE, RelaxationTrajectory
 from relaxnet_jax.model import RelaxNet
 from relaxnet_jax.neighbors import approach, pairs_within
 
@@ -24,6 +24,7 @@ MIN_CONTACT = 0.6
 MAX_RISE = 2e-3  # eV/atom; a relaxation's energy only falls
 # By how much the means below may leave the range of the training data, as a fraction of its ends.
 MARGIN = 0.1
+VACUUM = 6.0  # Å without an atom along a lattice direction
 AT_REST = 0.05  # eV/Å; forces below need not fall any more
 
 
@@ -33,7 +34,7 @@ class Flag(NamedTuple):
     Attributes:
       name: one of "untrained", "unseen element", "not finite", "skin exceeded",
         "atoms too close", "energy rises", "forces do not fall", "density", "coordination",
-        "all atoms fixed", "constraints ignored", "no forces"; of a committee "members disagree",
+        "all atoms fixed", "vacuum strained", "constraints ignored", "no forces"; of a committee "members disagree",
         "no spread".
       detail: one line with the numbers.
       unusable: the final geometry should not be used, not even as a start.
@@ -64,7 +65,9 @@ def trust_flags(path: RelaxationTrajectory, model: RelaxNet, skin: float) -> tup
     if model.config.dynamics.latent == "direct":
         flags.append(Flag("no forces", "the model predicts none: whether atoms rest is not known"))
     if path.fixed_mask.all():
-        flags.append(Flag("all atoms fixed", "nothing can move"))
+        moves = "only the cell relaxes" if path.variable_cell else "nothing can move"
+        flags.append(Flag("all atoms fixed", moves))
+    flags += _vacuum(path)
     return tuple(sorted(flags, key=lambda flag: not flag.unusable))
 
 
@@ -141,6 +144,25 @@ def surroundings(positions, cell, pbc, config: Config) -> dict[str, float]:
         "density": len(lengths) / len(positions),
         "coordination": int(near.sum()) / len(positions),
     }
+
+
+def _vacuum(path: RelaxationTrajectory) -> Iterator[Flag]:
+    """A flag where a cell has relaxed along a direction in which it holds vacuum."""
+    if not path.variable_cell:
+        return
+    inverse = np.linalg.pinv(path.cells[0])
+    for k in np.flatnonzero(path.pbc):
+        height = 1.0 / np.linalg.norm(inverse[:, k])
+        places = np.sort((path.positions[0] @ inverse)[:, k] % 1.0)
+        gap = height * np.diff(places, append=places[0] + 1.0).max()
+        now = 1.0 / np.linalg.norm(np.linalg.pinv(path.cells[-1])[:, k])
+        if gap > VACUUM and abs(now - height) > CELL_TOLERANCE:
+            axis = "abc"[k]
+            yield Flag(
+                "vacuum strained",
+                f"the cell relaxed along {axis}, where it holds {gap:.1f} Å of vacuum: keep the cell "
+                "(relax_cell=False, --keep-cell), or make that direction not periodic",
+            )
 
 
 def _surroundings(path: RelaxationTrajectory, model: RelaxNet) -> Iterator[Flag]:

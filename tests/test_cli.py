@@ -148,7 +148,8 @@ def test_predict_goes_on_past_bad_structures(workdir, tmp_path, monkeypatch, cap
     good, later = structure(), structure("PdPt")
     bad = structure("CuO")
     ase.io.write("mixed.extxyz", [good, bad, later])
-    assert cli.main(["predict", "mixed.extxyz", "--model", str(workdir), "--frames", "4"]) == 0
+    command = ["predict", "mixed.extxyz", "--model", str(workdir), "--frames", "4"]
+    assert cli.main(command) == 1
     captured = capsys.readouterr()
     assert "mixed-1" in captured.err and "never saw O" in captured.err
     assert "1 structures left out" in captured.out
@@ -158,6 +159,11 @@ def test_predict_goes_on_past_bad_structures(workdir, tmp_path, monkeypatch, cap
     ]
     np.testing.assert_allclose(frames[0].positions, good.positions, atol=1e-7)
     assert np.isfinite(frames[-1].get_potential_energy())
+    assert cli.main(command) == 2
+    assert "mixed-relaxed.extxyz: exists" in capsys.readouterr().err
+    # A prediction is no label: nobody trains on it by mistake.
+    assert cli.main(["data", "import", "mixed-relaxed.extxyz", "--out", "a.h5"]) == 2
+    assert "predicted by this package" in capsys.readouterr().err and not Path("a.h5").exists()
 
 
 def test_write_one_structure_as_poscar(tmp_path):

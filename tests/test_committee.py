@@ -72,6 +72,27 @@ def test_spread():
     assert spread(paths(shifts, fixed=range(4))).positions == 0
 
 
+def test_spread_of_sheets():
+    """Cells without a third vector that stretch: no disagreement about where atoms are in them."""
+    flat, made = alloy().cell.array.copy(), []
+    flat[2] = 0.0
+    for k, stretch in enumerate((1.01, 1.03)):
+        change = np.diag([stretch, stretch, 1.0])
+        (one,) = paths([np.zeros((4, 3))])
+        ends = one.positions.copy()
+        ends[1] = ends[0] @ change
+        made.append(
+            dataclasses.replace(
+                one, cells=np.stack([flat, flat @ change]), positions=ends,
+                pbc=np.array([True, True, False]), energies=np.array([0.0, -0.1 * k]),
+            )  # fmt: skip
+        )
+    found = spread(made)
+    areas = np.array([1.01, 1.03]) ** 2
+    assert found.positions == pytest.approx(0, abs=1e-9)
+    assert found.volume == pytest.approx(areas.std(ddof=1) / areas.mean())
+
+
 def test_spread_of_cells():
     """A strained cell is a spread of the volume, not of the internal displacements."""
     start, cell = alloy().positions, alloy().cell.array

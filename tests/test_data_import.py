@@ -274,7 +274,7 @@ def test_groups_from_csv(tmp_path):
     assert any("1 relaxations are not in it" in line for line in told)
     assert any("1 of its ids were not read" in line for line in told)
     table.write_text("id,group\nx/a,metal\n")
-    with pytest.raises(InputError, match="names none of the 2 relaxations read, .* is 'a'"):
+    with pytest.raises(InputError, match=r"names none of the 2 relaxations read, .* is 'a'"):
         import_files(path, tmp_path / "none.h5", groups=read_groups(table))
     assert not (tmp_path / "none.h5").exists()
     for row in ("b\n", "b,\n", ",metal\n"):

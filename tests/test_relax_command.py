@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import ase.io
 import numpy as np
 import pytest
 from ase import Atoms
-from ase.build import fcc111
+from ase.build import bulk, fcc111
 from ase.calculators.emt import EMT
 from ase.constraints import FixAtoms, FixScaled
 from tiny import alloy, tiny_config, tiny_model
@@ -221,7 +222,7 @@ def test_arguments_and_files_are_looked_at_before_jax_starts():
     code = (
         "import sys, pathlib\n"
         "from relaxnet_jax.relaxation import command, inputs, outputs, refine, report\n"
-        "inputs.read_inputs([], inputs.Hold()); refine.load('emt')\n"
+        "inputs.read_inputs({}, inputs.Hold()); refine.load('emt')\n"
         "sys.exit('jax' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -273,6 +274,101 @@ def test_images_and_files_do_not_meet(tmp_path, monkeypatch):
     found, unreadable = read_inputs(files, Hold())
     assert [i.name for i in found] == ["a-0", "a-1", "a-1-2"] and not failures + unreadable
     assert [i.place for i in found] == ["a.extxyz, image 0", "a.extxyz, image 1", "a-1.cif"]
+
+
+@pytest.mark.parametrize(
+    "index, wanted", [("", [0, 1, 2]), ("@-1", [2]), ("@0", [0]), ("@1:", [1, 2]), ("@::2", [0, 2])]
+)
+def test_some_images_of_a_file(tmp_path, monkeypatch, index, wanted):
+    """Chosen as ASE does; a file that has an @ in its own name is that file."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.traj", "b@1.traj"):
+        ase.io.write("plain.traj", [alloy(seed=k) for k in range(3)])
+        Path("plain.traj").rename(name)
+        files, failures = find_files([name + index], Path("relaxed"))
+        found, unreadable = read_inputs(files, Hold())
+        assert not failures + unreadable
+        assert [i.place for i in found] == [f"{name}, image {k}" for k in wanted]
+        for one, k in zip(found, wanted):
+            np.testing.assert_allclose(one.atoms.positions, alloy(seed=k).positions)
+    files, _ = find_files(["a.traj@7"], Path("relaxed"))
+    found, (failure,) = read_inputs(files, Hold())
+    assert not found and "has 3 image(s)" in failure.reason
+    _, (failure,) = find_files(["a.traj@last"], Path("relaxed"))
+    assert "no such file" in failure.reason
+
+
+def test_sites_with_several_elements_are_refused(run):
+    """ASE takes the likeliest element; the user must."""
+    ase.io.write("a.cif", alloy())
+    before, row, after = re.split(r"(  Cu +Cu1 .*)", Path("a.cif").read_text())
+    Path("a.cif").write_text(before + re.sub(r"1\.0+$", "0.6", row) + after)
+    code, _, err = run("a.cif")
+    assert code == 2 and "partial occupancies (site 0: Cu 0.6)" in err
+    assert structure_files.disorder(alloy()) == ""
+    whole = alloy()
+    whole.info["occupancy"] = {"0": {"Cu": 1.0}}
+    assert structure_files.disorder(whole) == ""
+
+
+def test_results_are_no_inputs(tmp_path, monkeypatch):
+    """Of an earlier call, under whatever --out; a file that only has such a name is one."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("POSCAR", "old/x-relaxed.vasp", "old/x-path.extxyz", "old/x-0-relaxed.cif",
+                 "mine/dft-relaxed.vasp", "mine/y-path.cif"):  # fmt: skip
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).touch()
+    files, failures = find_files(["."], Path("relaxed"))
+    assert not failures
+    assert [str(f) for f in files] == ["POSCAR", "mine/dft-relaxed.vasp", "mine/y-path.cif"]
+
+
+def test_cells_that_relax(tmp_path, monkeypatch, capsys):
+    """Without a model named: volume and stress are told, vacuum flagged, and --keep-cell keeps it."""
+    monkeypatch.chdir(tmp_path)
+    ase.io.write("iron.cif", bulk("Fe", a=3.1, cubic=True))
+    ase.io.write("slab.vasp", fcc111("Cu", (1, 1, 3), vacuum=5.0, periodic=True))
+    assert cli.main(["relax", "iron.cif", "slab.vasp", "--json"]) == 0
+    one, other = json.loads(capsys.readouterr().out)["structures"]
+    assert one["cell_relaxed"] and one["volume_last"] < 0.95 * one["volume_first"]
+    final = ase.io.read("relaxed/iron-path.extxyz", index=-1)
+    virial = final.get_stress(voigt=False) * final.get_volume()
+    assert one["cell_force_last"] == pytest.approx(np.linalg.norm(virial, axis=1).max() / 2, rel=1e-4)
+    assert one["fmax_last"] < 1e-3
+    assert one["converged"] == (one["cell_force_last"] < 0.05)
+    assert "vacuum strained" in [flag["name"] for flag in other["flags"]]
+    again = ["relax", "iron.cif", "slab.vasp", "--keep-cell", "--overwrite"]
+    assert cli.main([*again, "--json"]) == 0
+    for found in json.loads(capsys.readouterr().out)["structures"]:
+        assert not found["cell_relaxed"] and found["stress_last"] is None
+        assert found["volume_last"] == found["volume_first"]
+        assert "vacuum strained" not in [flag["name"] for flag in found["flags"]]
+    for name in ("iron.cif", "slab.vasp"):
+        made = ase.io.read(f"relaxed/{Path(name).stem}-relaxed{Path(name).suffix}")
+        np.testing.assert_allclose(made.cell.array, ase.io.read(name).cell.array, atol=1e-5)
+
+
+def test_static_models_stop_where_they_are_told(tmp_path, monkeypatch, capsys):
+    """--fmax and --steps reach the minimisation with a model that has no path of its own."""
+    monkeypatch.chdir(tmp_path)
+    config = tiny_config("static", model__layers=1, model__attention=False, dynamics__mass="unit")
+    static = tiny_model(config, dtype=np.float32, factor=3.0).replace(elements=ELEMENTS)
+    folder = str(save_model(static, tmp_path / "static"))
+    ase.io.write("a.extxyz", alloy())
+    found = []
+    for more in (["--fmax", "1e3"], ["--fmax", "1e-9", "--steps", "2"], ["--fmax", "1e-9", "--steps", "1"]):
+        command = ["relax", "a.extxyz", "--model", folder, "--json", "--overwrite", *more]
+        cli.main(command)
+        found.append(json.loads(capsys.readouterr().out)["structures"][0])
+    assert found[0]["converged"] and found[0]["largest_displacement"] == 0
+    assert not found[1]["converged"] and found[1]["largest_displacement"] > 0
+    assert found[2]["largest_displacement"] != found[1]["largest_displacement"]
+
+
+def test_predictions_not_to_be_used_are_warned_of(model, monkeypatch):
+    monkeypatch.setattr("relaxnet_jax.trust.MIN_CONTACT", 1.2)
+    with pytest.warns(RuntimeWarning, match="not to be used, atoms too close"):
+        relax(model[0], alloy(), n_frames=3)
 
 
 def test_folders_without_results_and_hidden_files(tmp_path, monkeypatch):
@@ -399,6 +495,8 @@ def test_record_and_tables():
     assert len(tables(many, 0.05, None)) == 1
     lines = totals(many, 2, 3.0)
     assert "2 failed" in lines[0] and "7 of them not shown" in lines[0]
+    unrefined = [values, {k: v for k, v in values.items() if k != "refined"}]
+    assert "1 of them could not be refined; 1 failed" in totals(unrefined, 2, 3.0, True)[0]
     n = len(many)
     assert f"{9 * n} without and {3 * n} with" in lines[1] and "+67 %" in lines[1]
     assert "wrong minima: 0" in lines[1]
@@ -422,8 +520,13 @@ def test_predict_names_the_flags(model, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     ase.io.write("a.extxyz", alloy())
     monkeypatch.setattr("relaxnet_jax.trust.MIN_CONTACT", 1.2)
-    assert cli.main(["predict", "a.extxyz", "--model", str(model[1]), "--frames", "3"]) == 0
-    assert "atoms too close: " in capsys.readouterr().out
+    command = ["predict", "a.extxyz", "--model", str(model[1]), "--frames", "3"]
+    assert cli.main(command) == 2 and not Path("a-relaxed.extxyz").exists()
+    assert "unusable, atoms too close: " in capsys.readouterr().err
+    monkeypatch.setattr("relaxnet_jax.trust.MIN_CONTACT", 0.1)
+    monkeypatch.setattr("relaxnet_jax.trust.MAX_RISE", -10.0)
+    assert cli.main(command) == 0
+    assert "energy rises: " in capsys.readouterr().out
     assert structure_files.is_poscar(Path("x/CONTCAR-3")) and not structure_files.is_poscar(
         Path("a")
     )

@@ -13,6 +13,7 @@ import numpy as np
 from relaxnet_jax.constraints import held_atoms
 from relaxnet_jax.data.files import one_line
 from relaxnet_jax.data.trajectory import (
+    PREDICTED,
     RelaxationTrajectory,
     reduced_formula,
     sound_and_unwrapped,
@@ -109,7 +110,7 @@ def images_of(plain: Path) -> Iterator[ase.Atoms | str]:
     from ase.io.extxyz import read_xyz
 
     if plain.suffix not in (".extxyz", ".xyz"):
-        yield from ase.io.iread(plain, index=":")
+        yield from ase.io.iread(plain, index=":", do_not_split_by_at_sign=True)
         return
     # ase.io.iread would scan the whole file first, end silently at a blank line, and lose
     # everything after a frame it cannot parse. (ASE 3.29's ixyzchunks reads the first digit
@@ -167,6 +168,8 @@ def _build(
         charges=np.array(charges, dtype=np.float64) if np.any(charges) else None,
         source=text_of(info.get("source")) or code or source,
     )
+    if trajectory.source.startswith(PREDICTED):
+        return SkippedRelaxation(name, "was predicted by this package, not computed: leave it out")
     try:
         return sound_and_unwrapped(trajectory)
     except InputError as bad:

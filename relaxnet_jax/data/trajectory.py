@@ -18,10 +18,11 @@ if TYPE_CHECKING:
 
 # Å; a lattice-vector component that moves by more has been relaxed, not rounded.
 CELL_TOLERANCE = 1e-4
+PREDICTED = "RelaxNet"  # the source of predicted relaxations
 # What a `source` ends in where the relaxation has not come to its end.
 UNFINISHED = ", unfinished"  # killed, going on, or its file cut
 UNCONVERGED = ", not converged"
-SUPPORTED_OUTPUTS = ".extxyz, .traj (all frames), .cif, POSCAR*, CONTCAR* (final frame)"
+SUPPORTED_OUTPUTS = ".extxyz, .traj (all frames), .cif, .vasp, POSCAR*, CONTCAR* (final frame)"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -130,8 +131,8 @@ class RelaxationTrajectory:
         """Writes the trajectory; an existing file is replaced only by a complete one.
 
         Args:
-          path: ``.extxyz`` and ``.traj`` take all frames; ``.cif`` and names that start with
-            POSCAR or CONTCAR take the final one.
+          path: ``.extxyz`` and ``.traj`` take all frames; ``.cif``, ``.vasp`` and names that start
+            with POSCAR or CONTCAR take the final one.
 
         Raises:
           InputError: another suffix, a folder that cannot be written, or a format that
@@ -140,7 +141,7 @@ class RelaxationTrajectory:
         import ase.io
 
         target = Path(path)
-        if target.name.upper().startswith(("POSCAR", "CONTCAR")):
+        if target.name.upper().startswith(("POSCAR", "CONTCAR")) or target.suffix == ".vasp":
             form, frames = "vasp", [self.atoms(-1)]
         elif target.suffix in (".extxyz", ".traj"):
             form, frames = target.suffix[1:], [self.atoms(i) for i in range(self.n_frames)]

@@ -20,8 +20,10 @@ from relaxnet_jax.relaxation.outputs import Target
 from relaxnet_jax.runtime import check_devices, enable_compilation_cache
 from relaxnet_jax.structure_files import (
     Failure,
+    Options,
     Predicted,
     predict_all,
+    sorted_out,
     usable_structures,
     write_trajectories,
 )
@@ -52,6 +54,8 @@ def relax(args: argparse.Namespace, load_model: Callable[[str], RelaxNet]) -> in
     failures.add(missing)
     found, unreadable = reading.read_inputs(files, hold)
     failures.add(unreadable)
+    if not found and not args.json:
+        raise _nothing(failures)
     if args.html and len(found) > 1:
         raise InputError(f"--html {args.html}: shows one structure, {len(found)} were given")
     html = Path(args.html) if args.html else None
@@ -66,7 +70,9 @@ def relax(args: argparse.Namespace, load_model: Callable[[str], RelaxNet]) -> in
     members = [load_model(folder) for folder in args.model]
     if len(members) > 1:
         check_members(members)
-    predicted, seconds = _predict(dict(zip(args.model, members)), found, args.frames, failures)
+    options = Options(not args.keep_cell, args.fmax, args.steps)
+    models = dict(zip(args.model, members))
+    predicted, seconds = _predict(models, found, args.frames, options, failures)
     done = _finish(predicted, calculator, args, seconds, failures)
     _write(done, dict(zip((i.name for i in found), targets)), html, args.fmax, failures)
     records = [one.record for one in done if one.written]
@@ -74,11 +80,15 @@ def relax(args: argparse.Namespace, load_model: Callable[[str], RelaxNet]) -> in
     if args.json:
         say(_json(records, failures.all, args, total))
     if not records:
-        first = failures.all[0] if failures.all else "no file given"
-        raise InputError(f"relax: nothing could be relaxed; {len(failures.all)} failed: {first}")
+        raise _nothing(failures)
     if not args.json:
         _print(records, failures, args, total, out, html)
     return SOME_FAILED if failures.all else 0
+
+
+def _nothing(failures: _Failures) -> InputError:
+    first = failures.all[0] if failures.all else "no file given"
+    return InputError(f"relax: nothing could be relaxed; {len(failures.all)} failed: {first}")
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -123,7 +133,11 @@ class _Done:
 
 
 def _predict(
-    models: Mapping[str, RelaxNet], found: Sequence[Input], frames: int, failures: _Failures
+    models: Mapping[str, RelaxNet],
+    found: Sequence[Input],
+    frames: int,
+    options: Options,
+    failures: _Failures,
 ) -> tuple[list[tuple[Input, Predicted]], float]:
     """The inputs with a usable prediction, and seconds of prediction per structure.
 
@@ -132,33 +146,27 @@ def _predict(
     """
     from relaxnet_jax.committee import add_spreads
     from relaxnet_jax.starting import constraint_flags
-    from relaxnet_jax.trust import unusable
 
     by_place = {one.place: one for one in found}
     model, *_ = models.values()
     others = dict(list(models.items())[1:])
-    usable, unfit = usable_structures(model, [(i.place, i.atoms) for i in found], lambda _: None)
+    named = [(i.place, i.atoms) for i in found]
+    usable, unfit = usable_structures(model, named, lambda _: None, options)
     failures.add(unfit)
     begin = time.perf_counter()
     with bar("structures", len(usable)) as advance:
-        results, failed = predict_all(model, usable, frames, advance, lambda _: None)
+        results, failed = predict_all(model, usable, frames, advance, lambda _: None, options)
     if others:
         with bar("other members", len(others)) as advance:
             atoms = {one.place: one.atoms for one in found}
-            results = add_spreads(results, others, atoms, model, advance)
+            results = add_spreads(results, others, atoms, model, advance, options)
     seconds = (time.perf_counter() - begin) / max(len(usable), 1)
     failures.add(failed)
+    results, useless = sorted_out(results)
+    failures.add(useless)
     kept = []
     for result in results:
         one = by_place[result.path.id]
-        if unusable(result.flags):
-            grave = result.flags[0]
-            reason = (
-                f"the prediction is unusable, {grave.name}: {grave.detail}; "
-                "relax it without the model"
-            )
-            failures.add([Failure(one.place, reason)])
-            continue
         path = dataclasses.replace(result.path, id=one.name)
         flags = result.flags + constraint_flags(one.atoms)
         kept.append((one, Predicted(path, flags, result.spread)))
@@ -283,7 +291,7 @@ def _print(
         console.print(table)
     for line in flag_lines(records):
         note(line)
-    for line in totals(records, len(failures.all), seconds):
+    for line in totals(records, len(failures.all), seconds, args.refine is not None):
         say(line)
     kinds = ("relaxed_file", "path_file", "figure_file")
     files = {r[kind] for r in records for kind in kinds if kind in r}

@@ -6,7 +6,7 @@ import dataclasses
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 SEARCHED = (".cif", ".vasp", ".poscar", ".xyz", ".extxyz", ".traj")
 # Words by which ASE takes any file for one of VASP's (or DL_POLY's), whatever its suffix.
 _WORDS = re.compile(r"(?i)[._-]*(POSCAR|CONTCAR|CENTCAR|OUTCAR|XDATCAR|CONFIG)[._-]*")
+_INDEX = re.compile(r"-?\d+|-?\d*:-?\d*(:-?\d*)?")
+# What this command writes: a path, and beside it the relaxed structures.
+_PATH = re.compile(r"-path\.(extxyz|traj)$")
+_RESULT = re.compile(r"-(path\.(extxyz|traj)|relaxed\.(vasp|cif|extxyz|traj))$")
 _RANGE = re.compile(r"\s*(\d+)(?:\s*-\s*(\d+))?\s*")
 
 
@@ -67,16 +71,17 @@ def parse_indices(text: str) -> tuple[int, ...]:
     return tuple(sorted(found))
 
 
-def find_files(named: Sequence[str], exclude: Path) -> tuple[list[Path], list[Failure]]:
-    """Files to read, each once, in order: those named, and those in the folders named.
+def find_files(named: Sequence[str], exclude: Path) -> tuple[dict[Path, slice], list[Failure]]:
+    """Files to read, each once, in order, with the images wanted: those named, as FILE or
+    FILE@INDEX (ASE's: -1, 0:5), and those in the folders named.
 
     Folders are searched recursively for POSCAR* and the suffixes `SEARCHED`, without hidden ones
-    and without ``exclude``, where earlier results may lie.
+    and without ``exclude``, and results of this command, elsewhere too.
     """
-    files: dict[Path, Path] = {}
+    files: dict[Path, tuple[Path, slice]] = {}
     failures: list[Failure] = []
     for text in named:
-        path = Path(text)
+        path, images = _selected(text)
         if path.is_dir():
             inside = list(_inside(path, exclude.resolve()))
             if not inside:
@@ -88,8 +93,20 @@ def find_files(named: Sequence[str], exclude: Path) -> tuple[list[Path], list[Fa
             failures.append(Failure(text, "no such file; check the path"))
             continue
         for file in inside:
-            files.setdefault(file.resolve(), file)
-    return list(files.values()), failures
+            files.setdefault(file.resolve(), (file, images))
+    return dict(files.values()), failures
+
+
+def _selected(text: str) -> tuple[Path, slice]:
+    """The file named, and which of its images; a file whose own name has an @ goes before."""
+    path, (file, at, index) = Path(text), text.rpartition("@")
+    match = _INDEX.fullmatch(index)
+    if not at or path.exists() or match is None:
+        return path, slice(None)
+    if ":" not in index:
+        last = int(index)
+        return Path(file), slice(last, last + 1 or None)
+    return Path(file), slice(*(int(part) if part else None for part in index.split(":")))
 
 
 def _inside(folder: Path, exclude: Path) -> Iterable[Path]:
@@ -97,25 +114,34 @@ def _inside(folder: Path, exclude: Path) -> Iterable[Path]:
         folders[:] = sorted(
             f for f in folders if not f.startswith(".") and Path(root, f).resolve() != exclude
         )
+        ours = {name[: match.start()] for name in names if (match := _PATH.search(name))}
         for name in sorted(names):
             wanted = name.upper().startswith("POSCAR") or name.lower().endswith(SEARCHED)
+            result = _RESULT.search(name)
+            if result and any(name[: result.start()].startswith(stem) for stem in ours):
+                continue
             if wanted and not name.startswith("."):
                 yield Path(root, name)
 
 
-def read_inputs(files: Sequence[Path], hold: Hold) -> tuple[list[Input], list[Failure]]:
-    """All images of all files; what cannot be read is named, and the rest goes on."""
+def read_inputs(files: Mapping[Path, slice], hold: Hold) -> tuple[list[Input], list[Failure]]:
+    """The images wanted of all files; what cannot be read is named, and the rest goes on."""
     inputs: list[Input] = []
     failures: list[Failure] = []
     taken: set[str] = set()
-    for file, stem in zip(files, distinct_stems(files)):
+    for (file, wanted), stem in zip(files.items(), distinct_stems(list(files))):
         try:
             images = read_images(file)
         except InputError as error:
             failures.append(Failure(str(file), str(error).removeprefix(f"{file}: ")))
             continue
-        for index, image in enumerate(images):
-            single = len(images) == 1
+        chosen = range(len(images))[wanted]
+        if not chosen:
+            failures.append(
+                Failure(str(file), f"has {len(images)} image(s), none of those asked for")
+            )
+        for index in chosen:
+            image, single = images[index], len(images) == 1
             place = str(file) if single else f"{file}, image {index}"
             if isinstance(image, str):
                 failures.append(Failure(place, image))

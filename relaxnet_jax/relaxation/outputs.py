@@ -87,8 +87,8 @@ def relaxed_atoms(
 ) -> Atoms:
     """The input's atoms, with all they carry, in the final cell at the final positions.
 
-    Energy and forces are the model's, or the calculator's where it refined them; ``info`` has
-    ``traj_id``, ``source``, and ``relaxnet_flags`` if there are any.
+    Energy, forces and, where cells relax, stress are the model's, or the calculator's where it
+    refined them; ``info`` has ``traj_id``, ``source``, and ``relaxnet_flags`` if there are any.
     """
     from ase.calculators.singlepoint import SinglePointCalculator
 
@@ -98,6 +98,8 @@ def relaxed_atoms(
     if refined is None:
         move_to_end(atoms, path)
         results = {"energy": float(path.energies[-1]), "forces": path.forces[-1].copy()}
+        if path.stresses is not None:
+            results["stress"] = path.stresses[-1].copy()
     else:
         atoms.set_cell(refined.cell, apply_constraint=False)
         atoms.set_positions(refined.positions, apply_constraint=False)

@@ -15,7 +15,14 @@ from relaxnet_jax.relaxation.refine import WRONG_MINIMUM, Refined
 if TYPE_CHECKING:
     from relaxnet_jax.structure_files import Predicted
 
-UNITS = {"energy": "eV", "force": "eV/Å", "length": "Å", "time": "s"}
+UNITS = {
+    "energy": "eV",
+    "force": "eV/Å",
+    "length": "Å",
+    "volume": "Å³",
+    "stress": "eV/Å³ (xx yy zz yz xz xy, tension positive)",
+    "time": "s",
+}
 MAX_ROWS = 50
 
 
@@ -30,6 +37,11 @@ def record(
     """
     path, flags, spread = result
     free = ~path.fixed_mask
+    volumes = np.abs(np.linalg.det(path.cells[[0, -1]]))
+    relaxes = path.variable_cell
+    stress = path.stresses[-1] if relaxes and path.stresses is not None else None
+    pull = 0.0 if stress is None else cell_force(stress, float(volumes[1]), path.n_atoms)
+    last = max(float(path.fmax[-1]), pull)
     moved = np.linalg.norm(path.positions[-1] - path.positions[0], axis=-1)[free]
     values: dict[str, Any] = {
         "name": path.id,
@@ -42,7 +54,12 @@ def record(
         "fmax_first": float(path.fmax[0]),
         "fmax_last": float(path.fmax[-1]),
         "largest_displacement": float(moved.max(initial=0.0)),
-        "converged": bool(path.fmax[-1] < fmax) and not any(f.name == "no forces" for f in flags),
+        "cell_relaxed": relaxes,
+        "volume_first": float(volumes[0]),
+        "volume_last": float(volumes[1]),
+        "stress_last": None if stress is None else stress.tolist(),
+        "cell_force_last": None if stress is None else pull,
+        "converged": last < fmax and not any(f.name == "no forces" for f in flags),
         "flags": [{"name": f.name, "detail": f.detail} for f in flags],
         "seconds": seconds,
         "spread": None if spread is None else spread._asdict(),
@@ -59,17 +76,29 @@ def record(
     return values
 
 
+def cell_force(stress: np.ndarray, volume: float, atoms: int) -> float:
+    """eV/Å, what a relaxation of the cell takes for its largest force beside those of the atoms: the
+    longest row of stress times volume over the number of atoms, as ASE's `FrechetCellFilter`."""
+    from relaxnet_jax.strain import from_voigt
+
+    return float(np.linalg.norm(from_voigt(stress), axis=-1).max()) * volume / atoms
+
+
 def tables(records: Sequence[dict[str, Any]], fmax: float, refine: str | None) -> list[Table]:
     """The records for ``rich.console.Console().print``: at most `MAX_ROWS` rows in each table."""
     shown = records[:MAX_ROWS]
     caption = (
-        f"by the model's own energies and forces; converged: fmax below {fmax:g} eV/Å;\n"
+        f"by the model's own energies and forces; converged: fmax below {fmax:g} eV/Å (of the cell too "
+        "where it relaxes);\n"
         "seconds: of all structures together, compiling included, by their number"
     )
     headings = ["atoms", "ΔE\nmeV/atom", "fmax\neV/Å", "moved\nÅ", "converged", "seconds"]
+    cells_relax = any(r["cell_relaxed"] for r in records)
+    if cells_relax:
+        headings[2:2] = ["ΔV\n%"]
     committee = next((r["spread"]["members"] for r in records if r["spread"]), 0)
     if committee:
-        headings[4:4] = ["± E\nmeV/atom", "± positions\nÅ"]
+        headings[-2:-2] = ["± E\nmeV/atom", "± positions\nÅ"]
         caption += f";\n±: spread of {committee} models, of the final energy and positions"
     predicted = _table("predicted", headings, caption)
     predicted.add_column("flags", overflow="fold")
@@ -84,12 +113,16 @@ def tables(records: Sequence[dict[str, Any]], fmax: float, refine: str | None) -
             f"{r['seconds']:.2f}",
             ", ".join(f["name"] for f in r["flags"]),
         ]
+        if cells_relax:
+            before, after = r["volume_first"], r["volume_last"]
+            known = r["cell_relaxed"] and before > 0
+            cells[3:3] = [f"{100 * (after / before - 1):+.1f}" if known else "–"]
         if committee:
             s = r["spread"]
             shown_spread = ["–", "–"]
             if s is not None:
                 shown_spread = [f"{1e3 * s['energy_per_atom']:.1f}", f"{s['positions']:.3f}"]
-            cells[5:5] = shown_spread
+            cells[-3:-3] = shown_spread
         predicted.add_row(*map(escape, cells))
     if not refine:
         return [predicted]
@@ -141,13 +174,23 @@ def flag_lines(records: Sequence[dict[str, Any]]) -> list[str]:
     ]
 
 
-def totals(records: Sequence[dict[str, Any]], failed: int, seconds: float) -> list[str]:
-    """Closing lines: counts, time, and what the head start saved over all structures."""
+def totals(
+    records: Sequence[dict[str, Any]], failed: int, seconds: float, refined: bool = False
+) -> list[str]:
+    """Closing lines: counts, time, and what the head start saved over all structures.
+
+    Args:
+      failed: failures, those to refine what was predicted among them. refined: whether that was
+        asked for.
+    """
     converged = sum(r["converged"] for r in records)
     flagged = sum(bool(r["flags"]) for r in records)
+    unrefined = sum(refined and r.get("refined") is None for r in records)
+    failed -= unrefined
     more = f"; {len(records) - MAX_ROWS} of them not shown (--json shows all)"
     lines = [
         f"{len(records)} relaxed in {seconds:.1f} s, {converged} converged, {flagged} flagged"
+        + (f"; {unrefined} of them could not be refined" if unrefined else "")
         + (f"; {failed} failed" if failed else "")
         + (more if len(records) > MAX_ROWS else "")
     ]
