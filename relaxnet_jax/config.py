@@ -221,7 +221,8 @@ class TrainConfig:
       seed: of initialisation and shuffling.
       max_buckets: most padded batch shapes (compilations).
       max_padding: padding fraction below which no further bucket is opened.
-      noise: Å, standard deviation of Gaussian noise on the initial positions (see `train.perturb`).
+      noise: Å, standard deviation of Gaussian noise on the initial positions (see `train.perturb`);
+        of paths: static models and static epochs have none.
       strain_noise: likewise of a strain of the initial cell, where it relaxes.
       noise_share: share of the structures that get noise, drawn at every step.
       checkpoint_every: epochs between checkpoints.

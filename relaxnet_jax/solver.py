@@ -123,10 +123,11 @@ def solve_with_rates(
         checkpointed = jax.checkpoint(field, prevent_cse=False)
         term = diffrax.ODETerm(lambda t, y, args: checkpointed(y))
         n_steps = (config.frames - 1) * config.substeps
-        h, solver = 1.0 / n_steps, RK4()
+        begin, h = (jnp.asarray(t, dtype) for t in (0.0, 1.0 / n_steps))
+        solver = RK4()
 
         def step(y, _):
-            y1, rate, _ = solver.advance(term, 0.0, h, y, None)  # the field knows no time
+            y1, rate, _ = solver.advance(term, begin, h, y, None)  # the field knows no time
             return y1, (y, rate)
 
         _, (states, rates) = jax.lax.scan(step, start, None, length=n_steps + 1)

@@ -85,7 +85,7 @@ def test_spread_of_sheets():
             dataclasses.replace(
                 one, cells=np.stack([flat, flat @ change]), positions=ends,
                 pbc=np.array([True, True, False]), energies=np.array([0.0, -0.1 * k]),
-            )  # fmt: skip
+            )
         )
     found = spread(made)
     areas = np.array([1.01, 1.03]) ** 2

@@ -62,14 +62,14 @@ def reproduce(args: argparse.Namespace) -> int:
     identity = [names, args.budget, args.jobs, list(setting.seeds)]
     budget = args.budget and args.budget * args.jobs
     plan = make_plan(needs, out, budget, identity)
-    if budget and (span := clock([e.minutes or 0.0 for e in plan.left], args.jobs)) > args.budget:
+    if budget and (span := clock([e.left for e in plan.left], args.jobs)) > args.budget:
         # Runs of different lengths do not fill all cores to the end.
         plan = make_plan(needs, out, budget * args.budget / span, identity)
     if plan.entries:
         console = Console(highlight=False)
         console.width = max(console.width, TABLE_WIDTH)
         console.print(plan.table())
-    minutes = clock([e.minutes or 0.0 for e in plan.left], args.jobs)
+    minutes = clock([e.left for e in plan.left], args.jobs)
     say(
         f"{len(plan.entries)} runs, {len(plan.left)} to train"
         + (f": {minutes:.1f} min of training, predictions not counted" if args.budget else "")

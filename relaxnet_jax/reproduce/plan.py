@@ -23,13 +23,14 @@ class Entry:
 
     Attributes:
       needed_by: names of experiments. minutes: it took, if finished, else may take in all; None
-        where no budget is given.
+        where no budget is given. left: of these, 0 of finished runs and where no budget is given.
     """
 
     run: Run
     needed_by: tuple[str, ...]
     state: State
     minutes: float | None
+    left: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,10 +87,12 @@ def make_plan(
         given |= _divided(runs, states, given, out, budget, identity)
     entries = []
     for digest, run in runs.items():
-        minutes = given[digest]
+        minutes, left = given[digest], given[digest] or 0.0
         if states[digest] == "finished":
-            minutes = read_facts(folder_of(out, run))["minutes"]
-        entries.append(Entry(run, tuple(needed_by[digest]), states[digest], minutes))
+            minutes, left = read_facts(folder_of(out, run))["minutes"], 0.0
+        elif states[digest] == "interrupted":
+            left = max(left - _spent(folder_of(out, run)), 0.0)
+        entries.append(Entry(run, tuple(needed_by[digest]), states[digest], minutes, left))
     return Plan(tuple(entries))
 
 
@@ -108,8 +111,7 @@ def _divided(
         return {d: before["minutes"][d] for d in missing}
     for digest, state in states.items():
         if state == "interrupted" and (promised := given[digest]) is not None:
-            spent = [r["seconds"] / 60 for r in read_epochs(folder_of(out, runs[digest]))]
-            budget -= max(promised - max(spent, default=0.0), 0.0)
+            budget -= max(promised - _spent(folder_of(out, runs[digest])), 0.0)
     if not missing:
         return {}
     if budget <= 0:
@@ -135,6 +137,14 @@ def _read(out: Path) -> dict[str, Any]:
         return found if {"command", "minutes"} <= set(found) else {}
     except (OSError, ValueError):
         return {}
+
+
+def _spent(folder: Path) -> float:
+    """Minutes an interrupted run has taken, whole epochs only."""
+    try:
+        return max((r["seconds"] / 60 for r in read_epochs(folder)), default=0.0)
+    except FileNotFoundError:  # within its first epoch
+        return 0.0
 
 
 def _given(folder: Path) -> float | None:
