@@ -50,6 +50,9 @@ def head(ibrion=2, selective=False):
              b" SYSTEM =  in kB\n  Ionic Valenz\n   ZVAL   =  17.00 12.00  6.00\n"
              b"   POMASS =   63.546; ZVAL   =   99.000    mass and valenz\n"
              b"   IBRION = %6d    ionic relax: 0-MD 1-quasi-New 2-CG\n" % ibrion)  # fmt: skip
+    text += (b"   METAGGA=      F    non-selfconsistent MetaGGA calc.\n   GGA_COMPAT  = T    GGA\n"
+             b"   GGA     =    PS    GGA type\n   LHFCALC =     F    Hartree Fock is set to\n"
+             b"   LUSE_VDW   =     F    switch on vdW DFT\n")  # fmt: skip
     if selective:
         text += b"   using selective dynamics as specified on POSCAR\n"
     return text + vectors(steps()[0][0])
@@ -157,7 +160,7 @@ def test_unfinished():
             assert "a relaxation needs two or more" in str(error)
             continue
         assert f"{found.n_frames} complete ionic steps kept" in notes[0]
-        assert found.source == "VASP, unfinished" and found.family == "VASP"
+        assert found.source == "VASP GGA=PS, unfinished" and found.family == "VASP GGA=PS"
         np.testing.assert_array_equal(found.positions, whole.positions[: found.n_frames])
         np.testing.assert_array_equal(found.energies, whole.energies[: found.n_frames])
         np.testing.assert_allclose(found.charges, CHARGES + 0.5)  # of the last complete step
@@ -321,13 +324,32 @@ TWO_STEPS = vasprun()[: vasprun().rindex(b"forces")]
 TWO_STEPS_OUTCAR = outcar()[: outcar().rindex(b"TOTAL-FORCE")]
 
 
+@pytest.mark.parametrize("chunk", [1 << 20, 61])
+def test_functional(chunk, monkeypatch):
+    """Of the head only: the same words further on, in a log that is named, are none of it."""
+    monkeypatch.setattr(outcar_lines, "_CHUNK", chunk)
+    for before, after, source in (
+        (b"=    PS ", b"=    -- ", "VASP"),
+        (b"LHFCALC =     F", b"LHFCALC =     T", "VASP GGA=PS LHFCALC"),
+        (b"METAGGA=      F", b"METAGGA= SCAN   ", "VASP GGA=PS METAGGA=SCAN"),
+        (b"  LUSE_VDW   =     F", b"  LUSE_VDW   =     T", "VASP GGA=PS LUSE_VDW"),
+        (b"   GGA_COMPAT", b" LDA+U is selected, type is set to LDAUTYPE =  2\n  GGA", "VASP GGA=PS LDAU"),
+    ):
+        text = outcar()
+        assert text.count(before) == 1
+        assert read(text.replace(before, after))[0].source == source
+    late = outcar().replace(b" POSITION  ", b"   LHFCALC =     T    as noted\n POSITION  ")
+    if chunk < 100:  # the marks of the head are looked for to the end of the chunk it ends in
+        assert read(late)[0].source == "VASP GGA=PS"
+
+
 @pytest.mark.parametrize("where", ["folder", "zip", "tar.gz"])
 def test_outcar_instead_of_an_unusable_vasprun(tmp_path, where):
     run = folder(tmp_path / "a", vasprun__xml=CUT, OUTCAR=outcar(selective=True), POSCAR=POSCAR)
     path = pack(run, tmp_path / f"a.{where}") if where != "folder" else run / "vasprun.xml"
     notes = []
     (found,) = read_relaxations(path, note=notes.append)
-    assert (found.source, found.n_frames) == ("OUTCAR", 3)
+    assert (found.source, found.n_frames) == ("VASP GGA=PS", 3)
     np.testing.assert_allclose(found.charges, CHARGES)
     assert found.fixed_mask.tolist() == [True, False, False]
     (line,) = notes
@@ -344,14 +366,14 @@ def instead(tmp_path, **files):
 
 def test_unfinished_outcar_instead(tmp_path):
     found, notes = instead(tmp_path, vasprun__xml=b"", OUTCAR=TWO_STEPS_OUTCAR)
-    assert (found.source, found.n_frames) == ("OUTCAR, unfinished", 2)
+    assert (found.source, found.n_frames) == ("VASP GGA=PS, unfinished", 2)
     assert len(notes) == 2 and notes[1].startswith("OUTCAR: the run was killed")
 
 
 def test_vasprun_with_its_complete_steps_is_not_replaced(tmp_path):
     """Both files of a run that was killed, and the charges of its last complete step."""
     found, notes = instead(tmp_path, vasprun__xml=TWO_STEPS, OUTCAR=TWO_STEPS_OUTCAR)
-    assert (found.source, found.n_frames) == ("vasprun.xml, unfinished", 2)
+    assert (found.source, found.n_frames) == ("VASP, unfinished", 2)
     np.testing.assert_allclose(found.charges, CHARGES + 0.5)
     (line,) = notes
     assert line.startswith("the run was killed")

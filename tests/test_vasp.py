@@ -217,7 +217,7 @@ def test_compressed(tmp_path, suffix, pack):
     file = folder / f"vasprun.xml{suffix}"
     file.write_bytes(pack(vasprun()))
     (found,) = read_relaxations(file)
-    assert (found.id, found.source, found.n_frames) == ("Cu-1", file.name, 3)
+    assert (found.id, found.source, found.n_frames) == ("Cu-1", "VASP", 3)
     if suffix:
         file.write_bytes(file.read_bytes()[:-20])
         with pytest.raises(InputError, match=f"damaged {suffix[1:]} file"):
@@ -312,7 +312,7 @@ def test_command(tmp_path, capsys):
     assert "relax2: the run was killed, is still going or the file is cut: 2 complete" in said.err
     with TrajectoryStore(out) as store:
         assert [store[i].source for i in range(3)] == [
-            "vasprun.xml", "JVASP-1.vasprun.xml", "vasprun.xml.relax2, unfinished",
+            "VASP", "VASP", "VASP, unfinished",
         ]  # fmt: skip
     fill(tmp_path)
     assert main(["data", "import", str(tmp_path), "--out", str(out), "--energy", "sigma0"]) == 0
@@ -322,6 +322,23 @@ def test_command(tmp_path, capsys):
 
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "vasp"
+@pytest.mark.parametrize(
+    "tags, source",
+    [
+        ({"GGA": "Pe", "LHFCALC": " T  ", "LDAU": " F  "}, "VASP GGA=PE LHFCALC"),
+        ({"GGA": "--", "LDAU": ".TRUE."}, "VASP LDAU"),
+        ({"METAGGA": "R2SCAN", "LUSE_VDW": "T"}, "VASP METAGGA=R2SCAN LUSE_VDW"),
+        ({"METAGGA": " None"}, "VASP"),
+    ],
+)
+def test_functional(tags, source):
+    """What changes the energy, of the INCAR and of the parameters VASP made of it."""
+    lines = "".join(f'  <i type="string" name="{k}">{v}</i>\n' for k, v in tags.items())
+    used = "".join(f'  <i type="string" name="{k}">--</i>\n' for k in tags)
+    text = vasprun().replace(b"</incar>", f"{lines}</incar>\n<parameters>\n{used}</parameters>".encode())
+    assert read(text).source == source
+
+
 REAL = sorted(DATA.glob("*.xml.gz"))
 
 

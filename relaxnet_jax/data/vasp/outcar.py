@@ -18,6 +18,7 @@ from relaxnet_jax.data.trajectory import (
     reduced_formula,
     sound_and_unwrapped,
 )
+from relaxnet_jax.data.vasp.functional import functional_of
 from relaxnet_jax.data.vasp.outcar_lines import Scanner, table
 from relaxnet_jax.data.vasp.unfinished import Cut, NoRelaxation, remark, too_few
 from relaxnet_jax.data.vasp.vasprun import KILOBAR, Energy, check_ibrion, is_number
@@ -44,7 +45,7 @@ def read_outcar(
     file: IO[bytes],
     name: str,
     energy: Energy = "free",
-    source: str = "VASP",
+    source: str | None = None,
     fixed: np.ndarray | None = None,
     note: Callable[[str], None] | None = None,
 ) -> RelaxationTrajectory:
@@ -62,7 +63,7 @@ def read_outcar(
       name: id of the relaxation.
       energy: "free" (TOTEN, consistent with the forces), "sigma0" (extrapolated to zero
         smearing) or "internal" (without entropy).
-      source: where it came from.
+      source: where it came from; VASP and its functional by default, see `functional_of`.
       fixed: (N,) bool, True where selective dynamics held the atom. An OUTCAR does not say which
         atoms these are; without it none is taken as fixed.
       note: called with one line for each thing left out or assumed.
@@ -92,6 +93,7 @@ def read_outcar(
             "fixed; put the run's POSCAR beside it"
         )
     stresses = [step.stress for step in steps if step.stress is not None]
+    source = functional_of(run.functional) if source is None else source
     trajectory = RelaxationTrajectory(
         id=name,
         atomic_numbers=numbers,
@@ -122,6 +124,7 @@ class Outcar:
         atom, so the charges depend on RWIGS, do not add up to that of the cell, and even anions
         may have positive ones. None without table (LORBIT not set).
       charges_fault: why there are none though there is a table, or "".
+      functional: values of INCAR tags, for `functional_of`.
     """
 
     def __init__(self, file: IO[bytes], energy: Energy = "free") -> None:
@@ -135,6 +138,7 @@ class Outcar:
         self._table: tuple[np.ndarray | None, str] = (None, "")
         self.done = 0
         self.finished = self.selective = False
+        self.functional: dict[str, list[bytes]] = {}
         self.charges: np.ndarray | None = None
         self.charges_fault = ""
 
@@ -220,6 +224,11 @@ class Outcar:
             self._titles.append(line[len(mark) :])
         elif mark == b"VRHFIN =":
             self._valences.append(line[len(mark) :])
+        elif mark == b"LDA+U is selected":
+            self.functional["LDAU"] = [b"T"]
+        elif mark in (b"GGA     =", b"METAGGA=", b"LHFCALC =", b"LUSE_VDW   ="):
+            tag, _, value = line.partition(b"=")
+            self.functional.setdefault(tag.strip().decode(), []).append(value.strip().split(b" ")[0])
         elif mark == b"using selective dynamics":
             self.selective = True
         elif mark == b"IBRION =":

@@ -31,6 +31,8 @@ _MARKS = (
     b"energy  without entropy",
     b"General timing and accounting",
 )
+# Those of the head, which ends with the first iteration.
+_HEAD = (b"GGA     =", b"METAGGA=", b"LHFCALC =", b"LUSE_VDW   =", b"LDA+U is selected")
 _GLUED = re.compile(rb"(?<=\d)-")
 
 
@@ -43,6 +45,7 @@ class Scanner:
     def __init__(self, file: IO[bytes]) -> None:
         self._file, self._buffer, self._at = file, b"", 0
         self._hits: list[tuple[int, bytes]] = []
+        self._marks: tuple[bytes, ...] = _MARKS + _HEAD
 
     def _more(self) -> bool:
         """Reads on; False at the end of the file."""
@@ -52,12 +55,14 @@ class Scanner:
         self._buffer, self._at = self._buffer[self._at :] + chunk, 0
         upto = self._buffer.rfind(b"\n") + 1
         hits = []
-        for mark in _MARKS:
+        for mark in self._marks:
             found = self._buffer.find(mark, 0, upto)
             while found >= 0:
                 hits.append((found, mark))
                 found = self._buffer.find(mark, found + 1, upto)
         self._hits = sorted(hits, reverse=True)
+        if any(mark == b" Iteration " for _, mark in hits):
+            self._marks = _MARKS
         return bool(chunk)
 
     def line(self) -> tuple[bytes, bytes] | None:

@@ -52,7 +52,7 @@ def read_run(
 
     try:
         read = _read_vasprun if is_vasprun(path) else _read_outcar
-        trajectory = read(path, shown.name, name, near, options, note)
+        trajectory = read(path, name, near, options, note)
         if options.initial:
             _check_initial(trajectory, near.cif)
     except InputError as error:
@@ -62,7 +62,6 @@ def read_run(
 
 def _read_vasprun(
     path: Path,
-    source: str,
     name: str,
     near: Beside,
     options: VaspOptions,
@@ -71,7 +70,7 @@ def _read_vasprun(
     """The relaxation of a vasprun.xml with the OUTCAR's charges, or that of the OUTCAR."""
     try:
         with decompressed(path) as stream:
-            trajectory = read_vasprun(stream, name, options.energy, source, note)
+            trajectory = read_vasprun(stream, name, options.energy, note=note)
     except NoRelaxation:
         raise
     except InputError as error:
@@ -89,7 +88,7 @@ def _read_vasprun(
     outcar = near.outcar.name
     kept: list[str] = []
     try:
-        trajectory = _read_outcar(near.outcar, outcar, name, near, options, kept.append)
+        trajectory = _read_outcar(near.outcar, name, near, options, kept.append)
     except InputError as error:
         reason += f" (nor can {outcar} be used: {_unnamed(error, near.outcar)})"
         raise InputError(reason) from None
@@ -101,7 +100,6 @@ def _read_vasprun(
 
 def _read_outcar(
     path: Path,
-    source: str,
     name: str,
     near: Beside,
     options: VaspOptions,
@@ -110,7 +108,7 @@ def _read_outcar(
     """The relaxation of an OUTCAR with the fixed atoms of the POSCAR beside it."""
     with decompressed(path) as stream:
         fixed = _fixed(near.structure, note)
-        return read_outcar(stream, name, options.energy, source, fixed, note)
+        return read_outcar(stream, name, options.energy, fixed=fixed, note=note)
 
 
 def _check_initial(trajectory: RelaxationTrajectory, cif: Path | None) -> None:

@@ -19,6 +19,7 @@ from relaxnet_jax.data.trajectory import (
     reduced_formula,
     sound_and_unwrapped,
 )
+from relaxnet_jax.data.vasp.functional import FUNCTIONAL_TAGS, functional_of
 from relaxnet_jax.data.vasp.unfinished import Cut, NoRelaxation, remark, too_few
 from relaxnet_jax.errors import InputError
 
@@ -37,7 +38,9 @@ _SKIPPED = (b"dos", b"eigenvalues", b"projected", b"kpoints", b"dielectricfuncti
 _TAG = re.compile(
     rb"<(/?(?:modeling|calculation|atominfo|structure|varray|energy|scstep|"
     + b"|".join(_SKIPPED)
-    + rb"))\b([^<>]*)>|<i\b[^<>]*name=\"(IBRION)\"[^<>]*>([^<>]*)</i>"
+    + rb"))\b([^<>]*)>|<i\b[^<>]*name=\"(IBRION|"
+    + b"|".join(tag.encode() for tag in FUNCTIONAL_TAGS)
+    + rb")\"[^<>]*>([^<>]*)</i>"
 )
 _NAME = re.compile(rb'name\s*=\s*"([^"]*)"')
 _VECTORS = re.compile(rb"<v[^<>]*>([^<>]*)</v>")
@@ -121,7 +124,7 @@ def read_vasprun(
     file: IO[bytes],
     name: str,
     energy: Energy = "free",
-    source: str = "VASP",
+    source: str | None = None,
     note: Callable[[str], None] | None = None,
 ) -> RelaxationTrajectory:
     """The relaxation of a vasprun.xml.
@@ -135,7 +138,7 @@ def read_vasprun(
       name: id of the relaxation.
       energy: "free" (TOTEN, consistent with the forces), "sigma0" (extrapolated to zero
         smearing) or "internal" (without entropy).
-      source: where it came from.
+      source: where it came from; VASP and its functional by default, see `functional_of`.
       note: called with one line if the run is without its end.
 
     Raises:
@@ -161,6 +164,7 @@ def read_vasprun(
     with np.errstate(invalid="ignore", over="ignore"):  # what is not finite is refused below
         positions = np.array([step.fractional @ step.cell for step in steps])
     stresses = [step.stress for step in steps if step.stress is not None]
+    source = functional_of(parser.functional) if source is None else source
     trajectory = RelaxationTrajectory(
         id=name,
         atomic_numbers=parser.numbers,
@@ -183,6 +187,7 @@ class _Parser:
     Attributes:
       numbers: (N,) atomic numbers, once read. fixed: (N,) bool. done: complete steps so far.
       cut: where the file ends if it lacks its own end, or "".
+      functional: values of INCAR tags, for `functional_of`.
     """
 
     def __init__(self, scanner: _Scanner, energy: Energy) -> None:
@@ -191,6 +196,7 @@ class _Parser:
         self.fixed: np.ndarray = np.zeros(0, dtype=bool)
         self.done = 0
         self.cut = ""
+        self.functional: dict[str, list[bytes]] = {}
         self._inside = b""
 
     def steps(self) -> Iterator[_Step]:
@@ -207,8 +213,10 @@ class _Parser:
         in_electronic = whole = False
         while (match := self._scanner.tag()) is not None:
             tag, attributes = match[1], match[2]
-            if tag is None:
+            if tag is None and match[3] == b"IBRION":
                 check_ibrion(int(match[4]))
+            elif tag is None:
+                self.functional.setdefault(match[3].decode(), []).append(match[4])
             elif tag in _SKIPPED:
                 self._upto(tag, keep=False)
             elif tag == b"atominfo":
