@@ -103,10 +103,12 @@ def read_images(path: Path) -> list[Atoms | str]:
             images.append(item if isinstance(item, str) else disorder(item) or item)
     except Exception as error:  # ASE's readers raise many kinds for files they cannot parse
         if not images:
-            raise InputError(
-                f"{path}: cannot be read ({one_line(error)}); give a structure file "
-                "ASE reads: POSCAR, CIF, extxyz, …"
-            ) from error
+            remedy = "give a structure file ASE reads: POSCAR, CIF, extxyz, …"
+            if is_poscar(path):
+                remedy = (
+                    "it must be whole, with a line of element symbols above that of their numbers (VASP 5)"
+                )
+            raise InputError(f"{path}: cannot be read ({one_line(error)}); {remedy}") from error
         images.append(f"file damaged after {len(images)} structures ({one_line(error)})")
     if not images:
         raise InputError(f"{path}: holds no structure; give a file with at least one")

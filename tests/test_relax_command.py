@@ -203,6 +203,7 @@ def test_formats_that_cannot_hold_everything(run):
         (["oxide.cif"], ["nothing could be relaxed", "never saw O"]),
         (["a.cif", "--fixed", "4"], ["nothing could be relaxed", "--fixed 4", "0 to 3"]),
         (["empty"], ["nothing could be relaxed", "empty", "name the files"]),
+        (["v4/POSCAR"], ["nothing could be relaxed", "v4/POSCAR", "element symbols"]),
     ],
 )
 def test_bad_arguments(run, argv, words):
@@ -210,6 +211,8 @@ def test_bad_arguments(run, argv, words):
     ase.io.write("oxide.cif", alloy("O"))
     ase.io.write("two.extxyz", [alloy(), alloy()])
     Path("empty").mkdir()
+    Path("v4").mkdir()
+    Path("v4/POSCAR").write_text("x\n1.0\n4 0 0\n0 4 0\n0 0 4\n1\nDirect\n0 0 0\n")
     code, out, err = run(*argv)
     lines = [line for line in err.splitlines() if line.startswith("relaxnet-jax: error: ")]
     assert code == 2 and len(lines) == 1 and not out and "Traceback" not in err
