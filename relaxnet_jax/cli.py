@@ -106,7 +106,13 @@ def _add_train(commands) -> None:
     )
     p.add_argument("--workdir", metavar="DIR", help="where the run lives (default: runs/CONFIG)")
     p.add_argument("--resume", action="store_true", help="continue the run in the workdir")
-    p.add_argument("--devices", type=int, metavar="N", help="local devices to use (default: all)")
+    p.add_argument(
+        "--devices",
+        type=int,
+        metavar="N",
+        help="local devices to use, GPUs or cores of a CPU, each with batches of its own (default: all "
+        "GPUs; on a CPU its cores share each batch)",
+    )
     hosts = p.add_argument_group(
         "several processes", "under SLURM's srun they find each other without these options"
     )
@@ -183,7 +189,9 @@ def _add_predict(commands) -> None:
     )
     p.add_argument("--overwrite", action="store_true", help="replace a file that exists")
     p.add_argument(
-        "--keep-cell", action="store_true", help="move atoms only, though the model relaxes cells too"
+        "--keep-cell",
+        action="store_true",
+        help="move atoms only, though the model relaxes cells too",
     )
     p.epilog = "exit codes: 0 all predicted; 1 some left out, each named on stderr; 2 nothing was predicted"
 

@@ -55,6 +55,30 @@ def enable_compilation_cache() -> Path | None:
     return folder
 
 
+def share_cpu(parts: int) -> int:
+    """Has JAX see the CPU as so many devices, each a core for programs of one thread.
+
+    Small programs keep no two cores busy, but several of them do. To be called before JAX starts.
+
+    Returns:
+      How many devices there are for a batch to be divided among: 1 where JAX runs on something else,
+      has started already, or was told by XLA_FLAGS how many to see.
+
+    Raises:
+      InputError: see `check_devices`.
+    """
+    import jax
+
+    shared = parts > 1 and "host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
+    if shared:
+        try:
+            jax.config.update("jax_num_cpu_devices", parts)
+        except RuntimeError:  # it has started
+            shared = False
+    check_devices(None)
+    return jax.local_device_count() if shared and jax.default_backend() == "cpu" else 1
+
+
 def check_devices(n: int | None) -> None:
     """Starts JAX's devices.
 

@@ -20,6 +20,7 @@ from ase.build import bulk
 from rich.console import Console
 from tiny import TINY
 
+from relaxnet_jax.benchmark.machine import usable_cores
 from relaxnet_jax.config import TrainConfig, load_config, to_json
 from relaxnet_jax.data.dataset import read_trajectories
 from relaxnet_jax.data.sample_file import SampleView
@@ -353,6 +354,43 @@ def test_a_new_run_keeps_no_older_checkpoints(run, folder):
     unfinished = folder / "unfinished" / "checkpoints" / "latest" / "12.orbax-checkpoint-tmp"
     unfinished.mkdir(parents=True)
     assert not has_checkpoint(folder / "unfinished")
+
+
+@pytest.mark.parametrize("devices", [None, 2])
+def test_cores_of_a_cpu_train_together(folder, devices):
+    """By default they share a batch; --devices gives each its own. One core goes on with the run."""
+    if usable_cores() < 2:
+        pytest.skip("one core only")
+    workdir = folder / f"cores-{devices}"
+    file = folder / f"cores-{devices}.json"
+    config = config_of(batch_size=8, epochs=1, max_buckets=1)
+    file.write_text(to_json(config))
+    more = [] if devices is None else ["--devices", str(devices)]
+    script = textwrap.dedent(
+        f"""
+        import sys
+        from pathlib import Path
+        from relaxnet_jax import cli, commands
+        from relaxnet_jax.config import from_json
+        commands._run_of = lambda args: (from_json(Path({str(file)!r}).read_text()), Path({str(workdir)!r}))
+        sys.exit(cli.main(["train", "--config", "x.py", *{more!r}]))
+        """
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    shared = min(usable_cores(), 2)
+    assert "2 device(s): cpu" in done.stderr
+    assert (f"{shared} cores share each batch" in done.stderr) == (devices is None)
+    (bucket,) = (line for line in done.stderr.splitlines() if "  bucket: " in line)
+    held = int(bucket.split("bucket: ")[1].split()[0])
+    assert held <= 6 if devices is None else held > 6  # half as many more than on average, at most
+    (record,) = records(workdir)
+    assert math.isfinite(record["train"]["loss"]) and record["skipped"] == 0
+    report, text = quiet()
+    longer = config_of(batch_size=8, epochs=2, max_buckets=1)
+    result = train(longer, workdir, resume=True, report=report, devices=1)
+    assert result.epochs == 2 and "resuming after epoch 0" in text.getvalue()
 
 
 def test_cooling_ends_with_the_time_or_the_epochs():

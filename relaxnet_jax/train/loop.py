@@ -81,6 +81,7 @@ def train(
     resume: bool = False,
     report: ConsoleReport | None = None,
     devices: int | None = None,
+    shares: int = 1,
 ) -> Result:
     """Trains a model and leaves the best one in ``workdir/model``.
 
@@ -93,6 +94,8 @@ def train(
       resume: continue the run in ``workdir`` from its latest checkpoint, exactly; on another
         number of devices too, each relaxation still coming once in an epoch.
       report: where progress goes. devices: number of local devices, all by default.
+      shares: in how many parts a batch of ``train.batch_size`` is divided, one for a device: a
+        step is then over as many structures as on one device (`runtime.share_cpu`).
 
     Raises:
       InputError: unusable data or configuration; a workdir that holds a run although
@@ -112,7 +115,7 @@ def train(
     dataset = hosts.in_turn(lambda: load_dataset(config, report))
     if resume and hosts.first:
         _check_same_splits(config, dataset, workdir / "splits.json")
-    run = _Run(config, dataset, report, Devices(devices, report, hosts))
+    run = _Run(config, dataset, report, Devices(devices, report, hosts), shares)
     if hosts.first:
         workdir.mkdir(parents=True, exist_ok=True)
         if not resume:
@@ -186,15 +189,22 @@ class _Run:
     """Everything that does not change from epoch to epoch."""
 
     def __init__(
-        self, config: Config, dataset: Dataset, report: ConsoleReport, devices: Devices
+        self,
+        config: Config,
+        dataset: Dataset,
+        report: ConsoleReport,
+        devices: Devices,
+        shares: int = 1,
     ) -> None:
         self.config, self.dataset, self.report = config, dataset, report
-        self.devices, self.hosts = devices, devices.hosts
+        self.devices, self.hosts, self.shares = devices, devices.hosts, shares
         if self.devices.n > 1 and config.dynamics.solver != "rk4":
             raise InputError(
                 f"dynamics.solver={config.dynamics.solver!r} runs on one device, not on "
                 f"{self.devices.n}; give --devices 1 or dynamics.solver=rk4"
             )
+        if shares > 1:
+            report(f"{shares} cores share each batch")
         for reason, count in dataset.left_out.items():
             report(f"{count} relaxations left out: {reason}")
         found = dataset.trajectories
@@ -226,7 +236,7 @@ class _Run:
                 )
         t = config.train
         self.buckets: Buckets = plan_buckets(
-            self.samples.sizes, t.batch_size, t.max_buckets, t.max_padding
+            self.samples.sizes, max(1, t.batch_size // shares), t.max_buckets, t.max_padding
         )
         report(
             f"{dataset.name}: {len(self.members['train'])} training, {len(self.members['validation'])} validation, "
@@ -375,7 +385,7 @@ class _Run:
             tally = Tally(**progress["tally"])
             within = f" and {tally.batches} batches" if tally.batches else ""
             self.report(f"resuming after epoch {progress['epoch']}{within}")
-            if progress["devices"] != self.devices.n:
+            if progress["devices"] != self.devices.n and self.shares == 1:
                 self.report(
                     f"on {self.devices.n} device(s) instead of {progress['devices']}: a step is now "
                     f"over {self.devices.n} batch(es)"

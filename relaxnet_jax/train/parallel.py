@@ -47,14 +47,18 @@ class Devices:
                 f"--devices: process {hosts.index} takes {self.local} devices; the processes see "
                 f"{counts}; each must see and take the same number (choose with CUDA_VISIBLE_DEVICES)"
             )
+        # Process by process, as pmap itself would have them.
+        self._devices = [device for devices in found for device in devices[: self.local]]
         self.n = self.local * hosts.count
         self.mine = slice(self.local * hosts.index, self.local * (hosts.index + 1))
         self.axis = AXIS if self.n > 1 else None
+        # Devices of a CPU are its cores: a program that also spreads its operations over threads would
+        # have them wait for each other.
+        cores = self.local > 1 and self._devices[0].platform == "cpu"
+        self._options = {"xla_cpu_multi_thread_eigen": False} if cores else None
         self.compilations: dict[str, int] = {}
         self.compile_seconds = 0.0
         self._log = log
-        # Process by process, as pmap itself would have them.
-        self._devices = [device for devices in found for device in devices[: self.local]]
         self._sharding = NamedSharding(Mesh(np.array(self._devices), (AXIS,)), PartitionSpec(AXIS))
         self._total = jax.pmap(
             lambda x: jax.lax.psum(x, AXIS), axis_name=AXIS, devices=self._devices
@@ -88,7 +92,7 @@ class Devices:
             if shapes not in compiled:
                 start = time.perf_counter()
                 self._log(f"compiling {kind}…")
-                compiled[shapes] = transformed.lower(*args).compile()
+                compiled[shapes] = transformed.lower(*args).compile(self._options)
                 # The first collectives connect the devices: nobody should come minutes late.
                 self.hosts.wait()
                 seconds = time.perf_counter() - start
