@@ -113,7 +113,8 @@ def _write_runs(setting: Setting, runs: Sequence[Run]) -> Path:
 
 def _machine(m: dict[str, Any]) -> str:
     versions = ", ".join(f"{k} {v}" for k, v in m["versions"].items() if k in ("python", "jax"))
-    return f"{m['device']} ({m['platform']}), {m['cores']} cores, {versions}"
+    cores = f"{m['cores']} core" + ("s" if m["cores"] != 1 else "")
+    return f"{m['device']} ({m['platform']}), {cores}, {versions}"
 
 
 def _uneven(runs: Sequence[Run], facts: Sequence[dict[str, Any]]) -> list[str]:
