@@ -1,5 +1,6 @@
 """What all tests share."""
 
+import gc
 import os
 
 # Before diffrax is imported: it then compiles no Python callbacks, which JAX cannot cache.
@@ -19,6 +20,15 @@ def pytest_configure(config):
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
     jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_of_a_module():
+    """Frees a module's compiled programs: each is several maps of memory, of which Linux gives a process
+    65,530; a worker that had compiled for all modules crashed there."""
+    yield
+    gc.collect()
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="module")
