@@ -619,7 +619,7 @@ def test_more_jobs_than_cores_are_refused(report, capsys):
 
 @pytest.mark.heavy
 def test_table5_and_table1_end_to_end(tmp_path):
-    changes = (*SMALL, "model.architecture=egnn", "train.epochs=2")
+    changes = (*SMALL, "data.n_emt=120", "model.architecture=egnn", "train.epochs=2")
     more = ["--data", "emt", "--seeds", "0", "--out", str(tmp_path), "--set", *changes]
     config = tmp_path / "implicit.py"
     config.write_text('def get_config():\n    return {"dynamics": {"latent": "implicit"}}\n')
