@@ -16,7 +16,7 @@ import numpy as np
 from relaxnet_jax.data.trajectory import CELL_TOLERANCE, RelaxationTrajectory
 from relaxnet_jax.errors import InputError
 from relaxnet_jax.strain import deformations
-from relaxnet_jax.structure_files import DEFAULT, Options
+from relaxnet_jax.structure_files import DEFAULT, Options, predict_all, usable_structures
 from relaxnet_jax.trust import Flag
 
 if TYPE_CHECKING:
@@ -163,7 +163,6 @@ def add_spreads(
       others: the other members by name. structures: by the ids of the results' paths.
       options: with which the results were predicted.
     """
-    from relaxnet_jax.structure_files import predict_all, usable_structures
     from relaxnet_jax.trust import unusable
 
     if not results:
