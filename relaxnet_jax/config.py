@@ -176,6 +176,9 @@ class DataConfig:
       seed: of the split.
       split_file: of ``relaxnet-jax data split``, instead of ``splits`` and ``seed`` ("": none).
       limit: at most this many relaxations (0: all), drawn with ``seed``.
+      later_starts: so many times each training relaxation is trained on again from a later frame on,
+        at a half, a quarter, an eighth, … of its frames: the way from there is as true as from the
+        beginning. For relaxations of many more frames than ``dynamics.frames``.
       variable_cell: relaxations whose cell changes are an "error" or "drop"ped (counted) where
         dynamics.cell is "fixed".
       n_emt: number of relaxations of the generated data.
@@ -189,6 +192,7 @@ class DataConfig:
     seed: int = 0
     split_file: str = ""
     limit: int = 0
+    later_starts: int = 0
     variable_cell: Literal["error", "drop"] = "error"
     n_emt: int = 600
 
@@ -427,6 +431,7 @@ def check_config(config: Config) -> Config:
         "data.splits must be three positive fractions that add up to 1",
     )
     require(data.max_frames >= 2, "data.max_frames must be at least 2")
+    require(data.later_starts >= 0, "data.later_starts must not be negative")
     require(t.batch_size >= 1, "train.batch_size must be at least 1")
     require(
         t.learning_rate > 0 and t.clip_norm > 0,

@@ -83,6 +83,27 @@ def test_made_once(relaxations, cache, monkeypatch):
     assert len(list(cache.iterdir())) == 4
 
 
+def test_later_starts(relaxations):
+    """The way from a later frame on, of those named; the rest of the rows stay where they were."""
+    which = np.array([0, 3, 7])  # of 3, 4 and 5 frames
+    every, later = relaxations.with_later_starts(which, 2)
+    # Half of 3 frames leaves 2 and half of 5 three; a quarter of 4 and 5 leaves the rest but one.
+    assert [every.ids[k] for k in later] == ["1-0@1", "2-1@1", "2-1@2"]
+    assert every.ids[:9] == relaxations.ids and list(later) == [9, 10, 11]
+    whole, rest = every[7], every[11]
+    np.testing.assert_array_equal(rest.positions, whole.positions[2:])
+    np.testing.assert_array_equal(rest.energies, whole.energies[2:])
+    file = prepare_samples(every, CONFIG)
+    same(file[11], make_sample(rest, CONFIG))
+    same(file[3], prepare_samples(relaxations, CONFIG)[3])
+    assert file.path != prepare_samples(relaxations, CONFIG).path
+    none, nobody = relaxations.with_later_starts(which, 0)
+    assert len(none) == 9 and len(nobody) == 0
+    timed = dataclasses.replace(whole, times=np.array([0, 0.1, 0.2, 0.6, 1.0]))
+    np.testing.assert_allclose(timed.begun_at(2).times, [0, 0.5, 1])
+    assert [t.id for t in every.take(np.array([11, 0]))] == ["2-1@2", "0-0"]
+
+
 @pytest.mark.parametrize("damage", ["cut", "emptied", "other bytes at the end"])
 def test_damaged_file_is_made_again(relaxations, damage):
     path = prepare_samples(relaxations, CONFIG).path

@@ -9,16 +9,22 @@ import numpy as np
 from relaxnet_jax.data.store import TrajectoryStore
 from relaxnet_jax.data.trajectory import RelaxationTrajectory
 
+LEAST_FRAMES = 3  # of a relaxation that begins later
+
 
 class Relaxations(Sequence[RelaxationTrajectory]):
     """Rows of a store as a sequence of relaxations; memory for one at a time.
 
     Attributes:
       store: where they are. rows: (R,) int64, which of its relaxations. name: for captions.
+      starts: (R,) int64, the frame with which each begins, those before it left out.
     """
 
-    def __init__(self, store: TrajectoryStore, rows: np.ndarray, name: str) -> None:
+    def __init__(
+        self, store: TrajectoryStore, rows: np.ndarray, name: str, starts: np.ndarray | None = None
+    ) -> None:
         self.store, self.rows, self.name = store, np.asarray(rows, np.int64), name
+        self.starts = np.zeros(len(self.rows), np.int64) if starts is None else starts
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -26,16 +32,16 @@ class Relaxations(Sequence[RelaxationTrajectory]):
     def __getitem__(self, i):
         if isinstance(i, slice):
             return self.take(i)
-        return self.store[int(self.rows[i])]
+        return self.store[int(self.rows[i])].begun_at(int(self.starts[i]))
 
     def __iter__(self) -> Iterator[RelaxationTrajectory]:
-        return (self.store[int(row)] for row in self.rows)
+        return (self[i] for i in range(len(self)))
 
     @property
     def ids(self) -> list[str]:
-        """Their names."""
+        """Their names, ``ID@FRAME`` of those that begin later."""
         ids = self.store.ids
-        return [ids[row] for row in self.rows]
+        return [f"{ids[row]}@{k}" if k else ids[row] for row, k in zip(self.rows, self.starts)]
 
     @property
     def groups(self) -> list[str]:
@@ -51,4 +57,30 @@ class Relaxations(Sequence[RelaxationTrajectory]):
 
     def take(self, which: np.ndarray | slice) -> Relaxations:
         """Some of them, by position or mask."""
-        return Relaxations(self.store, self.rows[which], self.name)
+        return Relaxations(self.store, self.rows[which], self.name, self.starts[which])
+
+    def with_later_starts(self, which: np.ndarray, n: int) -> tuple[Relaxations, np.ndarray]:
+        """These relaxations, and after them some again from later frames on: wherever on its path a
+        relaxation begins, it goes on as it did.
+
+        Args:
+          which: positions of those that come again. n: how often each, at a half, a quarter, …
+            of its frames; less often where that leaves fewer than `LEAST_FRAMES`, or comes to a
+            frame it begins with already.
+
+        Returns:
+          All of them, and the positions of those that were added.
+        """
+        rows = self.rows[which]
+        frames = self.store.n_frames[rows]
+        rows, later = np.tile(rows, n), np.concatenate([frames // 2 ** (k + 1) for k in range(n)] or [[]])
+        later = later.astype(np.int64)
+        fits = (later > 0) & (np.tile(frames, n) - later >= LEAST_FRAMES)
+        pairs = np.unique(np.stack([rows[fits], later[fits]], axis=1), axis=0)
+        every = Relaxations(
+            self.store,
+            np.concatenate([self.rows, pairs[:, 0]]),
+            self.name,
+            np.concatenate([self.starts, pairs[:, 1]]),
+        )
+        return every, np.arange(len(self), len(every))

@@ -195,6 +195,7 @@ def _key(relaxations: Relaxations, config: Config) -> str:
         MAGIC.decode(),
         relaxations.store.checksum,
         hashlib.sha256(relaxations.rows.astype("<i8").tobytes()).hexdigest(),
+        hashlib.sha256(relaxations.starts.astype("<i8").tobytes()).hexdigest(),
         dataclasses.asdict(config.graph),
         config.triplet_skin,
         config.model.interaction,

@@ -95,6 +95,24 @@ class RelaxationTrajectory:
         """Whether any frame's cell differs from the first by more than 1e-4 Å."""
         return bool(np.any(np.abs(self.cells - self.cells[:1]) > CELL_TOLERANCE))
 
+    def begun_at(self, frame: int) -> RelaxationTrajectory:
+        """The relaxation from a frame on, as ``ID@FRAME``; the whole of it for frame 0."""
+        if frame == 0:
+            return self
+        times = self.times
+        if times is not None:
+            times = (times[frame:] - times[frame]) / (1.0 - times[frame])
+        return dataclasses.replace(
+            self,
+            id=f"{self.id}@{frame}",
+            positions=self.positions[frame:],
+            cells=self.cells[frame:],
+            energies=self.energies[frame:],
+            forces=self.forces[frame:],
+            stresses=None if self.stresses is None else self.stresses[frame:],
+            times=times,
+        )
+
     def atoms(self, i: int = -1) -> ase.Atoms:
         """Frame ``i`` (the final one by default) as ASE atoms.
 

@@ -223,10 +223,11 @@ class _Run:
                 "compositions say: of several codes, functionals or settings? Absolute energies of "
                 "different ones do not belong in one training set; relaxnet-jax data info tells the sources"
             )
-        file = self.hosts.in_turn(lambda: prepare_samples(found, config, report))
-        used = self._usable(file)
+        every, later = found.with_later_starts(dataset.splits["train"], config.data.later_starts)
+        file = self.hosts.in_turn(lambda: prepare_samples(every, config, report))
+        used = self._usable(file, later)
         self.samples = SampleView(file, used, self.element_energies)
-        in_train = np.isin(used, dataset.splits["train"])
+        in_train = np.isin(used, [*dataset.splits["train"], *later])
         self.members = {"train": np.flatnonzero(in_train), "validation": np.flatnonzero(~in_train)}
         for name, members in self.members.items():
             if len(members) == 0:
@@ -238,8 +239,12 @@ class _Run:
         self.buckets: Buckets = plan_buckets(
             self.samples.sizes, max(1, t.batch_size // shares), t.max_buckets, t.max_padding
         )
+        self.training_relaxations = int(np.isin(used, dataset.splits["train"]).sum())
+        again = int(np.isin(used, later).sum())
         report(
-            f"{dataset.name}: {len(self.members['train'])} training, {len(self.members['validation'])} validation, "
+            f"{dataset.name}: {self.training_relaxations} training"
+            + (f" (and {again} later starts of them)" if again else "")
+            + f", {len(self.members['validation'])} validation, "
             f"{len(dataset.splits['test'])} test relaxations; {len(self.buckets.shapes)} bucket(s), padding "
             f"{100 * self.buckets.padding:.0f} %"
         )
@@ -274,11 +279,13 @@ class _Run:
                 "process 0; give all the same file and the same version of relaxnet_jax"
             )
 
-    def _usable(self, file: SampleFile) -> np.ndarray:
-        """Rows of the training and validation relaxations that can be used; reports the others."""
+    def _usable(self, file: SampleFile, later: np.ndarray) -> np.ndarray:
+        """Rows of the training and validation relaxations, and of the training ones begun ``later``,
+        that can be used; reports the others."""
         unseen = file.has_any(~self.seen)
         used, foreign = [], []
-        for i in (int(i) for name in ("train", "validation") for i in self.dataset.splits[name]):
+        splits = self.dataset.splits
+        for i in map(int, (*splits["train"], *splits["validation"], *later)):
             if i in file.left_out:
                 self.report(f"left out: {file.left_out[i]}")
             elif unseen[i]:
@@ -299,7 +306,7 @@ class _Run:
         statistics = json.dumps(
             {
                 "data": self.dataset.name,
-                "training_relaxations": len(self.members["train"]),
+                "training_relaxations": self.training_relaxations,
                 "energy_scale_eV_per_atom": self.scale,
                 "surroundings": self._surroundings(),
             }
