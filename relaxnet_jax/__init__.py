@@ -18,6 +18,7 @@ _HOMES = {
     "RelaxationTrajectory": "relaxnet_jax.data.trajectory",
     "RelaxNet": "relaxnet_jax.model",
     "create_model": "relaxnet_jax.model",
+    "load_committee": "relaxnet_jax.model",
     "load_model": "relaxnet_jax.model",
     "save_model": "relaxnet_jax.model",
     "predict_trajectory": "relaxnet_jax.model",
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from relaxnet_jax.errors import InputError as InputError
     from relaxnet_jax.model import RelaxNet as RelaxNet
     from relaxnet_jax.model import create_model as create_model
+    from relaxnet_jax.model import load_committee as load_committee
     from relaxnet_jax.model import load_model as load_model
     from relaxnet_jax.model import predict_trajectory as predict_trajectory
     from relaxnet_jax.model import save_model as save_model

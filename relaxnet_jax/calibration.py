@@ -1,4 +1,4 @@
-"""How well a committee's spread tells the true errors of its first member."""
+"""How well the spread of a committee tells the true errors of its mean."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rich.table import Table
 from relaxnet_jax.committee import deviations
 from relaxnet_jax.data.files import atomic_path
 from relaxnet_jax.errors import InputError
-from relaxnet_jax.metrics import Comparison
+from relaxnet_jax.metrics import Comparison, together
 
 # (quantity, unit it is shown in, factor)
 QUANTITIES = (("positions", "Å", 1.0), ("energy", "meV/atom", 1e3))
@@ -56,7 +56,7 @@ class Calibration(NamedTuple):
 
 
 def committee_errors(members: Sequence[Sequence[Comparison]]) -> Errors:
-    """Spreads of the members' predictions and errors of the first member's.
+    """Spreads of the members' predictions and errors of their mean.
 
     Structures with a prediction that is not finite, or without free atoms, are left out.
 
@@ -66,29 +66,21 @@ def committee_errors(members: Sequence[Sequence[Comparison]]) -> Errors:
     Raises:
       InputError: the members were not compared on the same structures, or none is left.
     """
-    by_id = [{c.id: c for c in comparisons} for comparisons in members]
-    for other in by_id[1:]:
-        if set(other) != set(by_id[0]):
-            raise InputError(
-                "the members are not evaluated on the same structures: train them with the same "
-                "data and splits (another train.seed only), or give --data FILE"
-            )
     ids: list[str] = []
     spreads: dict[str, list[float]] = {name: [] for name, *_ in QUANTITIES}
     errors: dict[str, list[float]] = {name: [] for name, *_ in QUANTITIES}
-    for key in by_id[0]:
-        own = [comparisons[key] for comparisons in by_id]
+    for own in together(members):
         first = own[0]
         if not all(c.finite for c in own) or not first.free_mask.any():
             continue
         final = np.stack([c.prediction("model")[0][-1] for c in own])
         energies = np.array([c.pred_energies[-1] for c in own]) / first.atomic_numbers.size
-        ids.append(key)
+        ids.append(first.id)
         spreads["positions"].append(_rms(deviations(final, first.fixed_mask)))
         spreads["energy"].append(float(energies.std(ddof=1)))
         true = first.true_energies[-1] / first.atomic_numbers.size
-        errors["positions"].append(_distance(final[0], first))
-        errors["energy"].append(abs(float(energies[0] - true)))
+        errors["positions"].append(_distance(final.mean(axis=0), first))
+        errors["energy"].append(abs(float(energies.mean() - true)))
     if not ids:
         raise InputError("no structure with free atoms and finite predictions of all members")
     arrays = ({k: np.array(v) for k, v in values.items()} for values in (spreads, errors))
@@ -118,8 +110,8 @@ def calibrate(found: Errors) -> dict[str, Calibration]:
 def calibration_table(found: dict[str, Calibration], members: int) -> Table:
     """For ``rich.console.Console().print``."""
     caption = (
-        f"final frames; spread: standard deviation of {members} models; error: of the first one's "
-        "prediction"
+        f"final frames; spread: standard deviation of {members} models; error: of the mean of their "
+        "predictions"
     )
     table = Table(title="Calibration of the committee", caption=caption, box=box.SIMPLE_HEAD)
     table.title_justify = table.caption_justify = "left"

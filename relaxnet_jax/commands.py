@@ -95,7 +95,7 @@ def evaluate(args: argparse.Namespace) -> int:
     check_devices(None)
     from rich.console import Console
 
-    from relaxnet_jax.evaluate.run import evaluate_workdir, write_evaluation
+    from relaxnet_jax.evaluate.run import evaluate_workdir, mean_evaluation, write_evaluation
     from relaxnet_jax.evaluate.tables import metrics_table
     from relaxnet_jax.lbfgs import FMAX
 
@@ -112,8 +112,10 @@ def evaluate(args: argparse.Namespace) -> int:
             members.append(evaluate_workdir(run, args.split, args.data, note))
     default = Path(args.workdir, f"eval-{Path(args.data).stem if args.data else args.split}")
     out = Path(args.out or default)
-    files = write_evaluation(result, out)
     console = Console(highlight=False)
+    if args.committee:
+        result = mean_evaluation(members)
+    files = write_evaluation(result, out)
     console.print(metrics_table(result.results, result.name, result.costs))
     if args.committee:
         from relaxnet_jax import calibration
@@ -139,6 +141,7 @@ def predict(args: argparse.Namespace) -> int:
         raise InputError(f"{source}: no such file; check the path")
     out = Path(args.out or f"{source.name.removesuffix(source.suffix)}-relaxed.extxyz")
     from relaxnet_jax import structure_files as files
+    from relaxnet_jax.committee import predict_members
 
     files.check_output(out, source)
     if out.exists() and not args.overwrite:
@@ -146,17 +149,16 @@ def predict(args: argparse.Namespace) -> int:
     options = files.Options(relax_cell=not args.keep_cell)
     enable_compilation_cache()
     check_devices(None)
-    model = _load(args.model)
+    models = _load_members(args.model)
     found, unreadable = files.read_structures(source, note)
-    usable, unfit = files.usable_structures(model, found, note, options)
-    if len(usable) > 1 and not files.holds_many(out):
-        raise InputError(f"{out}: takes one structure, {source} has {len(usable)}; write .extxyz")
-    with bar("structures", len(usable)) as advance:
-        predicted, failed = files.predict_all(model, usable, args.frames, advance, note, options)
+    if len(found) > 1 and not files.holds_many(out):
+        raise InputError(f"{out}: takes one structure, {source} has {len(found)}; write .extxyz")
+    with bar("structures", len(found)) as advance:
+        predicted, failed = predict_members(models, found, args.frames, advance, options)
     results, useless = files.sorted_out(predicted)
-    for failure in useless:
+    for failure in (*failed, *useless):
         note(f"left out: {failure}")
-    left_out = unreadable + unfit + failed + useless
+    left_out = unreadable + failed + useless
     if not results:
         more = f" (and {len(left_out) - 1} more left out)" if len(left_out) > 1 else ""
         raise InputError(f"{source}: no structure could be predicted: {left_out[0]}{more}")
@@ -176,7 +178,7 @@ def relax(args: argparse.Namespace) -> int:
     """``relaxnet-jax relax``."""
     from relaxnet_jax.relaxation.command import relax as run
 
-    return run(args, _load)
+    return run(args, _load_members)
 
 
 def reproduce(args: argparse.Namespace) -> int:
@@ -195,9 +197,10 @@ def demo(args: argparse.Namespace) -> int:
     from relaxnet_jax import structure_files as files
     from relaxnet_jax.data.sample import driftless
     from relaxnet_jax.evaluate.figures import trajectory_figure
+    from relaxnet_jax.model import load_model
 
     out = Path(args.out or Path(args.workdir, "demo"))
-    model = _load(args.workdir)
+    model = load_model(args.workdir)
     found, name = _test_relaxations(Path(args.workdir), model)
     usable = [t for t in found if set(t.atomic_numbers.tolist()) <= set(model.elements)]
     if not usable:
@@ -240,10 +243,11 @@ def _test_relaxations(workdir: Path, model: RelaxNet) -> tuple[list[RelaxationTr
     return list(found.named(ids)), found.name
 
 
-def _load(folder: str) -> RelaxNet:
-    """The model of a workdir or of a model folder, or the package's own."""
-    from relaxnet_jax.model import load_model
+def _load_members(name: str) -> dict[str, RelaxNet]:
+    """The model of a workdir or of a model folder, or the package's own committee, by names."""
+    from relaxnet_jax.model import load_model, member_folders
 
-    if folder == PRETRAINED:
-        note("pretrained model: it knows CHGNet's energy surface, not DFT; --model DIR for another")
-    return load_model(folder)
+    if name != PRETRAINED:
+        return {name: load_model(name)}
+    note("pretrained models: they know CHGNet's energy surface, not DFT; --model DIR for another")
+    return {f"{PRETRAINED}/{path.name}": load_model(path) for path in member_folders(name)}

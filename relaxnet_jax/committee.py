@@ -1,6 +1,7 @@
-"""An error estimate for each structure: how far models of one committee disagree.
+"""Committees: the mean of several models' paths, and how far they disagree.
 
-The members are trained alike from different seeds (``--set train.seed=…``). What they have in
+The members are trained alike from different seeds (``--set train.seed=…``). Their mean is nearer
+to the truth than each of them on average. What they have in
 common, the errors of the data and of the architecture among it, does not show in their spread:
 ``relaxnet-jax eval --committee`` measures how much of the true error it is.
 """
@@ -8,6 +9,7 @@ common, the errors of the data and of the architecture among it, does not show i
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -15,15 +17,21 @@ import numpy as np
 
 from relaxnet_jax.data.trajectory import CELL_TOLERANCE, RelaxationTrajectory
 from relaxnet_jax.errors import InputError
-from relaxnet_jax.strain import deformations
-from relaxnet_jax.structure_files import DEFAULT, Options, predict_all, usable_structures
-from relaxnet_jax.trust import Flag
+from relaxnet_jax.strain import deformations, from_reference, to_reference
+from relaxnet_jax.structure_files import (
+    DEFAULT,
+    Failure,
+    Options,
+    Predicted,
+    predict_all,
+    usable_structures,
+)
+from relaxnet_jax.trust import Flag, trust_flags, unusable
 
 if TYPE_CHECKING:
     from ase import Atoms
 
     from relaxnet_jax.model import RelaxNet
-    from relaxnet_jax.structure_files import Predicted
 
 
 class Spread(NamedTuple):
@@ -49,11 +57,14 @@ class CommitteePath(NamedTuple):
     """A relaxation predicted by a committee.
 
     Attributes:
-      path: the first member's. spread: of all. paths: each member's.
+      path: the mean of the members' (`mean_path`). flags: what speaks against it.
+      spread: of the members; None where only one has a usable path.
+      paths: each member's.
     """
 
     path: RelaxationTrajectory
-    spread: Spread
+    flags: tuple[Flag, ...]
+    spread: Spread | None
     paths: tuple[RelaxationTrajectory, ...]
 
 
@@ -63,20 +74,38 @@ def relax_committee(
     n_frames: int = 5,
     relax_cell: bool = True,
 ) -> CommitteePath:
-    """`relax` by every member, and how far they disagree.
+    """The mean of what the members predict (see `relax`), and how far they disagree.
+
+    A member whose prediction is unusable does not count, and a flag names it.
 
     Args:
-      models: two or more, the one to be believed first.
+      models: two or more, e.g. from `load_committee`.
       atoms, n_frames, relax_cell: see `relax`.
 
     Raises:
-      InputError: fewer than two models, or as `predict.relax`.
+      InputError: fewer than two models, or as `relax`. A warning names a structure of which no
+        member's prediction should be used.
     """
-    from relaxnet_jax.predict import relax
+    from relaxnet_jax.predict import judge
 
     check_members(models)
-    paths = tuple(relax(model, atoms, n_frames, relax_cell=relax_cell) for model in models)
-    return CommitteePath(paths[0], spread(paths), paths)
+    if n_frames < 2:
+        raise InputError(
+            f"n_frames={n_frames}: a trajectory has at least 2 frames, the first and the last"
+        )
+    name = str(atoms.info.get("traj_id") or atoms.get_chemical_formula())
+    found = {}
+    for k, model in enumerate(models):
+        structure = model.structure(atoms, name, relax_cell)
+        (one,) = judge(_alike(model, models[0]), [(name, structure)], n_frames)
+        found[f"models[{k}]"] = Predicted(one.path, one.flags)
+    joined = join(found, {}, models[0])
+    if unusable(joined.flags):
+        grave = joined.flags[0]
+        text = f"{name}: not to be used, {grave.name}: {grave.detail}"
+        warnings.warn(text, RuntimeWarning, stacklevel=2)
+    paths = tuple(one.path for one in found.values())
+    return CommitteePath(joined.path, joined.flags, joined.spread, paths)
 
 
 def check_members(models: Sequence[RelaxNet]) -> None:
@@ -100,6 +129,36 @@ def _same(one: RelaxNet, other: RelaxNet) -> bool:
     return len(a) == len(b) and all(np.array_equal(x, y) for x, y in zip(a, b))
 
 
+def mean_path(paths: Sequence[RelaxationTrajectory]) -> RelaxationTrajectory:
+    """The mean of paths of one structure, frame by frame.
+
+    Deformations of the cell and reference positions (`relaxnet_jax.strain`) are averaged, so that
+    atoms go along with the mean cell; energies, forces and stresses are the means of the members',
+    each of which is at its own member's frame.
+    """
+    first = paths[0]
+    steps = np.mean([deformations(p.cells) for p in paths], axis=0)
+    reference = np.mean([_references(p) for p in paths], axis=0)
+    known = all(p.stresses is not None for p in paths)
+    return dataclasses.replace(
+        first,
+        positions=_kept(from_reference(reference, steps), [p.positions for p in paths]),
+        cells=_kept(from_reference(first.cells[0], steps), [p.cells for p in paths]),
+        energies=np.mean([p.energies for p in paths], axis=0),
+        forces=np.mean([p.forces for p in paths], axis=0),
+        stresses=np.mean([p.stresses for p in paths], axis=0) if known else None,
+    )
+
+
+def _references(path: RelaxationTrajectory) -> np.ndarray:
+    return to_reference(path.positions, deformations(path.cells))
+
+
+def _kept(mean: np.ndarray, members: Sequence[np.ndarray]) -> np.ndarray:
+    """The mean, but exactly the members' value where they agree: what is held stays held."""
+    return np.where(np.all([m == members[0] for m in members], axis=0), members[0], mean)
+
+
 def spread(paths: Sequence[RelaxationTrajectory]) -> Spread:
     """Of the final frames of paths of one structure; NaN where a path is."""
     first = paths[0]
@@ -108,9 +167,9 @@ def spread(paths: Sequence[RelaxationTrajectory]) -> Spread:
     relaxes = any(np.abs(p.cells[-1] - initial).max() > CELL_TOLERANCE for p in paths)
     positions, volume = np.stack([p.positions[-1] for p in paths]), None
     if relaxes:
-        steps = [deformations(p.cells[[0, -1]])[1] for p in paths]
-        positions = np.stack([p.positions[-1] @ np.linalg.inv(d).T for p, d in zip(paths, steps)])
-        volumes = np.array([np.linalg.det(d) for d in steps])
+        steps = np.stack([deformations(p.cells[[0, -1]])[1] for p in paths])
+        positions = to_reference(positions, steps)
+        volumes = np.linalg.det(steps)
         volume = float(volumes.std(ddof=1) / volumes.mean())
     atoms = deviations(positions, first.fixed_mask)
     return Spread(
@@ -147,54 +206,66 @@ def disagreement(path: RelaxationTrajectory, found: Spread) -> Flag | None:
     return Flag("members disagree", text)
 
 
-def add_spreads(
-    results: Sequence[Predicted],
-    others: Mapping[str, RelaxNet],
-    structures: Mapping[str, Atoms],
-    first: RelaxNet,
-    progress: Callable[[int], None] = lambda _: None,
-    options: Options = DEFAULT,
-) -> list[Predicted]:
-    """Predictions of the first member, with the spread of all and what it flags.
-
-    Where another member has no usable path there is no spread, and a flag says why.
+def join(found: Mapping[str, Predicted], lost: Mapping[str, str], model: RelaxNet) -> Predicted:
+    """What the members predict of one structure as one prediction: `mean_path` of those that are
+    usable, its flags, and the `spread`.
 
     Args:
-      others: the other members by name. structures: by the ids of the results' paths.
-      options: with which the results were predicted.
+      found: by member, at least one. lost: why others have no path, by member.
+      model: by whose facts the mean is judged.
     """
-    from relaxnet_jax.trust import unusable
+    graves = {k: p.flags[0] for k, p in found.items() if unusable(p.flags)}
+    lost = {**lost, **{k: f"{flag.name}: {flag.detail}" for k, flag in graves.items()}}
+    usable = [p for k, p in found.items() if k not in graves]
+    if not usable:
+        return next(iter(found.values()))
+    named = "; ".join(f"{k}: {reason}" for k, reason in lost.items())
+    gap = (Flag("member lost", f"no usable prediction of {named}"),) if lost else ()
+    if len(usable) == 1:
+        return usable[0]._replace(flags=(*usable[0].flags, *gap))
+    paths = [p.path for p in usable]
+    path, value = mean_path(paths), spread(paths)
+    apart = disagreement(path, value)
+    # Whether a pair was missed has been judged member by member; the mean has no neighbour list.
+    flags = trust_flags(path, model, np.inf) + ((apart,) if apart else ()) + gap
+    return Predicted(path, flags, value)
 
-    if not results:
-        return []
-    frames = results[0].path.n_frames
-    paths: dict[str, list[RelaxationTrajectory]] = {r.path.id: [r.path] for r in results}
-    lost: dict[str, str] = {}
-    for count, (name, model) in enumerate(others.items(), 1):
-        named = [(r.path.id, structures[r.path.id]) for r in results]
-        usable, unfit = usable_structures(model, named, lambda _: None, options)
-        found, failed = predict_all(
-            _alike(model, first), usable, frames, lambda _: None, lambda _: None, options
+
+def predict_members(
+    members: Mapping[str, RelaxNet],
+    structures: Sequence[tuple[str, Atoms]],
+    frames: int,
+    progress: Callable[[int], None] = lambda _: None,
+    options: Options = DEFAULT,
+) -> tuple[list[Predicted], list[Failure]]:
+    """What one model or a committee predicts, in the order given, and complaints about what no
+    member can take.
+
+    Args:
+      members: by name. structures: by distinct names.
+      progress: called with the number of structures done, by all members.
+    """
+    first = next(iter(members.values()))
+    found: dict[str, dict[str, Predicted]] = {name: {} for name, _ in structures}
+    lost: dict[str, dict[str, str]] = {name: {} for name, _ in structures}
+    for count, (member, model) in enumerate(members.items()):
+        usable, unfit = usable_structures(model, structures, lambda _: None, options)
+
+        def advance(done: int, count: int = count) -> None:
+            progress((count * len(structures) + done) // len(members))
+
+        results, failed = predict_all(
+            _alike(model, first), usable, frames, advance, lambda _: None, options
         )
-        lost |= {f.name: f"{name}: {f.reason}" for f in (*unfit, *failed)}
-        for result in found:
-            if unusable(result.flags):
-                grave = result.flags[0]
-                lost[result.path.id] = f"{name}: {grave.name}: {grave.detail}"
-            paths[result.path.id].append(result.path)
-        progress(count)
-    done = []
-    for result in results:
-        key = result.path.id
-        if key in lost:
-            flag = Flag("no spread", f"a member has no usable path, {lost[key]}")
-            done.append(result._replace(flags=(*result.flags, flag)))
-            continue
-        value = spread(paths[key])
-        more = disagreement(result.path, value)
-        flags = result.flags if more is None else (*result.flags, more)
-        done.append(result._replace(flags=flags, spread=value))
-    return done
+        for result in results:
+            found[result.path.id][member] = result
+        for failure in (*unfit, *failed):
+            lost[failure.name][member] = failure.reason
+    done = [join(found[name], lost[name], first) for name, _ in structures if found[name]]
+    bad = [
+        Failure(name, next(iter(lost[name].values()))) for name, _ in structures if not found[name]
+    ]
+    return done, bad
 
 
 def _alike(model: RelaxNet, first: RelaxNet) -> RelaxNet:

@@ -29,7 +29,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from relaxnet_jax.errors import InputError
-from relaxnet_jax.strain import deformations
+from relaxnet_jax.strain import deformations, from_reference, to_reference
 
 Predictor = Literal["model", "nothing", "composition"]
 
@@ -144,10 +144,50 @@ class Comparison:
         if self.true_cells is None:
             return positions
         own, true = (
-            deformations(np.concatenate([self.true_cells[:1], cells]))[1:]
+            _deformations(self.true_cells[0], cells)
             for cells in (self.cells(predictor), self.true_cells)
         )
-        return positions @ np.swapaxes(true @ np.linalg.inv(own), -1, -2)
+        return from_reference(to_reference(positions, own), true)
+
+
+def together(members: Sequence[Sequence[Comparison]]) -> list[tuple[Comparison, ...]]:
+    """What the members of a committee predict of each structure, in the first one's order.
+
+    Args:
+      members: of each, the comparisons on the same relaxations, in any order.
+
+    Raises:
+      InputError: they were not compared on the same relaxations.
+    """
+    by_id = [{c.id: c for c in comparisons} for comparisons in members]
+    for other in by_id[1:]:
+        if set(other) != set(by_id[0]):
+            raise InputError(
+                "the members are not evaluated on the same structures: train them with the same "
+                "data and splits (another train.seed only), or give --data FILE"
+            )
+    return [tuple(own[key] for own in by_id) for key in by_id[0]]
+
+
+def averaged(members: Sequence[Comparison]) -> Comparison:
+    """The mean of what members predict of one structure, as `committee.mean_path` averages paths."""
+    first = members[0]
+    mean = {
+        name: np.mean([getattr(c, name) for c in members], axis=0)
+        for name in ("pred_positions", "pred_energies", "pred_forces")
+    }
+    if first.true_cells is not None:
+        own = [c.cells("model") for c in members]
+        steps = [_deformations(first.true_cells[0], cells) for cells in own]
+        references = [to_reference(c.pred_positions, d) for c, d in zip(members, steps)]
+        mean["pred_positions"] = from_reference(np.mean(references, axis=0), np.mean(steps, axis=0))
+        mean["pred_cells"] = np.mean(own, axis=0)
+    return dataclasses.replace(first, **mean)
+
+
+def _deformations(initial: np.ndarray, cells: np.ndarray) -> np.ndarray:
+    """D (m, 3, 3) of cells (m, 3, 3) from the initial one (3, 3)."""
+    return deformations(np.concatenate([initial[None], cells]))[1:]
 
 
 @dataclasses.dataclass(frozen=True)

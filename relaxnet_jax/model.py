@@ -36,7 +36,7 @@ from relaxnet_jax.models.energy import RelaxNetwork
 from relaxnet_jax.models.init import initial_parameters
 from relaxnet_jax.neighbors import approach
 from relaxnet_jax.potential import Evaluation
-from relaxnet_jax.strain import deformations, stress
+from relaxnet_jax.strain import deformations, stress, to_reference
 from relaxnet_jax.typing import AnyArray, Graph, Params, Times
 
 if TYPE_CHECKING:
@@ -165,7 +165,7 @@ class RelaxNet:
             wider = dataclasses.replace(self.config, graph=graph)
             structure = structure_from_atoms(reference, wider)
         deformation = deformations(cells)[1]
-        return structure, x[1] @ np.linalg.inv(deformation).T, deformation
+        return structure, to_reference(x[1], deformation), deformation
 
     def composition_energy(self, atomic_numbers: np.ndarray) -> float:
         """Sum of the element energies, eV, in float64."""
@@ -267,16 +267,37 @@ def save_model(model: RelaxNet, folder: str | Path) -> Path:
 
 
 def model_folder(folder: str | Path = PRETRAINED) -> Path:
-    """The model folder of a training run, the folder itself, or that of the pretrained model.
+    """The model folder of a training run, the folder itself, or that of the first pretrained model.
 
     Raises InputError if absent.
     """
     if folder == PRETRAINED:
-        return _SHIPPED
+        return member_folders(PRETRAINED)[0]
     path = Path(folder)
     if not path.is_dir():
         raise InputError(f"{path}: no such folder; give a training run or its 'model' folder")
     return path / "model" if (path / "model").is_dir() else path
+
+
+def member_folders(name: str | Path = PRETRAINED) -> list[Path]:
+    """The model folders that a name stands for: the pretrained committee's, or `model_folder`'s."""
+    if name == PRETRAINED:
+        return sorted(path.parent for path in _SHIPPED.glob("*/model.json"))
+    return [model_folder(name)]
+
+
+def load_committee(*folders: str | Path) -> list[RelaxNet]:
+    """The models of these folders, for `relax_committee` and `head_start`; without any, the
+    committee that comes with the package.
+
+    Args:
+      folders: see `load_model`.
+
+    Raises:
+      InputError: as `load_model`.
+    """
+    names = folders or (PRETRAINED,)
+    return [load_model(path) for name in names for path in member_folders(name)]
 
 
 def load_model(folder: str | Path = PRETRAINED) -> RelaxNet:
@@ -284,7 +305,7 @@ def load_model(folder: str | Path = PRETRAINED) -> RelaxNet:
 
     Args:
       folder: a folder written by `save_model`, or a training run that holds one; by default the
-        model that comes with the package (its card: ``docs/pretrained.md``).
+        first model of the committee that comes with the package (its card: ``docs/pretrained.md``).
 
     Raises:
       InputError: no such folder, or a file in it is missing, damaged or of another format.

@@ -6,7 +6,7 @@ import dataclasses
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import jax
 import numpy as np
@@ -27,8 +27,8 @@ from relaxnet_jax.graph import Structure, build_structure
 from relaxnet_jax.lbfgs import FMAX, STEPS, Minimisation, minimise
 from relaxnet_jax.model import RelaxNet
 from relaxnet_jax.neighbors import approach
-from relaxnet_jax.strain import to_voigt
-from relaxnet_jax.trust import trust_flags
+from relaxnet_jax.strain import from_reference, to_voigt
+from relaxnet_jax.trust import Flag, trust_flags
 
 if TYPE_CHECKING:
     from ase import Atoms
@@ -270,8 +270,7 @@ def _deformed(reference: np.ndarray, s: Structure, steps: np.ndarray, virial: np
     if not s.strain.any():  # the cell is held
         x, cells = reference, np.repeat(s.cell[None], len(steps), axis=0)
     else:
-        transposed = np.swapaxes(steps, -1, -2)
-        x, cells = reference @ transposed, s.cell @ transposed
+        x, cells = from_reference(reference, steps), from_reference(s.cell, steps)
     volumes = np.abs(np.linalg.det(cells))
     if not s.pbc.all() or volumes.min() == 0:  # no volume, no stress
         return x, cells, None
@@ -319,15 +318,41 @@ def relax(model, atoms, n_frames=5, batch_size=16, relax_cell=True):
     single = hasattr(atoms, "numbers")
     many = [atoms] if single else list(atoms)
     names = [a.info.get("traj_id") or f"{i}-{a.get_chemical_formula()}" for i, a in enumerate(many)]
-    structures = [model.structure(a, str(n), relax_cell) for a, n in zip(many, names)]
-    paths = predict_structures(model, structures, np.linspace(0.0, 1.0, n_frames), batch_size)
-    results = [as_trajectory(str(n), s, p) for n, s, p in zip(names, structures, paths)]
-    for result, path in zip(results, paths):
-        grave = [flag for flag in trust_flags(result, model, path.skin) if flag.unusable]
-        if grave:
-            reason = path.failure or f"not to be used, {grave[0].name}: {grave[0].detail}"
-            warnings.warn(f"{result.id}: {reason}", RuntimeWarning, stacklevel=2)
+    named = [(str(n), model.structure(a, str(n), relax_cell)) for a, n in zip(many, names)]
+    judged = judge(model, named, n_frames, batch_size=batch_size)
+    for one in judged:
+        if grave := next((flag for flag in one.flags if flag.unusable), None):
+            reason = one.failure or f"not to be used, {grave.name}: {grave.detail}"
+            warnings.warn(f"{one.path.id}: {reason}", RuntimeWarning, stacklevel=2)
+    results = [one.path for one in judged]
     return results[0] if single else results
+
+
+class Judged(NamedTuple):
+    """A predicted path, what speaks against it (`trust.trust_flags`), and `Path.failure`."""
+
+    path: RelaxationTrajectory
+    flags: tuple[Flag, ...]
+    failure: str = ""
+
+
+def judge(
+    model: RelaxNet, named: Sequence[tuple[str, Structure]], n_frames: int, **options: Any
+) -> list[Judged]:
+    """Paths of ``n_frames`` equidistant frames of structures by name, in their order, with flags.
+
+    Args:
+      options: of `predict_structures`.
+    """
+    times = np.linspace(0.0, 1.0, n_frames)
+    found = []
+    for (name, structure), path in zip(
+        named, predict_structures(model, [s for _, s in named], times, **options)
+    ):
+        trajectory = as_trajectory(name, structure, path)
+        flags = trust_flags(trajectory, model, path.skin)
+        found.append(Judged(trajectory, flags, path.failure))
+    return found
 
 
 def as_trajectory(name: str, structure: Structure, path: Path) -> RelaxationTrajectory:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
-
+from relaxnet_jax.committee import relax_committee
 from relaxnet_jax.constraints import held_atoms
 from relaxnet_jax.data.trajectory import RelaxationTrajectory
 from relaxnet_jax.errors import InputError
 from relaxnet_jax.model import RelaxNet
-from relaxnet_jax.predict import as_trajectory, predict_structures
-from relaxnet_jax.trust import Flag, trust_flags, unusable
+from relaxnet_jax.predict import judge
+from relaxnet_jax.trust import Flag, unusable
 
 if TYPE_CHECKING:
     from ase import Atoms
@@ -33,7 +33,10 @@ class HeadStart(NamedTuple):
 
 
 def head_start(
-    atoms: Atoms, model: RelaxNet, n_frames: int = 5, relax_cell: bool = True
+    atoms: Atoms,
+    model: RelaxNet | Sequence[RelaxNet],
+    n_frames: int = 5,
+    relax_cell: bool = True,
 ) -> HeadStart:
     """Moves the atoms, and the cell where the model relaxes cells, to the relaxed structure it
     predicts, in place:
@@ -49,7 +52,8 @@ def head_start(
 
     Args:
       atoms: moved; its calculator is not used.
-      model: from `load_model` or `create_model`, of either scheme.
+      model: from `load_model` or `create_model`, of either scheme; or several, whose mean
+        predicts: `load_committee`.
       n_frames: of the path that is returned and judged, at least 2.
       relax_cell: whether the cell relaxes along its periodic directions, if the model was trained
         for that; give False before an optimiser that keeps the cell, and for slabs with vacuum in
@@ -62,14 +66,19 @@ def head_start(
         raise InputError(
             f"n_frames={n_frames}: a path has at least 2 frames, the first and the last"
         )
-    name = atoms.get_chemical_formula()
-    structure = model.structure(atoms, name, relax_cell)
-    (solved,) = predict_structures(model, [structure], np.linspace(0.0, 1.0, n_frames))
-    path = as_trajectory(name, structure, solved)
-    flags = trust_flags(path, model, solved.skin) + constraint_flags(atoms)
+    name, failure = atoms.get_chemical_formula(), ""
+    models = [model] if isinstance(model, RelaxNet) else list(model)
+    if len(models) == 1:
+        structure = models[0].structure(atoms, name, relax_cell)
+        ((path, flags, failure),) = judge(models[0], [(name, structure)], n_frames)
+    else:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # told below
+            path, flags, *_ = relax_committee(models, atoms, n_frames, relax_cell)
+    flags += constraint_flags(atoms)
     if unusable(flags):
         grave = next(flag for flag in flags if flag.unusable)
-        reason = solved.failure or f"{grave.name}: {grave.detail}"
+        reason = failure or f"{grave.name}: {grave.detail}"
         warnings.warn(f"{name}: no head start, {reason}", stacklevel=2)
         return HeadStart(path, flags, False)
     move_to_end(atoms, path)

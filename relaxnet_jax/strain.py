@@ -30,6 +30,16 @@ def deformations(cells: np.ndarray) -> np.ndarray:
     return np.swapaxes(inverse @ cells + np.eye(3) - inverse @ cells[0], -1, -2)
 
 
+def to_reference(positions: np.ndarray, deformation: np.ndarray) -> np.ndarray:
+    """Reference positions y = D⁻¹ x of positions (..., N, 3) deformed by D (..., 3, 3), in NumPy."""
+    return positions @ np.swapaxes(np.linalg.inv(deformation), -1, -2)
+
+
+def from_reference(reference: np.ndarray, deformation: np.ndarray) -> np.ndarray:
+    """Positions x = D y (..., N, 3) of reference positions: the inverse of `to_reference`."""
+    return reference @ np.swapaxes(deformation, -1, -2)
+
+
 def symmetric(matrix: Array) -> Array:
     """(M + Mᵀ)/2 of the last two axes."""
     return (matrix + jnp.swapaxes(matrix, -1, -2)) / 2

@@ -40,7 +40,7 @@ class Predicted(NamedTuple):
     """A predicted trajectory.
 
     Attributes:
-      path: of the first member of a committee.
+      path: of a committee the mean.
       flags: what speaks against it, see `trust.trust_flags`.
       spread: of the committee; None without one.
     """
@@ -173,34 +173,21 @@ def predict_all(
     options: Options = DEFAULT,
 ) -> tuple[list[Predicted], list[Failure]]:
     """Predicted trajectories, and complaints about those that failed or are not finite."""
-    from relaxnet_jax.predict import as_trajectory, predict_structures
-    from relaxnet_jax.trust import trust_flags
+    from relaxnet_jax.predict import judge
 
-    if not usable:
-        return [], []
-    times = np.linspace(0.0, 1.0, frames)
-    paths = predict_structures(
-        model,
-        [s for _, s in usable],
-        times,
-        progress=progress,
-        fmax=options.fmax,
-        steps=options.steps,
-    )
     results: list[Predicted] = []
     bad: list[Failure] = []
-    for (name, structure), path in zip(usable, paths):
-        trajectory = as_trajectory(name, structure, path)
-        flags = trust_flags(trajectory, model, path.skin)
-        if any(flag.name == "not finite" for flag in flags):
-            reason = path.failure or (
+    solver = {"progress": progress, "fmax": options.fmax, "steps": options.steps}
+    for one in judge(model, usable, frames, **solver) if usable else ():
+        if any(flag.name == "not finite" for flag in one.flags):
+            reason = one.failure or (
                 "the prediction is not finite; the structure is too far from what the model was "
                 "trained on"
             )
-            bad.append(Failure(name, reason))
+            bad.append(Failure(one.path.id, reason))
             say(f"left out: {bad[-1]}")
         else:
-            results.append(Predicted(trajectory, flags))
+            results.append(Predicted(one.path, one.flags))
     return results, bad
 
 

@@ -14,12 +14,22 @@ from tiny import alloy, tiny_config, tiny_model
 
 from relaxnet_jax import cli, predict
 from relaxnet_jax.calibration import calibrate, calibration_table, committee_errors
-from relaxnet_jax.committee import check_members, disagreement, relax_committee, spread
+from relaxnet_jax.committee import (
+    check_members,
+    disagreement,
+    join,
+    mean_path,
+    relax_committee,
+    spread,
+)
 from relaxnet_jax.data.store_write import write_store
 from relaxnet_jax.data.trajectory import RelaxationTrajectory
 from relaxnet_jax.errors import InputError
 from relaxnet_jax.metrics import Comparison
-from relaxnet_jax.model import save_model
+from relaxnet_jax.model import load_committee, save_model
+from relaxnet_jax.starting import head_start
+from relaxnet_jax.structure_files import Predicted
+from relaxnet_jax.trust import Flag
 
 LIGHT = {"model__layers": 1, "model__attention": False, "model__vector_messages": False}
 
@@ -70,6 +80,63 @@ def test_spread():
     assert spread(paths(moved)).positions == pytest.approx(0, abs=1e-12)
     assert spread(paths(moved, fixed=[0])).positions > 0.5
     assert spread(paths(shifts, fixed=range(4))).positions == 0
+
+
+def test_mean_path():
+    """Cells by their deformations, atoms along with them; what all members hold is held exactly."""
+    start, cell = alloy().positions, alloy().cell.array
+    shifts = np.random.default_rng(0).normal(0, 0.1, (3, 4, 3))
+    shifts[:, 0] = 0.0
+    made = paths(shifts, fixed=[0])
+    found = mean_path(made)
+    np.testing.assert_allclose(found.positions[-1], start + shifts.mean(0))
+    np.testing.assert_array_equal(found.positions[:, 0], made[0].positions[:, 0])
+    np.testing.assert_array_equal(found.cells, made[0].cells)
+    np.testing.assert_allclose(found.energies, [0.0, -0.1])
+    assert found.stresses is None
+    shear = np.array([[0.0, 0.02, 0], [0.02, 0, 0], [0, 0, 0]])
+    changes = np.eye(3) + np.array([1, 3])[:, None, None] * shear
+    # Atoms that go along with their cells, with displacements of opposite sign besides.
+    ends = [(start + s) @ d.T - start for s, d in zip((shifts[0], -shifts[0]), changes)]
+    found = mean_path(paths(ends, cells=[cell @ d.T for d in changes]))
+    np.testing.assert_allclose(found.cells[-1], cell @ changes.mean(0).T)
+    np.testing.assert_allclose(found.positions[-1], start @ changes.mean(0).T)
+    assert found.positions[0].tolist() == start.tolist()
+
+
+def test_join(models):
+    """The mean of the usable predictions; who is missing is told."""
+    shifts = np.random.default_rng(1).normal(0, 0.02, (3, 4, 3))
+    own = {f"m{k}": Predicted(p, ()) for k, p in enumerate(paths(shifts))}
+    grave = (Flag("atoms too close", "Cu0 and Cu1 end 0.10 Å apart", True),)
+    all_three = join(own, {}, models[0])
+    np.testing.assert_array_equal(
+        all_three.path.positions, mean_path([p.path for p in own.values()]).positions
+    )
+    assert all_three.spread.members == 3 and "member lost" not in str(all_three.flags)
+    two = join(own | {"m0": own["m0"]._replace(flags=grave)}, {}, models[0])
+    np.testing.assert_array_equal(
+        two.path.positions, mean_path([own[k].path for k in ("m1", "m2")]).positions
+    )
+    assert two.spread.members == 2
+    assert "m0: atoms too close: Cu0 and Cu1 end" in two.flags[-1].detail
+    alone = join({"m1": own["m1"]}, {"m0": "no", "m2": "nor this"}, models[0])
+    assert alone.path is own["m1"].path and alone.spread is None
+    assert alone.flags[-1].detail == "no usable prediction of m0: no; m2: nor this"
+    lost = join({k: p._replace(flags=grave) for k, p in own.items()}, {}, models[0])
+    assert lost.flags == grave
+
+
+def test_head_start_of_a_committee(models):
+    atoms = alloy("Cu")
+    expected = relax_committee(models, alloy("Cu"), 3)
+    start = head_start(atoms, models, n_frames=3)
+    assert start.moved
+    np.testing.assert_array_equal(atoms.positions, expected.path.positions[-1])
+    alone = [head_start(alloy("Cu"), m, n_frames=3).path for m in (models[:1], models[0])]
+    np.testing.assert_array_equal(alone[0].positions, alone[1].positions)
+    with pytest.raises(InputError, match="never saw Au"):
+        head_start(alloy("Au"), models, n_frames=3)
 
 
 def test_spread_of_sheets():
@@ -135,12 +202,14 @@ def test_relax_command(models, tmp_path, monkeypatch, capsys):
     assert 0 < two["spread"]["positions"] <= two["spread"]["largest"]
     final = ase.io.read("relaxed/cells-path.extxyz", "2").positions
     np.testing.assert_allclose(final, expected.path.positions[-1], atol=1e-5)
-    assert np.abs(expected.paths[1].positions[-1] - final).max() > 1e-4
+    ends = np.stack([path.positions[-1] for path in expected.paths])
+    np.testing.assert_allclose(final, ends.mean(0), atol=1e-5)
+    assert np.abs(ends - final).max() > 1e-4
 
     assert cli.main([*argv[:-1], "--model", "m2", "--overwrite"]) == 0
     out, err = capsys.readouterr()
     assert "± positions" in out and "spread of 3 models" in out
-    assert "no spread: a member has no usable path, m2: the model never saw Au" in err
+    assert "member lost: no usable prediction of m2: the model never saw Au" in err
     assert cli.main([*argv[:-3], "--model", "m0", "--overwrite"]) == 2
     assert "given twice" in capsys.readouterr().err
     with pytest.raises(InputError, match="at least 2"):
@@ -179,11 +248,12 @@ def test_a_calibrated_committee_is_found_to_be_one():
             own.append(comparison(f"s{k}", true, shift, energy))
     errors = committee_errors([members[0], *(m[::-1] for m in members[1:])])
     assert errors.ids[:2] == ["s0", "s1"] and len(errors.ids) == 400
-    assert errors.error["energy"][3] == pytest.approx(abs(members[0][3].pred_energies[-1]) / 4)
+    mean = np.mean([{c.id: c for c in m}["s3"].pred_energies[-1] for m in members])
+    assert errors.error["energy"][3] == pytest.approx(abs(mean) / 4)
     found = calibrate(errors)["positions"]
-    # Two independent draws differ by √2 widths; a vector of nine components does so closely.
-    assert found.ratio == pytest.approx(np.sqrt(2), rel=0.1)
-    assert found.within_two > 0.9 > 0.3 > found.within_one
+    # A draw and the mean of five others differ by √(1 + 1/5) widths.
+    assert found.ratio == pytest.approx(np.sqrt(1.2), rel=0.1)
+    assert found.within_two > 0.9 > 0.5 > found.within_one
     assert found.spearman > 0.9
     expected = spearmanr(errors.spread["positions"], errors.error["positions"]).statistic
     assert found.spearman == pytest.approx(expected)
@@ -240,5 +310,10 @@ def test_eval_command(models, tmp_path, monkeypatch, capsys):
         assert found["error"] == pytest.approx(np.median(error))
         assert found["within_two"] == np.mean(error <= 2 * width) and found["n"] == 4
     assert "Calibration of the committee" in out and "out/calibration.csv" in out
+    metrics = json.loads(Path("out/metrics.json").read_text())
+    assert {"model", "first member", "nothing", "composition"} <= set(metrics["results"])
+    assert "mean of 2 models" in out and "member" in out
+    both = load_committee("run0", "run1")
+    assert [m.config.train.seed for m in both] == [0, 1] and len(load_committee()) > 1
     assert cli.main([*argv, "--committee", "run0"]) == 2
     assert "must differ" in capsys.readouterr().err

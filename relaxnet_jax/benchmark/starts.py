@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -58,19 +58,24 @@ INITIAL = Kind(
 )
 
 
-def predicted_start(model: RelaxNet, identity: str) -> Kind:
-    """The end of the path a model predicts."""
+def predicted_start(models: Mapping[str, RelaxNet], identity: str) -> Kind:
+    """The end of the path that a model, or the mean of a committee, predicts."""
+    from relaxnet_jax.committee import predict_members
+    from relaxnet_jax.structure_files import Options
 
-    def predict(usable: Sequence[tuple[str, Structure]]) -> list[Predicted | str]:
-        from relaxnet_jax.structure_files import predict_all
+    first = next(iter(models.values()))
+    frames = max(first.config.dynamics.frames, 2)
 
-        frames = max(model.config.dynamics.frames, 2)
-        results, failed = predict_all(model, usable, frames, lambda _: None, lambda _: None)
-        by_name: dict[str, Predicted | str] = {r.path.id: r for r in results}
-        by_name |= {f.name: f.reason for f in failed}
-        return [by_name[name] for name, _ in usable]
+    def find(cases: Sequence[Case]) -> list[Start]:
+        begin, found = time.perf_counter(), {}
+        for relax_cell in (False, True):
+            own = [(c.name, c.atoms) for c in cases if c.relax_cell == relax_cell]
+            results, failed = predict_members(models, own, frames, options=Options(relax_cell))
+            found |= {r.path.id: r for r in results} | {f.name: f.reason for f in failed}
+        seconds = (time.perf_counter() - begin) / max(len(cases), 1)
+        return [_end(case, found[case.name], seconds) for case in cases]
 
-    return Kind("model", "RelaxNet", identity, lambda cases: _with_model(model, cases, predict))
+    return Kind("model", "RelaxNet", identity, find)
 
 
 def minimised_start(model: RelaxNet, identity: str, fmax: float, steps: int) -> Kind:
@@ -127,11 +132,12 @@ def relaxed_start(calculator: Calculator, fmax: float, steps: int) -> Kind:
     return Kind(calculator.label, f"{name} + LBFGS", identity, find, True)
 
 
-def model_identity(folder: Path) -> str:
-    """A hash of a model folder's parameters and configuration."""
+def model_identity(folders: Sequence[Path]) -> str:
+    """A hash of the parameters and configurations in model folders."""
     digest = hashlib.sha256()
-    for name in ("config.json", "parameters.npz"):
-        digest.update((folder / name).read_bytes())
+    for folder in folders:
+        for name in ("config.json", "parameters.npz"):
+            digest.update((folder / name).read_bytes())
     return digest.hexdigest()
 
 
@@ -141,9 +147,6 @@ def _with_model(
     predict: Callable[[Sequence[tuple[str, Structure]]], list[Predicted | str]],
 ) -> list[Start]:
     """Ends of predicted paths; seconds: of all, compiling included, by their number."""
-    from relaxnet_jax.starting import move_to_end
-    from relaxnet_jax.trust import unusable
-
     begin = time.perf_counter()
     starts: dict[str, Start] = {}
     usable: list[tuple[str, Structure]] = []
@@ -156,14 +159,20 @@ def _with_model(
     seconds = (time.perf_counter() - begin) / max(len(usable), 1)
     by_name = {case.name: case for case in cases}
     for (name, _), result in zip(usable, results):
-        if isinstance(result, str):
-            starts[name] = Start(None, seconds, result)
-            continue
-        said = "; ".join(f"{flag.name}: {flag.detail}" for flag in result.flags)
-        if unusable(result.flags):
-            starts[name] = Start(None, seconds, said)
-            continue
-        atoms = by_name[name].atoms.copy()
-        move_to_end(atoms, result.path)
-        starts[name] = Start(atoms, seconds, said)
+        starts[name] = _end(by_name[name], result, seconds)
     return [starts[case.name] for case in cases]
+
+
+def _end(case: Case, result: Predicted | str, seconds: float) -> Start:
+    """The start at the end of a predicted path; none where it is unusable or there is but a reason."""
+    from relaxnet_jax.starting import move_to_end
+    from relaxnet_jax.trust import unusable
+
+    if isinstance(result, str):
+        return Start(None, seconds, result)
+    said = "; ".join(f"{flag.name}: {flag.detail}" for flag in result.flags)
+    if unusable(result.flags):
+        return Start(None, seconds, said)
+    atoms = case.atoms.copy()
+    move_to_end(atoms, result.path)
+    return Start(atoms, seconds, said)

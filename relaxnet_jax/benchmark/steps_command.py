@@ -20,7 +20,7 @@ from relaxnet_jax.console import bar, note, say
 from relaxnet_jax.data.files import atomic_path
 from relaxnet_jax.data.generation.calculators import Calculator
 from relaxnet_jax.errors import InputError
-from relaxnet_jax.model import RelaxNet, load_model, model_folder
+from relaxnet_jax.model import RelaxNet, load_model, member_folders
 
 PACKAGES = (*machine.PACKAGES, "ase", "chgnet", "gpaw")
 
@@ -34,7 +34,8 @@ def benchmark_steps(args: argparse.Namespace) -> int:
     _check(args)
     models = {name: getattr(args, name) for name in ("model", "egnn") if getattr(args, name)}
     loaded = {name: _load(folder) for name, folder in models.items()}
-    variable = any(model.config.dynamics.cell == "variable" for model, _ in loaded.values())
+    every = [model for members, _ in loaded.values() for model in members.values()]
+    variable = any(model.config.dynamics.cell == "variable" for model in every)
     oracle = load_oracle(args.oracle, variable, args.cutoff, args.kpoint_density)
     kinds = _kinds(args, loaded, variable)
     cases, failures = find_cases(args.structures, list(models.values()), variable, args.limit, note)
@@ -83,20 +84,24 @@ def _check(args: argparse.Namespace) -> None:
         raise InputError("--chgnet: CHGNet is the oracle already; leave it out")
 
 
-def _load(folder: str) -> tuple[RelaxNet, str]:
-    path = model_folder(folder)
-    return load_model(path), starts.model_identity(path)
+def _load(name: str) -> tuple[dict[str, RelaxNet], str]:
+    paths = member_folders(name)
+    return {str(path): load_model(path) for path in paths}, starts.model_identity(paths)
 
 
 def _kinds(
-    args: argparse.Namespace, loaded: dict[str, tuple[RelaxNet, str]], variable: bool
+    args: argparse.Namespace, loaded: dict[str, tuple[dict[str, RelaxNet], str]], variable: bool
 ) -> list[Kind]:
     """The starts asked for, beside the initial structure."""
     kinds = []
     if "model" in loaded:
         kinds.append(starts.predicted_start(*loaded["model"]))
     if "egnn" in loaded:
-        kinds.append(starts.minimised_start(*loaded["egnn"], args.fmax, args.max_steps))
+        members, identity = loaded["egnn"]
+        if len(members) > 1:
+            raise InputError(f"--egnn {args.egnn}: names a committee; name one potential")
+        (model,) = members.values()
+        kinds.append(starts.minimised_start(model, identity, args.fmax, args.max_steps))
     if args.chgnet:
         chgnet = load_oracle("chgnet", variable)
         kinds.append(starts.relaxed_start(chgnet, args.fmax, args.max_steps))

@@ -10,7 +10,7 @@ from relaxnet_jax.config import Config
 from relaxnet_jax.data.frames import select_frames
 from relaxnet_jax.data.trajectory import RelaxationTrajectory
 from relaxnet_jax.graph import Structure, build_structure, masses_of
-from relaxnet_jax.strain import deformations, from_voigt
+from relaxnet_jax.strain import deformations, from_reference, from_voigt, to_reference
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -128,7 +128,7 @@ def centred(
     """Frames mapped back to the initial cell by their deformations (m, 3, 3), their weighted centre
     where it was in the first one unless atoms are fixed: reference positions (m, N, 3) Å."""
     if (steps != np.eye(3)).any():
-        positions = positions @ np.swapaxes(np.linalg.inv(steps), -1, -2)
+        positions = to_reference(positions, steps)
     return positions if fixed_mask.any() else without_drift(positions, weights)
 
 
@@ -136,4 +136,4 @@ def driftless(t: RelaxationTrajectory, relaxes: bool, config: Config) -> Relaxat
     """A relaxation without its rigid translation, as training sees it."""
     mass = config.dynamics.mass
     positions, steps = reference_frames(t, np.arange(t.n_frames), relaxes, mass)
-    return dataclasses.replace(t, positions=positions @ np.swapaxes(steps, -1, -2))
+    return dataclasses.replace(t, positions=from_reference(positions, steps))

@@ -21,12 +21,12 @@ from relaxnet_jax.evaluate.figures import parity_figure, per_frame_figure
 from relaxnet_jax.evaluate.tables import write_metrics
 from relaxnet_jax.graph import Structure, build_structure
 from relaxnet_jax.lbfgs import FMAX, minimise
-from relaxnet_jax.metrics import Comparison, Metrics, Predictor, evaluate
+from relaxnet_jax.metrics import Comparison, Metrics, Predictor, averaged, evaluate, together
 from relaxnet_jax.model import RelaxNet, load_model
 from relaxnet_jax.predict import Path as PredictedPath
 from relaxnet_jax.predict import minimised_path, predict_structures
 from relaxnet_jax.solver import frame_grid
-from relaxnet_jax.strain import deformations
+from relaxnet_jax.strain import deformations, from_reference
 
 PREDICTORS: tuple[Predictor, ...] = ("model", "nothing", "composition")
 
@@ -96,12 +96,12 @@ def compare(
         chosen = select_frames(t.n_frames, n, "equidistant")
         relaxes = bool(structure.strain.any())
         true, steps = reference_frames(t, chosen.indices, relaxes, "unit")
-        true = true @ np.swapaxes(steps, -1, -2)
+        true = from_reference(true, steps)
         predicted, cells = path.positions[chosen.slots], path.cells[chosen.slots]
         if np.isfinite(predicted).all() and np.isfinite(cells).all():
             steps = deformations(cells)
             predicted = centred(predicted, steps, t.fixed_mask, np.ones(t.n_atoms))
-            predicted = predicted @ np.swapaxes(steps, -1, -2)
+            predicted = from_reference(predicted, steps)
         comparisons.append(
             Comparison(
                 id=t.id,
@@ -185,6 +185,16 @@ def evaluate_workdir(
     if "lbfgs" in results:
         costs["lbfgs"] = minimiser.costs
     return Evaluation(results, comparisons, left_out, name, costs)
+
+
+def mean_evaluation(members: Sequence[Evaluation]) -> Evaluation:
+    """A committee's: its mean as the predictor "model", and its first member for comparison."""
+    comparisons = [averaged(own) for own in together([m.comparisons for m in members])]
+    results = {"model": evaluate(comparisons, "model"), "first member": members[0].results["model"]}
+    others = ("nothing", "composition")
+    results |= {name: evaluate(comparisons, name) for name in others}
+    name = f"{members[0].name}; mean of {len(members)} models"
+    return Evaluation(results, comparisons, members[0].left_out, name)
 
 
 class _Minimiser:

@@ -22,9 +22,7 @@ from relaxnet_jax.structure_files import (
     Failure,
     Options,
     Predicted,
-    predict_all,
     sorted_out,
-    usable_structures,
     write_trajectories,
 )
 
@@ -39,8 +37,11 @@ if TYPE_CHECKING:
 SOME_FAILED = 1
 
 
-def relax(args: argparse.Namespace, load_model: Callable[[str], RelaxNet]) -> int:
+def relax(args: argparse.Namespace, load_members: Callable[[str], dict[str, RelaxNet]]) -> int:
     """Predicts, refines if asked to, writes and reports; see ``relaxnet-jax relax --help``.
+
+    Args:
+      load_members: the models a name stands for, by their names.
 
     Raises:
       InputError: wrong arguments, or not one structure could be relaxed.
@@ -67,18 +68,18 @@ def relax(args: argparse.Namespace, load_model: Callable[[str], RelaxNet]) -> in
     check_devices(None)
     from relaxnet_jax.committee import check_members
 
-    members = [load_model(folder) for folder in args.model]
-    if len(members) > 1:
-        check_members(members)
+    named = [item for folder in args.model for item in load_members(folder).items()]
+    if len(named) > 1:
+        check_members([model for _, model in named])
+    models = dict(named)
     options = Options(not args.keep_cell, args.fmax, args.steps)
-    models = dict(zip(args.model, members))
     predicted, seconds = _predict(models, found, args.frames, options, failures)
     done = _finish(predicted, calculator, args, seconds, failures)
     _write(done, dict(zip((i.name for i in found), targets)), html, args.fmax, failures)
     records = [one.record for one in done if one.written]
     total = time.perf_counter() - begin
     if args.json:
-        say(_json(records, failures.all, args, total))
+        say(_json(records, failures.all, args, total, list(models)))
     if not records:
         raise _nothing(failures)
     if not args.json:
@@ -142,25 +143,17 @@ def _predict(
     """The inputs with a usable prediction, and seconds of prediction per structure.
 
     Args:
-      models: by name; the first one predicts.
+      models: by name; of several, the mean predicts.
     """
-    from relaxnet_jax.committee import add_spreads
+    from relaxnet_jax.committee import predict_members
     from relaxnet_jax.starting import constraint_flags
 
     by_place = {one.place: one for one in found}
-    model, *_ = models.values()
-    others = dict(list(models.items())[1:])
     named = [(i.place, i.atoms) for i in found]
-    usable, unfit = usable_structures(model, named, lambda _: None, options)
-    failures.add(unfit)
     begin = time.perf_counter()
-    with bar("structures", len(usable)) as advance:
-        results, failed = predict_all(model, usable, frames, advance, lambda _: None, options)
-    if others:
-        with bar("other members", len(others)) as advance:
-            atoms = {one.place: one.atoms for one in found}
-            results = add_spreads(results, others, atoms, model, advance, options)
-    seconds = (time.perf_counter() - begin) / max(len(usable), 1)
+    with bar("structures", len(named)) as advance:
+        results, failed = predict_members(models, named, frames, advance, options)
+    seconds = (time.perf_counter() - begin) / max(len(results), 1)
     failures.add(failed)
     results, useless = sorted_out(results)
     failures.add(useless)
@@ -254,13 +247,14 @@ def _json(
     failures: Sequence[Failure],
     args: argparse.Namespace,
     seconds: float,
+    members: Sequence[str],
 ) -> str:
     from relaxnet_jax.relaxation.refine import WRONG_MINIMUM
     from relaxnet_jax.relaxation.report import UNITS
 
     document = {
         "model": args.model[0],
-        "committee": args.model,
+        "committee": members,
         "fmax": args.fmax,
         "refine": args.refine,
         "wrong_minimum_per_atom": WRONG_MINIMUM,

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from relaxnet_jax import metrics
+from relaxnet_jax.metrics import together
 from relaxnet_jax.reproduce import paper
 from relaxnet_jax.reproduce.lab import Lab, Predicted
 from relaxnet_jax.reproduce.runs import Run
@@ -62,17 +64,9 @@ def method(predicted: Sequence[Predicted], forces: bool = True) -> Method:
 
 def averaged(predicted: Sequence[Predicted]) -> Predicted:
     """The mean of what the seeds predict, as one prediction: a committee's. Costs as much as all."""
-    first, *others = [p.comparisons for p in predicted]
-    made = []
-    for members in zip(first, *others, strict=True):
-        mean = {
-            f.name: np.mean([getattr(c, f.name) for c in members], axis=0)
-            for f in dataclasses.fields(members[0])
-            if f.name.startswith("pred_") and getattr(members[0], f.name) is not None
-        }
-        made.append(dataclasses.replace(members[0], **mean))
+    made = tuple(metrics.averaged(own) for own in together([p.comparisons for p in predicted]))
     facts = {"seconds": sum(p.facts["seconds"] for p in predicted), "left_out": []}
-    return Predicted(tuple(made), facts)
+    return Predicted(made, facts)
 
 
 def doing_nothing(predicted: Sequence[Predicted]) -> Method:
