@@ -87,6 +87,13 @@ def _add_steps(kinds) -> None:
         "--chgnet", action="store_true", help="also start from the end of CHGNet's relaxation"
     )
     p.add_argument(
+        "--shaken",
+        type=float,
+        metavar="S",
+        help="also start from the initial structure with its atoms moved by chance, by Gaussian noise "
+        "of so many Å: how often another start nearby ends elsewhere, whoever found it",
+    )
+    p.add_argument(
         "--limit", type=int, metavar="N", help="so many structures, drawn by chance (default: all)"
     )
     p.add_argument(

@@ -227,7 +227,7 @@ def join(found: Mapping[str, Predicted], lost: Mapping[str, str], model: RelaxNe
     path, value = mean_path(paths), spread(paths)
     apart = disagreement(path, value)
     # Whether a pair was missed has been judged member by member; the mean has no neighbour list.
-    flags = trust_flags(path, model, np.inf) + ((apart,) if apart else ()) + gap
+    flags = trust_flags(path, model, None) + ((apart,) if apart else ()) + gap
     return Predicted(path, flags, value)
 
 

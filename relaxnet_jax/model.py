@@ -260,6 +260,7 @@ def save_model(model: RelaxNet, folder: str | Path) -> Path:
             "statistics": json.loads(model.statistics),
             "parameters": int(sum(v.size for v in flat.values())),
             "sha256": _digest(temporary / "parameters.npz"),
+            "config_sha256": _digest(temporary / "config.json"),
             "versions": _versions(),
         }
         (temporary / "model.json").write_text(json.dumps(facts, indent=2))
@@ -358,11 +359,13 @@ def load_model(folder: str | Path = PRETRAINED) -> RelaxNet:
         elements,
         json.dumps(facts["statistics"]),
     )
-    expected = jax.tree.map(jnp.shape, create_model(config).params)
-    if jax.tree.map(jnp.shape, params) != expected:
-        raise InputError(
-            f"{folder}: parameters do not fit config.json; restore the pair that was exported"
-        )
+    # Tracing the network for its shapes takes 2 s: only where they are not the pair exported.
+    if facts.get("config_sha256") != _digest(folder / "config.json"):
+        expected = jax.tree.map(jnp.shape, create_model(config).params)
+        if jax.tree.map(jnp.shape, params) != expected:
+            raise InputError(
+                f"{folder}: parameters do not fit config.json; restore the pair that was exported"
+            )
     return model
 
 

@@ -35,7 +35,7 @@ class Flag(NamedTuple):
       name: one of "untrained", "unseen element", "not finite", "skin exceeded",
         "atoms too close", "energy rises", "forces do not fall", "density", "coordination",
         "all atoms fixed", "vacuum strained", "constraints ignored", "no forces"; of a committee "members disagree",
-        "no spread".
+        "member lost".
       detail: one line with the numbers.
       unusable: the final geometry should not be used, not even as a start.
     """
@@ -45,20 +45,23 @@ class Flag(NamedTuple):
     unusable: bool = False
 
 
-def trust_flags(path: RelaxationTrajectory, model: RelaxNet, skin: float) -> tuple[Flag, ...]:
+def trust_flags(
+    path: RelaxationTrajectory, model: RelaxNet, skin: float | None
+) -> tuple[Flag, ...]:
     """All flags of a predicted path, the gravest first; empty where nothing speaks against it.
 
     Args:
       path: predicted, n frames.
       model: that predicted it.
-      skin: Å, of the neighbour list it was predicted with.
+      skin: Å, of the neighbour list it was predicted with; None for the mean of several paths.
     """
     flags = list(_elements(path, model))
     values = (path.positions, path.energies, path.forces)
     if not all(np.isfinite(v).all() for v in values):
         text = "positions, energies or forces of the path are not finite"
         return (Flag("not finite", text, True), *flags)
-    for found in (_skin(path, model, skin), contact_flag(path), _rise(path), _forces(path)):
+    missed = None if skin is None else _skin(path, model, skin)
+    for found in (missed, contact_flag(path), _rise(path), _forces(path)):
         if found is not None:
             flags.append(found)
     flags += _surroundings(path, model)

@@ -11,6 +11,7 @@ import pytest
 from ase import Atoms
 from ase.build import bulk, fcc111
 from ase.calculators.emt import EMT
+from ase.constraints import FixAtoms
 from ase.optimize import LBFGS
 from tiny import alloy, tiny_config, tiny_model
 
@@ -223,6 +224,20 @@ def relaxation(name, scale=1.0):
         forces=np.zeros((2, 4, 3)),
         fixed_mask=np.array([True, False, False, False]),
     )
+
+
+def test_shaken_starts():
+    """Atoms moved by noise of that width, the same for a structure of the same name; held ones stay."""
+    slab = fcc111("Cu", (3, 3, 4), vacuum=6.0)
+    slab.set_constraint(FixAtoms(range(9)))
+    cases = [Case("a", slab, False), Case("b", slab, False)]
+    one, other = (s.atoms for s in starts.shaken_start(0.05).find(cases))
+    (again,) = (s.atoms for s in starts.shaken_start(0.05).find(cases[:1]))
+    np.testing.assert_array_equal(one.positions, again.positions)
+    moved = one.positions - slab.positions
+    assert not moved[:9].any() and moved[9:].std() == pytest.approx(0.05, rel=0.25)
+    assert np.abs(one.positions - other.positions).max() > 0.05
+    assert len(one.constraints) == 1
 
 
 def test_only_unseen_structures(tmp_path):

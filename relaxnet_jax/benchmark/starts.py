@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -56,6 +57,22 @@ class Kind(NamedTuple):
 INITIAL = Kind(
     "initial", "initial structure", "", lambda cases: [Start(c.atoms.copy(), 0.0) for c in cases]
 )
+
+
+def shaken_start(noise: float) -> Kind:
+    """The initial structure, its atoms moved by Gaussian noise (standard deviation in Å): what any
+    start nearby comes to, by chance, however it was found."""
+
+    def find(cases: Sequence[Case]) -> list[Start]:
+        starts = []
+        for case in cases:
+            rng = np.random.default_rng(zlib.crc32(case.name.encode()))
+            atoms = case.atoms.copy()  # set_positions heeds constraints
+            atoms.set_positions(atoms.positions + rng.normal(0.0, noise, (len(atoms), 3)))
+            starts.append(Start(atoms, 0.0))
+        return starts
+
+    return Kind("shaken", f"initial structure, shaken by {noise:g} Å", f"{noise}", find)
 
 
 def predicted_start(models: Mapping[str, RelaxNet], identity: str) -> Kind:

@@ -76,7 +76,7 @@ def benchmark_steps(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
-    for option in ("limit", "max_steps", "fmax", "wrong_minimum"):
+    for option in ("limit", "max_steps", "fmax", "wrong_minimum", "shaken"):
         value = getattr(args, option)
         if value is not None and not value > 0:
             raise InputError(f"--{option.replace('_', '-')} {value:g}: must be positive")
@@ -102,6 +102,8 @@ def _kinds(
             raise InputError(f"--egnn {args.egnn}: names a committee; name one potential")
         (model,) = members.values()
         kinds.append(starts.minimised_start(model, identity, args.fmax, args.max_steps))
+    if args.shaken is not None:
+        kinds.append(starts.shaken_start(args.shaken))
     if args.chgnet:
         chgnet = load_oracle("chgnet", variable)
         kinds.append(starts.relaxed_start(chgnet, args.fmax, args.max_steps))
