@@ -160,8 +160,8 @@ def _add_eval(commands) -> None:
         nargs="+",
         default=[],
         metavar="DIR",
-        help="runs of other models trained from other seeds: how well their disagreement with "
-        "this one tells its errors",
+        help="runs of other models trained from other seeds: the errors of their mean with this one, "
+        "and how well their disagreement tells them",
     )
 
 
@@ -172,7 +172,7 @@ def _add_predict(commands) -> None:
         "--model",
         default=PRETRAINED,
         metavar="DIR",
-        help="a training run or a model folder (default: the model that comes with the package)",
+        help="a training run or a model folder (default: the committee that comes with the package)",
     )
     p.add_argument(
         "--frames",

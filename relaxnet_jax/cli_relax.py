@@ -28,8 +28,8 @@ def add_relax(commands) -> None:
         "--model",
         action="append",
         metavar="DIR",
-        help="a training run or a model folder (default: the model that comes with the package); "
-        "given several times, models trained from different seeds: the first one predicts, and how "
+        help="a training run or a model folder (default: the committee that comes with the package); "
+        "given several times, models trained from different seeds: their mean predicts, and how "
         "far they disagree is an estimate of its error",
     )
     p.add_argument("--frames", type=int, default=5, metavar="N", help="of each path (default: 5)")

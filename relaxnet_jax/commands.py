@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from relaxnet_jax.config import PRETRAINED, Config, from_json, load_config, to_dict
 from relaxnet_jax.console import bar, note, q, say, status
 from relaxnet_jax.errors import InputError
-from relaxnet_jax.runtime import check_devices, enable_compilation_cache, share_cpu
+from relaxnet_jax.runtime import check_devices, enable_compilation_cache, share_cpu, usable_cores
 
 SOME_LEFT_OUT = 1
 LEAST_SHARE = 4  # structures of a batch on a core; with fewer a step takes about as long
@@ -58,8 +58,6 @@ def train(args: argparse.Namespace) -> int:
 def _shares(config: Config, devices: int | None) -> int:
     """In how many parts the cores of a CPU share a batch. As many ``devices`` as are asked for are
     made of a CPU's cores, but have batches of their own."""
-    from relaxnet_jax.data.importing import usable_cores
-
     if config.dynamics.solver != "rk4":  # runs on one device
         return 1
     cores = usable_cores()

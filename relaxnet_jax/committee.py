@@ -139,14 +139,14 @@ def mean_path(paths: Sequence[RelaxationTrajectory]) -> RelaxationTrajectory:
     first = paths[0]
     steps = np.mean([deformations(p.cells) for p in paths], axis=0)
     reference = np.mean([_references(p) for p in paths], axis=0)
-    known = all(p.stresses is not None for p in paths)
+    stresses = [p.stresses for p in paths if p.stresses is not None]
     return dataclasses.replace(
         first,
         positions=_kept(from_reference(reference, steps), [p.positions for p in paths]),
         cells=_kept(from_reference(first.cells[0], steps), [p.cells for p in paths]),
         energies=np.mean([p.energies for p in paths], axis=0),
         forces=np.mean([p.forces for p in paths], axis=0),
-        stresses=np.mean([p.stresses for p in paths], axis=0) if known else None,
+        stresses=np.mean(stresses, axis=0) if len(stresses) == len(paths) else None,
     )
 
 

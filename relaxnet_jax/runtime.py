@@ -19,6 +19,13 @@ def cache_folder() -> Path:
     return Path(os.environ.get(CACHE_VARIABLE) or platformdirs.user_cache_dir("relaxnet_jax"))
 
 
+def usable_cores() -> int:
+    """Cores this process may use, by affinity and by the limits of its container."""
+    import joblib
+
+    return joblib.cpu_count()
+
+
 def enable_compilation_cache() -> Path | None:
     """Quiets XLA's log and keeps what it compiles on disk for the next process.
 

@@ -14,7 +14,6 @@ import pytest
 from tiny import TINY
 
 from relaxnet_jax import cli
-from relaxnet_jax.benchmark.machine import usable_cores
 from relaxnet_jax.config import load_config
 from relaxnet_jax.data.dataset import load_dataset
 from relaxnet_jax.data.generation.calculators import load_calculator
@@ -35,6 +34,7 @@ from relaxnet_jax.reproduce.section import Section, Table
 from relaxnet_jax.reproduce.setting import Setting
 from relaxnet_jax.reproduce.verdict import FAILS, HOLDS, OPEN, Claim, all_of, decided, lower
 from relaxnet_jax.reproduce.workers import core_shares, train_side_by_side
+from relaxnet_jax.runtime import usable_cores
 
 SMALL = (
     "data.n_emt=24",

@@ -20,13 +20,13 @@ from ase.build import bulk
 from rich.console import Console
 from tiny import TINY
 
-from relaxnet_jax.benchmark.machine import usable_cores
 from relaxnet_jax.config import TrainConfig, load_config, to_json
 from relaxnet_jax.data.dataset import read_trajectories
 from relaxnet_jax.data.sample_file import SampleView
 from relaxnet_jax.errors import InputError
 from relaxnet_jax.model import create_model, load_model
 from relaxnet_jax.predict import relax
+from relaxnet_jax.runtime import usable_cores
 from relaxnet_jax.train import loop
 from relaxnet_jax.train.checkpoint import Checkpoints, has_checkpoint
 from relaxnet_jax.train.loop import train

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from relaxnet_jax.benchmark.timing import measure
+from relaxnet_jax.runtime import usable_cores
 
 PACKAGES = ("relaxnet-jax", "jax", "jaxlib", "flax", "e3nn-jax", "diffrax", "numpy")
 ENOUGH = 0.05  # s, a matrix product that takes this long is large enough to be a ceiling
@@ -41,11 +42,6 @@ def processor() -> str:
         lines = []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
-
-
-def usable_cores() -> int:
-    """Cores this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def available_bytes() -> int | None:

@@ -40,10 +40,10 @@ def load_oracle(
         if value is not None:
             raise InputError(f"{option} {value:g}: is for --oracle gpaw; leave it out")
     try:
-        return check_calculator(name, relax_cell)
+        return check_calculator(name, relax_cell, "--oracle")
     except InputError as error:
-        text = str(error).replace("--calculator", "--oracle", 1)
-        raise InputError(text.replace("give emt, chgnet or", "give emt, chgnet, gpaw or")) from None
+        text = str(error).replace("give emt, chgnet or", "give emt, chgnet, gpaw or")
+        raise InputError(text) from None
 
 
 def _gpaw(cutoff: float, density: float) -> Calculator:

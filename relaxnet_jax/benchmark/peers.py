@@ -31,6 +31,7 @@ from relaxnet_jax.benchmark.work import (
 from relaxnet_jax.config import Config, to_dict
 from relaxnet_jax.errors import InputError
 from relaxnet_jax.predict import relax
+from relaxnet_jax.runtime import usable_cores
 
 PARTS = ("torch", "chgnet", "torch-sim")
 # What each part imports, and the extra that brings it.
@@ -76,7 +77,7 @@ def run_peers(
     identity = {k: v for k, v in facts.items() if k not in ("load_average", "memory_bytes")} | {
         "configs": [to_dict(config)],
         "fast": fast,
-        "threads": machine.usable_cores(),
+        "threads": usable_cores(),
     }
     if minutes is None:
         minutes = FAST_MINUTES if fast else MINUTES
@@ -170,7 +171,7 @@ def _fastest_threads(run: Callable[[], Any]) -> int:
     import torch
 
     seconds: dict[int, float] = {}
-    for threads in sorted({1, machine.usable_cores()}):
+    for threads in sorted({1, usable_cores()}):
         torch.set_num_threads(threads)
         found = []
         for _ in range(3):  # the first of a number of threads starts them

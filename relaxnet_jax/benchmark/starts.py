@@ -84,7 +84,8 @@ def predicted_start(models: Mapping[str, RelaxNet], identity: str) -> Kind:
     frames = max(first.config.dynamics.frames, 2)
 
     def find(cases: Sequence[Case]) -> list[Start]:
-        begin, found = time.perf_counter(), {}
+        begin = time.perf_counter()
+        found: dict[str, Predicted | str] = {}
         for relax_cell in (False, True):
             own = [(c.name, c.atoms) for c in cases if c.relax_cell == relax_cell]
             results, failed = predict_members(models, own, frames, options=Options(relax_cell))

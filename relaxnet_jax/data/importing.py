@@ -29,6 +29,7 @@ from relaxnet_jax.data.trajectory import UNFINISHED, RelaxationTrajectory
 from relaxnet_jax.data.vasp.beside import Initial
 from relaxnet_jax.data.vasp.vasprun import Energy
 from relaxnet_jax.errors import InputError
+from relaxnet_jax.runtime import usable_cores
 
 # Below this another process takes longer to start than to read.
 ALONE_BYTES = 1 << 20
@@ -148,13 +149,6 @@ def import_files(
         frames=merged.frames,
         unfinished=merged.unfinished,
     )
-
-
-def usable_cores() -> int:
-    """Cores this process may use, by affinity and by the limits of its container."""
-    import joblib
-
-    return joblib.cpu_count()
 
 
 def _read_in_parts(

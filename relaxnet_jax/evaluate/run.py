@@ -191,8 +191,7 @@ def mean_evaluation(members: Sequence[Evaluation]) -> Evaluation:
     """A committee's: its mean as the predictor "model", and its first member for comparison."""
     comparisons = [averaged(own) for own in together([m.comparisons for m in members])]
     results = {"model": evaluate(comparisons, "model"), "first member": members[0].results["model"]}
-    others = ("nothing", "composition")
-    results |= {name: evaluate(comparisons, name) for name in others}
+    results |= {name: evaluate(comparisons, name) for name in PREDICTORS if name != "model"}
     name = f"{members[0].name}; mean of {len(members)} models"
     return Evaluation(results, comparisons, members[0].left_out, name)
 

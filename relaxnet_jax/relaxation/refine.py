@@ -59,10 +59,7 @@ class Refined(NamedTuple):
 
 def load(name: str) -> Calculator:
     """The calculator of ``--refine``: emt, chgnet or MODULE:FACTORY. Raises InputError."""
-    try:
-        return check_calculator(name, relax_cell=False)
-    except InputError as error:
-        raise InputError(str(error).replace("--calculator", "--refine", 1)) from error
+    return check_calculator(name, relax_cell=False, option="--refine")
 
 
 def refine(

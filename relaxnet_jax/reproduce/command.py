@@ -126,10 +126,7 @@ def _reference(name: str | None) -> Calculator | None:
         return None
     from relaxnet_jax.data.generation.calculators import check_calculator
 
-    try:
-        return check_calculator(name, relax_cell=False)
-    except InputError as error:
-        raise InputError(str(error).replace("--calculator", "--reference", 1)) from None
+    return check_calculator(name, relax_cell=False, option="--reference")
 
 
 def _sources(items: list[str]) -> dict[str, str]:

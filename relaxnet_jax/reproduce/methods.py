@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-import numpy as np
-
 from relaxnet_jax import metrics
 from relaxnet_jax.metrics import together
 from relaxnet_jax.reproduce import paper

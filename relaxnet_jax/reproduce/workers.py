@@ -13,11 +13,10 @@ from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
-from relaxnet_jax.benchmark.machine import usable_cores
 from relaxnet_jax.errors import InputError
 from relaxnet_jax.reproduce.plan import Entry
 from relaxnet_jax.reproduce.training import StoppedError, train_entry
-from relaxnet_jax.runtime import enable_compilation_cache
+from relaxnet_jax.runtime import enable_compilation_cache, usable_cores
 
 STOPPED, UNUSABLE = "stopped", "unusable"
 LOGS = "logs"  # in the report's folder: what each run would have shown on the terminal

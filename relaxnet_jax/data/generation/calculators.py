@@ -41,7 +41,7 @@ class Calculator(NamedTuple):
     version: str
 
 
-def load_calculator(name: str) -> Calculator:
+def load_calculator(name: str, option: str = "--calculator") -> Calculator:
     """The calculator called ``name``.
 
     "emt" is ASE's EMT for Al, Cu, Ag, Au, Ni, Pd and Pt; "chgnet" the pretrained CHGNet
@@ -50,19 +50,22 @@ def load_calculator(name: str) -> Calculator:
     when called without arguments. It is called for every relaxation, so that none depends on
     another. This runs the code of that module: name only what you would run yourself.
 
+    Args:
+      option: by which the user named it, for what errors say.
+
     Raises:
       InputError: no such calculator, module or factory, or CHGNet is not installed.
     """
     if name == "emt":
         return _emt()
     if name == "chgnet":
-        return _chgnet()
+        return _chgnet(option)
     if not _FACTORY.fullmatch(name):
         raise InputError(
-            f"--calculator {name}: unknown: give emt, chgnet or MODULE:FACTORY, a function of "
+            f"{option} {name}: unknown: give emt, chgnet or MODULE:FACTORY, a function of "
             "your own that returns an ASE calculator"
         )
-    return _factory(name)
+    return _factory(name, option)
 
 
 def _emt() -> Calculator:
@@ -75,18 +78,23 @@ def _emt() -> Calculator:
     return Calculator(EMT, "emt", SOURCE, known, ase.__version__)
 
 
-@functools.cache
-def _chgnet() -> Calculator:
+def _chgnet(option: str) -> Calculator:
     try:
-        import torch
-        from chgnet import __version__
-        from chgnet.model.dynamics import CHGNetCalculator
-        from chgnet.model.model import CHGNet
+        return _loaded_chgnet()
     except ImportError as error:
         raise InputError(
-            f"--calculator chgnet: CHGNet cannot be imported ({one_line(error)}): "
+            f"{option} chgnet: CHGNet cannot be imported ({one_line(error)}): "
             "pip install 'relaxnet-jax[chgnet]'"
         ) from error
+
+
+@functools.cache
+def _loaded_chgnet() -> Calculator:
+    import torch
+    from chgnet import __version__
+    from chgnet.model.dynamics import CHGNetCalculator
+    from chgnet.model.model import CHGNet
+
     # Sums over several threads round otherwise: results would depend on the number of jobs.
     torch.set_num_threads(1)
     with contextlib.redirect_stdout(io.StringIO()):  # it says what it is and where it runs
@@ -102,7 +110,7 @@ def _chgnet() -> Calculator:
     return Calculator(make, "chgnet", source, known, f"{version} {__version__}")
 
 
-def _factory(name: str) -> Calculator:
+def _factory(name: str, option: str) -> Calculator:
     module_name, _, attribute = name.partition(":")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
@@ -110,13 +118,13 @@ def _factory(name: str) -> Calculator:
         module = importlib.import_module(module_name)
     except Exception as error:  # the module's own code runs and may raise anything
         raise InputError(
-            f"--calculator {name}: module {module_name} cannot be imported "
+            f"{option} {name}: module {module_name} cannot be imported "
             f"({type(error).__name__}: {one_line(error)}): repair it or its name"
         ) from error
     make = getattr(module, attribute, None)
     if not callable(make):
         raise InputError(
-            f"--calculator {name}: {module_name} has no function {attribute}: "
+            f"{option} {name}: {module_name} has no function {attribute}: "
             "name one that returns an ASE calculator"
         )
     file = getattr(module, "__file__", None)
@@ -124,29 +132,34 @@ def _factory(name: str) -> Calculator:
     return Calculator(make, attribute, f"calculator {name}", None, version)
 
 
-def check_calculator(name: str, relax_cell: bool) -> Calculator:
+def check_calculator(
+    name: str, relax_cell: bool, option: str = "--calculator"
+) -> Calculator:
     """Loads the calculator and makes one, so that a wrong one is refused before any work.
+
+    Args:
+      name, option: see `load_calculator`. relax_cell: whether it must have stresses.
 
     Raises:
       InputError: it cannot be loaded or made, is no ASE calculator, or lacks forces, or the
         stress that relaxing the cell needs.
     """
-    calculator = load_calculator(name)
+    calculator = load_calculator(name, option)
     try:
         made = calculator.make()
     except Exception as error:  # the user's own code
         raise InputError(
-            f"--calculator {name}: the factory fails ({type(error).__name__}: "
+            f"{option} {name}: the factory fails ({type(error).__name__}: "
             f"{one_line(error)}): repair it"
         ) from error
     offered = getattr(made, "implemented_properties", None)
     if offered is None or not callable(getattr(made, "get_property", None)):
         raise InputError(
-            f"--calculator {name}: gives a {type(made).__name__}, no ASE calculator: return one"
+            f"{option} {name}: gives a {type(made).__name__}, no ASE calculator: return one"
         )
     needed = ("energy", "forces", "stress") if relax_cell else ("energy", "forces")
     missing = [need for need in needed if need not in offered]
     if missing:
         remedy = "leave out --relax-cell" if missing == ["stress"] else "choose another"
-        raise InputError(f"--calculator {name}: has no {' and no '.join(missing)}: {remedy}")
+        raise InputError(f"{option} {name}: has no {' and no '.join(missing)}: {remedy}")
     return calculator

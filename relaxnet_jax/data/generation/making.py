@@ -27,11 +27,11 @@ from relaxnet_jax.data.generation.parents import Parent, Parents, read_parents, 
 from relaxnet_jax.data.generation.relaxing import relax
 from relaxnet_jax.data.generation.settings import GENERATOR_VERSION, Settings
 from relaxnet_jax.data.generation.start import MIN_CONTACT, draw_start
-from relaxnet_jax.data.importing import usable_cores
 from relaxnet_jax.data.parts import PartResult, run_parts
 from relaxnet_jax.data.store_write import SUFFIXES, write_store
 from relaxnet_jax.data.trajectory import UNCONVERGED, RelaxationTrajectory, reduced_formula
 from relaxnet_jax.errors import InputError
+from relaxnet_jax.runtime import usable_cores
 
 # Relaxations in a part: what a kill loses at most. Not dependent on the number of jobs, so that
 # parts made with one number serve with another.
