@@ -15,7 +15,7 @@ Three predictors are measured on the same structures:
 
 A structure whose prediction is not finite has no error to average. It is left out of the
 means of all three predictors alike, counted in ``Metrics.n_nonfinite``, and counts as a
-failure in the two fractions.
+failure in the two fractions and in the median.
 """
 
 from __future__ import annotations
@@ -244,6 +244,8 @@ class Metrics:
       final, all_frames: errors of the final frame, and of all frames present.
       monotone_fraction: of structures with more than one frame, E_{t+1} <= E_t + 1e-6 eV.
       final_ratio: mean final ``positions_mae`` over that of doing nothing (ratio of means).
+      median_ratio: median over structures of final ``positions_mae`` over that of doing nothing, of
+        those that move: the means are made by the few that move far.
       improved_fraction: structures whose final ``positions_mae`` is strictly below that of
         doing nothing; a structure that does not move cannot be improved.
       per_frame: errors by frame.
@@ -256,6 +258,7 @@ class Metrics:
     all_frames: FrameMetrics
     monotone_fraction: float | None
     final_ratio: float | None
+    median_ratio: float | None
     improved_fraction: float | None
     per_frame: PerFrame
 
@@ -374,9 +377,16 @@ def evaluate(comparisons: Sequence[Comparison], predictor: Predictor = "model") 
         all_frames=_frame_metrics(errors, pairs, slice(None)),
         monotone_fraction=_mean([*monotone, *lost]),
         final_ratio=mean / mean_nothing if mean is not None and mean_nothing else None,
+        median_ratio=_median([a / b for a, b in zip(final, nothing) if b > 0] + [math.inf] * len(lost)),
         improved_fraction=_mean([*improved, *lost]),
         per_frame=PerFrame(**{k: _column_means(v) for k, v in by_slot.items()}, counts=counts),
     )
+
+
+def _median(values: Sequence[float]) -> float | None:
+    """None of nothing, and where half of the values are infinite."""
+    found = float(np.median(values)) if values else math.inf
+    return found if math.isfinite(found) else None
 
 
 def structure_errors(c: Comparison, predictor: Predictor = "model") -> dict[str, np.ndarray]:

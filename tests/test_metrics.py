@@ -84,6 +84,7 @@ def test_every_structure_counts_once():
     m = evaluate([comparison(), still, big])
     assert m.final.positions_mae == pytest.approx((0.05 + 0.05 + 0.1) / 3)
     assert m.final_ratio == pytest.approx(0.2 / (0.1 + 0 + 0.1))
+    assert m.median_ratio == pytest.approx(0.75)  # of 0.5 and 1; one does not move
     assert m.improved_fraction == pytest.approx(1 / 3)  # neither one at rest nor a tie improves
     assert m.final.energy_mae_per_atom == pytest.approx((200 + 0 + 100) / 3)
     alone = evaluate([still])
@@ -136,6 +137,7 @@ def test_diverged_predictions_leave_all_predictors_and_fail():
     assert m.final.energy_mae == pytest.approx(0.4)
     assert (m.monotone_fraction, m.improved_fraction) == (0.5, 0.5)
     assert evaluate([comparison(), bad], "nothing").final.energy_mae == pytest.approx(1)
+    assert m.median_ratio is None and evaluate([comparison()] * 2 + [bad]).median_ratio == pytest.approx(0.5)
     only = evaluate([bad])
     assert only.final.energy_mae is None and only.improved_fraction == 0
     json.dumps(only.to_dict(), allow_nan=False)

@@ -55,6 +55,7 @@ _ROWS = (
         for frames, label in (("final", "final frame"), ("all_frames", "all frames"))
     ),
     ("final coordinate MAE / doing nothing", "final_ratio", "number", _MOVING),
+    ("… median over structures", "median_ratio", "number", _MOVING),
     ("improved over doing nothing", "improved_fraction", "percent", ("model",)),
     ("structures with falling energy", "monotone_fraction", "percent", ("model",)),
 )
