@@ -7,6 +7,7 @@ import warnings
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import threadpoolctl
 
 from relaxnet_jax.data.files import one_line
 from relaxnet_jax.data.generation.calculators import Calculator, check_calculator
@@ -129,7 +130,9 @@ def _descend(
     kind: Any = LBFGS  # ASE's annotations know no logfile=None
     target: Any = FrechetCellFilter(atoms, mask=strain_mask(atoms)) if relax_cell else atoms
     optimizer = kind(target, logfile=None)
-    with warnings.catch_warnings():
+    # Threads of the linear algebra only wait for each other over ASE's matrices of 3 by 3.
+    threads = threadpoolctl.threadpool_limits(1 if calculator.serial else None, user_api="blas")
+    with threads, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the optimiser's; what matters shows in the result
         optimizer.run(fmax=fmax, steps=steps)
         energy, forces = atoms.get_potential_energy(), target.get_forces()

@@ -32,6 +32,7 @@ class Calculator(NamedTuple):
       source: what the trajectories' ``source`` says.
       elements: atomic numbers it knows, None for any.
       version: changes when its results may.
+      serial: whether one thread is all it uses.
     """
 
     make: Callable[[], Any]
@@ -39,6 +40,7 @@ class Calculator(NamedTuple):
     source: str
     elements: frozenset[int] | None
     version: str
+    serial: bool = False
 
 
 def load_calculator(name: str, option: str = "--calculator") -> Calculator:
@@ -75,7 +77,7 @@ def _emt() -> Calculator:
 
     # EMT also has made-up parameters for H, C, N and O.
     known = frozenset(atomic_numbers[s] for s in ELEMENTS)
-    return Calculator(EMT, "emt", SOURCE, known, ase.__version__)
+    return Calculator(EMT, "emt", SOURCE, known, ase.__version__, serial=True)
 
 
 def _chgnet(option: str) -> Calculator:
@@ -107,7 +109,7 @@ def _loaded_chgnet() -> Calculator:
 
     version = getattr(model, "version", None) or __version__
     source = f"CHGNet {version} (not DFT)"
-    return Calculator(make, "chgnet", source, known, f"{version} {__version__}")
+    return Calculator(make, "chgnet", source, known, f"{version} {__version__}", serial=True)
 
 
 def _factory(name: str, option: str) -> Calculator:
