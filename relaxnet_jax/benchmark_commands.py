@@ -8,7 +8,7 @@ from pathlib import Path
 from relaxnet_jax.config import Config, load_config, shipped_configs
 from relaxnet_jax.console import note, say
 from relaxnet_jax.errors import InputError
-from relaxnet_jax.runtime import check_devices, enable_compilation_cache
+from relaxnet_jax.runtime import batch_shares, check_devices, enable_compilation_cache
 
 FAST_RELAXATIONS = 60  # of the generated data
 
@@ -44,10 +44,10 @@ def benchmark_speed(args: argparse.Namespace) -> int:
 
 def benchmark_peers(args: argparse.Namespace) -> int:
     """``relaxnet-jax benchmark peers``."""
-    config = load_config(args.config, _changes(args))
+    config = peers_config(args)
     _check_minutes(args)
     enable_compilation_cache()
-    check_devices(None)
+    batch_shares(config)
     from rich.console import Console
 
     from relaxnet_jax.benchmark import report
@@ -88,6 +88,11 @@ def _configs(args: argparse.Namespace) -> list[Config]:
     shipped = [load_config(p, _changes(args)) for p in sorted(shipped_configs().glob("*.py"))]
     shipped = [c for c in shipped if not c.name.startswith("paper_")]
     return [c for c in shipped if c.dynamics.latent in ("explicit", "implicit")]
+
+
+def peers_config(args: argparse.Namespace) -> Config:
+    """The configuration both sides run: its starts are not shaken, which the peer cannot follow."""
+    return load_config(args.config, _changes(args) | {"train.noise": 0.0})
 
 
 def _changes(args: argparse.Namespace) -> dict[str, object]:

@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING
 from relaxnet_jax.config import PRETRAINED, Config, from_json, load_config, to_dict
 from relaxnet_jax.console import bar, note, q, say, status
 from relaxnet_jax.errors import InputError
-from relaxnet_jax.runtime import check_devices, enable_compilation_cache, share_cpu, usable_cores
+from relaxnet_jax.runtime import batch_shares, check_devices, enable_compilation_cache
 
 SOME_LEFT_OUT = 1
-LEAST_SHARE = 4  # structures of a batch on a core; with fewer a step takes about as long
 TERMINATED = 143  # as shells say it of a process that SIGTERM ended
 
 if TYPE_CHECKING:
@@ -35,7 +34,7 @@ def train(args: argparse.Namespace) -> int:
     first = place is None or place.index == 0
     again = f"continue with: relaxnet-jax train --resume --workdir {q(workdir)}"
     with joined(place, args.join_seconds):
-        shares = _shares(config, args.devices) if place is None else 1
+        shares = batch_shares(config, args.devices) if place is None else 1
         check_devices(args.devices)
         from relaxnet_jax.train.checkpoint import has_checkpoint
         from relaxnet_jax.train.loop import train as run
@@ -53,17 +52,6 @@ def train(args: argparse.Namespace) -> int:
     if first:
         say(f"next: relaxnet-jax eval --workdir {q(workdir)}")
     return 0
-
-
-def _shares(config: Config, devices: int | None) -> int:
-    """In how many parts the cores of a CPU share a batch. As many ``devices`` as are asked for are
-    made of a CPU's cores, but have batches of their own."""
-    if config.dynamics.solver != "rk4":  # runs on one device
-        return 1
-    cores = usable_cores()
-    wanted = min(cores, config.train.batch_size // LEAST_SHARE) if devices is None else devices
-    found = share_cpu(wanted) if wanted <= cores else 1
-    return found if devices is None else 1
 
 
 def _run_of(args: argparse.Namespace) -> tuple[Config, Path]:

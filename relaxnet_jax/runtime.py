@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from relaxnet_jax.errors import InputError
 
+if TYPE_CHECKING:
+    from relaxnet_jax.config import Config
+
 CACHE_VARIABLE = "RELAXNET_JAX_CACHE"
+LEAST_SHARE = 4  # structures of a batch on a core; with fewer a step takes about as long
 MIN_COMPILE_SECONDS = 1.0  # what compiles faster is not worth a file
 
 
@@ -84,6 +88,20 @@ def share_cpu(parts: int) -> int:
             shared = False
     check_devices(None)
     return jax.local_device_count() if shared and jax.default_backend() == "cpu" else 1
+
+
+def batch_shares(config: Config, devices: int | None = None) -> int:
+    """In how many parts the cores of a CPU share a batch of a training run; see `share_cpu`.
+
+    Args:
+      devices: how many are asked for, which are made of a CPU's cores, but have batches of their own.
+    """
+    if config.dynamics.solver != "rk4":  # runs on one device
+        return 1
+    cores = usable_cores()
+    wanted = min(cores, config.train.batch_size // LEAST_SHARE) if devices is None else devices
+    found = share_cpu(wanted) if wanted <= cores else 1
+    return found if devices is None else 1
 
 
 def check_devices(n: int | None) -> None:

@@ -16,6 +16,8 @@ from relaxnet_jax.benchmark import machine, scaling, speed
 from relaxnet_jax.benchmark.costs import memory_bytes, program_costs
 from relaxnet_jax.benchmark.notebook import Notebook
 from relaxnet_jax.benchmark.timing import measure_alternating, summary
+from relaxnet_jax.benchmark.work import load_work, shared_training, training_step
+from relaxnet_jax.config import load_config
 from relaxnet_jax.data.store_write import write_store
 from relaxnet_jax.data.trajectory import RelaxationTrajectory
 
@@ -61,6 +63,19 @@ def test_costs_without_xlas_analysis(monkeypatch):
     found = program_costs(traced.jaxpr, traced.lower().compile())
     assert found.flops == 2 * 8**3 and found.xla_bytes is None
     assert "cannot be used: KeyError: 'nothing'" in found.remark
+
+
+@pytest.mark.usefixtures("quick_compilation", "own_cache")
+def test_shared_training_is_the_step_on_one_device():
+    """The losses of three steps in a row; what devices are there share the batch."""
+    config = load_config(TINY, {"data.n_emt": 24, "train.batch_size": 4})
+    loaded = load_work(config, lambda _: None)
+    bucket = loaded.buckets[0]
+    step = training_step(loaded, bucket.batch)
+    alone = step.runner(jax.jit(step.function))
+    shared = shared_training(loaded, bucket, lambda _: None)
+    for _ in range(3):
+        assert float(shared()["loss"]) == pytest.approx(float(alone()[1]["loss"]), rel=1e-5)
 
 
 def test_runs_take_turns():

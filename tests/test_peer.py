@@ -1,5 +1,7 @@
 """The PyTorch peer of the benchmark computes what we compute; needs the ``bench`` extra."""
 
+import argparse
+import dataclasses
 import json
 import subprocess
 import sys
@@ -13,6 +15,7 @@ from tiny import batch, compiled, no_weights, systems, tiny_config, tiny_model
 
 from relaxnet_jax import cli
 from relaxnet_jax.benchmark import relaxers, report
+from relaxnet_jax.benchmark_commands import peers_config
 from relaxnet_jax.config import load_config
 from relaxnet_jax.errors import InputError
 from relaxnet_jax.losses import Targets, loss_terms, weighted_loss
@@ -227,6 +230,16 @@ def test_missing_peers_are_named(monkeypatch, capsys):
 def test_peers_that_differ_are_not_timed():
     with pytest.raises(RuntimeError, match="the losses of RelaxNet and of the PyTorch peer differ"):
         peers._check(float("nan"), "the losses")
+
+
+def test_the_default_comparison_is_one_the_peer_knows():
+    """Of the shipped config with all it trains with, but for the noise."""
+    args = argparse.Namespace(config="explicit.py", data=None, fast=True)
+    config = peers_config(args)
+    peer_network.check_peer(config)
+    noisy = dataclasses.replace(config, train=dataclasses.replace(config.train, noise=0.1))
+    with pytest.raises(InputError, match="train.noise"):
+        peer_network.check_peer(noisy)
 
 
 def test_ratios_are_of_turns(monkeypatch):

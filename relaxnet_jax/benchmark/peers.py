@@ -11,7 +11,7 @@ import dataclasses
 import importlib.util
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from relaxnet_jax.benchmark.work import (
     Work,
     inference_step,
     load_work,
+    shared_training,
     training_step,
 )
 from relaxnet_jax.config import Config, to_dict
@@ -120,21 +121,27 @@ def _installed(only: Sequence[str] | None, report: Callable[[str], None]) -> lis
 
 
 def training_entry(work: Work, bucket: BucketWork) -> dict[str, Any]:
-    """A training step of both, after checking that both have the same loss."""
+    """A training step of both, after checking that both have the same loss; ours as `train` runs it,
+    the cores sharing the batch, and as one program."""
     from relaxnet_jax.benchmark import peer_torch
 
     graph, targets = bucket.batch
     peer_graph = peer_torch.peer_graph(graph)
     peer_targets = peer_torch.peer_targets(graph, targets)
     trainer = peer_torch.PeerTraining(peer_torch.peer_network(work.model), work.scale)
+    shared = shared_training(work, bucket, lambda _: None)
     step = training_step(work, bucket.batch)
     _, compiled, _ = compile_once(step.function, step.arguments, step.donate)
-    ours = step.runner(compiled)
-    losses = [(float(ours()[1]["loss"]), trainer.step(peer_graph, peer_targets)) for _ in range(3)]
-    difference = max(abs(a - b) / abs(a) for a, b in losses)
+    alone = step.runner(compiled)
+    difference = 0.0
+    for _ in range(3):
+        theirs = trainer.step(peer_graph, peer_targets)
+        for own in (shared()["loss"], alone()[1]["loss"]):
+            difference = max(difference, abs(float(own) - theirs) / abs(theirs))
     _check(difference, "the losses of three steps")
-    return {"loss_difference": difference} | _ratios(
-        ours, lambda: trainer.step(peer_graph, peer_targets), bucket
+    facts = {"loss_difference": difference, "cores_sharing": jax.local_device_count()}
+    return facts | _ratios(
+        shared, lambda: trainer.step(peer_graph, peer_targets), bucket, {"one_program": alone}
     )
 
 
@@ -198,9 +205,12 @@ def _check(difference: float, what: str) -> None:
 
 
 def _ratios(
-    ours: Callable[[], Any], theirs: Callable[[], Any], bucket: BucketWork
+    ours: Callable[[], Any],
+    theirs: Callable[[], Any],
+    bucket: BucketWork,
+    more: Mapping[str, Callable[[], Any]] | None = None,
 ) -> dict[str, Any]:
-    """Seconds of both, taking turns, and how many times longer the peer takes."""
+    """Seconds of both, and of ``more``, taking turns, and how many times longer the peer takes."""
     threads = _fastest_threads(theirs)
 
     def paused(run):
@@ -210,7 +220,7 @@ def _ratios(
 
         return waiting
 
-    runs = {"ours": paused(ours), "peer": paused(theirs)}
+    runs = {k: paused(v) for k, v in {"ours": ours, "peer": theirs, **(more or {})}.items()}
     times = {
         name: [max(t - PAUSE, 1e-9) for t in values]
         for name, values in measure_alternating(runs, seconds=20.0, least=5).items()
@@ -218,8 +228,7 @@ def _ratios(
     return {
         "structures": len(bucket.structures),
         "peer_threads": threads,
-        "ours_s": dataclasses.asdict(summary(times["ours"])),
-        "peer_s": dataclasses.asdict(summary(times["peer"])),
+        **{f"{k}_s": dataclasses.asdict(summary(v)) for k, v in times.items()},
         "ratio": _spread([b / a for a, b in zip(times["ours"], times["peer"])]),
     }
 

@@ -10,17 +10,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from relaxnet_jax.batching import BatchShape
+from relaxnet_jax.batching import BatchShape, fitting_shape
 from relaxnet_jax.config import Config
 from relaxnet_jax.data.buckets import pack_epoch, plan_buckets
 from relaxnet_jax.data.dataset import load_dataset
 from relaxnet_jax.data.pipeline import collate_samples
 from relaxnet_jax.data.references import fit_element_energies
+from relaxnet_jax.data.sample import Sample
 from relaxnet_jax.data.sample_file import SampleView, prepare_samples
 from relaxnet_jax.graph import MAX_ATOMIC_NUMBER, Structure
 from relaxnet_jax.losses import Targets
 from relaxnet_jax.model import RelaxNet, create_model
 from relaxnet_jax.solver import solve_trajectory
+from relaxnet_jax.train.parallel import Devices
 from relaxnet_jax.train.state import initial_train_state
 from relaxnet_jax.train.step import make_train_step
 from relaxnet_jax.typing import Graph
@@ -32,7 +34,7 @@ class BucketWork:
 
     Attributes:
       shape: of its batches. batch: its fullest one, on the device.
-      structures: real structures in that batch.
+      samples: what it was made of. structures: theirs.
       mean_structures, mean_atoms: real ones per batch, over the bucket's epoch.
       batches: in an epoch.
       padding: fraction of the bucket's edge and triplet slots that are unused, over an epoch.
@@ -41,12 +43,17 @@ class BucketWork:
 
     shape: BatchShape
     batch: tuple[Graph, Targets]
-    structures: tuple[Structure, ...]
+    samples: tuple[Sample, ...]
     mean_structures: float
     mean_atoms: float
     batches: int
     padding: float
     atom_padding: float
+
+    @property
+    def structures(self) -> tuple[Structure, ...]:
+        """The real structures of the batch."""
+        return tuple(s.structure for s in self.samples)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +98,7 @@ def load_work(config: Config, report: Callable[[str], None]) -> Work:
             BucketWork(
                 shape=shape,
                 batch=jax.device_put(collate_samples(samples, shape, config)),
-                structures=tuple(s.structure for s in samples),
+                samples=tuple(samples),
                 mean_structures=len(inside) / len(batches),
                 mean_atoms=float(atoms) / len(batches),
                 batches=len(batches),
@@ -148,6 +155,33 @@ def training_step(work: Work, batch: tuple[Graph, Targets], static: bool = False
         donate=(0,),
         advance=lambda result, arguments: (result[0], *arguments[1:]),
     )
+
+
+def shared_training(
+    work: Work, bucket: BucketWork, report: Callable[[str], None]
+) -> Callable[[], dict[str, Any]]:
+    """A training step over the bucket's batch, divided among all local devices as `train` does it
+    on the cores of a CPU; every call goes on from the last, and returns the metrics."""
+    devices = Devices(log=report)
+    parts = [bucket.samples[k :: devices.n] for k in range(devices.n)]
+    shapes = [fitting_shape([s.structure for s in part]) for part in parts]
+    shape = BatchShape(*(max(values) for values in zip(*map(dataclasses.astuple, shapes))))
+    batch = devices.stack([collate_samples(part, shape, work.config) for part in parts])
+    step = devices.compile(
+        make_train_step(work.config, work.scale, devices.axis),
+        "training step",
+        (True, True, False, False),
+        donate=(0,),
+    )
+    state = devices.replicate(initial_train_state(work.model.params, work.config.train))
+    rate, key = np.float32(work.config.train.learning_rate), jax.random.key_data(jax.random.key(0))
+
+    def run() -> dict[str, Any]:
+        nonlocal state
+        state, metrics = step(state, batch, rate, key)
+        return jax.device_get(devices.first(metrics))
+
+    return run
 
 
 def inference_step(model: RelaxNet, graph: Graph) -> Step:
