@@ -88,16 +88,22 @@ def evaluate(args: argparse.Namespace) -> int:
     if args.fmax is not None and not args.fmax > 0:
         raise InputError(f"--fmax {args.fmax:g}: give a force in eV/Å, above 0")
     runs = [args.workdir, *args.committee]
-    if len({Path(run).resolve() for run in runs}) < len(runs):
-        raise InputError("--committee: names a run twice; a committee's members must differ")
+    if args.committee:
+        from relaxnet_jax.committee import check_members
+        from relaxnet_jax.model import load_model
+
+        if args.lbfgs:
+            raise InputError("--committee: measures what the models predict; leave out --lbfgs")
+        check_members([load_model(run) for run in runs])
     with status("predicting…"):
         fmax = FMAX if args.lbfgs and args.fmax is None else args.fmax
         result = evaluate_workdir(args.workdir, args.split, args.data, note, fmax)
         members = [result]
         for run in args.committee:
             members.append(evaluate_workdir(run, args.split, args.data, note))
-    default = Path(args.workdir, f"eval-{Path(args.data).stem if args.data else args.split}")
-    out = Path(args.out or default)
+    what = Path(args.data).stem if args.data else args.split
+    committee = "-committee" if args.committee else ""
+    out = Path(args.out or Path(args.workdir, f"eval-{what}{committee}"))
     console = Console(highlight=False)
     if args.committee:
         result = mean_evaluation(members)
@@ -112,7 +118,8 @@ def evaluate(args: argparse.Namespace) -> int:
         files += calibration.write_calibration(errors, found, runs, out)
     for file in files:
         say(str(file))
-    say(f"next: relaxnet-jax predict FILE --model {q(args.workdir)}")
+    command = "relax" if args.committee else "predict"
+    say(f"next: relaxnet-jax {command} FILE {' '.join(f'--model {q(run)}' for run in runs)}")
     return 0
 
 

@@ -23,7 +23,7 @@ from relaxnet_jax.structure_files import (
     Failure,
     Options,
     Predicted,
-    predict_all,
+    no_numbers,
     usable_structures,
 )
 from relaxnet_jax.trust import Flag, trust_flags, unusable
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from ase import Atoms
 
     from relaxnet_jax.model import RelaxNet
+    from relaxnet_jax.predict import Judged
 
 
 class Spread(NamedTuple):
@@ -76,42 +77,48 @@ def relax_committee(
 ) -> CommitteePath:
     """The mean of what the members predict (see `relax`), and how far they disagree.
 
-    A member whose prediction is unusable does not count, and a flag names it.
+    A member that cannot take the structure, or whose prediction is unusable, does not count, and a
+    flag names it.
 
     Args:
       models: two or more, e.g. from `load_committee`.
       atoms, n_frames, relax_cell: see `relax`.
 
     Raises:
-      InputError: fewer than two models, or as `relax`. A warning names a structure of which no
-        member's prediction should be used.
+      InputError: fewer than two models, models that cannot be averaged, n_frames < 2, or atoms that
+        no member can take. A warning names a structure of which no member's prediction should
+        be used.
     """
-    from relaxnet_jax.predict import judge
-
     check_members(models)
     if n_frames < 2:
         raise InputError(
             f"n_frames={n_frames}: a trajectory has at least 2 frames, the first and the last"
         )
     name = str(atoms.info.get("traj_id") or atoms.get_chemical_formula())
-    found = {}
-    for k, model in enumerate(models):
-        structure = model.structure(atoms, name, relax_cell)
-        (one,) = judge(_alike(model, models[0]), [(name, structure)], n_frames)
-        found[f"models[{k}]"] = Predicted(one.path, one.flags)
-    joined = join(found, {}, models[0])
+    members = {f"models[{k}]": model for k, model in enumerate(models)}
+    (said,) = _ask(members, [(name, atoms)], n_frames, lambda _: None, Options(relax_cell))
+    if not said.found:
+        raise InputError(f"{name}: {next(iter(said.lost.values()))}")
+    joined = join(said, members)
     if unusable(joined.flags):
         grave = joined.flags[0]
         text = f"{name}: not to be used, {grave.name}: {grave.detail}"
         warnings.warn(text, RuntimeWarning, stacklevel=2)
-    paths = tuple(one.path for one in found.values())
+    paths = tuple(one.path for one in said.found.values())
     return CommitteePath(joined.path, joined.flags, joined.spread, paths)
 
 
 def check_members(models: Sequence[RelaxNet]) -> None:
-    """Raises InputError unless there are two models or more, and no two are the same."""
+    """Raises InputError unless there are two models or more, of one kind, and no two the same."""
     if len(models) < 2:
         raise InputError(f"a committee has at least 2 members, {len(models)} given")
+    for field in ("latent", "cell"):
+        kinds = {getattr(model.config.dynamics, field) for model in models}
+        if len(kinds) > 1:
+            raise InputError(
+                f"a committee's members must be of one kind, their dynamics.{field} is "
+                f"{' and '.join(sorted(kinds))}: what they predict cannot be averaged"
+            )
     for k, model in enumerate(models):
         for other in models[:k]:
             if _same(model, other):
@@ -206,29 +213,41 @@ def disagreement(path: RelaxationTrajectory, found: Spread) -> Flag | None:
     return Flag("members disagree", text)
 
 
-def join(found: Mapping[str, Predicted], lost: Mapping[str, str], model: RelaxNet) -> Predicted:
-    """What the members predict of one structure as one prediction: `mean_path` of those that are
-    usable, its flags, and the `spread`.
+class Said(NamedTuple):
+    """What the members say of one structure.
 
-    Args:
-      found: by member, at least one. lost: why others have no path, by member.
-      model: by whose facts the mean is judged.
+    Attributes:
+      found: predictions by member, unusable ones included. lost: why others have none, by member.
     """
-    graves = {k: p.flags[0] for k, p in found.items() if unusable(p.flags)}
-    lost = {**lost, **{k: f"{flag.name}: {flag.detail}" for k, flag in graves.items()}}
-    usable = [p for k, p in found.items() if k not in graves]
+
+    found: dict[str, Judged]
+    lost: dict[str, str]
+
+
+def join(said: Said, members: Mapping[str, RelaxNet]) -> Predicted:
+    """What the members predict of one structure as one prediction: `mean_path` of those that are
+    usable, its flags by the first of these, and the `spread`. Without a usable one, the first."""
+    lost, usable = dict(said.lost), {}
+    for member, one in said.found.items():
+        grave = next((flag for flag in one.flags if flag.unusable), None)
+        if grave is None:
+            usable[member] = one
+        else:
+            lost[member] = one.failure or f"{grave.name}: {grave.detail}"
     if not usable:
-        return next(iter(found.values()))
-    named = "; ".join(f"{k}: {reason}" for k, reason in lost.items())
+        first = next(iter(said.found.values()))
+        return Predicted(first.path, first.flags)
+    named = "; ".join(f"{member}: {lost[member]}" for member in members if member in lost)
     gap = (Flag("member lost", f"no usable prediction of {named}"),) if lost else ()
-    if len(usable) == 1:
-        return usable[0]._replace(flags=(*usable[0].flags, *gap))
-    paths = [p.path for p in usable]
+    first, *others = usable.values()
+    if not others:
+        return Predicted(first.path, (*first.flags, *gap))
+    paths = [one.path for one in usable.values()]
     path, value = mean_path(paths), spread(paths)
     apart = disagreement(path, value)
     # Whether a pair was missed has been judged member by member; the mean has no neighbour list.
-    flags = trust_flags(path, model, None) + ((apart,) if apart else ()) + gap
-    return Predicted(path, flags, value)
+    flags = trust_flags(path, members[next(iter(usable))], None)
+    return Predicted(path, flags + ((apart,) if apart else ()) + gap, value)
 
 
 def predict_members(
@@ -239,41 +258,42 @@ def predict_members(
     options: Options = DEFAULT,
 ) -> tuple[list[Predicted], list[Failure]]:
     """What one model or a committee predicts, in the order given, and complaints about what no
-    member can take.
+    member can take or predict.
 
     Args:
       members: by name. structures: by distinct names.
       progress: called with the number of structures done, by all members.
     """
-    first = next(iter(members.values()))
-    found: dict[str, dict[str, Predicted]] = {name: {} for name, _ in structures}
-    lost: dict[str, dict[str, str]] = {name: {} for name, _ in structures}
+    done, bad = [], []
+    for (name, _), said in zip(structures, _ask(members, structures, frames, progress, options)):
+        reasons = [no_numbers(one) for one in said.found.values()]
+        if all(reasons):
+            bad.append(Failure(name, [*reasons, *said.lost.values()][0]))
+        else:
+            done.append(join(said, members))
+    return done, bad
+
+
+def _ask(
+    members: Mapping[str, RelaxNet],
+    structures: Sequence[tuple[str, Atoms]],
+    frames: int,
+    progress: Callable[[int], None],
+    options: Options,
+) -> list[Said]:
+    """What every member says of each structure."""
+    from relaxnet_jax.predict import judge
+
+    said = {name: Said({}, {}) for name, _ in structures}
     for count, (member, model) in enumerate(members.items()):
         usable, unfit = usable_structures(model, structures, lambda _: None, options)
 
         def advance(done: int, count: int = count) -> None:
             progress((count * len(structures) + done) // len(members))
 
-        results, failed = predict_all(
-            _alike(model, first), usable, frames, advance, lambda _: None, options
-        )
-        for result in results:
-            found[result.path.id][member] = result
-        for failure in (*unfit, *failed):
-            lost[failure.name][member] = failure.reason
-    done = [join(found[name], lost[name], first) for name, _ in structures if found[name]]
-    bad = [
-        Failure(name, next(iter(lost[name].values()))) for name, _ in structures if not found[name]
-    ]
-    return done, bad
-
-
-def _alike(model: RelaxNet, first: RelaxNet) -> RelaxNet:
-    """The model with the first one's facts where only those of training differ, so that one
-    compiled program serves both."""
-    ours, theirs = model.config, first.config
-    if (ours.graph, ours.model, ours.dynamics) != (theirs.graph, theirs.model, theirs.dynamics):
-        return model
-    return dataclasses.replace(
-        model, config=theirs, elements=first.elements, statistics=first.statistics
-    )
+        solver = {"progress": advance, "fmax": options.fmax, "steps": options.steps}
+        for one in judge(model, usable, frames, **solver) if usable else ():
+            said[one.path.id].found[member] = one
+        for failure in unfit:
+            said[failure.name].lost[member] = failure.reason
+    return list(said.values())

@@ -206,7 +206,7 @@ class TrainConfig:
       learning_rate, weight_decay: of AdamW.
       clip_norm: largest global gradient norm.
       start_from: a model folder or training run whose parameters training begins with, e.g. to
-        fine-tune on other data, or "pretrained" for the package's own ("": random ones); its layers
+        fine-tune on other data, or "pretrained" for the package's first ("": random ones); its layers
         and cutoffs must be this config's.
       static_epochs: so many first epochs fit energies and forces at the data's own frames, one
         random frame of each relaxation, without solving the ODE: an interatomic potential's
@@ -431,7 +431,7 @@ def check_config(config: Config) -> Config:
         "data.splits must be three positive fractions that add up to 1",
     )
     require(data.max_frames >= 2, "data.max_frames must be at least 2")
-    require(data.later_starts >= 0, "data.later_starts must not be negative")
+    require(0 <= data.later_starts <= 16, "data.later_starts must lie in 0..16")
     require(t.batch_size >= 1, "train.batch_size must be at least 1")
     require(
         t.learning_rate > 0 and t.clip_norm > 0,

@@ -157,7 +157,7 @@ def together(members: Sequence[Sequence[Comparison]]) -> list[tuple[Comparison, 
       members: of each, the comparisons on the same relaxations, in any order.
 
     Raises:
-      InputError: they were not compared on the same relaxations.
+      InputError: they were not compared on the same relaxations, or not on the same frames.
     """
     by_id = [{c.id: c for c in comparisons} for comparisons in members]
     for other in by_id[1:]:
@@ -166,12 +166,19 @@ def together(members: Sequence[Sequence[Comparison]]) -> list[tuple[Comparison, 
                 "the members are not evaluated on the same structures: train them with the same "
                 "data and splits (another train.seed only), or give --data FILE"
             )
-    return [tuple(own[key] for own in by_id) for key in by_id[0]]
+    found = [tuple(own[key] for own in by_id) for key in by_id[0]]
+    if any(c.n_frames != own[0].n_frames for own in found for c in own):
+        raise InputError(
+            "the members have not the same frames: train them with one dynamics.frames (another "
+            "train.seed only)"
+        )
+    return found
 
 
 def averaged(members: Sequence[Comparison]) -> Comparison:
-    """The mean of what members predict of one structure, as `committee.mean_path` averages paths."""
-    first = members[0]
+    """The mean of what members predict of one structure, as `committee.mean_path` averages paths:
+    of those whose prediction is finite, if there is one."""
+    first, members = members[0], [c for c in members if c.finite] or members
     mean = {
         name: np.mean([getattr(c, name) for c in members], axis=0)
         for name in ("pred_positions", "pred_energies", "pred_forces")

@@ -62,11 +62,9 @@ class Path:
     stresses: np.ndarray | None = None
 
 
-def _solve(model: RelaxNet, graph: Any, times: Any) -> solver.Trajectory:
-    return solver.solve_trajectory(model.network, model.params, model.energy_scale, graph, times)
-
-
-_solve_compiled = jax.jit(_solve)
+# By the network, which is all of a model that is no array: what else a model knows, of its data and
+# training, makes no other program.
+_solve_compiled = jax.jit(solver.solve_trajectory, static_argnums=0)
 
 
 def compiled_shapes() -> int:
@@ -243,7 +241,13 @@ def _predict_batch(
     dtype = jax.tree.leaves(model.params)[0].dtype
     graph = collate(structures, shape, dtype)
     result = jax.device_get(
-        _solve_compiled(model, graph, None if times is None else times.astype(dtype))
+        _solve_compiled(
+            model.network,
+            model.params,
+            model.energy_scale,
+            graph,
+            None if times is None else times.astype(dtype),
+        )
     )
     reference = result.positions if result.reference is None else result.reference
     split = [

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from relaxnet_jax.committee import Spread
     from relaxnet_jax.graph import Structure
     from relaxnet_jax.model import RelaxNet
+    from relaxnet_jax.predict import Judged
     from relaxnet_jax.trust import Flag
 
 MANY = (".extxyz", ".traj")
@@ -143,7 +144,8 @@ def read_structures(path: Path, say: Say) -> tuple[list[tuple[str, Atoms]], list
             say(f"left out: {bad[-1]}")
             continue
         name = str(item.info.get("traj_id") or place)
-        name = name if name not in taken else f"{name}-{count}"
+        while name in taken:
+            name = f"{name}-{count}"
         taken.add(name)
         found.append((name, item))
     return found, bad
@@ -179,16 +181,21 @@ def predict_all(
     bad: list[Failure] = []
     solver = {"progress": progress, "fmax": options.fmax, "steps": options.steps}
     for one in judge(model, usable, frames, **solver) if usable else ():
-        if any(flag.name == "not finite" for flag in one.flags):
-            reason = one.failure or (
-                "the prediction is not finite; the structure is too far from what the model was "
-                "trained on"
-            )
+        if reason := no_numbers(one):
             bad.append(Failure(one.path.id, reason))
             say(f"left out: {bad[-1]}")
         else:
             results.append(Predicted(one.path, one.flags))
     return results, bad
+
+
+def no_numbers(one: Judged) -> str:
+    """Why a prediction is not finite; empty where it is."""
+    if all(flag.name != "not finite" for flag in one.flags):
+        return ""
+    return one.failure or (
+        "the prediction is not finite; the structure is too far from what the model was trained on"
+    )
 
 
 def sorted_out(results: Sequence[Predicted]) -> tuple[list[Predicted], list[Failure]]:

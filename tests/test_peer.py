@@ -238,7 +238,7 @@ def test_the_default_comparison_is_one_the_peer_knows():
     config = peers_config(args)
     peer_network.check_peer(config)
     noisy = dataclasses.replace(config, train=dataclasses.replace(config.train, noise=0.1))
-    with pytest.raises(InputError, match="train.noise"):
+    with pytest.raises(InputError, match=r"train\.noise"):
         peer_network.check_peer(noisy)
 
 

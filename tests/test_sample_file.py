@@ -83,7 +83,7 @@ def test_made_once(relaxations, cache, monkeypatch):
     assert len(list(cache.iterdir())) == 4
 
 
-def test_later_starts(relaxations):
+def test_later_starts(relaxations, tmp_path):
     """The way from a later frame on, of those named; the rest of the rows stay where they were."""
     which = np.array([0, 3, 7])  # of 3, 4 and 5 frames
     every, later = relaxations.with_later_starts(which, 2)
@@ -101,6 +101,17 @@ def test_later_starts(relaxations):
     assert len(none) == 9 and len(nobody) == 0
     timed = dataclasses.replace(whole, times=np.array([0, 0.1, 0.2, 0.6, 1.0]))
     np.testing.assert_allclose(timed.begun_at(2).times, [0, 0.5, 1])
+    store = relaxations.store
+    changing = next(t for t in store if t.n_frames == 5)
+    cells = changing.cells.copy()
+    cells[0] *= 1.01
+    write_store(store_path := tmp_path / "cells.h5", [dataclasses.replace(changing, cells=cells)])
+    cells_relax = Relaxations(TrajectoryStore(store_path), np.arange(1), "cells")
+    both, _ = cells_relax.with_later_starts(np.arange(1), 1)
+    config = tiny_config(dynamics__frames=5, dynamics__cell="variable")
+    file = prepare_samples(both, config)
+    assert not both[1].variable_cell and file[0].structure.strain.any()
+    np.testing.assert_array_equal(file[1].structure.strain, file[0].structure.strain)
     assert [t.id for t in every.take(np.array([11, 0]))] == ["2-1@2", "0-0"]
 
 

@@ -79,13 +79,13 @@ def _is_store(name: str) -> bool:
 def _unseen(name: str, runs: Sequence[str], variable: bool, say: Say) -> list[Case]:
     from relaxnet_jax.data.generate import default_dataset
     from relaxnet_jax.data.store import TrajectoryStore
-    from relaxnet_jax.model import model_folder
+    from relaxnet_jax.model import member_folders
 
     with TrajectoryStore(default_dataset(report=say) if name == "emt" else name) as store:
         ids = store.ids
         keep = set(ids)
-        for run in runs:
-            splits = _splits(model_folder(run))
+        for run, folder in [(name, folder) for name in runs for folder in member_folders(name)]:
+            splits = _splits(folder)
             if splits is None:
                 say(f"{run}: says nothing of what it was trained on; all of {name} is used")
             elif any(keep.intersection(members) for members in splits.values()):

@@ -59,6 +59,10 @@ class Relaxations(Sequence[RelaxationTrajectory]):
         """Some of them, by position or mask."""
         return Relaxations(self.store, self.rows[which], self.name, self.starts[which])
 
+    def relaxes_cell(self, i: int) -> bool:
+        """Whether the cell of the whole relaxation changes, though it may rest from its start on."""
+        return self.store[int(self.rows[i])].variable_cell
+
     def with_later_starts(self, which: np.ndarray, n: int) -> tuple[Relaxations, np.ndarray]:
         """These relaxations, and after them some again from later frames on: wherever on its path a
         relaxation begins, it goes on as it did.

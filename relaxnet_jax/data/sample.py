@@ -51,8 +51,13 @@ def without_drift(positions: np.ndarray, weights: np.ndarray) -> np.ndarray:
     return positions - (centre - centre[:1])[:, None]
 
 
-def make_sample(trajectory: RelaxationTrajectory, config: Config) -> Sample:
+def make_sample(
+    trajectory: RelaxationTrajectory, config: Config, relax_cell: bool | None = None
+) -> Sample:
     """Chooses the frames of a relaxation and builds the graph of its first one.
+
+    Args:
+      relax_cell: whether its cell may relax; by default, whether it does.
 
     The dynamics conserve momentum; so in a structure without fixed atoms the frames'
     rigid translation, which has no physical meaning, is removed (about the centre of mass, or
@@ -71,7 +76,7 @@ def make_sample(trajectory: RelaxationTrajectory, config: Config) -> Sample:
         fixed_mask=t.fixed_mask,
         charges=t.charges,
         name=t.id,
-        relax_cell=t.variable_cell,
+        relax_cell=t.variable_cell if relax_cell is None else relax_cell,
     )
     chosen = select_frames(t.n_frames, n, config.data.frame_selection)
     relaxes = bool(structure.strain.any())

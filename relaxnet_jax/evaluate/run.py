@@ -188,9 +188,14 @@ def evaluate_workdir(
 
 
 def mean_evaluation(members: Sequence[Evaluation]) -> Evaluation:
-    """A committee's: its mean as the predictor "model", and its first member for comparison."""
+    """A committee's: its mean in the place of the model, and its first member for comparison.
+
+    Raises:
+      InputError: see `metrics.together`.
+    """
     comparisons = [averaged(own) for own in together([m.comparisons for m in members])]
-    results = {"model": evaluate(comparisons, "model"), "first member": members[0].results["model"]}
+    own, *_ = members[0].results  # "model", or "lbfgs" of static ones
+    results = {own: evaluate(comparisons, "model"), "first member": members[0].results[own]}
     results |= {name: evaluate(comparisons, name) for name in PREDICTORS if name != "model"}
     name = f"{members[0].name}; mean of {len(members)} models"
     return Evaluation(results, comparisons, members[0].left_out, name)

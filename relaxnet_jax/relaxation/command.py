@@ -253,8 +253,7 @@ def _json(
     from relaxnet_jax.relaxation.report import UNITS
 
     document = {
-        "model": args.model[0],
-        "committee": members,
+        "models": members,
         "fmax": args.fmax,
         "refine": args.refine,
         "wrong_minimum_per_atom": WRONG_MINIMUM,

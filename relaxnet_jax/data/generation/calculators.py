@@ -162,6 +162,7 @@ def check_calculator(
     needed = ("energy", "forces", "stress") if relax_cell else ("energy", "forces")
     missing = [need for need in needed if need not in offered]
     if missing:
-        remedy = "leave out --relax-cell" if missing == ["stress"] else "choose another"
+        ours = option == "--calculator" and missing == ["stress"]
+        remedy = "leave out --relax-cell" if ours else "choose another"
         raise InputError(f"{option} {name}: has no {' and no '.join(missing)}: {remedy}")
     return calculator
