@@ -21,55 +21,35 @@ from relaxnet_jax.strain import deform_positions, exponential
 from relaxnet_jax.typing import AnyArray, Graph, Params, Positions, Times
 
 
-class RK4(diffrax.AbstractSolver):
-    """The classical fourth-order Runge-Kutta method with fixed steps (Kutta 1901).
+class RK4(diffrax.AbstractERK):
+    """The classical fourth-order Runge-Kutta method (Kutta 1901), for fixed steps: no error estimate.
 
-    diffrax's generic explicit Runge-Kutta runs its stages in a checkpointed loop of its own,
-    more copies of the vector field in the traced gradient. Here the four stages are one scan,
-    k_s = h f(y + a_s k_{s-1}), y <- y + sum_s b_s k_s: one copy.
+    As a diffrax solver, e.g. ``diffeqsolve(…, solver=RK4(), stepsize_controller=StepTo(ts))``; for
+    trajectories `solve_with_rates` takes its steps in a scan of its own.
     """
 
-    term_structure: ClassVar = diffrax.AbstractTerm
-    interpolation_cls: ClassVar[Callable] = diffrax.ThirdOrderHermitePolynomialInterpolation
+    tableau: ClassVar = diffrax.ButcherTableau(
+        c=np.array([1 / 2, 1 / 2, 1]),
+        b_sol=np.array([1 / 6, 1 / 3, 1 / 3, 1 / 6]),
+        b_error=np.zeros(4),
+        a_lower=(np.array([1 / 2]), np.array([0, 1 / 2]), np.array([0, 0, 1])),
+    )
+    interpolation_cls: ClassVar[Callable] = (
+        diffrax.ThirdOrderHermitePolynomialInterpolation.from_k
+    )
 
     def order(self, terms) -> int:
         """Order of convergence."""
         return 4
 
-    def init(self, terms, t0, t1, y0, args):
-        """No state is kept between steps."""
-        return None
 
-    def step(self, terms, t0, t1, y0, args, solver_state, made_jump):
-        """One step; the interpolation keeps h f at its beginning and at its last stage."""
-        y1, first, last = self.advance(terms, t0, t1, y0, args)
-        control = terms.contr(t0, t1)
-        k0, k1 = (terms.prod(f, control) for f in (first, last))
-        dense = {"y0": y0, "y1": y1, "k0": k0, "k1": k1}
-        return y1, None, dense, None, diffrax.RESULTS.successful
-
-    def advance(self, terms, t0, t1, y0, args):
-        """y(t1), and f at the beginning and at the last stage."""
-        control = terms.contr(t0, t1)
-
-        def stage(carry, coefficients):
-            previous, total = carry
-            a, b = coefficients
-            y = jax.tree.map(lambda y, k: y + a * k, y0, previous)
-            f = terms.vf(t0 + a * (t1 - t0), y, args)
-            k = terms.prod(f, control)
-            return (k, jax.tree.map(lambda t, k: t + b * k, total, k)), f
-
-        zero = jax.tree.map(jnp.zeros_like, y0)
-        dtype = jnp.result_type(*jax.tree.leaves(y0))
-        table = jnp.array([[0, 1 / 6], [1 / 2, 1 / 3], [1 / 2, 1 / 3], [1, 1 / 6]], dtype)
-        (_, total), f = jax.lax.scan(stage, (zero, zero), (table[:, 0], table[:, 1]))
-        first, last = (jax.tree.map(lambda f, s=s: f[s], f) for s in (0, 3))
-        return jax.tree.map(jnp.add, y0, total), first, last
-
-    def func(self, terms, t0, y0, args):
-        """The vector field."""
-        return terms.vf(t0, y0, args)
+def _stages(n_steps: int) -> np.ndarray:
+    """Of every stage of ``n_steps`` steps of `RK4`, and of the first of one more: (a, b, whether the
+    step ends). A stage depends on the one before it only: k_s = h f(y + a_s k_{s-1})."""
+    tableau = RK4.tableau
+    before = np.array([0.0, *(row[-1] for row in tableau.a_lower)])
+    step = np.stack([before, tableau.b_sol, np.arange(4) == 3], axis=1)
+    return np.concatenate([np.tile(step, (n_steps, 1)), np.zeros((1, 3))])
 
 
 class Trajectory(NamedTuple):
@@ -107,12 +87,11 @@ def solve_with_rates(
 ):
     """States (any tree of arrays) on the frame grid, and their time derivatives: leaves (n, ...).
 
-    RK4 steps `RK4` by hand, in a scan (diffrax's "manual stepping"): `diffrax.diffeqsolve` with
-    `RecursiveCheckpointAdjoint` puts two more copies of the vector field into the traced
-    gradient, and `jax.pmap` cannot trace its loops. Kept for the reverse pass is one state per
-    stage; the field itself is recomputed. The derivatives are the solver's own first stages.
-    That of the last frame is the first stage of one step beyond it; three evaluations too many,
-    but no second copy of the vector field to compile.
+    RK4 runs the stages of all its steps in one scan (diffrax's "manual stepping"):
+    `diffrax.diffeqsolve` with `RecursiveCheckpointAdjoint` puts two more copies of the vector field
+    into the traced gradient, and `jax.pmap` cannot trace its loops. Kept for the reverse pass is the
+    state of each stage; the field itself is recomputed. The derivatives are the solver's own first
+    stages, and that of the last frame is one stage more: no evaluation is wasted.
 
     Tsit5 chooses its steps by the largest error of any number in ``controlled(state)``, for the
     whole batch at once, so there a structure's result depends, within the tolerances, on the others
@@ -121,17 +100,24 @@ def solve_with_rates(
     dtype = jnp.result_type(*jax.tree.leaves(start))
     if config.solver == "rk4":
         checkpointed = jax.checkpoint(field, prevent_cse=False)
-        term = diffrax.ODETerm(lambda t, y, args: checkpointed(y))
         n_steps = (config.frames - 1) * config.substeps
-        begin, h = (jnp.asarray(t, dtype) for t in (0.0, 1.0 / n_steps))
-        solver = RK4()
+        h = jnp.asarray(1.0 / n_steps, dtype)
+        zero = jax.tree.map(jnp.zeros_like, start)
 
-        def step(y, _):
-            y1, rate, _ = solver.advance(term, begin, h, y, None)  # the field knows no time
-            return y1, (y, rate)
+        def stage(carry, coefficients):
+            y, k, total = carry  # at the step's beginning; h f of the last stage; sum of b_s k_s
+            a, b, ends = coefficients
+            at = jax.tree.map(lambda y, k: y + a * k, y, k)
+            rate = checkpointed(at)
+            k = jax.tree.map(lambda rate: h * rate, rate)
+            total = jax.tree.map(lambda total, k: total + b * k, total, k)
+            y = jax.tree.map(lambda y, total: y + ends * total, y, total)
+            k, total = jax.tree.map(lambda x: (1 - ends) * x, (k, total))
+            return (y, k, total), (at, rate)
 
-        _, (states, rates) = jax.lax.scan(step, start, None, length=n_steps + 1)
-        frames = slice(None, None, config.substeps)
+        stages = jnp.asarray(_stages(n_steps), dtype)
+        _, (states, rates) = jax.lax.scan(stage, (start, zero, zero), stages)
+        frames = slice(None, None, 4 * config.substeps)
         return jax.tree.map(lambda x: x[frames], (states, rates))
     term = diffrax.ODETerm(lambda t, y, args: field(y))
     solution = diffrax.diffeqsolve(

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 
+import diffrax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,7 +23,7 @@ from tiny import (
 from relaxnet_jax.config import DynamicsConfig
 from relaxnet_jax.dynamics import State
 from relaxnet_jax.model import predict_trajectory
-from relaxnet_jax.solver import frame_grid, interpolate_states, solve_with_rates
+from relaxnet_jax.solver import RK4, frame_grid, interpolate_states, solve_with_rates
 
 pytestmark = pytest.mark.usefixtures("x64")
 # NumPy: made at import, before the fixture turns double precision on.
@@ -137,6 +138,52 @@ def test_each_structure_has_its_own_times():
     np.testing.assert_allclose(found.strain_rate[:, :, 1, 2], [[0.5, 11.5], [2, 10]])
     swapped = interpolate_states(states, rates, times, np.array([1, 0]))
     np.testing.assert_allclose(swapped.positions[..., 0], [[1.5, 10.5], [0, 12]])
+
+
+@pytest.mark.parametrize("substeps", [1, 3])
+def test_the_scan_is_diffrax_with_its_solver(x64, substeps):
+    """States, rates and gradients of `solve_with_rates` and of diffeqsolve with `RK4` on the same steps."""
+    config = DynamicsConfig(frames=4, substeps=substeps)
+    steps = jnp.linspace(0.0, 1.0, 3 * substeps + 1)
+
+    def field(y):
+        return {"x": y["v"], "v": -jnp.sin(3.0 * y["x"]) - 0.1 * y["v"]}
+
+    def ours(y):
+        return solve_with_rates(field, y, config)
+
+    def theirs(y):
+        solution = diffrax.diffeqsolve(
+            diffrax.ODETerm(lambda t, y, args: field(y)), RK4(), 0.0, 1.0, None, y,
+            saveat=diffrax.SaveAt(ts=jnp.linspace(0.0, 1.0, 4)),
+            stepsize_controller=diffrax.StepTo(ts=steps),
+        )  # fmt: skip
+        return solution.ys, jax.vmap(field)(solution.ys)
+
+    start = {"x": jnp.array([0.3, -1.0]), "v": jnp.array([1.0, 0.2])}
+    for a, b in zip(jax.tree.leaves(ours(start)), jax.tree.leaves(theirs(start)), strict=True):
+        assert a.shape == (4, 2)
+        np.testing.assert_allclose(a, b, rtol=1e-12)
+    gradients = [
+        jax.grad(lambda y, s=solve: sum(jnp.sum(x**2) for x in jax.tree.leaves(s(y))))(start)
+        for solve in (ours, theirs)
+    ]
+    for a, b in zip(*map(jax.tree.leaves, gradients), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-10)
+
+
+def test_no_evaluation_is_wasted(x64):
+    """Four of each step, and one for the last frame."""
+    evaluated = []
+
+    def field(y):
+        jax.debug.callback(lambda: evaluated.append(1))
+        return -y
+
+    solved = solve_with_rates(field, jnp.ones(2), DynamicsConfig(frames=5, substeps=2))
+    jax.block_until_ready(solved)
+    jax.effects_barrier()
+    assert len(evaluated) == 4 * 8 + 1
 
 
 @pytest.mark.parametrize("latent", SCHEMES)
