@@ -8,7 +8,11 @@ with one MLP for each triplet, vector messages, position updates and attention; 
 structure; AdamW with 5e-4 and 5e-5, the rate times 0.8 after 8 epochs without a better loss, an end
 after 20, 1000 epochs at most, 64 structures per device. No averaged parameters, no cooling down to a
 deadline. Not printed, and so the defaults of relaxnet_jax.config: widths, cutoffs, basis sizes and
-the weights of the loss. Not to be switched: energies are learned on top of the composition's.
+the weights of the loss. Not to be switched, and so not the paper's: energies are learned on top of the composition's;
+embeddings start from the elements' properties; weight decay is on kernels only; u(0) has terms of the
+three-body vectors too, and no total momentum; triplets see their bonds' lengths by the radial bases
+only; positions inside the encoder act within the real cutoffs; means over atoms are over the whole
+batch; a gradient longer than train.clip_norm is cut.
 Where data have charges, add model.charges=True.
 
 implicit.py is what works better.

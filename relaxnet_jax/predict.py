@@ -61,6 +61,21 @@ class Path:
     failure: str = ""
     stresses: np.ndarray | None = None
 
+    def at(self, rows: np.ndarray) -> Path:
+        """Some of its frames."""
+        names = ("positions", "velocities", "energies", "forces", "cells", "stresses")
+        values = {name: getattr(self, name) for name in names}
+        chosen = {k: v if v is None else v[rows] for k, v in values.items()}
+        return dataclasses.replace(self, **chosen)
+
+
+def _with_grid(grid: np.ndarray, times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The times (m,) and those of the grid (n,) in order, each once, and where the former are."""
+    nearest = grid[np.abs(grid[:, None] - times).argmin(axis=0)]
+    times = np.where(np.abs(nearest - times) < 1e-12, nearest, times)
+    every = np.unique(np.concatenate([grid, times]))
+    return every, np.searchsorted(every, times)
+
 
 # By the network, which is all of a model that is no array: what else a model knows, of its data and
 # training, makes no other program.
@@ -104,9 +119,10 @@ def predict_structures(
     if model.config.dynamics.latent == "static":
         found = minimise(model, structures, fmax, steps, batch_size=batch_size, progress=progress)
         return [minimised_path(m, times) for m in found.paths]
-    on_grid = len(times) == len(grid) and np.allclose(times, grid, atol=1e-12)
+    # On the grid too, whatever times are asked for: there the skin is checked.
+    every, rows = _with_grid(grid, times)
     done: dict[int, Path] = {}
-    batches = _Batches(model, None if on_grid else times, len(times))
+    batches = _Batches(model, None if len(every) == len(grid) else every, len(every))
     pending = {i: (s, model.config.graph.skin) for i, s in enumerate(structures)}
     for widening in range(MAX_WIDENINGS + 1):
         retry = {}
@@ -118,7 +134,7 @@ def predict_structures(
             paths = batches.predict([pending[i][0] for i in members], shape)
             for i, raw in zip(members, paths):
                 structure, skin = pending[i]
-                # From the structure the list was made for, whatever times are asked for.
+                # From the structure the list was made for.
                 x, cells = [structure.positions, *raw.positions], [structure.cell, *raw.cells]
                 needed = approach(np.stack(x), np.stack(cells), structure.neighbors.reach)
                 if (
@@ -130,7 +146,7 @@ def predict_structures(
                     wider = min(1.25 * needed, MAX_SKIN)
                     retry[i] = (_with_skin(model, structure, wider), wider)
                 else:
-                    done[i] = dataclasses.replace(raw, times=times, skin=skin)
+                    done[i] = dataclasses.replace(raw.at(rows), times=times, skin=skin)
             progress(len(done))
         if not retry:
             break

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 from ase import Atoms
+from ase.constraints import FixAtoms
 from tiny import (
     CASES,
     SCHEMES,
@@ -65,6 +66,29 @@ def check_forces(config, model, atoms, step=1e-4):
 def test_forces_are_the_gradient(case):
     """At fixed latent in the explicit scheme, through the encoder in the implicit one."""
     assert min(check_forces(*case, systems())) > 0.02
+
+
+@pytest.mark.parametrize("interaction", ["moments", "triplets"])
+def test_positions_moved_in_the_encoder(x64, interaction):
+    """Its energy knows neither which atoms are held nor how far the neighbour list reaches."""
+
+    def energy(atoms, skin):
+        config = tiny_config(
+            "implicit", model__update_positions=True, model__interaction=interaction, graph__skin=skin
+        )
+        graph, functions = batch(atoms, config), compiled(config)
+        x = graph.nodes["positions"]
+        model = tiny_model(config, factor=60.0)
+        found = functions.forces(model, graph, x, functions.start(model, graph, x).latent)
+        return np.asarray(found.energies)[: len(atoms)]
+
+    held, free = systems(), systems()
+    held[0].set_constraint(FixAtoms([0, 2, 3]))
+    free[1].set_constraint()
+    expected = energy(free, 0.5)
+    np.testing.assert_allclose(energy(held, 0.5), expected, rtol=1e-12)
+    for skin in (0.0, 0.9 if interaction == "moments" else 0.6):
+        np.testing.assert_allclose(energy(free, skin), expected, rtol=1e-10)
 
 
 def test_forces_are_the_gradient_near_symmetric_points(case):

@@ -71,6 +71,12 @@ def test_frames_other_than_the_configuration(model):
     assert model.config.dynamics.frames == 3
     np.testing.assert_allclose(fine.positions[::2], coarse.positions, atol=2e-5)
     np.testing.assert_allclose(fine.energies[::2], coarse.energies, atol=1e-3)
+    (some,) = predict_structures(
+        model, [model.structure(molecule())], np.array([0.75, 0.0, 1 - 1e-14])
+    )
+    np.testing.assert_allclose(some.positions, fine.positions[[3, 0, 4]], atol=2e-5)
+    np.testing.assert_allclose(some.energies, fine.energies[[3, 0, 4]], atol=1e-3)
+    assert some.times.tolist() == [0.75, 0.0, 1 - 1e-14] and some.forces.shape == (3, 7, 3)
     with pytest.raises(InputError, match="n_frames=1"):
         relax(model, molecule(), n_frames=1)
     for times in ([0.5, 1.5], [], [[0.0, 1.0]]):

@@ -27,7 +27,7 @@ def envelope(r: Array, cutoff: float, power: int = 6) -> Array:
       r: (...) Å. cutoff: Å. power: p >= 3.
 
     Returns:
-      (...) in [0, 1].
+      (...) in [0, 1], up to rounding.
     """
     p = power
     d = jnp.minimum(r / cutoff, 1.0)

@@ -73,13 +73,13 @@ class DTNNLayer(nn.Module):
         (h, v, positions), m = carry, self.config
         geo = initial
         if m.update_positions:
-            geo = geometry(graph, positions, self.graph_config, m)
+            geo = geometry(graph, positions, self.graph_config, m).within(initial)
         h, step = PairConvolution(m.features, m.pair_features, m.update_positions, name="pair")(
             h, graph, geo
         )
         h, v = three_body(m)(h, v, graph, geo)
         if step is not None:
-            positions = positions + jnp.where(graph.nodes["fixed"][:, None], 0.0, step)
+            positions = positions + step  # also of fixed atoms: their energy is that of free ones
         return (h, v, positions), h
 
 

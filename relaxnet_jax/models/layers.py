@@ -67,6 +67,16 @@ class Geometry:
     bond_radial: Array
     bond_envelope: Array
 
+    def within(self, real: Geometry) -> Geometry:
+        """Times the envelopes of the ``real`` positions, those the neighbour list was made for: where
+        the encoder moves atoms, pairs that the list need not have must not act."""
+        return dataclasses.replace(
+            self,
+            radial=self.radial * real.envelope[:, None],
+            envelope=self.envelope * real.envelope,
+            bond_envelope=self.bond_envelope * real.bond_envelope,
+        )
+
 
 def pair_geometry(graph: Graph, positions: Positions, g: GraphConfig, m: ModelConfig):
     """vectors (E, 3), lengths (E,), radial·envelope (E, R), envelope (E,)."""

@@ -27,7 +27,8 @@ def perturbed(
     Atoms are moved by Gaussian noise of standard deviation ``train.noise`` (Å): free ones only,
     and structures without fixed atoms keep their centre, which the dynamics could not bring
     back. Cells that relax, and the lattice's atoms with them, are strained by a symmetric
-    Gaussian of ``train.strain_noise`` per component, in the directions in which they may be.
+    Gaussian, ``train.strain_noise`` for diagonal components and 1/√2 of it for the others (isotropic), in
+    the directions in which they may be.
 
     Returns:
       The graph from the new start, and the targets: reference positions and deformations of the
