@@ -29,7 +29,7 @@ from jax import Array
 from relaxnet_jax.config import Config
 from relaxnet_jax.constraints import held_atoms
 from relaxnet_jax.errors import InputError
-from relaxnet_jax.neighbors import Neighbors, build_neighbors
+from relaxnet_jax.neighbors import Frames, Neighbors, build_neighbors
 from relaxnet_jax.ops import EdgeList, gather_senders, spread
 from relaxnet_jax.typing import AnyArray, Graph, Positions
 
@@ -76,6 +76,7 @@ def build_structure(
     charges=None,
     name: str = "structure",
     relax_cell: bool = True,
+    later: Frames = (),
 ) -> Structure:
     """Checks a structure and finds its neighbours.
 
@@ -84,6 +85,7 @@ def build_structure(
       fixed_mask: (N,) bool or None. charges: (N,) e or None. name: for error messages.
       relax_cell: whether the cell relaxes, along its periodic directions, if dynamics.cell says
         that cells do.
+      later: frames that are known to come, see `neighbors.build_neighbors`.
 
     Raises:
       InputError: no atoms, an unknown atomic number, non-finite positions or cell, a
@@ -124,6 +126,7 @@ def build_structure(
             g.skin,
             config.triplet_skin,
             slots=config.model.interaction == "triplets",
+            later=later,
         )
     except InputError as error:
         raise InputError(f"{name}: {error}") from None

@@ -7,11 +7,14 @@ cutoff are the bonds.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 
 from relaxnet_jax.errors import InputError
 from relaxnet_jax.strain import deformations
+
+Frames = Sequence[tuple[np.ndarray, np.ndarray]]
 
 MIN_DISTANCE = 0.05  # Å; nothing bound is closer, and bases divide by the distance
 
@@ -26,7 +29,7 @@ class Neighbors:
       reverse: (E,) int32, the pair with i and j exchanged.
       bond: (E,) bool, whether the pair is within the triplet range.
       n_slots: K, most bonds of any atom; 0 where triplets are not listed one by one.
-      reach: Å, the distance up to which the list is complete.
+      reach: Å, the distance up to which the list is complete in the structure it was made for.
     """
 
     receivers: np.ndarray
@@ -80,10 +83,15 @@ def build_neighbors(
     skin: float,
     triplet_skin: float,
     slots: bool = True,
+    later: Frames = (),
 ) -> Neighbors:
     """The pairs within ``cutoff + skin``.
 
     Bonds are those within ``triplet_cutoff + triplet_skin``. ``slots``: whether to count K.
+
+    Args:
+      later: positions (N, 3) Å, unwrapped, and cell (3, 3) Å of frames that are known to come: pairs
+        within the cutoffs there are listed too, though they be out of reach at first.
 
     Raises:
       InputError: two atoms at (almost) one point, or a degenerate cell.
@@ -96,14 +104,21 @@ def build_neighbors(
             f"atoms {i[worst]} and {j[worst]} are {distances[worst]:.3g} Å apart (closest allowed "
             f"{MIN_DISTANCE} Å); remove the duplicate atom"
         )
+    nearest = distances  # what says whether a pair is a bond
+    if later:
+        pairs = np.column_stack([i, j, shifts])
+        pairs, nearest = _with_later(pairs, distances, pbc, later, cutoff, triplet_skin)
+        i, j, shifts = pairs[:, 0], pairs[:, 1], pairs[:, 2:]
+        vectors = positions[j] + shifts @ np.asarray(cell, np.float64) - positions[i]
+        distances = np.linalg.norm(vectors, axis=1)
     order = np.lexsort((shifts[:, 2], shifts[:, 1], shifts[:, 0], j, distances, i))
-    i, j, shifts, distances = i[order], j[order], shifts[order], distances[order]
+    i, j, shifts, nearest = i[order], j[order], shifts[order], nearest[order]
     back, paired = _reverse_edges(i, j, shifts)
     if not paired.all():  # rounding can list a pair at the very edge of the reach once only
-        i, j, shifts, distances = i[paired], j[paired], shifts[paired], distances[paired]
+        i, j, shifts, nearest = i[paired], j[paired], shifts[paired], nearest[paired]
         back, _ = _reverse_edges(i, j, shifts)
     # The reverse of a bond is a bond, also where rounding puts one of them beyond the range.
-    bond = np.minimum(distances, distances[back]) < triplet_cutoff + triplet_skin
+    bond = np.minimum(nearest, nearest[back]) < triplet_cutoff + triplet_skin
     most = int(np.bincount(i[bond], minlength=1).max())
     return Neighbors(
         receivers=i.astype(np.int32),
@@ -114,6 +129,30 @@ def build_neighbors(
         n_slots=max(1, most) if slots else 0,
         reach=reach,
     )
+
+
+def _with_later(
+    pairs: np.ndarray,
+    distances: np.ndarray,
+    pbc: np.ndarray,
+    later: Frames,
+    cutoff: float,
+    triplet_skin: float,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Pairs (E, 5) i, j, S at first or later, and what to hold against the triplets' range and skin:
+    the distance at first, or later, where the skin has no further use, that plus the skin.
+
+    Without a skin triplets are visited at first only.
+    """
+    rows, ranges = [pairs], [distances]
+    for positions, cell in later:
+        i, j, shifts, far = pairs_within(positions, cell, pbc, cutoff)
+        rows.append(np.column_stack([i, j, shifts]))
+        ranges.append(far + triplet_skin if triplet_skin else np.full(len(far), np.inf))
+    every, place = np.unique(np.concatenate(rows), axis=0, return_inverse=True)
+    nearest = np.full(len(every), np.inf)
+    np.minimum.at(nearest, place.ravel(), np.concatenate(ranges))
+    return every, nearest
 
 
 def approach(positions: np.ndarray, cells: np.ndarray, reach: float) -> float:

@@ -63,10 +63,15 @@ class Path:
 
     def at(self, rows: np.ndarray) -> Path:
         """Some of its frames."""
-        names = ("positions", "velocities", "energies", "forces", "cells", "stresses")
-        values = {name: getattr(self, name) for name in names}
-        chosen = {k: v if v is None else v[rows] for k, v in values.items()}
-        return dataclasses.replace(self, **chosen)
+        return dataclasses.replace(
+            self,
+            positions=self.positions[rows],
+            velocities=self.velocities[rows],
+            energies=self.energies[rows],
+            forces=self.forces[rows],
+            cells=self.cells[rows],
+            stresses=None if self.stresses is None else self.stresses[rows],
+        )
 
 
 def _with_grid(grid: np.ndarray, times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

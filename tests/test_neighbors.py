@@ -72,6 +72,39 @@ def test_same_pairs_as_matscipy():
     assert len(sizes) > 30 and max(sizes) > 100 and 0 in sizes
 
 
+@pytest.mark.parametrize("triplet_skin", [0.0, 0.2])
+def test_frames_that_are_known_to_come(triplet_skin):
+    """Their pairs and bonds are listed, beside those of the first frame, in the same order; a pair
+    that neither has is not."""
+    rng = np.random.default_rng(1)
+    grown = bonds = 0
+    for atoms in systems():
+        later = atoms.copy()
+        strain = np.eye(3) - 0.12 * np.diag(atoms.pbc)
+        later.set_cell(later.cell.array @ strain, scale_atoms=True)
+        later.positions += rng.normal(0, 0.5, (len(atoms), 3))
+
+        def listed(atoms, skin=0.0, triplet_skin=0.0, later=()):
+            args = (atoms.positions, atoms.cell.array, atoms.pbc, CUTOFF, TRIPLET)
+            return build_neighbors(*args, skin, triplet_skin, later=later)
+
+        def rows(found, only=None):
+            every = np.column_stack([found.receivers, found.senders, found.shifts])
+            return set(map(tuple, every if only is None else every[only]))
+
+        first, then = listed(atoms, SKIN, triplet_skin), listed(later)
+        both = listed(atoms, SKIN, triplet_skin, [(later.positions, later.cell.array)])
+        assert rows(both) == rows(first) | rows(then)
+        also = rows(then, then.bond) if triplet_skin else set()
+        assert rows(both, both.bond) == rows(first, first.bond) | also
+        assert (np.diff(both.receivers) >= 0).all() and both.bond[both.reverse].tolist() == both.bond.tolist()
+        np.testing.assert_array_equal(both.senders[both.reverse], both.receivers)
+        assert both.n_slots == np.bincount(both.receivers[both.bond]).max()
+        grown += len(rows(both)) - len(rows(first))
+        bonds += len(rows(both, both.bond)) - len(rows(first, first.bond))
+    assert grown > 20 and (bonds > 5 or not triplet_skin)
+
+
 def test_order():
     """By receiver, then distance; all bonds are marked; reversal is an involution."""
     for atoms in all_structures():

@@ -102,7 +102,7 @@ def test_later_starts(relaxations, tmp_path):
     timed = dataclasses.replace(whole, times=np.array([0, 0.1, 0.2, 0.6, 1.0]))
     np.testing.assert_allclose(timed.begun_at(2).times, [0, 0.5, 1])
     store = relaxations.store
-    changing = next(t for t in store if t.n_frames == 5)
+    changing = next(t for t in store if t.n_frames == 5 and t.pbc.all())
     cells = changing.cells.copy()
     cells[0] *= 1.01
     write_store(store_path := tmp_path / "cells.h5", [dataclasses.replace(changing, cells=cells)])

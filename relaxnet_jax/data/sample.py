@@ -10,6 +10,7 @@ from relaxnet_jax.config import Config
 from relaxnet_jax.data.frames import select_frames
 from relaxnet_jax.data.trajectory import RelaxationTrajectory
 from relaxnet_jax.graph import Structure, build_structure, masses_of
+from relaxnet_jax.neighbors import Frames, approach
 from relaxnet_jax.strain import deformations, from_reference, from_voigt, to_reference
 
 
@@ -67,6 +68,7 @@ def make_sample(
       InputError: see `graph.build_structure`.
     """
     t, n = trajectory, frame_slots(config)
+    chosen = select_frames(t.n_frames, n, config.data.frame_selection)
     structure = build_structure(
         t.atomic_numbers,
         t.positions[0],
@@ -77,8 +79,8 @@ def make_sample(
         charges=t.charges,
         name=t.id,
         relax_cell=t.variable_cell if relax_cell is None else relax_cell,
+        later=_beyond_the_skin(t, chosen.indices, config),
     )
-    chosen = select_frames(t.n_frames, n, config.data.frame_selection)
     relaxes = bool(structure.strain.any())
     positions, steps = reference_frames(t, chosen.indices, relaxes, config.dynamics.mass)
 
@@ -106,6 +108,16 @@ def make_sample(
         stresses=slots(stresses),
         stress_mask=slots(np.full(len(chosen.slots), float(known))) > 0,
     )
+
+
+def _beyond_the_skin(t: RelaxationTrajectory, indices: np.ndarray, config: Config) -> Frames:
+    """The frames in which atoms may be neighbours that the skin does not foresee."""
+    g, found = config.graph, []
+    for k in indices[1:]:
+        x, cells = t.positions[[0, k]], t.cells[[0, k]]
+        if approach(x, cells, g.cutoff + g.skin) > g.skin:
+            found.append((x[1], cells[1]))
+    return found
 
 
 def reference_frames(

@@ -30,7 +30,7 @@ from relaxnet_jax.graph import MAX_ATOMIC_NUMBER, Structure
 from relaxnet_jax.neighbors import Neighbors
 from relaxnet_jax.runtime import cache_folder
 
-MAGIC = b"relaxnet_jax samples 5\n"
+MAGIC = b"relaxnet_jax samples 6\n"
 # Field: (dtype, shape in terms of N atoms, E edges, n frames). The order is that of a record.
 _FIELDS: dict[str, tuple[str, tuple[str | int, ...]]] = {
     "frames": ("<f8", ("n", "N", 3)),
