@@ -379,7 +379,7 @@ def test_without_chgnet(monkeypatch):
     monkeypatch.setitem(sys.modules, "chgnet", None)
     from relaxnet_jax.data.generation import calculators
 
-    calculators._chgnet.cache_clear()
+    calculators._loaded_chgnet.cache_clear()
     with pytest.raises(InputError, match=r"chgnet: .*pip install 'relaxnet-jax\[chgnet\]'"):
         load_calculator("chgnet")
 

@@ -185,4 +185,4 @@ def test_one_copy_of_the_network_is_traced(latent):
     small = size(model__layers=2)
     # One more layer to initialise, slice and concatenate; twice the frames change constants only.
     assert size(model__layers=3) < 1.02 * small
-    assert size(model__layers=2, dynamics__frames=6) == small
+    assert abs(size(model__layers=2, dynamics__frames=6) - small) < 5  # a longer constant's line

@@ -146,11 +146,11 @@ def test_batches_that_do_not_fit_are_split(model, monkeypatch):
     whole = relax(model, atoms[:5], n_frames=3, batch_size=4)
     real, tried = predict._solve_compiled, []
 
-    def small_device(model, graph, times):
+    def small_device(network, params, scale, graph, times):
         tried.append(int(graph.n_node[np.asarray(graph.globals["mask"])].sum()))
         if tried[-1] > 8:
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes")
-        return real(model, graph, times)
+        return real(network, params, scale, graph, times)
 
     monkeypatch.setattr(predict, "_solve_compiled", small_device)
     done = []
@@ -171,7 +171,7 @@ def test_batches_that_do_not_fit_are_split(model, monkeypatch):
     results, bad = predict_all(model, named, 3, lambda _: None, lambda _: None)
     assert len(results) == 5 and len(bad) == 1 and str(bad[0]).startswith("large: its 13 atoms")
 
-    def broken(model, graph, times):
+    def broken(*args):
         raise jax.errors.JaxRuntimeError("INTERNAL: something else")
 
     monkeypatch.setattr(predict, "_solve_compiled", broken)

@@ -107,7 +107,9 @@ def test_loss_goes_down(run):
     result, _ = run
     found = records(result.workdir)
     assert [r["epoch"] for r in found] == list(range(6))
-    assert found[-1]["train"]["loss"] < 0.98 * found[0]["train"]["loss"]
+    # Of the training split batches of one structure with large forces make the mean.
+    assert found[-1]["validation"]["loss"] < 0.98 * found[0]["validation"]["loss"]
+    assert found[-1]["train"]["direction"] < 0.5 * found[0]["train"]["direction"]
     assert result.best < found[0]["validation"]["loss"]
     assert result.epochs == 6 and result.reason == "epochs"
     assert result.best == min(r["validation"]["loss"] for r in found)
