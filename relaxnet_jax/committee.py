@@ -144,8 +144,9 @@ def mean_path(paths: Sequence[RelaxationTrajectory]) -> RelaxationTrajectory:
     each of which is at its own member's frame.
     """
     first = paths[0]
-    steps = np.mean([deformations(p.cells) for p in paths], axis=0)
-    reference = np.mean([_references(p) for p in paths], axis=0)
+    own = [deformations(p.cells) for p in paths]
+    reference = np.mean([to_reference(p.positions, d) for p, d in zip(paths, own)], axis=0)
+    steps = np.mean(own, axis=0)
     stresses = [p.stresses for p in paths if p.stresses is not None]
     return dataclasses.replace(
         first,
@@ -155,10 +156,6 @@ def mean_path(paths: Sequence[RelaxationTrajectory]) -> RelaxationTrajectory:
         forces=np.mean([p.forces for p in paths], axis=0),
         stresses=np.mean(stresses, axis=0) if len(stresses) == len(paths) else None,
     )
-
-
-def _references(path: RelaxationTrajectory) -> np.ndarray:
-    return to_reference(path.positions, deformations(path.cells))
 
 
 def _kept(mean: np.ndarray, members: Sequence[np.ndarray]) -> np.ndarray:
