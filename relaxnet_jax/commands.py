@@ -144,8 +144,6 @@ def predict(args: argparse.Namespace) -> int:
     check_devices(None)
     models = _load_members(args.model)
     found, unreadable = files.read_structures(source, note)
-    if len(found) > 1 and not files.holds_many(out):
-        raise InputError(f"{out}: takes one structure, {source} has {len(found)}; write .extxyz")
     with bar("structures", len(found)) as advance:
         predicted, failed = predict_members(models, found, args.frames, advance, options)
     results, useless = files.sorted_out(predicted)
@@ -155,6 +153,8 @@ def predict(args: argparse.Namespace) -> int:
     if not results:
         more = f" (and {len(left_out) - 1} more left out)" if len(left_out) > 1 else ""
         raise InputError(f"{source}: no structure could be predicted: {left_out[0]}{more}")
+    if len(results) > 1 and not files.holds_many(out):
+        raise InputError(f"{out}: takes one structure, {source} has {len(results)}; write .extxyz")
     files.write_trajectories([result.path for result in results], out)
     for result in results[:20]:
         say(files.summary(result.path, result.flags))
