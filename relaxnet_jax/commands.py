@@ -188,6 +188,7 @@ def demo(args: argparse.Namespace) -> int:
     import numpy as np
 
     from relaxnet_jax import structure_files as files
+    from relaxnet_jax.committee import predict_members
     from relaxnet_jax.data.sample import driftless
     from relaxnet_jax.evaluate.figures import trajectory_figure
     from relaxnet_jax.model import load_model
@@ -200,10 +201,10 @@ def demo(args: argparse.Namespace) -> int:
         raise InputError(f"{name}: no test relaxation of the model's elements; train on more data")
     moved = [np.linalg.norm(t.positions[-1] - t.positions[0], axis=-1).mean() for t in usable]
     true = usable[int(np.argsort(moved, kind="stable")[len(moved) // 2])]
-    start = [(true.id, model.structure(true.atoms(0), true.id, true.variable_cell))]
-    relaxes = bool(start[0][1].strain.any())
-    frames = model.config.dynamics.frames
-    results, failed = files.predict_all(model, start, frames, lambda _: None, note)
+    start, frames = true.atoms(0), model.config.dynamics.frames
+    relaxes = bool(model.structure(start, true.id, true.variable_cell).strain.any())
+    options = files.Options(relax_cell=true.variable_cell)
+    results, failed = predict_members({name: model}, [(true.id, start)], frames, options=options)
     if not results:
         raise InputError(str(failed[0]))
     predicted = results[0].path

@@ -17,7 +17,7 @@ import numpy as np
 
 from relaxnet_jax.data.trajectory import CELL_TOLERANCE, RelaxationTrajectory
 from relaxnet_jax.errors import InputError
-from relaxnet_jax.strain import deformations, from_reference, to_reference
+from relaxnet_jax.strain import deformations, from_reference, mean_deformed, to_reference
 from relaxnet_jax.structure_files import (
     DEFAULT,
     Failure,
@@ -144,13 +144,12 @@ def mean_path(paths: Sequence[RelaxationTrajectory]) -> RelaxationTrajectory:
     each of which is at its own member's frame.
     """
     first = paths[0]
-    own = [deformations(p.cells) for p in paths]
-    reference = np.mean([to_reference(p.positions, d) for p, d in zip(paths, own)], axis=0)
-    steps = np.mean(own, axis=0)
+    own = [p.positions for p in paths]
+    positions, steps = mean_deformed(own, [deformations(p.cells) for p in paths])
     stresses = [p.stresses for p in paths if p.stresses is not None]
     return dataclasses.replace(
         first,
-        positions=_kept(from_reference(reference, steps), [p.positions for p in paths]),
+        positions=_kept(positions, own),
         cells=_kept(from_reference(first.cells[0], steps), [p.cells for p in paths]),
         energies=np.mean([p.energies for p in paths], axis=0),
         forces=np.mean([p.forces for p in paths], axis=0),

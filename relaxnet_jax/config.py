@@ -146,6 +146,9 @@ class LossConfig:
       errors: of forces, positions, stresses and cells: "squared", the paper's, whose mean the few
         largest displacements decide; or "norm", the length of each error vector (the Frobenius norm
         of a tensor), whose weights are then per eV/Å, Å, eV/Å³ and logarithmic strain.
+      huber_forces: eV/Å; of forces the pseudo-Huber loss d (√(1 + (|F - F̂|/d)²) - 1) of this d instead
+        of ``errors`` (0: not). Where most frames are nearly relaxed, plain lengths of errors are
+        smallest with no forces at all.
       energy_per: "atom" or "structure", for the first two terms.
     """
 
@@ -157,6 +160,7 @@ class LossConfig:
     stress: float = 300.0
     cell: float = 300.0
     errors: Literal["squared", "norm"] = "squared"
+    huber_forces: float = 0.0
     energy_per: Literal["atom", "structure"] = "atom"
 
 
@@ -423,6 +427,7 @@ def check_config(config: Config) -> Config:
         d.mass != "learned" or d.latent == "explicit",
         "dynamics.mass='learned' is a function of the latent that only dynamics.latent='explicit' has",
     )
+    require(config.loss.huber_forces >= 0, "loss.huber_forces must not be negative")
     require(m.envelope_power >= 3, "model.envelope_power must be at least 3")
     require(d.frames >= 2, "dynamics.frames must be at least 2")
     require(d.substeps >= 1, "dynamics.substeps must be at least 1")

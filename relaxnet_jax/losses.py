@@ -76,7 +76,8 @@ def loss_terms(
 
     energy: |E - Ê| per structure and frame (per atom with energy_per="atom").
     monotonicity: ReLU(Ê_{t+1} - Ê_t) over pairs of frames that both exist.
-    forces: (F - F̂)² per component of free atoms, or with errors="norm" |F - F̂| per free atom.
+    forces: (F - F̂)² per component of free atoms, or with errors="norm" |F - F̂| per free atom, or
+      with huber_forces=d the pseudo-Huber loss √(d² + |F - F̂|²) - d per free atom.
     positions: (x - x̂)² or |x - x̂| likewise, over the frames after the first, which is given.
     direction: (1 - cos theta_i) |Δx_i| over |Δx_i|, Δx_i the true total displacement of free
       atom i and theta_i its angle with the predicted one. Atoms that do not move count zero,
@@ -102,7 +103,9 @@ def loss_terms(
     pairs = mask[1:] & mask[:-1]
     squared = config.errors == "squared"
     size_of, components = (_square, lambda n: n) if squared else (safe_norm, lambda n: 1)
-    forces = size_of(prediction.forces - targets.forces)
+    off = prediction.forces - targets.forces
+    d = config.huber_forces
+    forces = jnp.sqrt(d**2 + _square(off)) - d if d else size_of(off)
     moved = size_of(positions - targets.positions)[1:]
 
     atoms = jnp.arange(node.shape[0])
@@ -120,7 +123,7 @@ def loss_terms(
     terms = {
         "energy": term(energy, mask),
         "monotonicity": term(rise, pairs),
-        "forces": term(forces, atom_mask, components(3)),
+        "forces": term(forces, atom_mask, 1 if d else components(3)),
         "positions": term(moved, atom_mask[1:], components(3)),
         "direction": Term(jnp.sum((1.0 - cosine) * length), jnp.sum(length)),
     }

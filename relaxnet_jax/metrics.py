@@ -29,7 +29,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from relaxnet_jax.errors import InputError
-from relaxnet_jax.strain import deformations, from_reference, to_reference
+from relaxnet_jax.strain import deformations, from_reference, mean_deformed, to_reference
 
 Predictor = Literal["model", "nothing", "composition"]
 
@@ -186,8 +186,8 @@ def averaged(members: Sequence[Comparison]) -> Comparison:
     if first.true_cells is not None:
         own = [c.cells("model") for c in members]
         steps = [_deformations(first.true_cells[0], cells) for cells in own]
-        references = [to_reference(c.pred_positions, d) for c, d in zip(members, steps)]
-        mean["pred_positions"] = from_reference(np.mean(references, axis=0), np.mean(steps, axis=0))
+        positions = [c.pred_positions for c in members]
+        mean["pred_positions"], _ = mean_deformed(positions, steps)
         mean["pred_cells"] = np.mean(own, axis=0)
     return dataclasses.replace(first, **mean)
 

@@ -8,6 +8,8 @@ of its atoms mapped back to the initial cell: they hold the internal displacemen
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -38,6 +40,17 @@ def to_reference(positions: np.ndarray, deformation: np.ndarray) -> np.ndarray:
 def from_reference(reference: np.ndarray, deformation: np.ndarray) -> np.ndarray:
     """Positions x = D y (..., N, 3) of reference positions: the inverse of `to_reference`."""
     return reference @ np.swapaxes(deformation, -1, -2)
+
+
+def mean_deformed(
+    positions: Sequence[np.ndarray], deformation: Sequence[np.ndarray]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Means of the positions (..., N, 3) of one crystal deformed in several ways, and of the
+    deformations (..., 3, 3): what is averaged are the reference positions, so that atoms go along
+    with the mean cell."""
+    mean = np.mean(deformation, axis=0)
+    reference = np.mean([to_reference(x, d) for x, d in zip(positions, deformation)], axis=0)
+    return from_reference(reference, mean), mean
 
 
 def symmetric(matrix: Array) -> Array:

@@ -166,29 +166,6 @@ def usable_structures(
     return usable, bad
 
 
-def predict_all(
-    model: RelaxNet,
-    usable: Sequence[tuple[str, Structure]],
-    frames: int,
-    progress: Callable[[int], None],
-    say: Say,
-    options: Options = DEFAULT,
-) -> tuple[list[Predicted], list[Failure]]:
-    """Predicted trajectories, and complaints about those that failed or are not finite."""
-    from relaxnet_jax.predict import judge
-
-    results: list[Predicted] = []
-    bad: list[Failure] = []
-    solver = {"progress": progress, "fmax": options.fmax, "steps": options.steps}
-    for one in judge(model, usable, frames, **solver) if usable else ():
-        if reason := no_numbers(one):
-            bad.append(Failure(one.path.id, reason))
-            say(f"left out: {bad[-1]}")
-        else:
-            results.append(Predicted(one.path, one.flags))
-    return results, bad
-
-
 def no_numbers(one: Judged) -> str:
     """Why a prediction is not finite; empty where it is."""
     if all(flag.name != "not finite" for flag in one.flags):

@@ -102,6 +102,17 @@ def test_norms_instead_of_squares(graph, targets, prediction):
         np.testing.assert_allclose(terms[name], EXPECTED[name], rtol=1e-5)
 
 
+def test_pseudo_huber_forces(graph, targets, prediction):
+    """√(d² + e²) - d of two error vectors, of lengths 3 and 2, whatever `errors` are."""
+    for errors in ("squared", "norm"):
+        config = LossConfig(errors=errors, huber_forces=0.5)
+        terms = loss_terms(prediction, targets, graph, config)
+        expected = sum(np.sqrt(0.25 + e**2) - 0.5 for e in (3.0, 2.0))
+        np.testing.assert_allclose(terms["forces"], (expected, 3 * 2 + 2), rtol=1e-6)
+        other = loss_terms(prediction, targets, graph, LossConfig(errors=errors))["positions"]
+        np.testing.assert_allclose(terms["positions"], other)
+
+
 def test_energy_per_structure(graph, targets, prediction):
     terms = loss_terms(prediction, targets, graph, LossConfig(energy_per="structure"))
     np.testing.assert_allclose(terms["energy"].total, 0.6 + 3 + 0 + 0.5 + 1, rtol=1e-5)
@@ -121,10 +132,12 @@ def test_weighted_sum(graph, targets, prediction):
         np.testing.assert_allclose(loss, means[name])
 
 
-@pytest.mark.parametrize("errors", ["squared", "norm"])
-def test_gradients_are_finite(graph, targets, prediction, errors):
+@pytest.mark.parametrize(
+    "changes", [{"errors": "squared"}, {"errors": "norm"}, {"huber_forces": 0.3}], ids=str
+)
+def test_gradients_are_finite(graph, targets, prediction, changes):
     """Also for a prediction that does not move at all, and for a perfect one."""
-    config = LossConfig(errors=errors)
+    config = LossConfig(**changes)
 
     def loss(prediction):
         return weighted_loss(loss_terms(prediction, targets, graph, config), config)[0]

@@ -12,12 +12,12 @@ from tiny import crystal, molecule, slab, systems, tiny_config, tiny_model
 import relaxnet_jax
 from relaxnet_jax import predict
 from relaxnet_jax.batching import BatchShape, pack, shared_shapes
+from relaxnet_jax.committee import predict_members
 from relaxnet_jax.config import load_config, to_dict
 from relaxnet_jax.errors import InputError
 from relaxnet_jax.model import RelaxNet, create_model, load_model, predict_trajectory, save_model
 from relaxnet_jax.neighbors import approach
 from relaxnet_jax.predict import compiled_shapes, predict_structures, relax
-from relaxnet_jax.structure_files import predict_all
 
 
 @pytest.fixture(scope="module")
@@ -167,8 +167,8 @@ def test_batches_that_do_not_fit_are_split(model, monkeypatch):
     with pytest.warns(RuntimeWarning, match="large: its 13 atoms do not fit"):
         atoms[5].info["traj_id"] = "large"
         assert np.isnan(relax(model, atoms[5], n_frames=3).energies).all()
-    named = [(a.info.get("traj_id", "small"), s) for a, s in zip(atoms, structures)]
-    results, bad = predict_all(model, named, 3, lambda _: None, lambda _: None)
+    named = [(a.info.get("traj_id", f"small-{k}"), a) for k, a in enumerate(atoms)]
+    results, bad = predict_members({"its model": model}, named, 3)
     assert len(results) == 5 and len(bad) == 1 and str(bad[0]).startswith("large: its 13 atoms")
 
     def broken(*args):
