@@ -161,8 +161,8 @@ class RelaxNetwork(nn.Module):
 
 
 def _positive(x: Array) -> Array:
-    """exp(x) for small x, within a factor of exp(3) from one: rates that no step can overrun."""
-    return jnp.exp(3.0 * jnp.tanh(x / 3.0))
+    """exp(x) for small x, within a factor of exp(2) from one: rates that no step can overrun."""
+    return jnp.exp(2.0 * jnp.tanh(x / 2.0))
 
 
 def call(network: RelaxNetwork, params: Params, method: str, *args: Any) -> Any:
