@@ -27,7 +27,7 @@ def get_config():
             "monotonicity": 5.0,
             # Most frames are nearly relaxed: by the lengths of errors no forces at all would be best.
             "huber_forces": 0.3,
-            "forces": 10.0,
+            "forces": 20.0,
             "positions": 10.0,
             "direction": 0.5,
             "stress": 5.0,
