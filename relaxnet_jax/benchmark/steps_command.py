@@ -41,6 +41,8 @@ def benchmark_steps(args: argparse.Namespace) -> int:
     cases, failures = find_cases(args.structures, list(models.values()), variable, args.limit, note)
     for failure in failures:
         note(f"left out: {failure}")
+    if variable and not any(case.relax_cell for case in cases):  # what fixed cells need is less
+        oracle = load_oracle(args.oracle, False, args.cutoff, args.kpoint_density)
     folder = Path(args.out)
     ledger = Ledger(folder / "steps.jsonl")
     limits = Limits(args.fmax, args.max_steps, args.minutes)
