@@ -17,7 +17,13 @@ import numpy as np
 
 from relaxnet_jax.data.trajectory import CELL_TOLERANCE, RelaxationTrajectory
 from relaxnet_jax.errors import InputError
-from relaxnet_jax.strain import deformations, from_reference, mean_deformed, to_reference
+from relaxnet_jax.strain import (
+    deformations,
+    from_reference,
+    internal_displacements,
+    mean_deformed,
+    to_reference,
+)
 from relaxnet_jax.structure_files import (
     DEFAULT,
     Failure,
@@ -26,7 +32,7 @@ from relaxnet_jax.structure_files import (
     no_numbers,
     usable_structures,
 )
-from relaxnet_jax.trust import Flag, trust_flags, unusable
+from relaxnet_jax.trust import Flag, constraint_flags, trust_flags, unusable
 
 if TYPE_CHECKING:
     from ase import Atoms
@@ -100,6 +106,9 @@ def relax_committee(
     if not said.found:
         raise InputError(f"{name}: {next(iter(said.lost.values()))}")
     joined = join(said, members)
+    joined = joined._replace(
+        flags=_gravest_first(joined.flags + constraint_flags(atoms, joined.path))
+    )
     if unusable(joined.flags):
         grave = joined.flags[0]
         text = f"{name}: not to be used, {grave.name}: {grave.detail}"
@@ -200,8 +209,7 @@ def deviations(positions: np.ndarray, fixed_mask: np.ndarray) -> np.ndarray:
 def disagreement(path: RelaxationTrajectory, found: Spread) -> Flag | None:
     """A flag where the members disagree about more than they move atoms: a prediction that by its
     own estimate is no better than doing nothing."""
-    free = ~path.fixed_mask
-    moved = (path.positions[-1] - path.positions[0])[free]
+    moved = internal_displacements(path.positions, path.cells)[~path.fixed_mask]
     size = float(np.sqrt((moved**2).sum(-1).mean())) if len(moved) else 0.0
     if not found.positions > size:
         return None
@@ -261,13 +269,20 @@ def predict_members(
       progress: called with the number of structures done, by all members.
     """
     done, bad = [], []
-    for (name, _), said in zip(structures, _ask(members, structures, frames, progress, options)):
+    asked = _ask(members, structures, frames, progress, options)
+    for (name, atoms), said in zip(structures, asked):
         reasons = [no_numbers(one) for one in said.found.values()]
         if all(reasons):
             bad.append(Failure(name, [*reasons, *said.lost.values()][0]))
         else:
-            done.append(join(said, members))
+            one = join(said, members)
+            flags = _gravest_first(one.flags + constraint_flags(atoms, one.path))
+            done.append(one._replace(flags=flags))
     return done, bad
+
+
+def _gravest_first(flags: tuple[Flag, ...]) -> tuple[Flag, ...]:
+    return tuple(sorted(flags, key=lambda flag: not flag.unusable))
 
 
 def _ask(

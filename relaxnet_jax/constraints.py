@@ -1,4 +1,4 @@
-"""Which atoms ASE's constraints hold in their places."""
+"""ASE's constraints: which atoms they hold in their places, and atoms moved under them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import numpy as np
 
 if TYPE_CHECKING:
     from ase import Atoms
+
+    from relaxnet_jax.data.trajectory import RelaxationTrajectory
 
 
 def held_atoms(atoms: Atoms) -> tuple[np.ndarray, np.ndarray]:
@@ -31,3 +33,18 @@ def held_atoms(atoms: Atoms) -> tuple[np.ndarray, np.ndarray]:
         elif isinstance(constraint, FixedLine | FixedPlane):
             partly[constraint.index] = True
     return fixed, partly & ~fixed
+
+
+def move_to_end(atoms: Atoms, path: RelaxationTrajectory) -> None:
+    """Gives the atoms cell and positions of a path's last frame, their constraints applied.
+
+    Raises:
+      RuntimeError: ASE cannot satisfy them (rigid bonds).
+    """
+    for constraint in atoms.constraints:
+        # Rigid bonds without given lengths keep those they have before the cell changes.
+        if getattr(constraint, "bondlengths", 0) is None:
+            constraint.bondlengths = constraint.initialize_bond_lengths(atoms)
+    # Scaled: what constraints hold keeps its place in the lattice, as it does on the path.
+    atoms.set_cell(path.cells[-1], scale_atoms=True)
+    atoms.set_positions(path.positions[-1])

@@ -28,7 +28,7 @@ from relaxnet_jax.lbfgs import FMAX, STEPS, Minimisation, minimise
 from relaxnet_jax.model import RelaxNet
 from relaxnet_jax.neighbors import approach
 from relaxnet_jax.strain import from_reference, to_voigt
-from relaxnet_jax.trust import Flag, trust_flags
+from relaxnet_jax.trust import Flag, constraint_flags, trust_flags
 
 if TYPE_CHECKING:
     from ase import Atoms
@@ -330,7 +330,8 @@ def relax(model, atoms, n_frames=5, batch_size=16, relax_cell=True):
     Returns:
       A `RelaxationTrajectory` (a list of them for a sequence). Of a structure too large for the
       device's memory all values are NaN. A warning names this and every other structure whose
-      prediction should not be used (`trust.trust_flags`, which says more).
+      prediction should not be used (`trust.trust_flags`, which says more), and those with
+      constraints that the path ignores: `head_start` moves atoms under them.
 
     Raises:
       InputError: a structure that cannot be used, named by its place in the sequence; or
@@ -345,10 +346,14 @@ def relax(model, atoms, n_frames=5, batch_size=16, relax_cell=True):
     names = [a.info.get("traj_id") or f"{i}-{a.get_chemical_formula()}" for i, a in enumerate(many)]
     named = [(str(n), model.structure(a, str(n), relax_cell)) for a, n in zip(many, names)]
     judged = judge(model, named, n_frames, batch_size=batch_size)
-    for one in judged:
-        if grave := next((flag for flag in one.flags if flag.unusable), None):
+    for one, a in zip(judged, many):
+        told = constraint_flags(a, one.path)
+        if grave := next((flag for flag in one.flags + told if flag.unusable), None):
             reason = one.failure or f"not to be used, {grave.name}: {grave.detail}"
             warnings.warn(f"{one.path.id}: {reason}", RuntimeWarning, stacklevel=2)
+        elif told:
+            text = f"{one.path.id}: {told[0].name}: {told[0].detail}"
+            warnings.warn(text, UserWarning, stacklevel=2)
     results = [one.path for one in judged]
     return results[0] if single else results
 
@@ -388,6 +393,7 @@ def as_trajectory(name: str, structure: Structure, path: Path) -> RelaxationTraj
         positions=path.positions,
         cells=path.cells,
         stresses=path.stresses,
+        charges=structure.charges if structure.charges.any() else None,
         pbc=structure.pbc,
         energies=path.energies,
         forces=path.forces,

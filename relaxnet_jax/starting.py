@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from relaxnet_jax.committee import relax_committee
-from relaxnet_jax.constraints import held_atoms
+from relaxnet_jax.constraints import move_to_end
 from relaxnet_jax.data.trajectory import RelaxationTrajectory
 from relaxnet_jax.errors import InputError
 from relaxnet_jax.model import RelaxNet
 from relaxnet_jax.predict import judge
-from relaxnet_jax.trust import Flag, unusable
+from relaxnet_jax.trust import Flag, constraint_flags, unusable
 
 if TYPE_CHECKING:
     from ase import Atoms
@@ -71,11 +71,11 @@ def head_start(
     if len(models) == 1:
         structure = models[0].structure(atoms, name, relax_cell)
         ((path, flags, failure),) = judge(models[0], [(name, structure)], n_frames)
+        flags += constraint_flags(atoms, path)
     else:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)  # told below
             path, flags, *_ = relax_committee(models, atoms, n_frames, relax_cell)
-    flags += constraint_flags(atoms)
     if unusable(flags):
         grave = next(flag for flag in flags if flag.unusable)
         reason = failure or f"{grave.name}: {grave.detail}"
@@ -83,24 +83,3 @@ def head_start(
         return HeadStart(path, flags, False)
     move_to_end(atoms, path)
     return HeadStart(path, flags, True)
-
-
-def move_to_end(atoms: Atoms, path: RelaxationTrajectory) -> None:
-    """Gives the atoms cell and positions of a path's last frame, their constraints applied."""
-    # Scaled: what constraints hold keeps its place in the lattice, as it does on the path.
-    atoms.set_cell(path.cells[-1], scale_atoms=True)
-    atoms.set_positions(path.positions[-1])
-
-
-def constraint_flags(atoms: Atoms) -> tuple[Flag, ...]:
-    """A flag where atoms have constraints of which the model knows nothing."""
-    fixed, _ = held_atoms(atoms)
-    ignored = set()
-    for constraint in atoms.constraints:
-        index = getattr(constraint, "index", None)
-        if index is None or not fixed[index].all():
-            ignored.add(type(constraint).__name__)
-    if not ignored:
-        return ()
-    text = f"the path ignores {', '.join(sorted(ignored))}; the final structure does not"
-    return (Flag("constraints ignored", text),)

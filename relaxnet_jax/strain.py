@@ -42,6 +42,15 @@ def from_reference(reference: np.ndarray, deformation: np.ndarray) -> np.ndarray
     return reference @ np.swapaxes(deformation, -1, -2)
 
 
+def internal_displacements(positions: np.ndarray, cells: np.ndarray) -> np.ndarray:
+    """(N, 3) Å, from the first frame to the last, without what atoms move along with the cell.
+
+    Args:
+      positions: (n, N, 3) Å. cells: (n, 3, 3) Å.
+    """
+    return to_reference(positions[-1], deformations(cells[[0, -1]])[1]) - positions[0]
+
+
 def mean_deformed(
     positions: Sequence[np.ndarray], deformation: Sequence[np.ndarray]
 ) -> tuple[np.ndarray, np.ndarray]:

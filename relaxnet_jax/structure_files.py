@@ -121,8 +121,9 @@ def disorder(atoms: Atoms) -> str:
 
     ASE puts the likeliest element on such a site and keeps the occupancies aside.
     """
-    for site, shares in (atoms.info.get("occupancy") or {}).items():
-        if any(abs(share - 1) > FULL for share in shares.values()):
+    sites = atoms.info.get("occupancy")
+    for site, shares in sites.items() if isinstance(sites, dict) else ():
+        if isinstance(shares, dict) and any(abs(share - 1) > FULL for share in shares.values()):
             shown = ", ".join(f"{symbol} {share:g}" for symbol, share in shares.items())
             return f"partial occupancies (site {site}: {shown}); give an ordered configuration"
     return ""
@@ -205,7 +206,9 @@ def write_trajectories(results: Sequence[RelaxationTrajectory], out: Path) -> No
 
 def summary(result: RelaxationTrajectory, flags: Sequence[Flag] = ()) -> str:
     """One line on a predicted trajectory."""
-    moved = np.linalg.norm(result.positions[-1] - result.positions[0], axis=-1)
+    from relaxnet_jax.strain import internal_displacements
+
+    moved = np.linalg.norm(internal_displacements(result.positions, result.cells), axis=-1)
     change = 1e3 * (result.energies[-1] - result.energies[0]) / result.n_atoms
     return (
         f"{result.id}: {result.n_atoms} atoms, E {result.energies[-1]:.3f} eV "

@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from ase.data import chemical_symbols, covalent_radii
 
 from relaxnet_jax.config import Config
+from relaxnet_jax.constraints import held_atoms, move_to_end
 from relaxnet_jax.data.trajectory import CELL_TOLERANCE, RelaxationTrajectory
 from relaxnet_jax.model import RelaxNet
 from relaxnet_jax.neighbors import approach, pairs_within
+
+if TYPE_CHECKING:
+    from ase import Atoms
 
 # Of the sum of two covalent radii. The shortest bonds there are, multiple ones to oxygen and
 # nitrogen, come to 0.67 (uranyl) and more.
@@ -34,8 +38,8 @@ class Flag(NamedTuple):
     Attributes:
       name: one of "untrained", "unseen element", "not finite", "skin exceeded",
         "atoms too close", "energy rises", "forces do not fall", "density", "coordination",
-        "all atoms fixed", "vacuum strained", "constraints ignored", "no forces"; of a committee "members disagree",
-        "member lost".
+        "all atoms fixed", "vacuum strained", "constraints ignored", "constraints fail", "no forces",
+        "cell force unknown"; of a committee "members disagree", "member lost".
       detail: one line with the numbers.
       unusable: the final geometry should not be used, not even as a start.
     """
@@ -67,11 +71,45 @@ def trust_flags(
     flags += _surroundings(path, model)
     if model.config.dynamics.latent == "direct":
         flags.append(Flag("no forces", "the model predicts none: whether atoms rest is not known"))
+    elif path.variable_cell and path.stresses is None:
+        text = "a stress needs a volume, of all directions periodic: whether the cell rests is not known"
+        flags.append(Flag("cell force unknown", text))
     if path.fixed_mask.all():
         moves = "only the cell relaxes" if path.variable_cell else "nothing can move"
         flags.append(Flag("all atoms fixed", moves))
     flags += _vacuum(path)
     return tuple(sorted(flags, key=lambda flag: not flag.unusable))
+
+
+# Flags by which it is not known whether a structure is at rest.
+UNKNOWN_FORCES = ("no forces", "cell force unknown")
+
+
+def constraint_flags(atoms: Atoms, path: RelaxationTrajectory) -> tuple[Flag, ...]:
+    """Flags where atoms have constraints of which the model knows nothing, the gravest first.
+
+    ASE applies them when the atoms are moved to the end of the path; where it cannot, or puts atoms
+    too close, the prediction is unusable.
+    """
+    fixed, _ = held_atoms(atoms)
+    ignored = set()
+    for constraint in atoms.constraints:
+        index = getattr(constraint, "index", None)
+        if index is None or not fixed[index].all():
+            ignored.add(type(constraint).__name__)
+    if not ignored:
+        return ()
+    names = ", ".join(sorted(ignored))
+    told = Flag("constraints ignored", f"the path ignores {names}; the final structure does not")
+    if not np.isfinite(path.positions[-1]).all() or not np.isfinite(path.cells[-1]).all():
+        return (told,)
+    moved = atoms.copy()
+    try:
+        move_to_end(moved, path)
+    except RuntimeError as error:
+        return (Flag("constraints fail", f"{names} cannot be satisfied: {error}", True), told)
+    close = _contact(path.atomic_numbers, moved.positions, moved.cell.array, path.pbc)
+    return (close, told) if close else (told,)
 
 
 def unusable(flags: tuple[Flag, ...]) -> bool:
@@ -100,16 +138,19 @@ def _skin(path: RelaxationTrajectory, model: RelaxNet, skin: float) -> Flag | No
 def contact_flag(path: RelaxationTrajectory) -> Flag | None:
     """A flag where two atoms of the last frame are nearer than `MIN_CONTACT` of the sum of their
     covalent radii, periodic images included; None if none are."""
-    radii = np.asarray(covalent_radii)[path.atomic_numbers]
-    x, cell = path.positions[-1], path.cells[-1]
-    i, j, _, distances = pairs_within(x, cell, path.pbc, 2 * MIN_CONTACT * radii.max())
+    return _contact(path.atomic_numbers, path.positions[-1], path.cells[-1], path.pbc)
+
+
+def _contact(numbers, positions, cell, pbc) -> Flag | None:
+    radii = np.asarray(covalent_radii)[numbers]
+    i, j, _, distances = pairs_within(positions, cell, pbc, 2 * MIN_CONTACT * radii.max())
     if not len(distances):
         return None
     ratio = distances / (radii[i] + radii[j])
     worst = int(ratio.argmin())
     if ratio[worst] >= MIN_CONTACT:
         return None
-    a, b = (chemical_symbols[path.atomic_numbers[k[worst]]] + str(k[worst]) for k in (i, j))
+    a, b = (chemical_symbols[numbers[k[worst]]] + str(k[worst]) for k in (i, j))
     text = f"{a} and {b} end {distances[worst]:.2f} Å apart"
     return Flag("atoms too close", text, True)
 

@@ -155,9 +155,9 @@ def test_other_constraints(trained):
     assert [f.name for f in result.flags][-1] == "constraints ignored"
     assert "FixedLine" in result.flags[-1].detail
     atoms.set_constraint([FixAtoms([0]), FixCartesian([1])])
-    assert constraint_flags(atoms) == ()
+    assert constraint_flags(atoms, result.path) == ()
     atoms.set_constraint(FixCartesian([1], mask=(True, False, False)))
-    assert [f.name for f in constraint_flags(atoms)] == ["constraints ignored"]
+    assert [f.name for f in constraint_flags(atoms, result.path)] == ["constraints ignored"]
 
 
 def test_unusable_predictions_move_nothing(trained):

@@ -183,7 +183,7 @@ def _with_model(
 
 def _end(case: Case, result: Predicted | str, seconds: float) -> Start:
     """The start at the end of a predicted path; none where it is unusable or there is but a reason."""
-    from relaxnet_jax.starting import move_to_end
+    from relaxnet_jax.constraints import move_to_end
     from relaxnet_jax.trust import unusable
 
     if isinstance(result, str):

@@ -12,7 +12,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from relaxnet_jax.benchmark.steps import CONVERGED
+from relaxnet_jax.benchmark.steps import CONVERGED, SKIPPED
 from relaxnet_jax.data.files import atomic_path
 
 WRONG_MINIMUM = 10e-3  # eV/atom
@@ -72,18 +72,18 @@ def summaries(rows: Sequence[dict[str, Any]], labels: Mapping[str, str]) -> list
       rows: of `judged`. labels: of the starts by key, in order, "initial" first.
 
     Returns:
-      start, label; n: structures; relaxed: to a minimum that is not wrong; wrong_minimum,
-      lower_minimum: how many; wrong_minimum_rate: of those that converged; steps, seconds,
-      start_seconds: medians over the relaxed; reference_steps: median of the same structures from
-      the initial state; saved_median, saved_mean: fractions of the steps from the initial
-      structure, over the relaxed; saved_with_failures: mean over all, failures counting as 0. None
-      where there is nothing to say.
+      start, label; n: structures, without those for which no time was left; relaxed: to a minimum
+      that is not wrong; wrong_minimum, lower_minimum: how many; wrong_minimum_rate: of those that
+      converged; steps, seconds, start_seconds: medians over the relaxed; reference_steps: median
+      of the same structures from the initial state; saved_median, saved_mean: fractions of the
+      steps from the initial structure, over the relaxed; saved_with_failures: mean over all,
+      failures counting as 0. None where there is nothing to say.
     """
     by_start = {key: [r for r in rows if r["start"] == key] for key in labels}
     reference = {r["structure"]: r for r in by_start["initial"] if r["status"] == CONVERGED}
     found = []
     for key, label in labels.items():
-        own = [r for r in by_start[key] if r["structure"] in reference]
+        own = [r for r in by_start[key] if r["structure"] in reference and r["status"] != SKIPPED]
         results = [r["result"] for r in own]
         good = [r for r in own if r["result"] in ("same minimum", "lower minimum")]
         wrong = results.count("wrong minimum")

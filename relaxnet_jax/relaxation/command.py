@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from relaxnet_jax.relaxation.refine import Refined
 
 SOME_FAILED = 1
+PAUSE = 60.0  # s
 
 
 def relax(args: argparse.Namespace, load_members: Callable[[str], dict[str, RelaxNet]]) -> int:
@@ -61,6 +62,12 @@ def relax(args: argparse.Namespace, load_members: Callable[[str], dict[str, Rela
         raise InputError(f"--html {args.html}: shows one structure, {len(found)} were given")
     html = Path(args.html) if args.html else None
     targets = writing.plan(found, out, args.format, args.plot)
+    unfit = [writing.without_cell(t, i.atoms) for t, i in zip(targets, found)]
+    failures.add([Failure(i.place, reason) for i, reason in zip(found, unfit) if reason])
+    found = [i for i, reason in zip(found, unfit) if not reason]
+    targets = [t for t, reason in zip(targets, unfit) if not reason]
+    if not found and not args.json:
+        raise _nothing(failures)
     taken = [file for t in targets for file in (t.relaxed, t.path, t.figure)]
     writing.check_free([*dict.fromkeys(taken), html], args.overwrite)
     calculator = _calculator(args.refine)
@@ -74,8 +81,10 @@ def relax(args: argparse.Namespace, load_members: Callable[[str], dict[str, Rela
     models = dict(named)
     options = Options(not args.keep_cell, args.fmax, args.steps)
     predicted, seconds = _predict(models, found, args.frames, options, failures)
-    done = _finish(predicted, calculator, args, seconds, failures)
-    _write(done, dict(zip((i.name for i in found), targets)), html, args.fmax, failures)
+    done = [_Done(one, result, args.fmax, seconds) for one, result in predicted]
+    groups = _write(done, dict(zip((i.name for i in found), targets)), html, args.fmax, failures)
+    if calculator is not None:
+        _refine(groups, calculator, args, failures)
     records = [one.record for one in done if one.written]
     total = time.perf_counter() - begin
     if args.json:
@@ -124,13 +133,26 @@ class _Failures:
 
 
 class _Done:
-    """One structure after prediction and refinement."""
+    """One structure after prediction, and after refinement."""
 
-    def __init__(
-        self, one: Input, result: Predicted, record: dict[str, Any], refined: Refined | None
-    ) -> None:
-        self.input, self.result, self.record, self.refined = one, result, record, refined
+    def __init__(self, one: Input, result: Predicted, fmax: float, seconds: float) -> None:
+        self.input, self.result, self.fmax, self.seconds = one, result, fmax, seconds
+        self.refined: Refined | None = None
+        self.files: dict[str, str] = {}
         self.written = False
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What is said about it."""
+        from relaxnet_jax.relaxation.report import record
+
+        values = record(self.result, self.fmax, self.seconds, self.refined)
+        return values | {"input": self.input.place} | self.files
+
+    def atoms(self) -> Atoms:
+        """The relaxed structure, as it is written."""
+        result = self.result
+        return writing.relaxed_atoms(self.input, result.path, result.flags, self.refined)
 
 
 def _predict(
@@ -146,7 +168,6 @@ def _predict(
       models: by name; of several, the mean predicts.
     """
     from relaxnet_jax.committee import predict_members
-    from relaxnet_jax.starting import constraint_flags
 
     by_place = {one.place: one for one in found}
     named = [(i.place, i.atoms) for i in found]
@@ -161,39 +182,8 @@ def _predict(
     for result in results:
         one = by_place[result.path.id]
         path = dataclasses.replace(result.path, id=one.name)
-        flags = result.flags + constraint_flags(one.atoms)
-        kept.append((one, Predicted(path, flags, result.spread)))
+        kept.append((one, result._replace(path=path)))
     return kept, seconds
-
-
-def _finish(
-    predicted: Sequence[tuple[Input, Predicted]],
-    calculator: Calculator | None,
-    args: argparse.Namespace,
-    seconds: float,
-    failures: _Failures,
-) -> list[_Done]:
-    """Records of all predictions, refined where a calculator is given."""
-    from relaxnet_jax.relaxation.refine import refine
-    from relaxnet_jax.relaxation.report import record
-    from relaxnet_jax.starting import move_to_end
-
-    done = []
-    with bar("refining", len(predicted) if calculator else 0) as advance:
-        for count, (one, result) in enumerate(predicted, 1):
-            refined = None
-            if calculator is not None:
-                start = one.atoms.copy()
-                move_to_end(start, result.path)
-                try:
-                    refined = refine(one.atoms, start, calculator, args.fmax, args.steps)
-                except InputError as error:
-                    failures.add([Failure(one.place, str(error))])
-                advance(count)
-            values = record(result, args.fmax, seconds, refined)
-            values["input"] = one.place
-            done.append(_Done(one, result, values, refined))
-    return done
 
 
 def _write(
@@ -202,28 +192,29 @@ def _write(
     html: Path | None,
     fmax: float,
     failures: _Failures,
-) -> None:
-    """Writes all files; a structure whose file cannot be written is a failure."""
-    relaxed: dict[Path, list[tuple[_Done, Atoms]]] = {}
+) -> dict[Path, tuple[str, list[_Done]]]:
+    """Writes all predictions; a structure whose file cannot be written is a failure.
+
+    Returns:
+      The files of relaxed structures: their formats, and the structures in them.
+    """
+    groups: dict[Path, tuple[str, list[_Done]]] = {}
     paths: dict[Path, list[RelaxationTrajectory]] = {}
     for one in done:
         target = targets[one.input.name]
-        refined = None if one.refined is None else one.refined.atoms
-        atoms = writing.relaxed_atoms(one.input, one.result.path, one.result.flags, refined)
-        lost = writing.lost_constraints(atoms, target.form)
+        lost = writing.lost_constraints(one.input.atoms, target.form)
         if lost:
             note(f"{one.input.place}: {target.form} cannot hold {', '.join(lost)}; left out")
-        relaxed.setdefault(target.relaxed, []).append((one, atoms))
-        one.record["relaxed_file"] = str(target.relaxed)
-        one.record["path_file"] = str(target.path)
-    for file, members in relaxed.items():
+        groups.setdefault(target.relaxed, (target.form, []))[1].append(one)
+        one.files |= {"relaxed_file": str(target.relaxed), "path_file": str(target.path)}
+    for file, (form, members) in list(groups.items()):
         try:
-            form = targets[members[0][0].input.name].form
-            writing.write_relaxed([atoms for _, atoms in members], file, form)
+            writing.write_relaxed([one.atoms() for one in members], file, form)
         except InputError as error:
-            failures.add([Failure(one.input.place, str(error)) for one, _ in members])
+            failures.add([Failure(one.input.place, str(error)) for one in members])
+            del groups[file]
             continue
-        for one, _ in members:
+        for one in members:
             one.written = True
             paths.setdefault(targets[one.input.name].path, []).append(one.result.path)
     for file, many in paths.items():
@@ -234,12 +225,50 @@ def _write(
             from relaxnet_jax.evaluate.path_figure import path_figure
 
             path_figure(one.result.path, figure, fmax)
-            one.record["figure_file"] = str(figure)
+            one.files["figure_file"] = str(figure)
         if one.written and html is not None:
             from relaxnet_jax.evaluate.viewer import write_viewer
 
             write_viewer(one.result.path, html, one.result.flags)
-            one.record["html_file"] = str(html)
+            one.files["html_file"] = str(html)
+    return groups
+
+
+def _refine(
+    groups: Mapping[Path, tuple[str, list[_Done]]],
+    calculator: Calculator,
+    args: argparse.Namespace,
+    failures: _Failures,
+) -> None:
+    """Refines the predictions, and writes each file again with what is refined: at its end, every
+    `PAUSE` seconds until then, and when all this is interrupted."""
+    from relaxnet_jax.constraints import move_to_end
+    from relaxnet_jax.relaxation.refine import refine
+
+    count = 0
+    with bar("refining", sum(len(members) for _, members in groups.values())) as advance:
+        for file, (form, members) in groups.items():
+            written, changed = time.monotonic(), False
+            try:
+                for one in members:
+                    start = one.input.atoms.copy()
+                    move_to_end(start, one.result.path)
+                    try:
+                        found = refine(one.input.atoms, start, calculator, args.fmax, args.steps)
+                    except InputError as error:
+                        failures.add([Failure(one.input.place, str(error))])
+                    else:
+                        one.refined, changed = found, True
+                        if found.failure:
+                            note(f"{one.input.place}: --refine: {found.failure}")
+                    count += 1
+                    advance(count)
+                    if changed and time.monotonic() - written > PAUSE:
+                        writing.write_relaxed([m.atoms() for m in members], file, form)
+                        written, changed = time.monotonic(), False
+            finally:
+                if changed:
+                    writing.write_relaxed([m.atoms() for m in members], file, form)
 
 
 def _json(

@@ -71,14 +71,16 @@ def parse_indices(text: str) -> tuple[int, ...]:
     return tuple(sorted(found))
 
 
-def find_files(named: Sequence[str], exclude: Path) -> tuple[dict[Path, slice], list[Failure]]:
+def find_files(
+    named: Sequence[str], exclude: Path
+) -> tuple[dict[Path, list[slice]], list[Failure]]:
     """Files to read, each once, in order, with the images wanted: those named, as FILE or
-    FILE@INDEX (ASE's: -1, 0:5), and those in the folders named.
+    FILE@INDEX (ASE's: -1, 0:5), several times perhaps, and those in the folders named.
 
     Folders are searched recursively for POSCAR* and the suffixes `SEARCHED`, without hidden ones
     and without ``exclude``, and results of this command, elsewhere too.
     """
-    files: dict[Path, tuple[Path, slice]] = {}
+    files: dict[Path, tuple[Path, list[slice]]] = {}
     failures: list[Failure] = []
     for text in named:
         path, images = _selected(text)
@@ -93,7 +95,7 @@ def find_files(named: Sequence[str], exclude: Path) -> tuple[dict[Path, slice], 
             failures.append(Failure(text, "no such file; check the path"))
             continue
         for file in inside:
-            files.setdefault(file.resolve(), (file, images))
+            files.setdefault(file.resolve(), (file, []))[1].append(images)
     return dict(files.values()), failures
 
 
@@ -124,7 +126,9 @@ def _inside(folder: Path, exclude: Path) -> Iterable[Path]:
                 yield Path(root, name)
 
 
-def read_inputs(files: Mapping[Path, slice], hold: Hold) -> tuple[list[Input], list[Failure]]:
+def read_inputs(
+    files: Mapping[Path, Sequence[slice]], hold: Hold
+) -> tuple[list[Input], list[Failure]]:
     """The images wanted of all files; what cannot be read is named, and the rest goes on."""
     inputs: list[Input] = []
     failures: list[Failure] = []
@@ -135,8 +139,9 @@ def read_inputs(files: Mapping[Path, slice], hold: Hold) -> tuple[list[Input], l
         except InputError as error:
             failures.append(Failure(str(file), str(error).removeprefix(f"{file}: ")))
             continue
-        chosen = range(len(images))[wanted]
-        if not chosen:
+        numbers = range(len(images))
+        chosen = list(dict.fromkeys(k for part in wanted for k in numbers[part]))
+        if not all(numbers[part] for part in wanted):
             failures.append(
                 Failure(str(file), f"has {len(images)} image(s), none of those asked for")
             )

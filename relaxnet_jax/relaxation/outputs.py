@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
+from relaxnet_jax.constraints import move_to_end
 from relaxnet_jax.data.files import atomic_path, one_line
 from relaxnet_jax.data.trajectory import RelaxationTrajectory
 from relaxnet_jax.errors import InputError
@@ -16,6 +20,7 @@ from relaxnet_jax.structure_files import is_poscar
 if TYPE_CHECKING:
     from ase import Atoms
 
+    from relaxnet_jax.relaxation.refine import Refined
     from relaxnet_jax.trust import Flag
 
 FORMATS = ("poscar", "cif", "extxyz", "traj")
@@ -67,6 +72,13 @@ def plan(inputs: Sequence[Input], out: Path, form: str | None, figures: bool) ->
     return targets
 
 
+def without_cell(target: Target, atoms: Atoms) -> str:
+    """Why the atoms cannot be written in the format; empty if they can."""
+    if target.form == "poscar" and atoms.cell.rank < 3:
+        return "it has no cell, a POSCAR needs one; give --format extxyz"
+    return ""
+
+
 def _like(source: Path) -> str:
     if is_poscar(source):
         return "poscar"
@@ -74,8 +86,12 @@ def _like(source: Path) -> str:
 
 
 def check_free(files: Sequence[Path | None], overwrite: bool) -> None:
-    """Raises InputError if one of the files exists and may not be overwritten."""
+    """Raises InputError if one of the files exists and may not be overwritten, or cannot be written:
+    before hours of refinement, not after."""
     for file in files:
+        folder = next((p for p in file.absolute().parents if p.exists()), None) if file else None
+        if folder is not None and not (folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)):
+            raise InputError(f"{folder}: cannot be written to; give another --out or --html")
         if file is not None and file.is_dir():
             raise InputError(f"{file}: is a folder; choose another name")
         if file is not None and file.exists() and not overwrite:
@@ -83,35 +99,37 @@ def check_free(files: Sequence[Path | None], overwrite: bool) -> None:
 
 
 def relaxed_atoms(
-    one: Input, path: RelaxationTrajectory, flags: Sequence[Flag], refined: Atoms | None
+    one: Input, path: RelaxationTrajectory, flags: Sequence[Flag], refined: Refined | None
 ) -> Atoms:
     """The input's atoms, with all they carry, in the final cell at the final positions.
 
     Energy, forces and, where cells relax, stress are the model's, or the calculator's where it
-    refined them; ``info`` has ``traj_id``, ``source``, and ``relaxnet_flags`` if there are any.
+    refined them; none where constraints that the path ignores have moved its end. ``info`` has
+    ``traj_id``, ``source``, and ``relaxnet_flags`` if there are any and the prediction was used.
     """
     from ase.calculators.singlepoint import SinglePointCalculator
 
-    from relaxnet_jax.starting import move_to_end
-
     atoms = one.atoms.copy()
+    results = {}
     if refined is None:
         move_to_end(atoms, path)
-        results = {"energy": float(path.energies[-1]), "forces": path.forces[-1].copy()}
-        if path.stresses is not None:
-            results["stress"] = path.stresses[-1].copy()
+        if np.allclose(atoms.positions, path.positions[-1], rtol=0, atol=1e-6):
+            results = {"energy": float(path.energies[-1]), "forces": path.forces[-1].copy()}
+            if path.stresses is not None:
+                results["stress"] = path.stresses[-1].copy()
     else:
-        atoms.set_cell(refined.cell, apply_constraint=False)
-        atoms.set_positions(refined.positions, apply_constraint=False)
+        atoms.set_cell(refined.atoms.cell, apply_constraint=False)
+        atoms.set_positions(refined.atoms.positions, apply_constraint=False)
         results = {
-            "energy": float(refined.get_potential_energy()),
-            "forces": refined.get_forces(apply_constraint=False),
+            "energy": float(refined.atoms.get_potential_energy()),
+            "forces": refined.atoms.get_forces(apply_constraint=False),
         }
-    atoms.calc = SinglePointCalculator(atoms, **results)
-    atoms.info |= {"traj_id": one.name, "source": path.source}
-    if refined is not None:
-        atoms.info["source"] = f"{path.source}, refined"
-    if flags:
+    if results:
+        atoms.calc = SinglePointCalculator(atoms, **results)
+    used = refined is None or refined.kept == "with"
+    source = path.source if refined is None else f"{path.source}, refined"
+    atoms.info |= {"traj_id": one.name, "source": source if used else "refined without RelaxNet"}
+    if flags and used:
         atoms.info["relaxnet_flags"] = ", ".join(flag.name for flag in flags)
     return atoms
 
@@ -127,8 +145,6 @@ def write_relaxed(images: Sequence[Atoms], file: Path, form: str) -> None:
     """Writes the final structures of one file, whole or not at all. Raises InputError."""
     import ase.io
 
-    if form == "poscar" and images[0].cell.rank < 3:
-        raise InputError(f"{file}: it has no cell, a POSCAR needs one; give --format extxyz")
     with atomic_path(file) as temporary:
         try:
             ase.io.write(temporary, list(images), format=_ASE[form])

@@ -43,19 +43,21 @@ class Refined(NamedTuple):
     """LBFGS from the initial structure and from the predicted one.
 
     Attributes:
-      without, with_start: the two relaxations.
+      without, with_start: the two relaxations; None for one that failed.
       wrong_minimum: whether the head start ended higher by more than `WRONG_MINIMUM` per atom;
-        None where one of the two did not converge.
+        None where one of the two failed or did not converge.
       atoms: what is kept, with its calculator: the end of the relaxation with the head start, or
-        of the other where that is a wrong minimum or did not converge and the other did.
+        of the other where that is a wrong minimum, or failed or did not converge and the other did not.
       kept: "with" or "without".
+      failure: why one of the two failed; empty if neither did.
     """
 
-    without: Leg
-    with_start: Leg
+    without: Leg | None
+    with_start: Leg | None
     wrong_minimum: bool | None
     atoms: Atoms
     kept: str
+    failure: str = ""
 
 
 def load(name: str) -> Calculator:
@@ -76,22 +78,28 @@ def refine(
       fmax: eV/Å. steps: most optimiser steps of each.
 
     Raises:
-      InputError: the calculator does not know an element, or fails.
+      InputError: the calculator does not know an element, or fails from both.
     """
     cell_too = not np.allclose(initial.cell.array, predicted.cell.array, atol=CELL_TOLERANCE)
-    runs = []
-    for atoms in (initial.copy(), predicted.copy()):
+    ends = {"with": predicted.copy(), "without": initial.copy()}
+    legs: dict[str, Leg | None] = {}
+    failures = {}
+    for name, atoms in ends.items():
         try:
-            runs.append((descend(atoms, calculator, fmax, steps, cell_too), atoms))
+            legs[name] = descend(atoms, calculator, fmax, steps, cell_too)
         except InputError as error:
-            raise InputError(f"--refine: {error}") from error
-    (without, plain), (with_start, refined) = runs
+            legs[name], failures[name] = None, str(error)
+    if len(failures) == len(ends):
+        raise InputError(f"--refine: {failures['with']}")
+    without, with_start = legs["without"], legs["with"]
     wrong: bool | None = None
-    if without.converged and with_start.converged:
+    if without and with_start and without.converged and with_start.converged:
         wrong = (with_start.energy - without.energy) / len(initial) > WRONG_MINIMUM
-    fall_back = wrong or (without.converged and not with_start.converged)
-    kept = (plain, "without") if fall_back else (refined, "with")
-    return Refined(without, with_start, wrong, *kept)
+    better = without is not None and without.converged and not (with_start and with_start.converged)
+    kept = "without" if wrong or better or with_start is None else "with"
+    where = {"with": "from the prediction", "without": "from the initial structure"}
+    failure = "; ".join(f"{where[name]}: {text}" for name, text in failures.items())
+    return Refined(without, with_start, wrong, ends[kept], kept, failure)
 
 
 def descend(atoms: Atoms, calculator: Calculator, fmax: float, steps: int, relax_cell: bool) -> Leg:

@@ -35,6 +35,9 @@ def record(
       fmax: eV/Å, asked for.
       seconds: of prediction, the share of this structure. refined: by ``--refine``, or None.
     """
+    from relaxnet_jax.strain import internal_displacements
+    from relaxnet_jax.trust import UNKNOWN_FORCES
+
     path, flags, spread = result
     free = ~path.fixed_mask
     volumes = np.abs(np.linalg.det(path.cells[[0, -1]]))
@@ -42,7 +45,7 @@ def record(
     stress = path.stresses[-1] if relaxes and path.stresses is not None else None
     pull = 0.0 if stress is None else cell_force(stress, float(volumes[1]), path.n_atoms)
     last = max(float(path.fmax[-1]), pull)
-    moved = np.linalg.norm(path.positions[-1] - path.positions[0], axis=-1)[free]
+    moved = np.linalg.norm(internal_displacements(path.positions, path.cells), axis=-1)[free]
     values: dict[str, Any] = {
         "name": path.id,
         "formula": path.formula,
@@ -59,19 +62,23 @@ def record(
         "volume_last": float(volumes[1]),
         "stress_last": None if stress is None else stress.tolist(),
         "cell_force_last": None if stress is None else pull,
-        "converged": last < fmax and not any(f.name == "no forces" for f in flags),
+        "converged": last < fmax and not any(f.name in UNKNOWN_FORCES for f in flags),
         "flags": [{"name": f.name, "detail": f.detail} for f in flags],
         "seconds": seconds,
         "spread": None if spread is None else spread._asdict(),
     }
     if refined is not None:
         without, with_start = refined.without, refined.with_start
+        difference = None
+        if without is not None and with_start is not None:
+            difference = (with_start.energy - without.energy) / path.n_atoms
         values["refined"] = {
-            "without_head_start": without._asdict(),
-            "with_head_start": with_start._asdict(),
-            "energy_difference_per_atom": (with_start.energy - without.energy) / path.n_atoms,
+            "without_head_start": None if without is None else without._asdict(),
+            "with_head_start": None if with_start is None else with_start._asdict(),
+            "energy_difference_per_atom": difference,
             "wrong_minimum": refined.wrong_minimum,
             "kept": refined.kept,
+            "failure": refined.failure,
         }
     return values
 
@@ -128,7 +135,7 @@ def tables(records: Sequence[dict[str, Any]], fmax: float, refine: str | None) -
         return [predicted]
     caption = (
         f"LBFGS to {fmax:g} eV/Å from the initial structure → from the prediction; wrong minimum: "
-        f"ends higher by more than {1e3 * WRONG_MINIMUM:g} meV/atom"
+        f"the latter ends higher\nby more than {1e3 * WRONG_MINIMUM:g} meV/atom, and the former is kept"
     )
     headings = ["ionic\nsteps", "energy\neV", "seconds", "result"]
     refined = _table(f"refined with {refine}", headings, caption)
@@ -149,17 +156,21 @@ def _table(title: str, headings: Sequence[str], caption: str) -> Table:
 def _refined_cells(refined: dict[str, Any] | None) -> list[str]:
     if refined is None:
         return ["–", "–", "–", "failed"]
-    without, with_start = refined["without_head_start"], refined["with_head_start"]
-    if refined["wrong_minimum"] is None:
-        verdict = "not converged"
-    else:
+    legs = refined["without_head_start"], refined["with_head_start"]
+    converged = [leg is not None and leg["converged"] for leg in legs]
+    if all(converged):
         verdict = "wrong minimum" if refined["wrong_minimum"] else "converged"
-    return [
-        f"{without['steps']} → {with_start['steps']}",
-        f"{without['energy']:.3f} → {with_start['energy']:.3f}",
-        f"{without['seconds']:.1f} → {with_start['seconds']:.1f}",
-        verdict,
-    ]
+    elif any(converged):
+        verdict = "converged only from the " + (
+            "initial structure" if converged[0] else "prediction"
+        )
+    else:
+        verdict = "not converged"
+
+    def shown(key: str, form: str) -> str:
+        return " → ".join("failed" if leg is None else format(leg[key], form) for leg in legs)
+
+    return [shown("steps", "d"), shown("energy", ".3f"), shown("seconds", ".1f"), verdict]
 
 
 def flag_lines(records: Sequence[dict[str, Any]]) -> list[str]:

@@ -1,0 +1,207 @@
+"""``relaxnet-jax relax`` when something goes wrong on the way: nothing that is known is lost."""
+
+import dataclasses
+import io
+import os
+from pathlib import Path
+
+import ase.io
+import numpy as np
+import pytest
+from ase import Atoms
+from ase.build import fcc111
+from ase.calculators.emt import EMT
+from ase.constraints import FixBondLengths, FixedPlane, FixScaled
+from rich.console import Console
+from tiny import alloy, tiny_config, tiny_model
+
+from relaxnet_jax import cli
+from relaxnet_jax.constraints import move_to_end
+from relaxnet_jax.data.generation.calculators import load_calculator
+from relaxnet_jax.model import save_model
+from relaxnet_jax.predict import as_trajectory, predict_structures, relax
+from relaxnet_jax.relaxation import command
+from relaxnet_jax.relaxation.refine import refine
+from relaxnet_jax.relaxation.report import record, tables, totals
+from relaxnet_jax.starting import head_start
+from relaxnet_jax.structure_files import Predicted
+from relaxnet_jax.trust import constraint_flags
+
+pytestmark = pytest.mark.usefixtures("quick_compilation", "own_cache")
+SYMBOLS = (29, 46, 78, 79)
+
+
+def made(**changes):
+    config = tiny_config(
+        "explicit", model__layers=1, model__attention=False, model__vector_messages=False, **changes
+    )
+    return tiny_model(config, dtype=np.float32, factor=3.0).replace(elements=SYMBOLS)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    model = made()
+    return model, save_model(model, tmp_path_factory.mktemp("trained") / "model")
+
+
+@pytest.fixture
+def run(model, tmp_path, monkeypatch, capsys):
+    """Runs relax in a folder of its own: (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*argv):
+        code = cli.main(["relax", "--model", str(model[1]), "--frames", "3", *map(str, argv)])
+        return (code, *capsys.readouterr())
+
+    return call
+
+
+class Makes:
+    """An ASE calculator's factory that gives EMT, but an error for some of the relaxations."""
+
+    def __init__(self, *errors):
+        self.errors, self.count = errors, 0
+
+    def __call__(self):
+        self.count += 1
+        if self.count - 1 < len(self.errors) and self.errors[self.count - 1]:
+            raise self.errors[self.count - 1]
+        return EMT()
+
+
+BROKEN = ValueError("no convergence")
+
+
+@pytest.mark.parametrize("lost", ["with", "without"])
+def test_a_relaxation_that_fails_leaves_the_other(lost, model):
+    errors = {"with": (BROKEN,), "without": (None, BROKEN)}[lost]
+    emt = load_calculator("emt")._replace(make=Makes(*errors))
+    result = refine(alloy(), alloy(), emt, 0.05, 200)
+    assert result.kept == {"with": "without", "without": "with"}[lost]
+    assert result.wrong_minimum is None and result.atoms.get_potential_energy() < 1.0
+    assert (result.with_start is None) == (lost == "with") != (result.without is None)
+    place = {"with": "from the prediction", "without": "from the initial structure"}
+    assert result.failure.startswith(f"{place[lost]}: ") and "no convergence" in result.failure
+    values = record(Predicted(relax(model[0], alloy(), 3), ()), 0.05, 0.1, result)
+    assert values["refined"]["failure"] == result.failure
+    console = Console(file=io.StringIO(), width=200)
+    console.print(tables([values], 0.05, "emt")[1])
+    other = {"with": "initial structure", "without": "prediction"}[lost]
+    assert f"converged only from the {other}" in console.file.getvalue()
+    assert len(totals([values], 0, 1.0, True)) == 1  # nothing to compare
+
+
+def test_an_interruption_leaves_predictions_and_what_is_refined(run, monkeypatch):
+    """The third structure is interrupted: the first is refined, of the others the prediction is there."""
+    ase.io.write("many.extxyz", [alloy(), alloy(), alloy()])
+    for name in ("b.cif", "c.cif"):
+        ase.io.write(name, alloy())
+    makes = Makes(None, None, None, None, KeyboardInterrupt())
+    emt = load_calculator("emt")._replace(make=makes)
+    monkeypatch.setattr(command, "_calculator", lambda name: emt)
+    assert run("many.extxyz", "b.cif", "c.cif", "--refine", "emt")[0] == 130
+    images = ase.io.read("relaxed/many-relaxed.extxyz", ":")
+    sources = [atoms.info["source"] for atoms in images]
+    assert ["refined" in text for text in sources] == [True, True, False]
+    assert len({round(a.get_potential_energy(), 6) for a in images[:2]}) == 1
+    assert sorted(p.name for p in Path("relaxed").iterdir()) == [
+        "b-path.extxyz", "b-relaxed.cif", "c-path.extxyz", "c-relaxed.cif",
+        "many-path.extxyz", "many-relaxed.extxyz"]  # fmt: skip
+
+
+def test_what_cannot_be_written_is_told_before_anything_is_computed(run, monkeypatch):
+    monkeypatch.setattr(command, "_predict", lambda *_: pytest.fail("it predicts"))
+    ase.io.write("molecule.xyz", Atoms("Cu2", [[0, 0, 0], [0, 0, 2.3]]))
+    code, _, err = run("molecule.xyz", "--format", "poscar")
+    assert code == 2 and "a POSCAR needs one" in err
+    if os.geteuid() == 0:
+        monkeypatch.setattr(os, "access", lambda *_: False)
+    else:
+        Path("closed").mkdir(mode=0o500)
+    code, _, err = run("molecule.xyz", "--out", "closed/out")
+    assert code == 2 and "cannot be written to" in err
+
+
+def test_several_selections_of_a_file(run):
+    ase.io.write("m.extxyz", [alloy("Cu"), alloy("Pd"), alloy("Pt")])
+    assert run("m.extxyz@0", "m.extxyz@-1", "m.extxyz@:1")[0] == 0
+    found = ase.io.read("relaxed/m-relaxed.extxyz", ":")
+    assert [a.symbols[0] for a in found] == [alloy(s).symbols[0] for s in ("Cu", "Pt")]
+    code, _, err = run("m.extxyz@0", "m.extxyz@7", "--out", "other")
+    assert code == 1 and "none of those asked for" in err
+
+
+def test_an_occupancy_that_is_not_a_cifs(run):
+    first = alloy()
+    first.info["occupancy"] = 0.5
+    ase.io.write("a.extxyz", [first, alloy()])
+    assert run("a.extxyz")[0] == 0
+    assert len(ase.io.read("relaxed/a-relaxed.extxyz", ":")) == 2
+
+
+def pulled(model, atoms, n=3):
+    """A path whose last frame lies 0.3 Å further along x and z."""
+    free = atoms.copy()
+    free.set_constraint()
+    path = relax(model, free, n)
+    positions = path.positions.copy()
+    positions[-1] += [0.3, 0.0, 0.3]
+    return dataclasses.replace(path, positions=positions)
+
+
+def test_constraints_that_move_the_end(model):
+    """Energy and forces are the path's end's, so they are not told of another geometry."""
+    atoms = fcc111("Pt", (2, 1, 3), vacuum=4.0, periodic=True)
+    path = pulled(model[0], atoms)
+    assert constraint_flags(atoms, path) == ()
+    one = command.reading.Input("a", "a", Path("a.cif"), "a", atoms)
+    free = command.writing.relaxed_atoms(one, path, (), None)
+    assert free.get_potential_energy() == path.energies[-1]
+    atoms.set_constraint(FixedPlane(5, [0, 0, 1.0]))
+    bound = command.writing.relaxed_atoms(one, path, (), None)
+    assert bound.calc is None and bound.positions[5, 2] == pytest.approx(atoms.positions[5, 2])
+    # The others have come upon the atom that is held.
+    close = pulled(model[0], atoms)
+    close.positions[-1, 4] = atoms.positions[5] + [0.3, 0.0, 0.2]
+    close.positions[-1, 5] = atoms.positions[5] + [0.0, 0.0, 4.0]
+    assert [f.name for f in constraint_flags(atoms, close)] == [
+        "atoms too close", "constraints ignored"]  # fmt: skip
+
+
+def test_rigid_bonds_keep_their_length_whatever_the_cell_does(model):
+    atoms = Atoms("Cu3", [[0, 0, 0], [2.4, 0, 0], [0, 3.0, 0]], cell=[8.0, 8.0, 8.0], pbc=True)
+    length, path = atoms.get_distance(0, 1), relax(model[0], atoms, 3)
+    atoms.set_constraint(FixBondLengths([(0, 1)]))
+    cells = path.cells.copy()
+    cells[-1] *= 1.04
+    move_to_end(atoms, dataclasses.replace(path, cells=cells))
+    assert atoms.get_distance(0, 1) == pytest.approx(length, abs=1e-6)
+
+
+def test_partial_constraints_are_told(model):
+    atoms = alloy()
+    atoms.set_constraint(FixScaled(1, (False, False, True)))
+    with pytest.warns(UserWarning, match="constraints ignored"):
+        relax(model[0], atoms, 3)
+    assert "constraints ignored" in {f.name for f in head_start(atoms, model[0], 3).flags}
+
+
+def test_charges_go_along():
+    model = made(model__charges=True)
+    atoms = alloy()
+    atoms.set_initial_charges([0.5, -0.5, 0.25, -0.25])
+    structure = model.structure(atoms)
+    (path,) = predict_structures(model, [structure], np.linspace(0, 1, 3))
+    last = as_trajectory("a", structure, path).atoms(-1)
+    np.testing.assert_array_equal(last.get_initial_charges(), atoms.get_initial_charges())
+
+
+def test_cells_without_a_volume_are_not_called_converged():
+    """A slab that is not periodic along its normal strains in its plane, without a stress."""
+    model = made(dynamics__cell="variable")
+    atoms = fcc111("Pt", (1, 1, 3), vacuum=4.0, periodic=False)
+    start = head_start(atoms, model, 3)
+    assert start.path.variable_cell and start.path.stresses is None
+    assert "cell force unknown" in {f.name for f in start.flags}
+    assert not record(Predicted(start.path, start.flags), 1e3, 0.1, None)["converged"]
+    assert record(Predicted(start.path, ()), 1e3, 0.1, None)["converged"]
