@@ -166,6 +166,11 @@ def test_wrong_and_lower_minima(tmp_path):
     assert emt.make.made == made + 2 and "after 2 steps" in said[-1]
     late = run_steps(cases, emt, [both], Limits(fmax=0.02, minutes=-1.0), kept)
     assert {r["status"] for r in late} == {"skipped"} and emt.make.made == made + 2
+    # Another model, for which no time is left: nothing is known of it, least of all a failure.
+    other = both._replace(key="later", identity="y")
+    late = run_steps(cases, emt, [both, other], Limits(fmax=0.01, minutes=-1.0), kept)
+    labels = {"initial": "initial structure", "both": "other", "later": "later"}
+    assert [s["n"] for s in summaries(judged(late, 0.01), labels)] == [2, 2, 0]
 
 
 def test_without_another_start_nothing_is_relaxed(tmp_path):

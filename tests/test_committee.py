@@ -31,6 +31,7 @@ from relaxnet_jax.metrics import Comparison, averaged
 from relaxnet_jax.model import load_committee, save_model
 from relaxnet_jax.predict import Judged
 from relaxnet_jax.starting import head_start
+from relaxnet_jax.strain import internal_displacements
 from relaxnet_jax.trust import Flag
 
 LIGHT = {"model__layers": 1, "model__attention": False, "model__vector_messages": False}
@@ -214,6 +215,30 @@ def test_disagreement():
     wide = found._replace(positions=0.2)
     assert disagreement(path, wide).name == "members disagree"
     assert "0.200" in disagreement(path, wide).detail
+
+
+def test_what_the_cell_moves_is_no_displacement():
+    """Members disagree about places in the lattice; a strain moves atoms far from the origin further."""
+    shifts = np.full((2, 4, 3), 0.1)
+    shifts[0, :2] -= 0.05
+    path, other = paths(shifts, fixed=[3])
+    size = np.linalg.norm(internal_displacements(path.positions, path.cells), axis=1)
+    wide = spread([path, other])._replace(positions=float(size.max()) + 0.01)
+    assert disagreement(path, wide) is not None
+    for shift in (0.0, 50.0):
+        strained = strain_end(path, 1.05, shift)
+        found = internal_displacements(strained.positions, strained.cells)
+        np.testing.assert_allclose(np.linalg.norm(found, axis=1), size, atol=1e-9)
+        assert np.abs(strained.positions[-1] - strained.positions[0]).max() > size.max()
+        assert disagreement(strained, wide) is not None
+
+
+def strain_end(path, factor, shift):
+    """The path from positions shifted along the diagonal, its last frame and cell stretched."""
+    positions, cells = path.positions + shift, path.cells.copy()
+    cells[-1] *= factor
+    positions[-1] *= factor
+    return dataclasses.replace(path, positions=positions, cells=cells)
 
 
 def test_relax_command(models, tmp_path, monkeypatch, capsys):
