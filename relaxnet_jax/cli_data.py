@@ -164,6 +164,11 @@ def _add_generate(kinds) -> None:
         help="probability of replacing each element by another of its group (default: 0)",
     )
     p.add_argument(
+        "--f-elements",
+        action="store_true",
+        help="rare earths (Sc, Y, La to Lu) may replace each other, and actinides (Ac to Pu)",
+    )
+    p.add_argument(
         "--supercell",
         nargs=3,
         type=int,

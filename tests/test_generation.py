@@ -180,6 +180,33 @@ def test_substitution_stays_in_the_group():
     np.testing.assert_array_equal(substituted(numbers, 0.0, None, rng), numbers)
 
 
+def test_f_elements_stand_in_for_each_other():
+    rng = np.random.default_rng(0)
+    numbers = np.array([39, 92, 72, 8])
+    seen = set()
+    for _ in range(300):
+        new = substituted(numbers, 0.7, None, rng, f_elements=True)
+        assert family_formula(new, True) == family_formula(numbers, True)
+        seen |= {int(z) for z in new}
+    # Hafnium is of titanium's group, whichever elements come before it in the table.
+    assert seen == {21, 39, *range(57, 72), *range(89, 95), 22, 40, 72, 8, 16, 34, 52}
+    cerium = alloy()
+    cerium.numbers[:] = 58
+    cerium.set_cell(1.5 * cerium.cell.array, scale_atoms=True)
+    starts = [
+        draw_start(
+            cerium,
+            Settings("emt", substitute=1.0, f_elements=f_elements),
+            None,
+            np.random.default_rng(0),
+        )
+        for f_elements in (False, True)
+    ]
+    assert set(starts[0].numbers) == {58} and 58 not in starts[1].numbers
+    with pytest.raises(InputError, match="--f-elements: nothing is replaced: give --substitute"):
+        Settings("emt", f_elements=True).check()
+
+
 def test_start():
     """Volume follows the radii; fixed atoms stay; the noise is that asked for."""
     salt = bulk("NaCl", "rocksalt", a=5.64, cubic=True)

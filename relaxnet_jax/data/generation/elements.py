@@ -10,7 +10,7 @@ import numpy as np
 from relaxnet_jax.data.trajectory import reduced_formula
 
 # Groups 1 to 18 of the periodic table. Hydrogen is no alkali metal and stands alone, and so do
-# the f elements beside lanthanum, which belong to no group.
+# the f elements beside lanthanum, which belong to no group, unless they are asked for.
 _GROUPS = (
     (3, 11, 19, 37, 55),
     (4, 12, 20, 38, 56),
@@ -32,23 +32,35 @@ _GROUPS = (
     (2, 10, 18, 36, 54),
 )
 _GROUP_OF = {z: group for group in _GROUPS for z in group}
+_RARE_EARTHS = (21, 39, *range(57, 72))
+_ACTINIDES = tuple(range(89, 95))
+_FAMILY_OF = _GROUP_OF | {z: family for family in (_RARE_EARTHS, _ACTINIDES) for z in family}
 
 
-def group_of(number: int) -> tuple[int, ...]:
+def group_of(number: int, f_elements: bool = False) -> tuple[int, ...]:
     """Atomic numbers of the element's group of the periodic table, ascending, itself included.
 
     Astatine, radon and all below them are left out; an element of no group is its own.
+
+    Args:
+      number: atomic number.
+      f_elements: whether scandium, yttrium and the lanthanides are one group, and actinium to
+        plutonium another.
     """
-    return _GROUP_OF.get(number, (number,))
+    return (_FAMILY_OF if f_elements else _GROUP_OF).get(number, (number,))
 
 
-def family_formula(numbers: np.ndarray) -> str:
+def family_formula(numbers: np.ndarray, f_elements: bool = False) -> str:
     """The reduced formula with every element replaced by the lightest of its group.
 
     All that substitution can make of a material shares it with the material: NaCl and KBr are
     both "FLi".
+
+    Args:
+      numbers: (N,) atomic numbers.
+      f_elements: see `group_of`.
     """
-    return reduced_formula(np.array([group_of(int(z))[0] for z in numbers]))
+    return reduced_formula(np.array([group_of(int(z), f_elements)[0] for z in numbers]))
 
 
 def substituted(
@@ -56,6 +68,7 @@ def substituted(
     probability: float,
     allowed: Collection[int] | None,
     rng: np.random.Generator,
+    f_elements: bool = False,
 ) -> np.ndarray:
     """(N,) atomic numbers in which elements have been replaced by others of their group.
 
@@ -66,13 +79,15 @@ def substituted(
       probability: of replacing each element.
       allowed: atomic numbers to choose from; None for all.
       rng: of the choices.
+      f_elements: see `group_of`.
     """
     result = np.array(numbers)
     present = {int(z) for z in np.unique(numbers)}
     for z in sorted(present):
         # Drawn whether or not it is used, so that one element's luck does not hang on another's.
         wanted, choice = rng.random(), rng.random()
-        others = [o for o in group_of(z) if o not in present and (allowed is None or o in allowed)]
+        family = group_of(z, f_elements)
+        others = [o for o in family if o not in present and (allowed is None or o in allowed)]
         if others and wanted < probability:
             new = others[int(choice * len(others))]
             present.add(new)

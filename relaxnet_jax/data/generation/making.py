@@ -296,5 +296,8 @@ def group_label(parent: Parent, settings: Settings, numbers: np.ndarray) -> str:
     """
     if settings.group_by == "formula":
         return reduced_formula(numbers)
-    shared = family_formula if settings.substitute else reduced_formula
-    return parent.group or shared(parent.atoms.numbers)
+    if parent.group:
+        return parent.group
+    if settings.substitute:
+        return family_formula(parent.atoms.numbers, settings.f_elements)
+    return reduced_formula(parent.atoms.numbers)

@@ -23,6 +23,8 @@ class Settings:
       rattle: Å, range of the standard deviation per coordinate.
       strain: the cell's symmetric strain has components within ± this.
       substitute: probability of replacing each element by another of its group.
+      f_elements: whether rare earths (Sc, Y, La to Lu) may replace each other, and actinides (Ac
+        to Pu).
       supercell: repetitions along the lattice vectors.
       relax_cell: whether the cell relaxes too.
       optimizer: "lbfgs" or "fire".
@@ -40,6 +42,7 @@ class Settings:
     rattle: tuple[float, float] = (0.02, 0.15)
     strain: float = 0.02
     substitute: float = 0.0
+    f_elements: bool = False
     supercell: tuple[int, int, int] = (1, 1, 1)
     relax_cell: bool = False
     optimizer: Literal["lbfgs", "fire"] = "lbfgs"
@@ -62,6 +65,10 @@ class Settings:
             ),
             (0 <= self.strain < 0.5, f"--strain {self.strain}: give a number from 0 to below 0.5"),
             (0 <= self.substitute <= 1, f"--substitute {self.substitute}: give a probability"),
+            (
+                self.substitute > 0 or not self.f_elements,
+                "--f-elements: nothing is replaced: give --substitute a probability above 0",
+            ),
             (
                 min(self.supercell) >= 1,
                 f"--supercell {' '.join(map(str, self.supercell))}: give three numbers of 1 or "
