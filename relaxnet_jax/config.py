@@ -178,7 +178,8 @@ class DataConfig:
       fold: which of ``1/splits[2]`` rotations of the groups (or of the folds of ``split_file``)
         is the test split.
       seed: of the split.
-      split_file: of ``relaxnet-jax data split``, instead of ``splits`` and ``seed`` ("": none).
+      split_file: of ``relaxnet-jax data split``, or a run's splits.json, instead of ``splits`` and
+        ``seed`` ("": none).
       limit: at most this many relaxations (0: all), drawn with ``seed``.
       later_starts: so many times each training relaxation is trained on again from a later frame on,
         at a half, a quarter, an eighth, … of its frames: the way from there is as true as from the

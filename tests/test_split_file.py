@@ -130,6 +130,8 @@ def test_bad_files_are_named(tmp_path):
     write()
     with pytest.raises(InputError, match=r"folds 0 to 0, data\.fold is 1"):
         read_splits(file, ids, fold=1)
+    file.write_text(json.dumps(good))  # what a training run leaves in its folder
+    assert [s.tolist() for s in read_splits(file, ids)[0]] == [[0], [1], [2]]
     for text in ("{", "[]", '{"folds": []}', '{"format": "relaxnet_jax splits", "folds": 3}'):
         file.write_text(text)
         with pytest.raises(InputError, match="not a file of splits"):

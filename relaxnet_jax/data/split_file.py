@@ -18,7 +18,7 @@ from relaxnet_jax.errors import InputError
 
 By = Literal["group", "formula", "elements", "prototype"]
 FORMAT = "relaxnet_jax splits"
-REMEDY = "make one with 'relaxnet-jax data split NAME.h5'"
+REMEDY = "make one with 'relaxnet-jax data split NAME.h5', or name a run's splits.json"
 
 
 def make_folds(
@@ -80,6 +80,8 @@ def read_splits(
 ) -> tuple[Splits, int]:
     """Rows of each split among ``ids``, and how many ids no split names.
 
+    A training run's own record, splits.json in its folder, serves as well: one fold.
+
     Names in the file that are not among ``ids`` are passed over if they are ``known``:
     relaxations of the set that are left out for a reason already told.
 
@@ -90,10 +92,11 @@ def read_splits(
     path = Path(path)
     try:
         content = json.loads(path.read_text())
-        if content["format"] != FORMAT:
+        if content.get("format", FORMAT) != FORMAT:
             raise ValueError("not a file of splits")
-        folds = [{k: list(f[k]) for k in Splits._fields} for f in content["folds"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        recorded = [content] if "format" not in content else content["folds"]
+        folds = [{k: list(f[k]) for k in Splits._fields} for f in recorded]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not a file of splits"
         raise InputError(f"{path}: {reason}: {REMEDY}") from None
     if not 0 <= fold < len(folds):
