@@ -15,9 +15,11 @@ from relaxnet_jax.batching import BatchShape, collate, fitting_shape
 from relaxnet_jax.errors import InputError
 from relaxnet_jax.graph import structure_from_atoms
 from relaxnet_jax.model import NO_ENERGY_SURFACE, RelaxNet
+from relaxnet_jax.models.energy import RelaxNetwork
 from relaxnet_jax.potential import Evaluation, energies_and_forces
+from relaxnet_jax.programs import Program
 from relaxnet_jax.strain import to_voigt
-from relaxnet_jax.typing import Graph, Latent, Positions
+from relaxnet_jax.typing import AnyArray, Graph, Latent, Params, Positions
 
 if TYPE_CHECKING:
     from ase import Atoms
@@ -29,27 +31,31 @@ NOT_A_POTENTIAL = (
 )
 
 
-@jax.jit
-def _encode(model: RelaxNet, graph: Graph) -> Latent:
+@Program
+def _encode(network: RelaxNetwork, params: Params, graph: Graph) -> Latent:
     """h of the graph's own positions in the explicit scheme; (N, 0) in the implicit one."""
-    return dynamics.initial_state(
-        model.network, model.params, graph, jnp.asarray(graph.nodes["positions"])
-    ).latent
+    positions = jnp.asarray(graph.nodes["positions"])
+    return dynamics.initial_state(network, params, graph, positions).latent
 
 
-@jax.jit
-def _evaluate(model: RelaxNet, graph: Graph, positions: Positions, latent: Latent) -> Evaluation:
+@Program
+def _evaluate(
+    network: RelaxNetwork,
+    params: Params,
+    scale: AnyArray,
+    graph: Graph,
+    positions: Positions,
+    latent: Latent,
+) -> Evaluation:
     graphs, deformation = graph.n_node.shape[0], None
-    if model.config.dynamics.cell == "variable":
+    if network.dynamics.cell == "variable":
         deformation = jnp.broadcast_to(jnp.eye(3, dtype=positions.dtype), (graphs, 3, 3))
-    return energies_and_forces(
-        model.network, model.params, model.energy_scale, graph, positions, latent, deformation
-    )
+    return energies_and_forces(network, params, scale, graph, positions, latent, deformation)
 
 
 def compiled_shapes() -> int:
     """How many padded shapes have been compiled for calculators in this process."""
-    return _evaluate._cache_size()  # type: ignore[attr-defined]
+    return _evaluate.cache_size()
 
 
 class _Neighbourhood(NamedTuple):
@@ -129,7 +135,12 @@ class RelaxNetCalculator(Calculator):
         near = self._neighbourhood(self.atoms)
         positions = np.zeros(near.graph.nodes["positions"].shape, _dtype(self.model))
         positions[: len(self.atoms)] = self.atoms.positions
-        found = jax.device_get(_evaluate(self.model, near.graph, positions, near.latent))
+        model = self.model
+        found = jax.device_get(
+            _evaluate(
+                model.network, model.params, model.energy_scale, near.graph, positions, near.latent
+            )
+        )
         energy = float(found.energies[0]) + near.composition_energy
         self.results = {
             "energy": energy,
@@ -188,9 +199,8 @@ class RelaxNetCalculator(Calculator):
         self._shape = BatchShape(*map(max, needed, before))
         graph: Any = jax.device_put(collate([structure], self._shape, _dtype(model)))
         self.lists_built += 1
-        return _Neighbourhood(
-            atoms, graph, _encode(model, graph), model.composition_energy(atoms.numbers)
-        )
+        latent = _encode(model.network, model.params, graph)
+        return _Neighbourhood(atoms, graph, latent, model.composition_energy(atoms.numbers))
 
 
 def _same_but_positions(a: Atoms, b: Atoms) -> bool:

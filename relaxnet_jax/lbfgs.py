@@ -26,10 +26,12 @@ from relaxnet_jax.batching import BatchShape, collate, fitting_shape
 from relaxnet_jax.errors import InputError
 from relaxnet_jax.graph import Structure, build_structure
 from relaxnet_jax.model import RelaxNet
+from relaxnet_jax.models.energy import RelaxNetwork
 from relaxnet_jax.neighbors import approach
 from relaxnet_jax.potential import Evaluation, energies_and_forces
+from relaxnet_jax.programs import Program
 from relaxnet_jax.strain import to_voigt
-from relaxnet_jax.typing import Graph
+from relaxnet_jax.typing import AnyArray, Graph, Params
 
 FMAX = 0.05  # eV/Å
 MAX_STEP = 0.2  # Å
@@ -306,7 +308,12 @@ class _Batch:
             if deformation is not None:
                 deformation[index] = descent.change
         begin, before = time.perf_counter(), compiled_shapes()
-        found = jax.device_get(_evaluate(self.model, self.graph, positions, deformation))
+        model = self.model
+        found = jax.device_get(
+            _evaluate(
+                model.network, model.params, model.energy_scale, self.graph, positions, deformation
+            )
+        )
         if compiled_shapes() > before:
             self.compiling += time.perf_counter() - begin
         self.evaluations += 1
@@ -323,16 +330,19 @@ class _Batch:
         return BatchShape(*map(max, *both))
 
 
-@jax.jit
+@Program
 def _evaluate(
-    model: RelaxNet, graph: Graph, positions: Array, deformation: Array | None
+    network: RelaxNetwork,
+    params: Params,
+    scale: AnyArray,
+    graph: Graph,
+    positions: Array,
+    deformation: Array | None,
 ) -> Evaluation:
     latent = jnp.zeros((positions.shape[0], 0), positions.dtype)
-    return energies_and_forces(
-        model.network, model.params, model.energy_scale, graph, positions, latent, deformation
-    )
+    return energies_and_forces(network, params, scale, graph, positions, latent, deformation)
 
 
 def compiled_shapes() -> int:
     """How many batch shapes have been compiled for minimisation in this process."""
-    return _evaluate._cache_size()  # type: ignore[attr-defined]
+    return _evaluate.cache_size()

@@ -36,6 +36,7 @@ from relaxnet_jax.models.energy import RelaxNetwork
 from relaxnet_jax.models.init import initial_parameters
 from relaxnet_jax.neighbors import approach
 from relaxnet_jax.potential import Evaluation
+from relaxnet_jax.programs import Program
 from relaxnet_jax.strain import deformations, stress, to_reference
 from relaxnet_jax.typing import AnyArray, Graph, Params, Times
 
@@ -135,7 +136,7 @@ class RelaxNet:
         at[: len(atoms)] = positions
         steps = np.repeat(np.eye(3, dtype=at.dtype)[None], shape.n_graphs, axis=0)
         steps[0] = deformation
-        result = _evaluate(self, graph, at, steps)
+        result = _evaluate(self.network, self.params, self.energy_scale, graph, at, steps)
         energy = float(result.energies[0]) + self.composition_energy(atoms.numbers)
         return energy, np.asarray(result.forces, np.float64)[: len(atoms)]
 
@@ -216,14 +217,21 @@ def predict_trajectory(model: RelaxNet, graph: Graph, times: Times | None = None
     return Prediction(*moving, cells, stress(result.virial, cell, result.deformation))
 
 
-@jax.jit
-def _evaluate(model: RelaxNet, graph: Graph, at: Array, deformation: Array) -> Evaluation:
+@Program
+def _evaluate(
+    network: RelaxNetwork,
+    params: Params,
+    scale: AnyArray,
+    graph: Graph,
+    at: Array,
+    deformation: Array,
+) -> Evaluation:
     """At reference positions (N, 3) and deformations (G, 3, 3), with h of the graph's own positions."""
-    network, start = model.network, jnp.asarray(graph.nodes["positions"])
-    state = dynamics.initial_state(network, model.params, graph, start)
+    start = jnp.asarray(graph.nodes["positions"])
+    state = dynamics.initial_state(network, params, graph, start)
     changed = None if state.deformation is None else deformation
     state = state._replace(positions=at, deformation=changed)
-    return dynamics.evaluate(network, model.params, model.energy_scale, graph, state)
+    return dynamics.evaluate(network, params, scale, graph, state)
 
 
 def _dtype(params: Params) -> Any:
@@ -346,7 +354,7 @@ def load_model(folder: str | Path = PRETRAINED) -> RelaxNet:
         ) from None
     params = flax.traverse_util.unflatten_dict(
         {
-            tuple(k.split("/")[1:]): jnp.asarray(v)
+            tuple(k.split("/")[1:]): jax.device_put(v)  # asarray compiles a copy for each shape
             for k, v in arrays.items()
             if k.startswith("params/")
         }

@@ -10,10 +10,12 @@ from jax import Array
 
 from relaxnet_jax.graph import deform
 from relaxnet_jax.models.energy import RelaxNetwork, call
+from relaxnet_jax.programs import storable
 from relaxnet_jax.strain import deform_positions, symmetric
 from relaxnet_jax.typing import AnyArray, Energies, Forces, Graph, Latent, Params, Positions
 
 
+@storable
 class Evaluation(NamedTuple):
     """What the network says of a state.
 

@@ -27,6 +27,7 @@ from relaxnet_jax.graph import Structure, build_structure
 from relaxnet_jax.lbfgs import FMAX, STEPS, Minimisation, minimise
 from relaxnet_jax.model import RelaxNet
 from relaxnet_jax.neighbors import approach
+from relaxnet_jax.programs import Program
 from relaxnet_jax.strain import from_reference, to_voigt
 from relaxnet_jax.trust import Flag, constraint_flags, trust_flags
 
@@ -84,12 +85,12 @@ def _with_grid(grid: np.ndarray, times: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 # By the network, which is all of a model that is no array: what else a model knows, of its data and
 # training, makes no other program.
-_solve_compiled = jax.jit(solver.solve_trajectory, static_argnums=0)
+_solve_compiled = Program(solver.solve_trajectory)
 
 
 def compiled_shapes() -> int:
     """How many batch shapes have been compiled for prediction in this process."""
-    return _solve_compiled._cache_size()  # type: ignore[attr-defined]
+    return _solve_compiled.cache_size()
 
 
 def predict_structures(

@@ -17,6 +17,7 @@ from relaxnet_jax.dynamics import State
 from relaxnet_jax.errors import InputError
 from relaxnet_jax.graph import relaxing_cells
 from relaxnet_jax.models.energy import RelaxNetwork, call
+from relaxnet_jax.programs import storable
 from relaxnet_jax.strain import deform_positions, exponential
 from relaxnet_jax.typing import AnyArray, Graph, Params, Positions, Times
 
@@ -34,9 +35,7 @@ class RK4(diffrax.AbstractERK):
         b_error=np.zeros(4),
         a_lower=(np.array([1 / 2]), np.array([0, 1 / 2]), np.array([0, 0, 1])),
     )
-    interpolation_cls: ClassVar[Callable] = (
-        diffrax.ThirdOrderHermitePolynomialInterpolation.from_k
-    )
+    interpolation_cls: ClassVar[Callable] = diffrax.ThirdOrderHermitePolynomialInterpolation.from_k
 
     def order(self, terms) -> int:
         """Order of convergence."""
@@ -52,6 +51,7 @@ def _stages(n_steps: int) -> np.ndarray:
     return np.concatenate([np.tile(step, (n_steps, 1)), np.zeros((1, 3))])
 
 
+@storable
 class Trajectory(NamedTuple):
     """A batch of predicted trajectories, all on the n frames asked for.
 

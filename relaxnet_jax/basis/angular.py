@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import e3nn_jax as e3nn
 import jax.numpy as jnp
 from jax import Array
 
 from relaxnet_jax.basis.radial import spherical_bessel_basis
+
+if TYPE_CHECKING:
+    import e3nn_jax as e3nn
 
 
 def zonal_harmonics(cosine: Array, l_max: int) -> Array:
@@ -39,6 +41,8 @@ def real_spherical_harmonics(vectors: Array, l_max: int) -> e3nn.IrrepsArray:
     Returns:
       IrrepsArray (..., (l_max + 1)²) of irreps 0e + 1o + 2e + …
     """
+    import e3nn_jax as e3nn  # a second of SciPy and SymPy, which only tracing needs
+
     return e3nn.spherical_harmonics(
         e3nn.Irreps.spherical_harmonics(l_max),
         e3nn.IrrepsArray("1o", vectors),
@@ -62,6 +66,8 @@ class EdgeExpansion(NamedTuple):
 
     def product(self) -> e3nn.IrrepsArray:
         """f_nlm itself: IrrepsArray (E, n, (L+1)²), one set of irreps per root."""
+        import e3nn_jax as e3nn
+
         degrees = self.radial.shape[-1]
         repeats = jnp.array([2 * l + 1 for l in range(degrees)])
         radial = jnp.repeat(self.radial, repeats, axis=-1, total_repeat_length=degrees**2)

@@ -1,0 +1,169 @@
+"""Traced programs kept on disk: a second process neither traces nor compiles them again.
+
+XLA's cache of compiled programs is found by the program, which takes Python seconds to trace: for one
+prediction longer than everything else. What is kept here is the traced program itself (StableHLO, as
+`jax.export` writes it), found by all that it depends on.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.metadata
+import logging
+import sys
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.export
+
+from relaxnet_jax.data.files import atomic_path
+from relaxnet_jax.errors import InputError
+
+log = logging.getLogger(__name__)
+
+FOLDER = "traced"  # within that of compiled programs
+SUFFIX = ".stablehlo"
+KEPT = 200  # files, the last used
+_DIGEST = 32  # bytes
+_Kind = TypeVar("_Kind", bound=type)
+# What the packages of the network's own code make of it when it is traced.
+_TRACERS = ("jax", "jaxlib", "flax", "diffrax", "e3nn-jax", "jraph")
+
+
+def storable(kind: _Kind) -> _Kind:
+    """Decorates NamedTuples that a `Program` returns."""
+    name = f"{kind.__module__}.{kind.__name__}"
+    jax.export.register_namedtuple_serialization(kind, serialized_name=name)
+    return kind
+
+
+class _Signature(NamedTuple):
+    """What a traced program depends on, besides code."""
+
+    static: Any
+    tree: Any
+    leaves: tuple[Any, ...]
+    settings: tuple[Any, ...]
+
+
+class Program:
+    """A pure function, compiled; its traced form is kept where compiled programs are.
+
+    Where JAX has no folder for compiled programs (see `runtime.enable_compilation_cache`), where the
+    arguments are being traced themselves, and where JAX is told to look for values that are not
+    finite or not to compile, it is `jax.jit` alone.
+
+    Args:
+      function: of a static argument (hashable, and its repr tells it apart from all others) and of
+        trees of arrays, to a tree of arrays; NamedTuples in it are `storable`.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        functools.update_wrapper(self, function)
+        self.function = function
+        self._compiled: Any = jax.jit(function, static_argnums=0)
+        self._stored: dict[_Signature, Callable[..., Any]] = {}
+
+    def __call__(self, static: Any, *args: Any) -> Any:
+        folder = _folder()
+        leaves, tree = jax.tree.flatten(args)
+        if folder is None or any(isinstance(x, jax.core.Tracer) for x in leaves):
+            return self._compiled(static, *args)
+        kinds = tuple(jax.typeof(x) for x in leaves)
+        signature = _Signature(static, tree, kinds, _settings())
+        run = self._stored.get(signature)
+        if run is None:
+            run = self._stored[signature] = self._find_or_trace(folder, signature)
+        return run(*leaves)
+
+    def cache_size(self) -> int:
+        """How many kinds of arguments it has been called with in this process."""
+        return len(self._stored) + self._compiled._cache_size()
+
+    def _find_or_trace(self, folder: Path, signature: _Signature) -> Callable[..., Any]:
+        path = folder / (self._key(signature) + SUFFIX)
+        exported = _read(path)
+        if exported is None:
+            exported = self._trace(signature)
+            _write(path, exported)
+        return jax.jit(exported.call)
+
+    def _trace(self, signature: _Signature) -> jax.export.Exported:
+        def flat(*leaves):
+            return self.function(signature.static, *jax.tree.unflatten(signature.tree, leaves))
+
+        shapes = [jax.ShapeDtypeStruct(k.shape, k.dtype, weak_type=k.weak_type)
+                  for k in signature.leaves]  # fmt: skip
+        return jax.export.export(jax.jit(flat))(*shapes)
+
+    def _key(self, signature: _Signature) -> str:
+        name = f"{self.function.__module__}.{self.function.__qualname__}"
+        leaves = [(k.shape, str(k.dtype), k.weak_type) for k in signature.leaves]
+        told = (name, _code(), signature.static, str(signature.tree), leaves, signature.settings)
+        return hashlib.sha256(repr(told).encode()).hexdigest()
+
+
+def _settings() -> tuple[Any, ...]:
+    """What JAX is told about tracing, and for which platform it traces."""
+    c: Any = jax.config
+    precision = c.jax_default_matmul_precision
+    return jax.default_backend(), c.jax_enable_x64, precision, c.jax_numpy_dtype_promotion
+
+
+def _folder() -> Path | None:
+    """Where traced programs are kept; None if nowhere."""
+    c: Any = jax.config
+    compiled = c.jax_compilation_cache_dir
+    if not compiled or "://" in str(compiled) or not c.jax_enable_compilation_cache:
+        return None
+    return (
+        None
+        if c.jax_debug_nans or c.jax_debug_infs or c.jax_disable_jit
+        else Path(compiled) / FOLDER
+    )
+
+
+@functools.cache
+def _code() -> str:
+    """A digest of the code that is traced: this package's and the versions of others."""
+    digest = hashlib.sha256(repr(sys.version_info[:2]).encode())
+    root = Path(__file__).parent
+    for file in sorted(root.rglob("*.py")):
+        digest.update(str(file.relative_to(root)).encode() + b"\0" + file.read_bytes() + b"\0")
+    for package in _TRACERS:
+        digest.update(f"{package} {importlib.metadata.version(package)}\n".encode())
+    return digest.hexdigest()
+
+
+def _read(path: Path) -> jax.export.Exported | None:
+    """The program in a file; None if there is none, or no whole one."""
+    try:
+        content = path.read_bytes()
+        digest, packed = content[:_DIGEST], content[_DIGEST:]
+        # A damaged program could take the process down with it.
+        if hashlib.sha256(packed).digest() != digest:
+            return None
+        path.touch()
+        return jax.export.deserialize(bytearray(zlib.decompress(packed)))
+    except OSError:
+        return None
+    except Exception as error:  # of another build of JAX under the same version
+        log.debug("%s: cannot be read, traced again: %s", path, error)
+        return None
+
+
+def _write(path: Path, exported: jax.export.Exported) -> None:
+    """Keeps a program, and the last used others; without a word where nothing can be written."""
+    packed = zlib.compress(bytes(exported.serialize()), 1)
+    try:
+        with atomic_path(path) as temporary:
+            temporary.write_bytes(hashlib.sha256(packed).digest() + packed)
+        files = sorted(path.parent.glob(f"*{SUFFIX}"), key=lambda f: f.stat().st_mtime)
+        for file in files[:-KEPT]:
+            file.unlink(missing_ok=True)
+    except (OSError, InputError) as error:
+        log.debug("%s: not kept: %s", path, error)

@@ -1,0 +1,136 @@
+"""Traced programs on disk: found again, never instead of others, and no harm where damaged."""
+
+import dataclasses
+import os
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import crystal, molecule, slab, tiny_config, tiny_model
+
+from relaxnet_jax import predict, programs
+from relaxnet_jax.predict import relax
+from relaxnet_jax.programs import Program, storable
+from relaxnet_jax.solver import solve_trajectory
+
+traces = []
+
+
+@storable
+class Sums(NamedTuple):
+    total: jax.Array
+    nothing: jax.Array | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Factor:
+    value: float
+
+
+def scaled_sum(factor, tree):
+    traces.append(factor)
+    return Sums(factor.value * sum(jnp.sum(x) for x in jax.tree.leaves(tree)), None)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Where programs are kept, empty."""
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+    traces.clear()
+    yield tmp_path / programs.FOLDER
+    jax.config.update("jax_compilation_cache_dir", before)
+
+
+def test_another_process_does_not_trace(folder):
+    tree = {"a": np.arange(3.0, dtype=np.float32), "b": [np.float32(2.0)]}
+    for _ in range(2):  # of two processes, each with a Program of its own
+        program = Program(scaled_sum)
+        for _ in range(2):
+            result = program(Factor(3.0), tree)
+            assert isinstance(result, Sums) and result.nothing is None
+            assert float(result.total) == 15.0
+        assert program.cache_size() == 1
+    assert len(traces) == 1 and len(list(folder.iterdir())) == 1
+
+
+def test_all_it_depends_on_tells_programs_apart(folder, monkeypatch):
+    x = np.ones(3, np.float32)
+    assert float(Program(scaled_sum)(Factor(1.0), x).total) == 3
+    assert float(Program(scaled_sum)(Factor(2.0), x).total) == 6
+    assert float(Program(scaled_sum)(Factor(1.0), x[:2]).total) == 2
+    assert float(Program(scaled_sum)(Factor(1.0), {"x": x}).total) == 3
+    assert Program(scaled_sum)(Factor(1.0), x.astype(np.int32)).total.dtype == jnp.float32
+    with jax.enable_x64(True):
+        wide = Program(scaled_sum)(Factor(1.0), x.astype(np.float64)).total
+        assert wide.dtype == jnp.float64
+    monkeypatch.setattr(programs, "_code", lambda: "changed")
+    Program(scaled_sum)(Factor(1.0), x)
+    assert len(traces) == len(list(folder.iterdir())) == 7
+
+
+@pytest.mark.parametrize("damage", ["cut", "changed", "empty"])
+def test_damaged_files_are_made_again(folder, damage):
+    x = np.ones(3, np.float32)
+    Program(scaled_sum)(Factor(1.0), x)
+    (file,) = folder.iterdir()
+    whole = file.read_bytes()
+    changed = whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:]
+    file.write_bytes({"cut": whole[:-9], "changed": changed, "empty": b""}[damage])
+    assert float(Program(scaled_sum)(Factor(1.0), x).total) == 3
+    assert len(traces) == 2
+    Program(scaled_sum)(Factor(1.0), x)
+    assert len(traces) == 2
+
+
+def test_only_the_last_used_are_kept(folder, monkeypatch):
+    monkeypatch.setattr(programs, "KEPT", 2)
+    x = np.ones(3, np.float32)
+    for age, value in enumerate((1.0, 2.0, 1.0, 3.0)):
+        Program(scaled_sum)(Factor(value), x)
+        for file in folder.iterdir():
+            if file.stat().st_mtime > 1e6:  # the one used now; clocks are coarse
+                os.utime(file, (age, age))
+    assert len(list(folder.iterdir())) == 2
+    traces.clear()
+    Program(scaled_sum)(Factor(1.0), x)
+    assert traces == []
+    Program(scaled_sum)(Factor(2.0), x)
+    assert traces == [Factor(2.0)]
+
+
+def test_without_a_folder_or_under_a_transformation_it_is_jit(folder):
+    x = jnp.ones(3)
+    program = Program(scaled_sum)
+    gradient = jax.jit(jax.grad(lambda x: program(Factor(2.0), x).total))(x)
+    np.testing.assert_array_equal(gradient, [2, 2, 2])
+    assert not folder.exists()
+    folder.write_text("")  # nothing can be written below a file
+    assert float(program(Factor(1.0), x).total) == 3
+    jax.config.update("jax_compilation_cache_dir", None)
+    assert float(program(Factor(1.0), x + 1).total) == 6
+
+
+def test_predictions_are_those_of_jit(folder, monkeypatch):
+    config = tiny_config("explicit", model__layers=1, dynamics__cell="variable")
+    model = tiny_model(config, dtype=np.float32)
+    atoms = [crystal(), molecule(), slab()]
+    found, files = [], []
+    for compiled in (
+        Program(solve_trajectory),
+        Program(solve_trajectory),  # finds what the first has left
+        jax.jit(solve_trajectory, static_argnums=0),
+    ):
+        monkeypatch.setattr(predict, "_solve_compiled", compiled)
+        found.append(relax(model, atoms))
+        files.append(sorted(folder.iterdir()))
+    assert files[0] and files[0] == files[1] == files[2]
+    for paths in found[:2]:
+        for one, other in zip(paths, found[2], strict=True):
+            assert one.positions[-1].tolist() != one.positions[0].tolist()
+            np.testing.assert_array_equal(one.positions, other.positions)
+            np.testing.assert_array_equal(one.cells, other.cells)
+            np.testing.assert_array_equal(one.energies, other.energies)
+            np.testing.assert_array_equal(one.forces, other.forces)
