@@ -28,7 +28,7 @@ from relaxnet_jax.reproduce.methods import averaged
 from relaxnet_jax.reproduce.plan import Entry, keep_plan, make_plan
 from relaxnet_jax.reproduce.reference import relaxed_by
 from relaxnet_jax.reproduce.registry import EXPERIMENTS
-from relaxnet_jax.reproduce.runs import Run, folder_of, read_facts, state_of, write_facts
+from relaxnet_jax.reproduce.runs import Run, _digest, folder_of, read_facts, state_of, write_facts
 from relaxnet_jax.reproduce.scores import difference, errors, numbers, score
 from relaxnet_jax.reproduce.section import Section, Table
 from relaxnet_jax.reproduce.setting import Setting
@@ -514,6 +514,49 @@ def test_experiments_share_runs(report, capsys, monkeypatch):
     assert {c["verdict"] for c in claims} <= {HOLDS, FAILS, OPEN}
 
 
+def test_finished_runs_are_found_after_the_configuration_got_new_fields(
+    report, capsys, monkeypatch, tmp_path
+):
+    out, more = report
+    copy = tmp_path / "copy"
+    shutil.copytree(out, copy)
+    more = [str(copy) if item == str(out) else item for item in more]
+
+    def wanted(*changes, data="emt", seed=3):
+        given = tuple(more[more.index("--set") + 1 :])
+        return Setting(data, copy, (seed,), changes=(*given, *changes)).run("explicit", seed)
+
+    own = Setting("emt", copy, (3,), changes=tuple(more[more.index("--set") + 1 :]))
+    folder = folder_of(copy, own.run("explicit", 3))
+    file = folder / "config.json"
+    fields = json.loads(file.read_text())
+    del fields["loss"]["huber_forces"], fields["data"]["later_starts"]  # as before there were any
+    text = json.dumps(fields)
+    earlier = _digest(fields, own.checksum, "", "")
+    assert earlier != folder.name
+    file.write_text(text)
+    folder = folder.rename(folder.with_name(earlier))
+    assert wanted().digest == earlier
+    monkeypatch.setattr("relaxnet_jax.reproduce.training.train", None)
+    assert cli.main(["reproduce", "figA3", *more]) == 0
+    assert "1 runs, 0 to train" in capsys.readouterr().out
+
+    # Nothing that differs is passed over: what is wanted, what is stored, on what it was trained.
+    for other in ("loss.huber_forces=0.3", "data.later_starts=1", "train.weight_decay=0.2"):
+        assert wanted(other).digest != earlier
+    assert wanted(seed=4).digest != earlier
+    assert wanted("data.n_emt=25").digest != earlier  # other data
+    fields["train"]["weight_decay"] = 0.2
+    (folder / "config.json").write_text(json.dumps(fields))
+    assert wanted().digest != earlier and wanted("train.weight_decay=0.2").digest != earlier
+    fields["train"] |= {"weight_decay": 0.1, "of_a_later_version": 1}
+    (folder / "config.json").write_text(json.dumps(fields))
+    assert wanted().digest != earlier
+    (folder / "config.json").write_text(text)
+    (folder / "finished.json").unlink()
+    assert wanted().digest != earlier
+
+
 def test_plan_trains_nothing(report, capsys, tmp_path):
     out, more = report
     before = sorted(out.rglob("*"))
@@ -601,7 +644,9 @@ def test_runs_side_by_side(report, tmp_path, capsys):
 
 def test_workers_that_die_are_told(report, tmp_path, monkeypatch):
     _, more = report
-    run = Setting("emt", tmp_path, (0,), changes=tuple(more[more.index("--set") + 1 :])).run("static_final", 0)
+    run = Setting("emt", tmp_path, (0,), changes=tuple(more[more.index("--set") + 1 :])).run(
+        "static_final", 0
+    )
     broken = dataclasses.replace(run, config=None)  # no config: a TypeError in the process
     told = []
     train_side_by_side([Entry(broken, ("x",), "missing", 1.0)], tmp_path, 1, told.append)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from relaxnet_jax.config import Config, to_dict
+from relaxnet_jax.config import Config, from_json, to_dict
 from relaxnet_jax.data.files import atomic_path
 from relaxnet_jax.errors import InputError
 from relaxnet_jax.train.checkpoint import has_checkpoint
@@ -32,7 +33,7 @@ class Run:
 
     Attributes:
       name: for people. config: without a time limit. weight: its share of the budget.
-      digest: hash of configuration, data and splits.
+      digest: hash of configuration, data, splits and start, when the run was first wanted.
       relaxations: in its training split, those that cannot be used included.
     """
 
@@ -50,13 +51,56 @@ def digest_of(config: Config, data: str, split: str, start: str = "") -> str:
       data: checksum of the store. split: hash of the file of splits, empty without one.
       start: checksum of the model it begins with, empty without one.
     """
-    fields: dict[str, Any] = to_dict(config)
-    del fields["name"]
-    for section, names in _NOT_IN_DIGEST.items():
-        for name in names:
-            del fields[section][name]
-    text = json.dumps([fields, data, split, start], sort_keys=True)
+    return _digest(to_dict(config), data, split, start)
+
+
+def _digest(fields: Mapping[str, Any], data: str, split: str, start: str) -> str:
+    """Of a configuration's fields, today's or those it had when it was written."""
+    text = json.dumps([_computed(fields), data, split, start], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _computed(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that say what is computed."""
+    return {
+        section: {k: v for k, v in own.items() if k not in _NOT_IN_DIGEST.get(section, ())}
+        for section, own in fields.items()
+        if section != "name"
+    }
+
+
+class FinishedRuns:
+    """Finished runs of a report's folder, found again also after the configuration got new fields.
+
+    A new field changes every digest, but no run where its default is what was done before. So a
+    run is the one wanted if its config.json, read with today's defaults for the fields it lacks,
+    is the wanted configuration, and if its folder has the digest of config.json as it stands with
+    the wanted data, splits and start. A value that differs in either is never passed over.
+    """
+
+    def __init__(self, out: Path) -> None:
+        """Reads the configurations, and nothing else, of the runs in ``out``."""
+        self._found: dict[str, list[tuple[str, dict[str, Any]]]] = {}
+        for folder in sorted((out / "runs").glob("*")):
+            if state_of(folder) != "finished":
+                continue
+            file = folder / "config.json"
+            try:
+                text = file.read_text()
+                key = _key(from_json(text, str(file)))
+            except (OSError, InputError):  # another version's, with fields this one lacks
+                continue
+            self._found.setdefault(key, []).append((folder.name, json.loads(text)))
+
+    def digest(self, config: Config, data: str, split: str, start: str = "") -> str:
+        """`digest_of`, or what it was when the run was trained, if only that is there."""
+        own, found = digest_of(config, data, split, start), self._found.get(_key(config), ())
+        kept = [name for name, fields in found if name == _digest(fields, data, split, start)]
+        return kept[0] if kept and own not in kept else own
+
+
+def _key(config: Config) -> str:
+    return json.dumps(_computed(to_dict(config)), sort_keys=True)
 
 
 def folder_of(out: Path, run: Run) -> Path:

@@ -19,7 +19,7 @@ from relaxnet_jax.data.split_file import write_splits
 from relaxnet_jax.data.splits import Splits
 from relaxnet_jax.errors import InputError
 from relaxnet_jax.reproduce.budget import weight_of
-from relaxnet_jax.reproduce.runs import Run, digest_of
+from relaxnet_jax.reproduce.runs import FinishedRuns, Run
 from relaxnet_jax.train.start import start_facts
 
 ROLES = ("explicit", "implicit", "static", "egnn", "static_final")
@@ -108,13 +108,19 @@ class Setting:
             config, count = dataclasses.replace(config, data=data), self._count(share)
         start = start_facts(config).get("started_from", "")
         special = f", {label}" if label else ""
+        split = split or self._own_split_file(config)
         return Run(
             f"{SHOWN.get(role, role)}{special}, seed {seed}",
             config,
             weight_of(config, share),
-            digest_of(config, self.checksum, split or self._own_split_file(config), start),
+            self._finished.digest(config, self.checksum, split, start),
             count,
         )
+
+    @functools.cached_property
+    def _finished(self) -> FinishedRuns:
+        """Runs there were when the command began."""
+        return FinishedRuns(self.out)
 
     @functools.cached_property
     def dataset(self) -> Dataset:
