@@ -29,7 +29,7 @@ from relaxnet_jax.reproduce.plan import Entry, keep_plan, make_plan
 from relaxnet_jax.reproduce.reference import relaxed_by
 from relaxnet_jax.reproduce.registry import EXPERIMENTS
 from relaxnet_jax.reproduce.runs import Run, _digest, folder_of, read_facts, state_of, write_facts
-from relaxnet_jax.reproduce.scores import difference, errors, numbers, score
+from relaxnet_jax.reproduce.scores import difference, errors, numbers, relative, score
 from relaxnet_jax.reproduce.section import Section, Table
 from relaxnet_jax.reproduce.setting import Setting
 from relaxnet_jax.reproduce.verdict import FAILS, HOLDS, OPEN, Claim, all_of, decided, lower
@@ -216,6 +216,15 @@ def test_scores_leave_out_what_is_missing():
     assert difference(found, score([{"d": 1.0}])) is None
 
 
+def test_ratios_are_of_the_same_structures():
+    """A model that fails on the structure that moves most is no better for it."""
+    nothing = score([{"easy": 1.0, "hard": 9.0, "other": 5.0}])
+    found = relative(score([{"easy": 0.5, "hard": 4.5}, {"easy": 0.5, "hard": math.nan}]), nothing)
+    assert found.by_seed.tolist() == [0.5, 0.5]
+    assert relative(numbers([1.0]), numbers([0.0])).seeds == 0  # nothing moves
+    assert relative(numbers([1.0]), numbers([])).seeds == 0
+
+
 def test_standard_error_of_a_difference():
     a = score([{"x": 1.0, "y": 2.0}, {"x": 3.0, "y": 4.0}])
     b = score([{"x": 5.0, "y": 8.0}, {"x": 7.0, "y": 10.0}])
@@ -233,6 +242,9 @@ def test_verdicts():
     assert lower(a, noisy, names).verdict == OPEN
     assert "not told apart" in lower(a, noisy, names).reason
     assert lower(b, a, names, factor=3.0).verdict == HOLDS
+    assert "of both" not in lower(a, b, names).reason
+    fewer = score([{"x": 2.0, "y": 2.1, "z": 9.0}])
+    assert lower(a, fewer, names).reason.endswith("on the 2 structures of both")
     assert lower(a, numbers([]), names).verdict == OPEN
     one = [lower(numbers([x]), numbers([2.0]), names) for x in (1.0, 3.0)]
     assert [o.verdict for o in one] == [HOLDS, FAILS] and "one measurement" in one[0].reason

@@ -9,7 +9,7 @@ from relaxnet_jax.reproduce.experiment import Experiment
 from relaxnet_jax.reproduce.lab import Lab
 from relaxnet_jax.reproduce.methods import scaled, seeds
 from relaxnet_jax.reproduce.runs import Run
-from relaxnet_jax.reproduce.scores import EMPTY, Score, errors, measured, numbers
+from relaxnet_jax.reproduce.scores import EMPTY, Score, errors, measured, numbers, relative
 from relaxnet_jax.reproduce.section import Cell, Section, Table
 from relaxnet_jax.reproduce.setting import Setting
 from relaxnet_jax.reproduce.verdict import Claim, Outcome, all_of, lower
@@ -83,7 +83,7 @@ def section(lab: Lab) -> Section:
             [
                 name,
                 places[name],
-                scaled(places[name], 1 / still),
+                relative(places[name], nothing["positions_mae"]),
                 energy[name],
                 errors(compared[name], "energy_mae_per_atom", "all"),
                 errors(compared[name], "forces_mae"),

@@ -16,9 +16,9 @@ from relaxnet_jax.reproduce import paper
 from relaxnet_jax.reproduce.experiment import Experiment
 from relaxnet_jax.reproduce.formats import number
 from relaxnet_jax.reproduce.lab import Lab
-from relaxnet_jax.reproduce.methods import scaled, seeds
+from relaxnet_jax.reproduce.methods import seeds
 from relaxnet_jax.reproduce.runs import Run
-from relaxnet_jax.reproduce.scores import Score, errors, numbers, score
+from relaxnet_jax.reproduce.scores import Score, errors, numbers, relative, score
 from relaxnet_jax.reproduce.section import Cell, Section, Table
 from relaxnet_jax.reproduce.setting import Setting
 from relaxnet_jax.reproduce.verdict import Claim, decided, lower
@@ -43,8 +43,7 @@ def section(lab: Lab) -> Section:
     nothing = errors(paths[:1], "positions_mae", predictor="nothing")
     tails = {name: _skewness(s) for name, s in distance.items()}
     rows: list[list[Cell]] = [
-        [name, s, scaled(s, 1 / nothing.mean), _medians(s), tails[name]]
-        for name, s in distance.items()
+        [name, s, relative(s, nothing), _medians(s), tails[name]] for name, s in distance.items()
     ]
     rows.append(["doing nothing", nothing, 1.0, _medians(nothing), _skewness(nothing)])
     final = distance[f"frame {frames - 1}"]

@@ -5,9 +5,9 @@ from __future__ import annotations
 from relaxnet_jax.reproduce import charts
 from relaxnet_jax.reproduce.experiment import Experiment
 from relaxnet_jax.reproduce.lab import Lab
-from relaxnet_jax.reproduce.methods import scaled, seeds
+from relaxnet_jax.reproduce.methods import seeds
 from relaxnet_jax.reproduce.runs import Run
-from relaxnet_jax.reproduce.scores import Score, errors, numbers
+from relaxnet_jax.reproduce.scores import Score, errors, numbers, relative
 from relaxnet_jax.reproduce.section import Cell, Section, Table
 from relaxnet_jax.reproduce.setting import Setting
 from relaxnet_jax.reproduce.verdict import Claim, lower
@@ -42,7 +42,7 @@ def section(lab: Lab) -> Section:
     forces = {kind: errors(dense[kind], "forces_mae", "all") for kind in KINDS}
     nothing = errors(coarse["equidistant"][:1], "positions_mae", predictor="nothing")
     for kind, label in KINDS.items():
-        row: list[Cell] = [label, places[kind], scaled(places[kind], 1 / nothing.mean)]
+        row: list[Cell] = [label, places[kind], relative(places[kind], nothing)]
         row += [errors(coarse[kind], "energy_mae_per_atom"), errors(coarse[kind], "forces_mae")]
         row += [errors(dense[kind], "positions_mae", "all"), energy[kind], forces[kind]]
         row += [numbers([lab.epoch_seconds(r) for r in found[kind]])]

@@ -10,7 +10,15 @@ from relaxnet_jax.metrics import together
 from relaxnet_jax.reproduce import paper
 from relaxnet_jax.reproduce.lab import Lab, Predicted
 from relaxnet_jax.reproduce.runs import Run
-from relaxnet_jax.reproduce.scores import EMPTY, Score, errors, final_fmax, measured, numbers
+from relaxnet_jax.reproduce.scores import (
+    EMPTY,
+    Score,
+    errors,
+    final_fmax,
+    measured,
+    numbers,
+    relative,
+)
 from relaxnet_jax.reproduce.section import Cell, Table
 from relaxnet_jax.reproduce.setting import Setting
 
@@ -143,7 +151,7 @@ def methods_table(methods: dict[str, tuple[str, Method]], nothing: Method) -> Ta
                 scaled(m.forces, 1e-3),
                 theirs[1] if theirs else None,
                 m.positions,
-                scaled(m.positions, 1 / nothing.positions.mean),
+                relative(m.positions, nothing.positions),
                 m.rmsd,
                 scaled(m.seconds, 1e3),
                 1e3 * theirs[2] / paper.TABLE5_STRUCTURES if theirs else None,

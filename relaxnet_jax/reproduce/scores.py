@@ -47,6 +47,11 @@ class Score:
         return int(np.isfinite(self.by_seed).sum())
 
     @property
+    def structures(self) -> int:
+        """How many have the number with some seed."""
+        return int(np.isfinite(self.values).any(0).sum())
+
+    @property
     def missing(self) -> int:
         """Numbers that are not there, over all seeds."""
         return int(self.values.size - np.isfinite(self.values).sum())
@@ -107,6 +112,19 @@ def measured(
 def final_fmax(c: Comparison) -> float:
     """Largest predicted force on a free atom of the final frame, eV/Å."""
     return float(np.linalg.norm(c.pred_forces[-1][c.free_mask], axis=-1).max(initial=0.0))
+
+
+def relative(a: Score, b: Score) -> Score:
+    """a over b, each seed's mean of a over that of b on the structures that both have: where a model
+    fails on the hardest ones, what it is compared with is not theirs either."""
+    known = {name: _mean(column) for name, column in zip(b.ids, b.values.T)}
+    theirs = np.array([known.get(name, math.nan) for name in a.ids])
+    found: list[float | None] = []
+    for row in a.values:
+        both = np.isfinite(row) & np.isfinite(theirs)
+        below = _mean(theirs[both])
+        found.append(_mean(row[both]) / below if below else None)
+    return numbers(found)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -64,6 +64,8 @@ def lower(
         verdict: Verdict = HOLDS if found.value > 0 else FAILS
         return Outcome(verdict, f"{what}; one measurement of each")
     what += f"; difference {number(found.value)} ± {number(found.error)}"
+    if found.structures < max(a.structures, b.structures):
+        what += f" on the {found.structures} structures of both"
     if abs(found.value) <= SIGMAS * found.error:
         return Outcome(OPEN, f"{what}: not told apart")
     return Outcome(HOLDS if found.value > 0 else FAILS, what)
