@@ -385,6 +385,39 @@ def test_every_section(tmp_path, name):
         assert all(len(row) == len(table.columns) for row in table.rows), table.title
 
 
+class Diverged(Inventor):
+    """A lab whose models have diverged with some seeds: their predictions are no numbers."""
+
+    def __init__(self, own, seeds):
+        super().__init__(own)
+        self.lost = seeds
+
+    def predicted(self, run, n_frames, **facts):
+        found = super().predicted(run, n_frames, **facts)
+        if run.config.train.seed in self.lost:
+            for c in found.comparisons:
+                for array in (c.pred_positions, c.pred_energies, c.pred_forces):
+                    array[:] = np.nan
+        return found
+
+    def epochs(self, run):
+        lost = run.config.train.seed in self.lost
+        return [r | {"validation": {"loss": math.nan}} if lost else r for r in super().epochs(run)]
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+@pytest.mark.parametrize("seeds", [(1,), (0, 1)])
+def test_every_section_of_runs_that_diverged(tmp_path, name, seeds):
+    own = setting(tmp_path)
+    made = EXPERIMENTS[name].section(Diverged(own, seeds))
+    made.write(tmp_path, ["Data: made up"])
+    assert all(path.is_file() for path, _ in made.figures)
+    if seeds == own.seeds and name != "figA1":
+        # Nothing was predicted: only what it took can be said.
+        left = [c.text for c in made.claims if c.outcome.verdict == HOLDS]
+        assert all("time" in text or "faster" in text or "memory" in text for text in left), left
+
+
 def test_verdicts_of_table5_follow_from_the_predictions(tmp_path):
     made = EXPERIMENTS["table5"].section(Inventor(setting(tmp_path)))
     assert [c.outcome.verdict for c in made.claims] == [HOLDS] * len(made.claims)
@@ -625,6 +658,16 @@ def test_all_tells_what_cannot_be_done(report, monkeypatch, capsys):
     assert "figA1: cannot be done: no such thing" in told.err
     text = (out / "REPORT.md").read_text()
     assert "| fig3b |" in text and "## Figure 3b" in text and "Could not be done" in text
+
+    def crashing(lab):
+        raise RuntimeError("out of memory")
+
+    few["figA1"] = dataclasses.replace(few["figA1"], section=crashing)
+    assert cli.main(["reproduce", "figA1", "fig3b", *more]) == 1
+    told = capsys.readouterr()
+    assert "Traceback" in told.err and "cannot be done: RuntimeError: out of memory" in told.err
+    assert "RuntimeError: out of memory" in (out / "REPORT.md").read_text()
+    assert "fig3b.md" in told.out
     assert cli.main(["reproduce", "fig3b", "--folds", "1", *more]) == 2
     assert cli.main(["reproduce", "fig3b", "--config", "explicit.py", *more]) == 2
     assert "NAME=FILE" in capsys.readouterr().err

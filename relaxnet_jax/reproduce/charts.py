@@ -13,7 +13,7 @@ from relaxnet_jax.evaluate.figures import SERIES, SPARE, STYLE, new_figure, save
 from relaxnet_jax.reproduce.scores import Score
 
 COLOURS: tuple[dict[str, Any], ...] = (SERIES["model"], SERIES["nothing"], *SPARE)
-OURS, THEIRS = SERIES["model"]["color"], "#999999"
+OURS = SERIES["model"]["color"]
 
 
 def bars(
@@ -84,7 +84,7 @@ def lines(
                 places = sorted({v for x, _ in curves.values() for v in x})
                 axis.set_xticks(places, [f"{v:g}" for v in places], minor=False)
                 axis.minorticks_off()
-            if ylabel in ylog:
+            if ylabel in ylog and any(s.mean > 0 for _, scores in curves.values() for s in scores):
                 axis.set_yscale("log")
             else:
                 axis.set_ylim(bottom=0)

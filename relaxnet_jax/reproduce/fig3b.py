@@ -49,7 +49,7 @@ def section(lab: Lab) -> Section:
     final = distance[f"frame {frames - 1}"]
     names = (f"frame {frames - 1}", STATIC)
     path = setting.out / "fig3b.png"
-    _draw(distance, path, setting.name)
+    drawn = _draw(distance, path, setting.name)
     return Section(
         "fig3b",
         "Figure 3b: coordinate errors by frame, and of a static model",
@@ -75,7 +75,7 @@ def section(lab: Lab) -> Section:
                 "its skewness is higher",
             ),
         ],
-        [(path, "distributions of coordinate errors")],
+        [(path, "distributions of coordinate errors")] if drawn else [],
         [f"The paper's final coordinate MAE is {paper.COORDINATE_MAE} Å, before alignment."],
     )
 
@@ -116,11 +116,14 @@ def _falling(scores: Sequence[Score]):
     return decided(bool((np.diff(means) < 0).all()), f"{shown} Å")
 
 
-def _draw(distance: dict[str, Score], path: Path, data: str) -> None:
+def _draw(distance: dict[str, Score], path: Path, data: str) -> bool:
+    """False where nothing was predicted."""
     pooled = {
         name: s.values[np.isfinite(s.values) & (s.values > 0)] for name, s in distance.items()
     }
     pooled = {name: v for name, v in pooled.items() if len(v)}
+    if not pooled:
+        return False
     both = np.concatenate(list(pooled.values()))
     edges = np.geomspace(both.min() / 1.01, both.max() * 1.01, 31).tolist()
     with matplotlib.rc_context(STYLE):
@@ -137,6 +140,7 @@ def _draw(distance: dict[str, Score], path: Path, data: str) -> None:
         axis.set(xscale="log", xlabel="coordinate error (Å)", ylabel="structures")
         figure.legend(loc="outside upper center", ncols=3, fontsize=8)
         save_figure(figure, path)
+    return True
 
 
 EXPERIMENT = Experiment("fig3b", runs, section)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import traceback
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from rich.markdown import Markdown
 
 from relaxnet_jax.benchmark.machine import describe
 from relaxnet_jax.console import note, say
-from relaxnet_jax.data.files import atomic_path
+from relaxnet_jax.data.files import atomic_path, one_line
 from relaxnet_jax.errors import InputError
 from relaxnet_jax.reproduce import paper
 from relaxnet_jax.reproduce.experiment import Experiment
@@ -23,7 +24,7 @@ from relaxnet_jax.reproduce.plan import Plan
 from relaxnet_jax.reproduce.runs import Run, folder_of, read_facts
 from relaxnet_jax.reproduce.section import Section, Table, claims_table
 from relaxnet_jax.reproduce.setting import Setting
-from relaxnet_jax.reproduce.training import train_all
+from relaxnet_jax.reproduce.training import StoppedError, train_all
 
 REPORT = "REPORT.md"
 RUN_COLUMNS = (
@@ -34,6 +35,9 @@ RUN_COLUMNS = (
 
 def write_section(experiment: Experiment, setting: Setting, plan: Plan, command: str) -> bool:
     """Trains what an experiment lacks and writes its page; False, told, where that cannot be done.
+
+    An error of the program's own, as of a device without memory left, is told with its traceback:
+    experiments that take hours are not lost by one of them.
 
     Raises:
       StoppedError: see `training`.
@@ -46,7 +50,12 @@ def write_section(experiment: Experiment, setting: Setting, plan: Plan, command:
         train_all(entries, setting.out, note)
         lab = Lab(setting, note)
         made = experiment.section(lab)
-    except InputError as error:
+    except StoppedError:
+        raise
+    except Exception as error:
+        if not isinstance(error, InputError):
+            note(traceback.format_exc())
+            error = InputError(f"{type(error).__name__}: {one_line(error)}")
         note(f"{experiment.name}: cannot be done: {error}")
         page = setting.out / f"{experiment.name}.md"
         with atomic_path(page) as temporary:
