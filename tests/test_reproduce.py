@@ -28,6 +28,7 @@ from relaxnet_jax.reproduce.methods import averaged
 from relaxnet_jax.reproduce.plan import Entry, keep_plan, make_plan
 from relaxnet_jax.reproduce.reference import relaxed_by
 from relaxnet_jax.reproduce.registry import EXPERIMENTS
+from relaxnet_jax.reproduce.report import provenance
 from relaxnet_jax.reproduce.runs import Run, _digest, folder_of, read_facts, state_of, write_facts
 from relaxnet_jax.reproduce.scores import difference, errors, numbers, relative, score
 from relaxnet_jax.reproduce.section import Section, Table
@@ -442,6 +443,14 @@ def test_committee_averages_what_seeds_predict(tmp_path):
     np.testing.assert_array_equal(alone.pred_energies, seeds[1].comparisons[0].pred_energies)
 
 
+def test_folds_are_told_as_folds(tmp_path):
+    own = setting(tmp_path, folds=3)
+    made = EXPERIMENTS["table4"].section(Inventor(own))
+    assert "energy MAE, final: folds" in made.tables[0].csv_rows()[0]
+    lines = provenance(own, EXPERIMENTS["table4"].runs(own)[:0], "x", made.spread, [])
+    assert "3 folds, each tested once" in lines[0] and "structures tested" not in lines[0]
+
+
 def test_outside_potentials_have_no_comparable_energies(tmp_path):
     own = setting(tmp_path, reference=load_calculator("emt"))
     made = EXPERIMENTS["table5"].section(Inventor(own))
@@ -555,6 +564,11 @@ def test_experiments_share_runs(report, capsys, monkeypatch):
     assert {p: p.stat().st_mtime_ns for p in before} == before
     page = (out / "figA3.md").read_text()
     assert "Seeds: 3" in page and "reproduce figA3" in page and "Trained on: " in page
+    # Its predictions are fig3b's: made there, on the machine that was, whatever this one is.
+    assert "Predicted on: " in page
+    monkeypatch.setattr("relaxnet_jax.reproduce.lab.describe", dict)
+    assert cli.main(["reproduce", "figA3", *more]) == 0
+    assert (out / "figA3.md").read_text() == page
     claims = json.loads((out / "figA3.json").read_text())["claims"]
     assert {c["verdict"] for c in claims} <= {HOLDS, FAILS, OPEN}
 

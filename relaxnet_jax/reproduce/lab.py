@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from relaxnet_jax.benchmark.costs import memory_bytes
+from relaxnet_jax.benchmark.machine import describe
 from relaxnet_jax.benchmark.timing import compile_once
 from relaxnet_jax.benchmark.work import load_work, training_step
 from relaxnet_jax.data.dataset import read_trajectories
@@ -42,6 +43,7 @@ class Lab:
     def __init__(self, setting: Setting, report: Callable[[str], None]) -> None:
         self.setting, self.report = setting, report
         self.left_out: set[str] = set()  # why test structures were left out by some model
+        self.machines: list[dict[str, Any]] = []  # that the predictions looked at were made on
         self._models: dict[str, RelaxNet] = {}
         self._tests: dict[tuple[str, ...], list[RelaxationTrajectory]] = {}
         self._kept: dict[tuple[str, str], tuple[list, dict[str, Any]]] = {}
@@ -105,9 +107,11 @@ class Lab:
         found = read_records(file)
         if found is None:
             self.report(f"relaxing {len(test)} structures with {calculator.source}")
-            write_records(file, *relaxed_by(calculator, self._model(run), test, fmax, self.report))
+            records, facts = relaxed_by(calculator, self._model(run), test, fmax, self.report)
+            write_records(file, records, facts | {"machine": describe()})
             found = read_records(file)
             assert found is not None
+        self._note_machine(found[1])
         return Predicted(tuple(from_record(r) for r in found[0]), found[1])
 
     def _predicted(self, run: Run, kind: str, make: Callable) -> Predicted:
@@ -123,12 +127,17 @@ class Lab:
             if found is None or found[1].get("model") != stamp:
                 self.report(f"predicting: {run.name} ({kind})")
                 records, facts = make(self._model(run), self._test(run))
-                write_records(file, records, facts | {"model": stamp})
+                write_records(file, records, facts | {"model": stamp, "machine": describe()})
                 found = read_records(file)
                 assert found is not None
             self._kept[key] = found
             self.left_out.update(found[1]["left_out"])
+            self._note_machine(found[1])
         return self._kept[key]
+
+    def _note_machine(self, facts: dict[str, Any]) -> None:
+        if "machine" in facts:  # earlier versions did not keep it
+            self.machines.append(facts["machine"])
 
     def _model(self, run: Run) -> RelaxNet:
         if run.digest not in self._models:
@@ -182,8 +191,3 @@ class Lab:
 def _stamp(folder: Path) -> str:
     """What predictions depend on: the model."""
     return json.loads((folder / "model" / "model.json").read_text())["sha256"]
-
-
-def all_predicted(make: Callable[[Run], Predicted], runs: Sequence[Run]) -> list[Predicted]:
-    """Of several seeds."""
-    return [make(run) for run in runs]

@@ -13,7 +13,6 @@ import jax
 from rich.console import Console
 from rich.markdown import Markdown
 
-from relaxnet_jax.benchmark.machine import describe
 from relaxnet_jax.console import note, say
 from relaxnet_jax.data.files import atomic_path, one_line
 from relaxnet_jax.errors import InputError
@@ -22,7 +21,7 @@ from relaxnet_jax.reproduce.experiment import Experiment
 from relaxnet_jax.reproduce.lab import Lab
 from relaxnet_jax.reproduce.plan import Plan
 from relaxnet_jax.reproduce.runs import Run, folder_of, read_facts
-from relaxnet_jax.reproduce.section import Section, Table, claims_table
+from relaxnet_jax.reproduce.section import SEEDS, Section, Table, claims_table
 from relaxnet_jax.reproduce.setting import Setting
 from relaxnet_jax.reproduce.training import StoppedError, train_all
 
@@ -63,7 +62,7 @@ def write_section(experiment: Experiment, setting: Setting, plan: Plan, command:
             temporary.write_text(text, encoding="utf-8")
         (setting.out / f"{experiment.name}.json").unlink(missing_ok=True)  # of an earlier time
         return False
-    lines = provenance(setting, runs, command)
+    lines = provenance(setting, runs, command, made.spread, lab.machines)
     if lab.left_out:
         lines.append(f"Test structures left out by some models: {'; '.join(sorted(lab.left_out))}")
     jax.clear_caches()  # the programs of predictions that are kept now
@@ -78,22 +77,33 @@ def write_section(experiment: Experiment, setting: Setting, plan: Plan, command:
     return True
 
 
-def provenance(setting: Setting, runs: Sequence[Run], command: str) -> list[str]:
-    """Lines that say on what, where and how something was measured."""
+def provenance(
+    setting: Setting,
+    runs: Sequence[Run],
+    command: str,
+    spread: str,
+    predicted_on: Sequence[dict[str, Any]],
+) -> list[str]:
+    """Lines that say on what, where and how something was measured.
+
+    Args:
+      spread: see `Section`. predicted_on: machines, see `benchmark.machine.describe`.
+    """
     dataset = setting.dataset
     sizes = {name: len(rows) for name, rows in dataset.splits.items()}
     lines = [
         f"Data: {setting.name} ({setting.checksum[:12]}), {len(dataset.trajectories)} relaxations: "
-        + ", ".join(f"{n} {name}" for name, n in sizes.items())
-        + f" (n = {sizes['test']} structures tested)"
+        + (_split(sizes) if spread == SEEDS else f"{setting.folds} folds, each tested once")
         + (f"; left out: {dataset.left_out}" if dataset.left_out else ""),
-        f"Seeds: {', '.join(map(str, setting.seeds))}. Means ± standard deviation over seeds.",
         f"Command: `{command}`",
     ]
+    if runs:
+        used = dict.fromkeys(str(run.config.train.seed) for run in runs)
+        lines.append(f"Seeds: {', '.join(used)}. Means ± standard deviation over {spread}.")
     facts = [read_facts(folder_of(setting.out, run)) for run in runs]
     machines = dict.fromkeys(_machine(f["machine"]) for f in facts)
     lines += [f"Trained on: {name}" for name in machines]
-    lines.append(f"Predicted on: {_machine(describe())}")
+    lines += [f"Predicted on: {name}" for name in dict.fromkeys(map(_machine, predicted_on))]
     if runs:
         minutes, epochs = ([f[name] for f in facts] for name in ("minutes", "epochs"))
         lines.append(
@@ -102,6 +112,11 @@ def provenance(setting: Setting, runs: Sequence[Run], command: str) -> list[str]
         )
         lines += _uneven(runs, facts)
     return lines
+
+
+def _split(sizes: dict[str, int]) -> str:
+    counts = ", ".join(f"{n} {name}" for name, n in sizes.items())
+    return f"{counts} (n = {sizes['test']} structures tested)"
 
 
 def _write_runs(setting: Setting, runs: Sequence[Run]) -> Path:

@@ -13,21 +13,24 @@ from relaxnet_jax.reproduce.formats import number, with_deviation
 from relaxnet_jax.reproduce.scores import Score
 from relaxnet_jax.reproduce.verdict import RULE, Claim
 
+SEEDS = "seeds"  # what most scores' rows are
 OURS = " (ours, not the paper's)"
 Cell = str | float | int | Score | None
 
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """A table; a `Score` in it is shown as mean ± standard deviation over seeds.
+    """A table; a `Score` in it is shown as mean ± standard deviation over its rows.
 
     Attributes:
       title: over it. columns: headings with units. rows: cells; None is a dash.
+      spread: what the rows of the scores are, "seeds" or "folds".
     """
 
     title: str
     columns: Sequence[str]
     rows: Sequence[Sequence[Cell]]
+    spread: str = SEEDS
 
     def markdown(self) -> str:
         """As Markdown, headings first."""
@@ -37,13 +40,14 @@ class Table:
         return "\n".join(lines)
 
     def csv_rows(self) -> list[list[str]]:
-        """Headings and rows; of each `Score` its mean, deviation and number of seeds."""
+        """Headings and rows; of each `Score` its mean, deviation and number of rows."""
         scores = [
             any(isinstance(row[k], Score) for row in self.rows) for k in range(len(self.columns))
         ]
         head = []
         for name, is_score in zip(self.columns, scores):
-            head += [name, f"{name}: standard deviation", f"{name}: seeds"] if is_score else [name]
+            more = [f"{name}: standard deviation", f"{name}: {self.spread}"] if is_score else []
+            head += [name, *more]
         rows = [head]
         for row in self.rows:
             cells = []
@@ -72,6 +76,11 @@ class Section:
     claims: Sequence[Claim] = ()
     figures: Sequence[tuple[Path, str]] = ()
     remarks: Sequence[str] = ()
+
+    @property
+    def spread(self) -> str:
+        """What its numbers are spread over; see `Table`."""
+        return self.tables[0].spread
 
     def write(self, out: Path, provenance: Sequence[str]) -> list[Path]:
         """NAME.csv and NAME.md; returns all files of the section.

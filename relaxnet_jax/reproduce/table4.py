@@ -70,7 +70,7 @@ def section(lab: Lab) -> Section:
         "deviation over folds. Static models are given the true positions of every frame and say its "
         "energy, RelaxNet is given the initial ones only and says the whole path. The paper's others "
         "are those of the JARVIS leaderboard (55,713 structures, all frames; RelaxNet 24,311).",
-        [Table("Test splits of all folds (meV/atom)", COLUMNS, rows)],
+        [Table("Test splits of all folds (meV/atom)", COLUMNS, rows, "folds")],
         [
             Claim(
                 "RelaxNet's all-frame energies are as good as static models', given less",
