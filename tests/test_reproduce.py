@@ -33,6 +33,7 @@ from relaxnet_jax.reproduce.runs import Run, _digest, folder_of, read_facts, sta
 from relaxnet_jax.reproduce.scores import difference, errors, numbers, relative, score
 from relaxnet_jax.reproduce.section import Section, Table
 from relaxnet_jax.reproduce.setting import Setting
+from relaxnet_jax.reproduce.table4 import by_fold
 from relaxnet_jax.reproduce.verdict import FAILS, HOLDS, OPEN, Claim, all_of, decided, lower
 from relaxnet_jax.reproduce.workers import core_shares, train_side_by_side
 from relaxnet_jax.runtime import usable_cores
@@ -449,6 +450,14 @@ def test_folds_are_told_as_folds(tmp_path):
     assert "energy MAE, final: folds" in made.tables[0].csv_rows()[0]
     lines = provenance(own, EXPERIMENTS["table4"].runs(own)[:0], "x", made.spread, [])
     assert "3 folds, each tested once" in lines[0] and "structures tested" not in lines[0]
+
+
+def test_folds_are_compared_in_pairs():
+    """One model is always a little better, whatever the fold; folds differ much more."""
+    rows = [{f"{k} {i}": 10.0 * k + i for i in range(3)} for k in range(1, 5)]
+    better = by_fold(score([{name: v - 0.5 - 0.01 * v for name, v in row.items()} for row in rows]))
+    assert lower(better, by_fold(score(rows)), ("a", "b")).verdict == HOLDS
+    assert by_fold(score(rows)).mean == pytest.approx(score(rows).mean)
 
 
 def test_outside_potentials_have_no_comparable_energies(tmp_path):
