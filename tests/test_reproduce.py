@@ -20,7 +20,7 @@ from relaxnet_jax.data.generation.calculators import load_calculator
 from relaxnet_jax.errors import InputError
 from relaxnet_jax.metrics import Comparison, evaluate, structure_errors
 from relaxnet_jax.model import create_model
-from relaxnet_jax.reproduce import budget, formats, predictions
+from relaxnet_jax.reproduce import budget, fig3a, fig3b, fig3c, figa1, formats, predictions
 from relaxnet_jax.reproduce.archive import from_record, read_records, to_record, write_records
 from relaxnet_jax.reproduce.convergence import convergence_seconds
 from relaxnet_jax.reproduce.lab import Predicted
@@ -442,6 +442,38 @@ def test_committee_averages_what_seeds_predict(tmp_path):
     seeds[0].comparisons[0].pred_energies[:] = np.nan
     alone = averaged(seeds).comparisons[0]
     np.testing.assert_array_equal(alone.pred_energies, seeds[1].comparisons[0].pred_energies)
+
+
+def test_most_displacements_are_more_than_half_of_them():
+    spread = np.array([1e-4, 1e-4, 5e-3, 1.0, 1.0])  # a median within the paper's range
+    assert figa1.common(spread).verdict == FAILS
+    assert figa1.common(np.array([2e-3, 5e-3, 1.0, np.nan, 0.0])).verdict == HOLDS
+    assert figa1.common(np.zeros(3)).verdict == OPEN
+
+
+def test_frames_are_compared_on_structures_that_have_them():
+    """The hard structure has no frame 1."""
+    frames = [{"easy": 1.0, "hard": 9.0}, {"easy": 0.5}, {"easy": 0.4, "hard": 4.0}]
+    assert fig3b.falling([score([row]) for row in frames]).verdict == HOLDS
+    frames[2]["easy"] = 0.6
+    assert fig3b.falling([score([row]) for row in frames]).verdict == FAILS
+
+
+def test_atoms_that_swing_back_are_not_smooth():
+    free, t = np.zeros(1, bool), np.linspace(0, 1, 21)
+    straight, swing = (
+        np.stack([x, 0 * t, 0 * t], axis=-1)[:, None] for x in (t, np.sin(2 * np.pi * t))
+    )
+    assert fig3c._length(straight, free) == pytest.approx(1) and fig3c._forward(straight, free) == 1
+    assert fig3c._length(swing, free) == pytest.approx(4) and fig3c._forward(swing, free) < 0.95
+    assert math.isnan(fig3c._length(1e-3 * swing, free))
+    assert math.isnan(fig3c._length(swing, ~free))
+
+
+def test_exact_forces_count_in_their_distribution():
+    errors, share = fig3a.distribution(np.array([3.0, 0.0, 1.0, 0.0]))
+    assert errors.tolist() == [1.0, 3.0] and share.tolist() == [0.75, 1.0]
+    assert all(len(part) == 0 for part in fig3a.distribution(np.zeros(0)))
 
 
 def test_folds_are_told_as_folds(tmp_path):

@@ -11,12 +11,12 @@ from scipy.stats import gaussian_kde, spearmanr
 
 from relaxnet_jax.evaluate.figures import STYLE, new_figure, save_figure
 from relaxnet_jax.metrics import Comparison
-from relaxnet_jax.reproduce import paper
 from relaxnet_jax.reproduce.experiment import Experiment
+from relaxnet_jax.reproduce.figa1 import common, common_share
 from relaxnet_jax.reproduce.lab import Lab
 from relaxnet_jax.reproduce.methods import seeds
 from relaxnet_jax.reproduce.runs import Run
-from relaxnet_jax.reproduce.scores import Score, errors, numbers
+from relaxnet_jax.reproduce.scores import errors, numbers
 from relaxnet_jax.reproduce.section import Cell, Section, Table
 from relaxnet_jax.reproduce.setting import Setting
 from relaxnet_jax.reproduce.verdict import Claim, Outcome, decided
@@ -36,7 +36,7 @@ def section(lab: Lab) -> Section:
     points = [frame_points(comparisons) for comparisons in predicted]
     energy = [_rank(p["energy"], p["error"]) for p in points]
     moved = [_rank(p["moved"], p["error"], p["moved"] > 0) for p in points]
-    share = numbers([_share(p["moved"]) for p in points[:1]])
+    share = numbers([common_share(points[0]["moved"])])
     errors_now = [errors(predicted, "energy_mae", which) for which in ("final", "all")]
     nothing = [errors(predicted[:1], "energy_mae", w, "nothing") for w in ("final", "all")]
     rows: list[list[Cell]] = [
@@ -58,8 +58,8 @@ def section(lab: Lab) -> Section:
         [
             Claim(
                 "most true displacements are between 0.001 and 0.01 Å",
-                _most(share),
-                "more than half of them",
+                common(points[0]["moved"]),
+                "more than half of the true frames'",
             ),
             Claim(
                 "energy errors fall as displacements grow",
@@ -97,18 +97,6 @@ def _rank(x: np.ndarray, y: np.ndarray, kept=None) -> tuple[float | None, float]
         return None, 1.0
     found = spearmanr(x, y)
     return float(found.statistic), float(found.pvalue)
-
-
-def _share(moved: np.ndarray) -> float | None:
-    moved = moved[moved > 0]
-    low, high = paper.COMMON_DISPLACEMENT
-    return 100 * float(((moved >= low) & (moved <= high)).mean()) if len(moved) else None
-
-
-def _most(share: Score) -> Outcome:
-    if not share.seeds:
-        return decided(None, "nothing moves")
-    return decided(share.mean > 50, f"{share.mean:.1f} % of them are")
 
 
 def _correlated(found: Sequence[tuple[float | None, float]], sign: int) -> Outcome:
