@@ -18,12 +18,13 @@ from relaxnet_jax.config import load_config
 from relaxnet_jax.data.dataset import load_dataset
 from relaxnet_jax.data.generation.calculators import load_calculator
 from relaxnet_jax.errors import InputError
+from relaxnet_jax.graph import build_structure
 from relaxnet_jax.metrics import Comparison, evaluate, structure_errors
 from relaxnet_jax.model import create_model
 from relaxnet_jax.reproduce import budget, fig3a, fig3b, fig3c, figa1, formats, predictions
 from relaxnet_jax.reproduce.archive import from_record, read_records, to_record, write_records
 from relaxnet_jax.reproduce.convergence import convergence_seconds
-from relaxnet_jax.reproduce.lab import Predicted
+from relaxnet_jax.reproduce.lab import Lab, Predicted
 from relaxnet_jax.reproduce.methods import averaged
 from relaxnet_jax.reproduce.plan import Entry, keep_plan, make_plan
 from relaxnet_jax.reproduce.reference import relaxed_by
@@ -536,9 +537,10 @@ def test_kinds_of_predictions(tmp_path):
     test = [own.dataset.trajectories[int(i)] for i in own.dataset.splits["test"][:2]]
     model = create_model(own.config("static"))
     records, _ = predictions.points(model, test, 3, print)
-    for record, t in zip(records, test):
+    for record, t in zip(records, test, strict=True):
         c = from_record(record)
-        np.testing.assert_array_equal(c.pred_positions, t.positions[[0, t.n_frames // 2, -1]])
+        middle = round((t.n_frames - 1) / 2)
+        np.testing.assert_allclose(c.pred_positions, t.positions[[0, middle, -1]], atol=1e-12)
         energy, forces = model.energy_and_forces(t.atoms(-1))
         assert c.pred_energies[-1] == pytest.approx(energy, rel=1e-5)
         np.testing.assert_allclose(c.pred_forces[-1], forces, atol=1e-4)
@@ -559,6 +561,39 @@ def test_kinds_of_predictions(tmp_path):
     assert len(lost) == 2
     (record, _), _ = predictions.dense(model, test, 2, print)
     np.testing.assert_allclose(record["pred"], still[0]["pred_positions"], atol=1e-6)
+
+
+def test_static_models_are_asked_about_what_they_are_compared_on(tmp_path, monkeypatch):
+    """Without the first relaxation the second one's energies are still its own."""
+    own = setting(tmp_path, changes=(*SMALL, "model.architecture=egnn"))
+    test = [own.dataset.trajectories[int(i)] for i in own.dataset.splits["test"][:2]]
+    model = create_model(own.config("static"))
+    (_, whole), _ = predictions.points(model, test, 3, print)
+
+    def build(*args, **more):
+        if args[7] == test[0].id:
+            raise InputError(f"{test[0].id}: has no charges")
+        return build_structure(*args, **more)
+
+    for module in ("reproduce.predictions", "evaluate.run"):
+        monkeypatch.setattr(f"relaxnet_jax.{module}.build_structure", build)
+    (record,), facts = predictions.points(model, test, 3, print)
+    assert facts["left_out"] == [f"{test[0].id}: has no charges"]
+    assert str(record["id"]) == test[1].id
+    np.testing.assert_allclose(record["pred_energies"], whole["pred_energies"], rtol=1e-6)
+
+
+def test_time_of_an_epoch_is_of_all_it_trains_on(tmp_path):
+    """Later starts of the relaxations take time too."""
+    run = fake_run("a", 1.0)
+    folder = folder_of(tmp_path, run)
+    (folder / "model").mkdir(parents=True)
+    rates = [{"epoch": k, "structures_per_second": v} for k, v in enumerate((1.0, 2.0, 2.0))]
+    (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, rates)))
+    for known, seconds in (({}, 5.0), ({"later_starts": 30}, 20.0)):
+        facts = {"statistics": {"training_relaxations": 10} | known}
+        (folder / "model" / "model.json").write_text(json.dumps(facts))
+        assert Lab(setting(tmp_path), print).epoch_seconds(run) == seconds
 
 
 def test_reference_relaxes_to_where_its_own_data_end(tmp_path):

@@ -66,28 +66,36 @@ def relaxed(
 
 def points(model: RelaxNet, relaxations: Relaxations, n_frames: int, report: Report) -> Made:
     """A static model's energies and forces at the true frames; nothing is moved."""
-    usable = [t for t in relaxations if set(t.atomic_numbers.tolist()) <= set(model.elements)]
+    usable, frames, left_out = [], [], []
+    for t in relaxations:
+        chosen = select_frames(t.n_frames, n_frames)
+        try:
+            model.check_elements(t.atomic_numbers, t.id)
+            own = [
+                build_structure(
+                    t.atomic_numbers,
+                    t.positions[k],
+                    t.cells[k],
+                    t.pbc,
+                    model.config,
+                    t.fixed_mask,
+                    t.charges,
+                    t.id,
+                    relax_cell=t.variable_cell,
+                )
+                for k in chosen.indices
+            ]
+        except InputError as error:
+            left_out.append(str(error))
+            report(f"left out: {error}")
+            continue
+        usable.append((t, chosen))
+        frames += own
 
     def predict(structures: Sequence[Structure]) -> list[Path]:
-        chosen = [select_frames(t.n_frames, n_frames) for t in usable]
-        frames = [
-            build_structure(
-                t.atomic_numbers,
-                t.positions[k],
-                t.cells[k],
-                t.pbc,
-                model.config,
-                t.fixed_mask,
-                t.charges,
-                t.id,
-                relax_cell=t.variable_cell,
-            )
-            for t, c in zip(usable, chosen)
-            for k in c.indices
-        ]
         found = iter(minimise(model, frames, steps=0).paths)
         made = []
-        for t, c in zip(usable, chosen):
+        for t, c in usable:
             positions = np.zeros((n_frames, t.n_atoms, 3))
             energies, forces = np.zeros(n_frames), np.zeros((n_frames, t.n_atoms, 3))
             cells = np.repeat(t.cells[:1], n_frames, axis=0)
@@ -100,7 +108,8 @@ def points(model: RelaxNet, relaxations: Relaxations, n_frames: int, report: Rep
             made.append(Path(times, positions, still, energies, forces, cells, 0.0))
         return made
 
-    compared, left_out = compare(model, relaxations, report, predict=predict, n_frames=n_frames)
+    taken = [t for t, _ in usable]
+    compared, _ = compare(model, taken, report, predict=predict, n_frames=n_frames)
     return [to_record(c) for c in compared], {"left_out": left_out}
 
 
