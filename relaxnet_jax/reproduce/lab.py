@@ -169,8 +169,9 @@ class Lab:
         """
         first = run.config.train.static_epochs
         rates = [r["structures_per_second"] for r in self.epochs(run) if r["epoch"] >= first]
-        facts = json.loads((folder_of(self.setting.out, run) / "model" / "model.json").read_text())
-        trained = facts["statistics"]["training_relaxations"]
+        file = folder_of(self.setting.out, run) / "model" / "model.json"
+        known = json.loads(file.read_text())["statistics"]
+        trained = known["training_relaxations"] + known.get("later_starts", 0)
         return trained / statistics.median(rates) if rates and min(rates) > 0 else None
 
     def memory(self, run: Run) -> int:

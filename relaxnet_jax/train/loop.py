@@ -240,10 +240,10 @@ class _Run:
             self.samples.sizes, max(1, t.batch_size // shares), t.max_buckets, t.max_padding
         )
         self.training_relaxations = int(np.isin(used, dataset.splits["train"]).sum())
-        again = int(np.isin(used, later).sum())
+        self.later_starts = int(np.isin(used, later).sum())
         report(
             f"{dataset.name}: {self.training_relaxations} training"
-            + (f" (and {again} later starts of them)" if again else "")
+            + (f" (and {self.later_starts} later starts of them)" if self.later_starts else "")
             + f", {len(self.members['validation'])} validation, "
             f"{len(dataset.splits['test'])} test relaxations; {len(self.buckets.shapes)} bucket(s), padding "
             f"{100 * self.buckets.padding:.0f} %"
@@ -307,6 +307,7 @@ class _Run:
             {
                 "data": self.dataset.name,
                 "training_relaxations": self.training_relaxations,
+                "later_starts": self.later_starts,
                 "energy_scale_eV_per_atom": self.scale,
                 "surroundings": self._surroundings(),
             }
