@@ -104,8 +104,9 @@ def section(lab: Lab) -> Section:
     return Section(
         "ablation",
         "Dynamics, solver and encoder, one choice at a time",
-        "The explicit scheme's shipped config and variants of it, each given time by its weight, "
-        "which grows with the cost of a step: about as many epochs. Not in the paper.",
+        "The explicit scheme's config and variants of it, each given time by its weight, which knows of "
+        "frames, substeps and solver, not of the encoder: a dearer encoder gets fewer epochs. Not in the "
+        "paper.",
         [Table("Test split", COLUMNS, rows)],
         _claims(places, energy),
         [(path, "final frame by variant")],

@@ -34,15 +34,5 @@ def percent_change(new: float, old: float) -> str:
     return f"{100 * (new / old - 1):+.1f} %"
 
 
-def clock(seconds: float | None) -> str:
-    """h:mm:ss, and tenths below a minute."""
-    if seconds is None or not math.isfinite(seconds):
-        return "–"
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    whole = round(seconds)
-    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
-
-
 def _decimals(size: float, digits: int) -> int:
     return max(digits - 1 - math.floor(math.log10(size)), 0)

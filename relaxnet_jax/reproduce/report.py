@@ -179,8 +179,8 @@ def write_report(setting: Setting, names: Iterable[str], command: str) -> Path:
     head = [
         f"# {paper.NAME}: what holds on {setting.name}",
         f"Last command: `{command}`; every section names its own.",
-        "The paper's data (JARVIS-DFT) and machine (two V100) were others: its figures stand beside ours "
-        "to be compared in kind, not in size.",
+        "The paper's data are JARVIS-DFT, its machine two V100: beside other data and machines its "
+        "figures are to be compared in kind, not in size.",
         summary,
     ]
     path = setting.out / REPORT

@@ -116,6 +116,8 @@ def section(lab: Lab) -> Section:
         [
             "Time per epoch of the implicit scheme is that of its solution; its static first epochs "
             "are faster. A dash: it got no further than these.",
+            "Errors of all frames are over each model's own, as in the paper: of more frames the first, "
+            "whose forces are largest, is a smaller part. On equal frames see 'frames'.",
         ],
     )
 
