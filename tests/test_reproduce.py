@@ -461,6 +461,21 @@ def test_table1_on_elements_that_small_parts_lack(tmp_path):
     assert rows[0]["paper: 85 / 95 / 99 % (s)"] == "1337 / 2109 / 3118"
 
 
+def test_numbers_of_frames_are_compared_on_the_same_ones(tmp_path):
+    """Models that err alike at every frame: only on their own frames do more look better."""
+
+    class Alike(Inventor):
+        def paths(self, run, n_frames=None):
+            n = n_frames or run.config.dynamics.frames
+            return Predicted(tuple(relaxations(n, 0.1)), {"seconds": 1.0, "left_out": []})
+
+    made = EXPERIMENTS["table2"].section(Alike(setting(tmp_path)))
+    verdicts = {c.text: c.outcome.verdict for c in made.claims}
+    assert verdicts["explicit: more frames, lower force errors"] == HOLDS
+    assert verdicts["explicit: more frames, lower force errors on 10 frames"] == OPEN
+    assert verdicts["explicit: more frames, lower energy errors on 10 frames"] == OPEN
+
+
 def test_most_displacements_are_more_than_half_of_them():
     spread = np.array([1e-4, 1e-4, 5e-3, 1.0, 1.0])  # a median within the paper's range
     assert figa1.common(spread).verdict == FAILS
