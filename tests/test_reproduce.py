@@ -794,6 +794,19 @@ def test_all_tells_what_cannot_be_done(report, monkeypatch, capsys):
     assert "NAME=FILE" in capsys.readouterr().err
 
 
+def test_reports_do_not_mix_data(report, tmp_path):
+    out, more = report
+    copy = tmp_path / "copy"
+    shutil.copytree(out, copy)
+    more = [str(copy) if item == str(out) else item for item in more]
+    kept = json.loads((copy / "fig3b.json").read_text())
+    (copy / "fig3b.json").write_text(json.dumps(kept | {"data": "another"}))
+    assert cli.main(["reproduce", "figA1", "figA3", *more]) == 0
+    text = (copy / "REPORT.md").read_text()
+    assert "not in this report: fig3b" in text and "## Figure 3b" not in text
+    assert "| fig3b |" not in text and "| figA3 |" in text
+
+
 def test_runs_side_by_side(report, tmp_path, capsys):
     """Two at a time on a core each: the same files, one that cannot be trained told, others done."""
     _, more = report

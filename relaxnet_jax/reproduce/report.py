@@ -69,7 +69,7 @@ def write_section(experiment: Experiment, setting: Setting, plan: Plan, command:
     files = made.write(setting.out, lines)
     if runs:
         files.append(_write_runs(setting, runs))
-    _keep_claims(made, setting.out)
+    _keep_claims(made, setting)
     console = Console(highlight=False)
     console.print(Markdown(claims_table(made.claims).markdown() if made.claims else made.title))
     for file in files:
@@ -152,29 +152,34 @@ def _uneven(runs: Sequence[Run], facts: Sequence[dict[str, Any]]) -> list[str]:
     ]
 
 
-def _keep_claims(made: Section, out: Path) -> None:
+def _keep_claims(made: Section, setting: Setting) -> None:
     """The verdicts as JSON, for the report's summary."""
     claims = [
         {"claim": c.text, "verdict": c.outcome.verdict, "because": c.outcome.reason, "ours": c.ours}
         for c in made.claims
     ]
-    with atomic_path(out / f"{made.name}.json") as temporary:
-        text = json.dumps({"title": made.title, "claims": claims}, indent=1, ensure_ascii=False)
-        temporary.write_text(text, encoding="utf-8")
+    kept = {"title": made.title, "data": setting.checksum, "claims": claims}
+    with atomic_path(setting.out / f"{made.name}.json") as temporary:
+        temporary.write_text(json.dumps(kept, indent=1, ensure_ascii=False), encoding="utf-8")
 
 
 def write_report(setting: Setting, names: Iterable[str], command: str) -> Path:
-    """REPORT.md of the pages there are, of this command or earlier ones: a summary of the verdicts,
-    then every page."""
-    rows, pages = [], []
+    """REPORT.md of the pages there are on these data, of this command or earlier ones: a summary of
+    the verdicts, then every page."""
+    rows, pages, others = [], [], []
     for name in names:
         page, verdicts = setting.out / f"{name}.md", setting.out / f"{name}.json"
+        kept: dict[str, Any] = {"claims": []}
+        if verdicts.is_file():
+            kept = json.loads(verdicts.read_text(encoding="utf-8"))
+        if kept.get("data", setting.checksum) != setting.checksum:
+            others.append(name)
+            continue
         if page.is_file():
             pages.append(page.read_text(encoding="utf-8"))
-        if verdicts.is_file():
-            for claim in json.loads(verdicts.read_text(encoding="utf-8"))["claims"]:
-                whose = "ours" if claim["ours"] else "the paper's"
-                rows.append([name, claim["claim"], whose, claim["verdict"]])
+        for claim in kept["claims"]:
+            whose = "ours" if claim["ours"] else "the paper's"
+            rows.append([name, claim["claim"], whose, claim["verdict"]])
     summary = Table("", ("experiment", "claim", "whose", "verdict"), rows).markdown()
     head = [
         f"# {paper.NAME}: what holds on {setting.name}",
@@ -182,6 +187,7 @@ def write_report(setting: Setting, names: Iterable[str], command: str) -> Path:
         "The paper's data are JARVIS-DFT, its machine two V100: beside other data and machines its "
         "figures are to be compared in kind, not in size.",
         summary,
+        *([f"Of other data, and not in this report: {', '.join(others)}."] if others else []),
     ]
     path = setting.out / REPORT
     with atomic_path(path) as temporary:
