@@ -131,6 +131,7 @@ def _reference(name: str | None) -> Calculator | None:
 
 def _sources(items: list[str]) -> dict[str, str]:
     """Config file by role, of "role=file" and of files named after roles."""
+    from relaxnet_jax.config import find_config
     from relaxnet_jax.reproduce.setting import ROLES
 
     found = {}
@@ -140,7 +141,9 @@ def _sources(items: list[str]) -> dict[str, str]:
             raise InputError(
                 f"--config {item!r}: write it as NAME=FILE, NAME one of {', '.join(ROLES)}"
             )
-        found[role] = file
+        found[role] = str(
+            find_config(file)
+        )  # a role that cannot be had may be left out: not so a typo
     return found
 
 

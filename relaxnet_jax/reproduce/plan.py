@@ -44,10 +44,6 @@ class Plan:
         """Those not finished."""
         return [e for e in self.entries if e.state != "finished"]
 
-    def minutes(self, run: Run) -> float | None:
-        """See `Entry`."""
-        return next(e.minutes for e in self.entries if e.run.digest == run.digest)
-
     def table(self) -> Table:
         """For the terminal."""
         table = Table(box=box.SIMPLE_HEAD)

@@ -79,7 +79,7 @@ def section(lab: Lab) -> Section:
         "All methods see the initial structures of the test split and say where they relax to. "
         "Potentials are trained on the energies and forces of all frames and minimised with L-BFGS "
         "(steps of at most 0.2 Å, at most 500) to a largest force of 0.05 eV/Å (C1) or of RelaxNet's "
-        f"own final force (C2: {c2} eV/Å, by seed; the paper's is 0.0751). Forces are those each "
+        f"own final force (C2: {c2} eV/Å, by seed; the paper's is {paper.C2}). Forces are those each "
         "method predicts for its own final structure, against those of DFT at its. Doing nothing "
         "takes the initial structure, with its true energy and forces, for the final one.",
         [methods_table(methods, nothing)],
