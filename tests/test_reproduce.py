@@ -21,7 +21,7 @@ from relaxnet_jax.errors import InputError
 from relaxnet_jax.graph import build_structure
 from relaxnet_jax.metrics import Comparison, evaluate, structure_errors
 from relaxnet_jax.model import create_model
-from relaxnet_jax.reproduce import budget, fig3a, fig3b, fig3c, figa1, formats, predictions
+from relaxnet_jax.reproduce import budget, fig3a, fig3b, fig3c, figa1, figa3, formats, predictions
 from relaxnet_jax.reproduce.archive import from_record, read_records, to_record, write_records
 from relaxnet_jax.reproduce.convergence import convergence_seconds
 from relaxnet_jax.reproduce.lab import Lab, Predicted
@@ -34,6 +34,7 @@ from relaxnet_jax.reproduce.runs import Run, _digest, folder_of, read_facts, sta
 from relaxnet_jax.reproduce.scores import difference, errors, numbers, relative, score
 from relaxnet_jax.reproduce.section import Section, Table
 from relaxnet_jax.reproduce.setting import Setting
+from relaxnet_jax.reproduce.table1 import quickly
 from relaxnet_jax.reproduce.table4 import by_fold
 from relaxnet_jax.reproduce.verdict import FAILS, HOLDS, OPEN, Claim, all_of, decided, lower
 from relaxnet_jax.reproduce.workers import core_shares, train_side_by_side
@@ -491,6 +492,24 @@ def test_frames_are_compared_on_structures_that_have_them():
     assert fig3b.falling([score([row]) for row in frames]).verdict == FAILS
 
 
+def test_frames_of_a_structure_are_no_more_evidence():
+    """Three structures whose errors fall by chance say as much as their 300 equal frames."""
+    x, y = np.array([1.0, 2.0, 3.0, 4.0]), np.array([4.0, 3.0, 1.0, 2.0])
+    r, p = figa3.rank(x, y, np.arange(4))
+    assert r == pytest.approx(-0.8) and p == pytest.approx(0.2)
+    again = figa3.rank(*(np.repeat(v, 100) for v in (x, y, np.arange(4))))
+    assert again == pytest.approx((r, p), abs=0.01)
+    assert figa3.rank(x[:2], y[:2], np.arange(2)) == (None, 1.0)
+
+
+def test_runs_that_never_converge_are_not_quick():
+    quick, never = numbers([60.0, 60.0]), numbers([60.0, None])
+    assert quickly({1.0: quick}, 40.0, 2).verdict == HOLDS
+    assert quickly({1.0: quick, 0.2: never}, 40.0, 2).verdict == OPEN
+    assert quickly({1.0: quick}, 30.0, 2).verdict == OPEN
+    assert quickly({1.0: numbers([60.0, 6000.0])}, 30.0, 2).verdict == FAILS
+
+
 def test_atoms_that_swing_back_are_not_smooth():
     free, t = np.zeros(1, bool), np.linspace(0, 1, 21)
     straight, swing = (
@@ -792,6 +811,8 @@ def test_all_tells_what_cannot_be_done(report, monkeypatch, capsys):
     assert cli.main(["reproduce", "fig3b", "--folds", "1", *more]) == 2
     assert cli.main(["reproduce", "fig3b", "--config", "explicit.py", *more]) == 2
     assert "NAME=FILE" in capsys.readouterr().err
+    assert cli.main(["reproduce", "fig3b", "--config", "static_final=mistyped.py", *more]) == 2
+    assert "mistyped.py" in capsys.readouterr().err
 
 
 def test_reports_do_not_mix_data(report, tmp_path):
