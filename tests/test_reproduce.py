@@ -516,9 +516,20 @@ def test_atoms_that_swing_back_are_not_smooth():
         np.stack([x, 0 * t, 0 * t], axis=-1)[:, None] for x in (t, np.sin(2 * np.pi * t))
     )
     assert fig3c._length(straight, free) == pytest.approx(1) and fig3c._forward(straight, free) == 1
-    assert fig3c._length(swing, free) == pytest.approx(4) and fig3c._forward(swing, free) < 0.95
+    assert (
+        fig3c._length(swing, free) == pytest.approx(4 / fig3c.MOVES)
+        and fig3c._forward(swing, free) < 0.95
+    )
     assert math.isnan(fig3c._length(1e-3 * swing, free))
     assert math.isnan(fig3c._length(swing, ~free))
+
+
+def test_smoothness_is_told_from_its_spread():
+    forward = score([{"a": 1.0, "b": 0.99}, {"a": 0.99, "b": 1.0}])
+    for lengths, verdict in (((1.1, 1.2), HOLDS), ((1.3, 1.8), OPEN), ((2.5, 2.6), FAILS)):
+        length = score(2 * [dict(zip("ab", lengths))])
+        assert fig3c.smooth(length, forward).verdict == verdict
+    assert fig3c.smooth(score([{"a": math.nan}]), forward).verdict == OPEN
 
 
 def test_exact_forces_count_in_their_distribution():

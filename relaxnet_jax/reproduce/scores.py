@@ -72,6 +72,11 @@ def score(rows: Sequence[dict[str, float]]) -> Score:
     return Score(ids, np.array(values, float).reshape(len(rows), len(ids)))
 
 
+def bound(value: float, like: Score) -> Score:
+    """A value that is exact, for every structure that another score has."""
+    return Score(like.ids, np.where(np.isfinite(like.values), value, math.nan))
+
+
 def numbers(values: Sequence[float | None]) -> Score:
     """Of one number a seed, e.g. seconds."""
     return score([{} if v is None else {"": v} for v in values])
