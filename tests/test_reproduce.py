@@ -546,6 +546,19 @@ def test_folds_are_told_as_folds(tmp_path):
     assert "3 folds, each tested once" in lines[0] and "structures tested" not in lines[0]
 
 
+def test_pages_tell_of_runs_that_saw_no_path_and_of_load(tmp_path):
+    own = setting(tmp_path)
+    machine = {"device": "d", "platform": "cpu", "cores": 2, "versions": {}}
+    run = own.run("implicit", 0, train__static_epochs=4)
+    for epochs, told in ((4, True), (5, False)):
+        facts = {"minutes": 1.0, "limit": 1.0, "epochs": epochs, "machine": machine}
+        write_facts(folder_of(tmp_path, run), facts)
+        loads = [machine | {"load_average": load} for load in (0.5, 2.0, 1.0)]
+        lines = provenance(own, [run], "x", "seeds", loads)
+        assert any("static first epochs only: implicit, seed 0" in x for x in lines) == told
+        assert sum("Predicted on: d (cpu), 2 cores, , load 0.5 to 2" in x for x in lines) == 1
+
+
 def test_folds_are_compared_in_pairs():
     """One model is always a little better, whatever the fold; folds differ much more."""
     rows = [{f"{k} {i}": 10.0 * k + i for i in range(3)} for k in range(1, 5)]

@@ -103,14 +103,17 @@ def provenance(
     facts = [read_facts(folder_of(setting.out, run)) for run in runs]
     machines = dict.fromkeys(_machine(f["machine"]) for f in facts)
     lines += [f"Trained on: {name}" for name in machines]
-    lines += [f"Predicted on: {name}" for name in dict.fromkeys(map(_machine, predicted_on))]
+    loads: dict[str, list[float]] = {}
+    for m in predicted_on:
+        loads.setdefault(_machine(m), []).append(m["load_average"])
+    lines += [f"Predicted on: {k}, load {min(v):g} to {max(v):g}" for k, v in loads.items()]
     if runs:
         minutes, epochs = ([f[name] for f in facts] for name in ("minutes", "epochs"))
         lines.append(
             f"Runs: {len({r.digest for r in runs})}, of {min(minutes):.1f} to {max(minutes):.1f} min and "
             f"{min(epochs)} to {max(epochs)} epochs; all in runs.csv"
         )
-        lines += _uneven(runs, facts)
+        lines += _uneven(runs, facts) + _static_only(runs, facts)
     return lines
 
 
@@ -149,6 +152,19 @@ def _uneven(runs: Sequence[Run], facts: Sequence[dict[str, Any]]) -> list[str]:
     return [
         f"The runs were given {min(rates):.2f} to {max(rates):.2f} minutes for a weight of 1, by different "
         "commands: comparisons between them are uneven; another --out trains all anew"
+    ]
+
+
+def _static_only(runs: Sequence[Run], facts: Sequence[dict[str, Any]]) -> list[str]:
+    """A line on runs whose time was over before they solved the ODE once."""
+    found = {
+        r.digest: r.name for r, f in zip(runs, facts) if f["epochs"] <= r.config.train.static_epochs
+    }
+    if not found:
+        return []
+    return [
+        f"Never trained on a path, but in their static first epochs only: {'; '.join(found.values())}. "
+        "They need more time, or fewer train.static_epochs"
     ]
 
 
