@@ -29,7 +29,7 @@ from relaxnet_jax.reproduce.methods import averaged
 from relaxnet_jax.reproduce.plan import Entry, keep_plan, make_plan
 from relaxnet_jax.reproduce.reference import relaxed_by
 from relaxnet_jax.reproduce.registry import EXPERIMENTS
-from relaxnet_jax.reproduce.report import provenance
+from relaxnet_jax.reproduce.report import _first, provenance
 from relaxnet_jax.reproduce.runs import Run, _digest, folder_of, read_facts, state_of, write_facts
 from relaxnet_jax.reproduce.scores import difference, errors, numbers, relative, score
 from relaxnet_jax.reproduce.section import Section, Table
@@ -557,6 +557,11 @@ def test_pages_tell_of_runs_that_saw_no_path_and_of_load(tmp_path):
         lines = provenance(own, [run], "x", "seeds", loads)
         assert any("static first epochs only: implicit, seed 0" in x for x in lines) == told
         assert sum("Predicted on: d (cpu), 2 cores, , load 0.5 to 2" in x for x in lines) == 1
+
+
+def test_few_reasons_are_told():
+    assert _first({"b", "a"}) == "a; b"
+    assert _first({f"{k}" for k in range(9)}) == "0; 1; 2; 3; 4; … and 4 more"
 
 
 def test_folds_are_compared_in_pairs():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from relaxnet_jax.reproduce.setting import Setting
 from relaxnet_jax.reproduce.training import StoppedError, train_all
 
 REPORT = "REPORT.md"
+SHOWN = 5  # reasons why structures were left out
 RUN_COLUMNS = (
     *("run", "name", "training relaxations", "minutes", "time limit (min)", "epochs"),
     *("ended by", "ended", "machine"),
@@ -64,7 +65,7 @@ def write_section(experiment: Experiment, setting: Setting, plan: Plan, command:
         return False
     lines = provenance(setting, runs, command, made.spread, lab.machines)
     if lab.left_out:
-        lines.append(f"Test structures left out by some models: {'; '.join(sorted(lab.left_out))}")
+        lines.append(f"Test structures left out by some models: {_first(lab.left_out)}")
     jax.clear_caches()  # the programs of predictions that are kept now
     files = made.write(setting.out, lines)
     if runs:
@@ -115,6 +116,12 @@ def provenance(
         )
         lines += _uneven(runs, facts) + _static_only(runs, facts)
     return lines
+
+
+def _first(reasons: Collection[str]) -> str:
+    """Of a large set thousands may be left out."""
+    more = [f"… and {len(reasons) - SHOWN} more"] if len(reasons) > SHOWN else []
+    return "; ".join([*sorted(reasons)[:SHOWN], *more])
 
 
 def _split(sizes: dict[str, int]) -> str:
