@@ -866,7 +866,7 @@ def test_runs_side_by_side(report, tmp_path, capsys):
     lost = own.run("static_final", 2)
     data = dataclasses.replace(lost.config.data, path=str(tmp_path / "lost.h5"))
     lost = dataclasses.replace(lost, config=dataclasses.replace(lost.config, data=data))
-    entries = [Entry(run, ("x",), "missing", m) for run, m in zip((lost, *runs), (9.0, 3.0, 4.0))]
+    entries = [Entry(run, ("x",), "missing", m) for run, m in zip((lost, *runs), (90.0, 30.0, 40.0))]
     told = []
     train_side_by_side(entries, tmp_path, min(2, usable_cores()), told.append)
     assert any(re.search(r"seed 2: .*lost\.h5", line) for line in told)
