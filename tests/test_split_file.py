@@ -15,7 +15,7 @@ from relaxnet_jax.cli import main
 from relaxnet_jax.config import load_config
 from relaxnet_jax.data.dataset import load_dataset
 from relaxnet_jax.data.prototypes import prototype
-from relaxnet_jax.data.split_file import make_folds, read_splits
+from relaxnet_jax.data.split_file import make_folds, read_splits, run_splits
 from relaxnet_jax.data.store import TrajectoryStore
 from relaxnet_jax.data.store_write import write_store
 from relaxnet_jax.errors import InputError
@@ -104,6 +104,26 @@ def test_relaxations_no_split_names_are_counted(path):
         load_config(TINY, {"data.path": str(path), "data.split_file": str(out)}))  # fmt: skip
     assert list(dataset.left_out.values()) == [1]
     assert all(gone not in names for names in dataset.ids().values())
+
+
+def test_the_splits_of_a_run_are_a_file_of_splits(tmp_path):
+    """Whose data may have had more: what they name beside these is passed over."""
+    file = tmp_path / "splits.json"
+    of_run = {"train": ["a", "of another set"], "validation": ["b"], "test": ["c"]}
+    file.write_text(json.dumps(of_run))
+    splits, unnamed = read_splits(file, ["c", "b", "new", "a"])
+    assert [s.tolist() for s in splits] == [[3], [1], [0]] and unnamed == 1
+    with pytest.raises(InputError, match="nothing is left of the validation split"):
+        read_splits(file, ["a", "c"])
+    with pytest.raises(InputError, match="has folds 0 to 0"):
+        read_splits(file, ["a", "b", "c"], fold=1)
+    (tmp_path / "model").mkdir()
+    assert run_splits(tmp_path) == run_splits(tmp_path / "model") == (file, of_run)
+    file.write_text('{"train": ["a"]}')
+    with pytest.raises(InputError, match=r"splits.json: damaged \(KeyError\)"):
+        run_splits(tmp_path)
+    file.unlink()
+    assert run_splits(tmp_path / "model") is None
 
 
 def test_bad_files_are_named(tmp_path):

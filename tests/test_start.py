@@ -1,6 +1,7 @@
 """Training that begins with another model's parameters."""
 
 import json
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -8,11 +9,12 @@ import pytest
 from test_training import config_of, quiet
 from tiny import TINY, tiny_config
 
-from relaxnet_jax.config import load_config
+from relaxnet_jax.config import load_config, to_dict
 from relaxnet_jax.errors import InputError
+from relaxnet_jax.evaluate.run import evaluate_workdir, write_evaluation
 from relaxnet_jax.model import create_model, load_model, save_model
 from relaxnet_jax.train.loop import train
-from relaxnet_jax.train.start import energy_scale, read_start, start_parameters
+from relaxnet_jax.train.start import SEEN, energy_scale, read_start, seen_by_start, start_parameters
 
 
 def saved(config, tmp_path, seed=5, scale=0.37):
@@ -82,3 +84,69 @@ def test_no_such_model(tmp_path):
     config = load_config(TINY, {"train.start_from": str(tmp_path / "nothing")})
     with pytest.raises(InputError, match="no such folder"):
         read_start(config)
+
+
+def facts_of(start, ids, **splits):
+    """What a run from this start says, and is told, with these splits; the start was trained on ids."""
+    (start.parent / "splits.json").write_text(
+        json.dumps({"train": ids, "validation": ["v"], "test": ["t"]})
+    )
+    told = []
+    config = load_config(TINY, {"train.start_from": str(start.parent)})
+    splits = {"train": ["x"], "validation": [], "test": []} | splits
+    return seen_by_start(config, splits, told.append), told
+
+
+def test_a_start_trained_on_what_is_tested_is_told(tmp_path):
+    folder = Path(saved(tiny_config(), tmp_path)[1])
+    facts, told = facts_of(
+        folder, ["a", "b", "c"], train=["a"], validation=["b", "v"], test=["t", "c"]
+    )
+    assert facts[SEEN] == {"validation": 1, "test": 1} and len(told) == 1
+    assert "was trained on 1 of the 2 validation and 1 of the 2 test relaxations" in told[0]
+    assert f"data.split_file={folder.parent / 'splits.json'}" in told[0]
+    # The start was validated and tested on them, or knows other data only.
+    for splits in ({"validation": ["v"], "test": ["t"]}, {"test": ["elsewhere"]}):
+        facts, told = facts_of(folder, ["a", "b", "c"], **splits)
+        assert not facts and not told
+
+
+def test_what_the_start_started_from_counts(tmp_path):
+    """Unless the folder has another model by now."""
+    first = Path(saved(tiny_config(), tmp_path / "first")[1])
+    (first.parent / "splits.json").write_text(
+        json.dumps({"train": ["a"], "validation": [], "test": []})
+    )
+    config = load_config(TINY, {"train.start_from": str(first.parent)})
+    of_first = json.loads((first / "model.json").read_text())["sha256"]
+    model = create_model(config, 1).replace(statistics=json.dumps({"started_from": of_first}))
+    second = save_model(model, tmp_path / "second" / "model")
+    facts, told = facts_of(second, ["b"], test=["a"])
+    assert facts[SEEN] == {"test": 1} and str(first.parent) in told[0]
+    save_model(model, first)
+    facts, told = facts_of(second, ["b"], test=["a"])
+    assert not facts and not told
+
+
+def test_a_fold_of_its_own_is_told_and_recorded(tmp_path):
+    """In the log, in the model, and when the model is evaluated; not with the splits of the start."""
+    (tmp_path / "start").mkdir()
+    first = train(config_of(epochs=1), tmp_path / "start", report=quiet()[0])
+    changes = {"train.start_from": str(first.workdir), "train.epochs": 1}
+    other = load_config(to_dict(config_of()), changes | {"data.seed": 5})
+    report, text = quiet()
+    result = train(other, tmp_path / "other", report=report)
+    assert text.getvalue().count("was trained on") == 1
+    seen = json.loads(load_model(result.model_folder).statistics)[SEEN]
+    notes = []
+    found = evaluate_workdir(result.workdir, report=notes.append)
+    assert found.seen == seen["test"] > 0
+    assert sum("trained the model it started from" in note for note in notes) == 1
+    write_evaluation(found, tmp_path / "eval")
+    written = json.loads((tmp_path / "eval" / "metrics.json").read_text())
+    assert written["trained_on_by_start"] == found.seen
+    same = load_config(to_dict(other), {"data.split_file": str(first.workdir / "splits.json")})
+    report, text = quiet()
+    result = train(same, tmp_path / "same", report=report)
+    assert "was trained on" not in text.getvalue()
+    assert evaluate_workdir(result.workdir, report=notes.append).seen == 0

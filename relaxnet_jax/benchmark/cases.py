@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from relaxnet_jax.data.split_file import run_splits
 from relaxnet_jax.errors import InputError
 from relaxnet_jax.relaxation.inputs import Hold, find_files, read_inputs
 from relaxnet_jax.structure_files import Failure
@@ -85,11 +85,11 @@ def _unseen(name: str, runs: Sequence[str], variable: bool, say: Say) -> list[Ca
         ids = store.ids
         keep = set(ids)
         for run, folder in [(name, folder) for name in runs for folder in member_folders(name)]:
-            splits = _splits(folder)
-            if splits is None:
+            found = run_splits(folder)
+            if found is None:
                 say(f"{run}: says nothing of what it was trained on; all of {name} is used")
-            elif any(keep.intersection(members) for members in splits.values()):
-                keep &= set(splits["test"])
+            elif any(keep.intersection(members) for members in found[1].values()):
+                keep &= set(found[1]["test"])
             else:
                 say(f"{run}: was trained on another set; all of {name} is used")
         if not keep:
@@ -100,20 +100,6 @@ def _unseen(name: str, runs: Sequence[str], variable: bool, say: Say) -> list[Ca
         rows = [row for row, key in enumerate(ids) if key in keep]
         changes = store.variable_cell()
         return [Case(ids[k], _bare(store[k].atoms(0)), variable and bool(changes[k])) for k in rows]
-
-
-def _splits(run: Path) -> dict[str, list[str]] | None:
-    """Ids by split of a training run, given its folder or that of its model; None if unknown."""
-    file = next((f for f in (run / "splits.json", run.parent / "splits.json") if f.is_file()), None)
-    if file is None:
-        return None
-    try:
-        found = json.loads(file.read_text())
-        return {name: list(found[name]) for name in ("train", "validation", "test")}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"{file}: damaged ({type(error).__name__}); restore it, or give the model folder alone"
-        ) from None
 
 
 def _bare(atoms: Atoms) -> Atoms:

@@ -83,7 +83,8 @@ def read_splits(
     A training run's own record, splits.json in its folder, serves as well: one fold.
 
     Names in the file that are not among ``ids`` are passed over if they are ``known``:
-    relaxations of the set that are left out for a reason already told.
+    relaxations of the set that are left out for a reason already told; or if the file is the record
+    of a run, whose data may have been more.
 
     Raises:
       InputError: no such file, not one of splits, no such fold, a name that is in two splits or
@@ -94,7 +95,8 @@ def read_splits(
         content = json.loads(path.read_text())
         if content.get("format", FORMAT) != FORMAT:
             raise ValueError("not a file of splits")
-        recorded = [content] if "format" not in content else content["folds"]
+        of_run = "format" not in content
+        recorded = [content] if of_run else content["folds"]
         folds = [{k: list(f[k]) for k in Splits._fields} for f in recorded]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not a file of splits"
@@ -105,7 +107,7 @@ def read_splits(
     seen: dict[str, str] = {}
     for split, names in folds[fold].items():
         for name in names:
-            if name not in rows and name not in known:
+            if name not in rows and name not in known and not of_run:
                 raise InputError(f"{path}: fold {fold}: {name!r} is not in the set: {REMEDY}")
             if name in seen:
                 where = f"{seen[name]} and {split}" if seen[name] != split else f"{split} twice"
@@ -116,3 +118,23 @@ def read_splits(
     arrays = ([rows[n] for n in folds[fold][k] if n in rows] for k in Splits._fields)
     splits = Splits(*(np.sort(np.array(a, np.int64)) for a in arrays))
     return splits, len(rows) - sum(map(len, splits))
+
+
+def run_splits(folder: Path) -> tuple[Path, dict[str, list[str]]] | None:
+    """The splits.json of a training run, given its folder or that of its model, and the ids of each
+    split in it; None where there is none.
+
+    Raises:
+      InputError: it is damaged.
+    """
+    places = (folder / "splits.json", folder.parent / "splits.json")
+    file = next((place for place in places if place.is_file()), None)
+    if file is None:
+        return None
+    try:
+        found = json.loads(file.read_text())
+        return file, {name: list(found[name]) for name in Splits._fields}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{file}: damaged ({type(error).__name__}); restore it, or give the model folder alone"
+        ) from None

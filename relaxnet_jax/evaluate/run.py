@@ -27,6 +27,7 @@ from relaxnet_jax.predict import Path as PredictedPath
 from relaxnet_jax.predict import minimised_path, predict_structures
 from relaxnet_jax.solver import frame_grid
 from relaxnet_jax.strain import deformations, from_reference
+from relaxnet_jax.train.start import SEEN
 
 PREDICTORS: tuple[Predictor, ...] = ("model", "nothing", "composition")
 
@@ -36,6 +37,7 @@ class Evaluation:
     """Metrics by predictor, the comparisons they were made from, and what was left out.
 
     Attributes:
+      seen: how many of the relaxations the model's start was trained on, as far as is known.
       costs: by predictor, only where energies were minimised: seconds per structure (without
         compilation), and of a minimisation the mean steps and the fraction that converged.
     """
@@ -45,6 +47,7 @@ class Evaluation:
     left_out: list[str]
     name: str
     costs: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
+    seen: int = 0
 
 
 def compare(
@@ -164,7 +167,14 @@ def evaluate_workdir(
         found, _ = read_trajectories(model.config.data.path, model.config, report)
         trajectories = list(found.named(ids))
         name = f"{found.name}, {split} split"
+        seen = json.loads(model.statistics).get(SEEN, {}).get(split, 0)
+        if seen:
+            report(
+                f"{workdir}: {seen} of the {len(ids)} {split} relaxations trained the model it "
+                "started from (train.start_from): their errors are not those of unseen structures"
+            )
     else:
+        seen = 0
         trajectories, name = read_any(data, model, report), data
     static = model.config.dynamics.latent == "static"
     minimiser = _Minimiser(model, FMAX if fmax is None else fmax)
@@ -184,7 +194,7 @@ def evaluate_workdir(
         results = {"model": results.pop("model"), "lbfgs": evaluate(also, "model")} | results
     if "lbfgs" in results:
         costs["lbfgs"] = minimiser.costs
-    return Evaluation(results, comparisons, left_out, name, costs)
+    return Evaluation(results, comparisons, left_out, name, costs, seen)
 
 
 def mean_evaluation(members: Sequence[Evaluation]) -> Evaluation:
@@ -198,7 +208,8 @@ def mean_evaluation(members: Sequence[Evaluation]) -> Evaluation:
     results = {own: evaluate(comparisons, "model"), "first member": members[0].results[own]}
     results |= {name: evaluate(comparisons, name) for name in PREDICTORS if name != "model"}
     name = f"{members[0].name}; mean of {len(members)} models"
-    return Evaluation(results, comparisons, members[0].left_out, name)
+    seen = max(m.seen for m in members)
+    return Evaluation(results, comparisons, members[0].left_out, name, seen=seen)
 
 
 class _Minimiser:
@@ -256,6 +267,7 @@ def write_evaluation(evaluation: Evaluation, folder: str | Path) -> list[Path]:
             "data": evaluation.name,
             "left_out": evaluation.left_out,
             "costs": evaluation.costs,
+            "trained_on_by_start": evaluation.seen,
         },
     )
     per_frame_figure(evaluation.results, files[1], evaluation.name)

@@ -33,7 +33,13 @@ from relaxnet_jax.train.hosts import Hosts
 from relaxnet_jax.train.parallel import Devices
 from relaxnet_jax.train.plan import Batches, remaining_runs
 from relaxnet_jax.train.report import ConsoleReport, MetricsLog
-from relaxnet_jax.train.start import energy_scale, read_start, start_facts, start_parameters
+from relaxnet_jax.train.start import (
+    energy_scale,
+    read_start,
+    seen_by_start,
+    start_facts,
+    start_parameters,
+)
 from relaxnet_jax.train.state import Plateau, TrainState, initial_train_state
 from relaxnet_jax.train.step import make_eval_step, make_train_step
 from relaxnet_jax.train.tally import Tally
@@ -212,7 +218,8 @@ class _Run:
             (found.store.energies(int(found.rows[i])) for i in dataset.splits["train"]),
             MAX_ATOMIC_NUMBER + 1,
         )
-        self.start, self.start_facts = read_start(config), start_facts(config)
+        self.start = read_start(config)
+        self.start_facts = start_facts(config) | seen_by_start(config, dataset.ids(), report)
         # The last bits of a fit depend on the processor.
         scale = energy_scale(self.start, scale)
         energies, self.scale = self.hosts.share([energies.tolist(), scale])

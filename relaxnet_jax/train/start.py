@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import flax
 import numpy as np
 
-from relaxnet_jax.config import Config
+from relaxnet_jax.config import Config, from_json
+from relaxnet_jax.data.split_file import run_splits
 from relaxnet_jax.errors import InputError
 from relaxnet_jax.model import RelaxNet, create_model, load_model, model_folder
 from relaxnet_jax.typing import Params
 
 # Of the graph, what parameters were learned for; a skin is none of their affair.
 _GRAPH = ("cutoff", "triplet_cutoff")
+# In a model's statistics: how many relaxations of a split its start was trained on, by split.
+SEEN = "start_trained_on"
 
 
 def read_start(config: Config) -> RelaxNet | None:
@@ -68,8 +73,58 @@ def start_facts(config: Config) -> dict[str, str]:
     """What the exported model says of its start: the checksum of the start's parameters."""
     if not config.train.start_from:
         return {}
-    described = json.loads((model_folder(config.train.start_from) / "model.json").read_text())
-    return {"started_from": described["sha256"]}
+    return {"started_from": _described(model_folder(config.train.start_from))["sha256"]}
+
+
+def seen_by_start(
+    config: Config, splits: Mapping[str, Sequence[str]], report: Callable[[str], None]
+) -> dict[str, dict[str, int]]:
+    """What the exported model says of relaxations of this run's validation and test split that its
+    start was trained on: how many, under `SEEN`. ``report`` is told; nothing where there are none.
+
+    Args:
+      splits: ids by split.
+    """
+    if not config.train.start_from:
+        return {}
+    trained: set[str] = set()
+    file = None
+    for place, ids in _trained_on(config.train.start_from):
+        if not ids.isdisjoint([*splits["validation"], *splits["test"]]):
+            file = file or place
+            trained |= ids
+    if file is None:
+        return {}
+    counts = {name: len(trained.intersection(splits[name])) for name in ("validation", "test")}
+    seen = {name: n for name, n in counts.items() if n}
+    told = " and ".join(f"{n} of the {len(splits[name])} {name}" for name, n in seen.items())
+    report(
+        f"train.start_from: {config.train.start_from} was trained on {told} relaxations of this "
+        "run (by their ids): its errors on these are not those of unseen structures; keep them "
+        f"apart as they were with --set data.split_file={file}"
+    )
+    return {SEEN: seen}
+
+
+def _trained_on(name: str) -> Iterator[tuple[Path, set[str]]]:
+    """Files of splits, and their ids for training, of a start, of what it started from itself, and
+    so on as long as their folders are there."""
+    folder = model_folder(name)
+    while True:
+        if found := run_splits(folder):
+            yield found[0], set(found[1]["train"])
+        config = from_json((folder / "config.json").read_text(), str(folder / "config.json"))
+        before = _described(folder)["statistics"].get("started_from")
+        try:
+            folder = model_folder(config.train.start_from)
+            if before is None or _described(folder)["sha256"] != before:
+                return
+        except (InputError, OSError, ValueError, KeyError):  # moved, or another model by now
+            return
+
+
+def _described(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "model.json").read_text())
 
 
 def energy_scale(start: RelaxNet | None, fitted: float) -> float:
