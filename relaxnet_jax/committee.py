@@ -91,30 +91,43 @@ def relax_committee(
       atoms, n_frames, relax_cell: see `relax`.
 
     Raises:
-      InputError: fewer than two models, models that cannot be averaged, n_frames < 2, or atoms that
-        no member can take. A warning names a structure of which no member's prediction should
-        be used.
+      InputError: as `check_members` and `relax_by`. A warning names a structure of which no
+        member's prediction should be used.
     """
     check_members(models)
+    found, reason = relax_by(models, atoms, n_frames, relax_cell)
+    if reason:
+        text = f"{found.path.id}: not to be used, {reason}"
+        warnings.warn(text, RuntimeWarning, stacklevel=2)
+    return found
+
+
+def relax_by(
+    models: Sequence[RelaxNet], atoms: Atoms, n_frames: int, relax_cell: bool
+) -> tuple[CommitteePath, str]:
+    """What one model or several predict, and why it should not be used; empty where it may.
+
+    Raises:
+      InputError: n_frames < 2, or atoms that no member can take.
+    """
     if n_frames < 2:
         raise InputError(
-            f"n_frames={n_frames}: a trajectory has at least 2 frames, the first and the last"
+            f"n_frames={n_frames}: a path has at least 2 frames, the first and the last"
         )
     name = str(atoms.info.get("traj_id") or atoms.get_chemical_formula())
     members = {f"models[{k}]": model for k, model in enumerate(models)}
     (said,) = _ask(members, [(name, atoms)], n_frames, lambda _: None, Options(relax_cell))
     if not said.found:
         raise InputError(f"{name}: {next(iter(said.lost.values()))}")
-    joined = join(said, members)
-    joined = joined._replace(
-        flags=_gravest_first(joined.flags + constraint_flags(atoms, joined.path))
-    )
-    if unusable(joined.flags):
-        grave = joined.flags[0]
-        text = f"{name}: not to be used, {grave.name}: {grave.detail}"
-        warnings.warn(text, RuntimeWarning, stacklevel=2)
-    paths = tuple(one.path for one in said.found.values())
-    return CommitteePath(joined.path, joined.flags, joined.spread, paths)
+    path, flags, apart = join(said, members)
+    flags = _gravest_first(flags + constraint_flags(atoms, path))
+    every = tuple(said.found.values())
+    found = CommitteePath(path, flags, apart, tuple(one.path for one in every))
+    if not unusable(flags):
+        return found, ""
+    # A path that is not finite is the first member's, whose failure says more than the flag.
+    failure = every[0].failure if flags[0].name == "not finite" else ""
+    return found, failure or f"{flags[0].name}: {flags[0].detail}"
 
 
 def check_members(models: Sequence[RelaxNet]) -> None:

@@ -207,7 +207,8 @@ class FrameMetrics:
       forces_mae: meV/Å, per component, free atoms.
       positions_mae: Å, per coordinate, free atoms, before alignment.
       rmsd: Å, ``aligned_rmsd``, free atoms.
-      volume: %, |V/V_true - 1|. lengths: Å, of the lattice vectors. angles: degrees, between them.
+      volume: %, |V/V_true - 1|; of a slab or chain the area or the length that repeats.
+      lengths: Å, of the periodic lattice vectors. angles: degrees, between them.
         The three over the structures whose cell relaxes.
       pearson: correlation of true and predicted energy per atom, pooled over all frames.
     """
@@ -408,28 +409,47 @@ def structure_errors(c: Comparison, predictor: Predictor = "model") -> dict[str,
         "rmsd": _rmsd(c, positions),
     }
     if c.true_cells is not None:
-        found |= cell_errors(c.cells(predictor), c.true_cells)
+        found |= cell_errors(c.cells(predictor), c.true_cells, c.pbc)
     return found
 
 
-def cell_errors(cells: np.ndarray, true: np.ndarray) -> dict[str, np.ndarray]:
-    """Errors (m,) of cells (m, 3, 3) Å: see ``FrameMetrics``; means over the three vectors."""
-    lengths, angles = _lengths_and_angles(cells)
-    true_lengths, true_angles = _lengths_and_angles(true)
-    ratio = np.linalg.det(cells) / np.linalg.det(true)
+def cell_errors(cells: np.ndarray, true: np.ndarray, pbc: np.ndarray) -> dict[str, np.ndarray]:
+    """Errors (m,) of cells (m, 3, 3) Å: see ``FrameMetrics``; means over the periodic vectors.
+
+    Only the lattice of the periodic directions is compared: a vector along which nothing repeats,
+    as that through the vacuum of a slab, is a choice and no result.
+
+    Args:
+      pbc: (3,) bool.
+
+    Returns:
+      NaN where undefined: angles of fewer than two vectors, all of none.
+    """
+    periodic = np.asarray(pbc, bool)
+    sizes, lengths, angles = zip(*(_lattice(c[:, periodic]) for c in (cells, true)))
     return {
-        "volume": 100 * np.abs(ratio - 1),
-        "lengths": np.abs(lengths - true_lengths).mean(1),
-        "angles": np.abs(angles - true_angles).mean(1),
+        "volume": 100 * np.abs(sizes[0] / sizes[1] - 1),
+        "lengths": _row_means(np.abs(lengths[0] - lengths[1])),
+        "angles": _row_means(np.abs(angles[0] - angles[1])),
     }
 
 
-def _lengths_and_angles(cells: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(m, 3) Å and (m, 3) degrees: alpha, beta, gamma."""
-    lengths = np.linalg.norm(cells, axis=2)
-    unit = cells / lengths[..., None]
-    cosines = [(unit[:, a] * unit[:, b]).sum(1) for a, b in ((1, 2), (0, 2), (0, 1))]
-    return lengths, np.degrees(np.arccos(np.clip(np.stack(cosines, 1), -1, 1)))
+def _lattice(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of lattices of k vectors (m, k, 3) Å: volumes, areas or lengths (m,), lengths (m, k) Å of the
+    vectors and the angles between them, alpha, beta, gamma or the one there is, in degrees."""
+    lengths = np.linalg.norm(vectors, axis=2)
+    unit = vectors / lengths[..., None]
+    pairs = itertools.combinations(range(vectors.shape[1]), 2)
+    cosines = np.array([(unit[:, a] * unit[:, b]).sum(1) for a, b in pairs])
+    gram = vectors @ np.swapaxes(vectors, 1, 2)
+    sizes = np.sqrt(np.clip(np.linalg.det(gram), 0, None))
+    angles = np.degrees(np.arccos(np.clip(cosines.reshape(-1, len(vectors)).T, -1, 1)))
+    return sizes, lengths, angles
+
+
+def _row_means(table: np.ndarray) -> np.ndarray:
+    """(m,) means of (m, k); NaN where k is 0."""
+    return table.mean(1) if table.shape[1] else np.full(len(table), np.nan)
 
 
 def _rmsd(c: Comparison, positions: np.ndarray) -> np.ndarray:

@@ -6,13 +6,11 @@ import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from relaxnet_jax.committee import relax_committee
+from relaxnet_jax.committee import check_members, relax_by
 from relaxnet_jax.constraints import move_to_end
 from relaxnet_jax.data.trajectory import RelaxationTrajectory
-from relaxnet_jax.errors import InputError
 from relaxnet_jax.model import RelaxNet
-from relaxnet_jax.predict import judge
-from relaxnet_jax.trust import Flag, constraint_flags, unusable
+from relaxnet_jax.trust import Flag
 
 if TYPE_CHECKING:
     from ase import Atoms
@@ -62,24 +60,12 @@ def head_start(
     Raises:
       InputError: atoms that cannot be used, an element the model never saw, or n_frames < 2.
     """
-    if n_frames < 2:
-        raise InputError(
-            f"n_frames={n_frames}: a path has at least 2 frames, the first and the last"
-        )
-    name, failure = atoms.get_chemical_formula(), ""
     models = [model] if isinstance(model, RelaxNet) else list(model)
-    if len(models) == 1:
-        structure = models[0].structure(atoms, name, relax_cell)
-        ((path, flags, failure),) = judge(models[0], [(name, structure)], n_frames)
-        flags += constraint_flags(atoms, path)
-    else:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)  # told below
-            path, flags, *_ = relax_committee(models, atoms, n_frames, relax_cell)
-    if unusable(flags):
-        grave = next(flag for flag in flags if flag.unusable)
-        reason = failure or f"{grave.name}: {grave.detail}"
-        warnings.warn(f"{name}: no head start, {reason}", stacklevel=2)
+    if len(models) != 1:
+        check_members(models)
+    (path, flags, *_), reason = relax_by(models, atoms, n_frames, relax_cell)
+    if reason:
+        warnings.warn(f"{path.id}: no head start, {reason}", stacklevel=2)
         return HeadStart(path, flags, False)
     move_to_end(atoms, path)
     return HeadStart(path, flags, True)

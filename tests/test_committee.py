@@ -158,6 +158,22 @@ def test_members_are_of_one_kind(models):
         check_members([models[0], direct])
 
 
+class Unsatisfiable:
+    """A constraint that ASE cannot apply."""
+
+    def adjust_positions(self, atoms, new):
+        raise RuntimeError("no way")
+
+    def adjust_forces(self, atoms, forces):
+        pass
+
+    def get_removed_dof(self, atoms):
+        return 0
+
+    def copy(self):
+        return self
+
+
 def test_head_start_of_a_committee(models):
     atoms = alloy("Cu")
     expected = relax_committee(models, alloy("Cu"), 3)
@@ -171,8 +187,17 @@ def test_head_start_of_a_committee(models):
     with pytest.raises(InputError, match="never saw Fe"):
         head_start(alloy("Fe"), models, n_frames=3)
     lost = models[0].replace(energy_scale=np.asarray(np.nan, np.float32))
-    with pytest.warns(UserWarning, match="no head start, not finite"):
-        assert not head_start(alloy("Cu"), [lost, models[1].replace(energy_scale=lost.energy_scale)], 3).moved
+    for members in ([lost, models[1].replace(energy_scale=lost.energy_scale)], [lost]):
+        with pytest.warns(UserWarning, match="Cu4: no head start, not finite") as told:
+            assert not head_start(alloy("Cu"), members, 3).moved
+        assert len(told) == 1
+    # A failure of the first member is not why the mean of the others cannot be used.
+    held = alloy("Cu")
+    held.set_constraint(Unsatisfiable())
+    with pytest.warns(UserWarning, match="no head start, constraints fail"):
+        assert not head_start(held, [lost, models[1]], 3).moved
+    with pytest.raises(InputError, match="at least 2 members, 0 given"):
+        head_start(alloy("Cu"), [])
 
 
 def test_spread_of_sheets():
@@ -186,8 +211,11 @@ def test_spread_of_sheets():
         ends[1] = ends[0] @ change
         made.append(
             dataclasses.replace(
-                one, cells=np.stack([flat, flat @ change]), positions=ends,
-                pbc=np.array([True, True, False]), energies=np.array([0.0, -0.1 * k]),
+                one,
+                cells=np.stack([flat, flat @ change]),
+                positions=ends,
+                pbc=np.array([True, True, False]),
+                energies=np.array([0.0, -0.1 * k]),
             )
         )
     found = spread(made)

@@ -16,8 +16,8 @@ from tiny import slab, tiny_config, tiny_model
 from relaxnet_jax.data.trajectory import RelaxationTrajectory
 from relaxnet_jax.errors import InputError
 from relaxnet_jax.predict import relax
-from relaxnet_jax.starting import constraint_flags, head_start
-from relaxnet_jax.trust import surroundings, trust_flags, unusable
+from relaxnet_jax.starting import head_start
+from relaxnet_jax.trust import constraint_flags, surroundings, trust_flags, unusable
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +163,8 @@ def test_other_constraints(trained):
 def test_unusable_predictions_move_nothing(trained):
     broken = trained.replace(params=jax.tree.map(lambda a: a * np.nan, trained.params))
     atoms = slab()
-    with pytest.warns(UserWarning, match="no head start, not finite"):
+    with pytest.warns(UserWarning, match="no head start, not finite") as told:
         result = head_start(atoms, broken, n_frames=3)
+    assert len(told) == 1
     assert not result.moved and result.flags[0].name == "not finite"
     np.testing.assert_array_equal(atoms.positions, slab().positions)
