@@ -385,7 +385,9 @@ def evaluate(comparisons: Sequence[Comparison], predictor: Predictor = "model") 
         all_frames=_frame_metrics(errors, pairs, slice(None)),
         monotone_fraction=_mean([*monotone, *lost]),
         final_ratio=mean / mean_nothing if mean is not None and mean_nothing else None,
-        median_ratio=_median([a / b for a, b in zip(final, nothing) if b > 0] + [math.inf] * len(lost)),
+        median_ratio=_median(
+            [a / b for a, b in zip(final, nothing) if b > 0] + [math.inf] * len(lost)
+        ),
         improved_fraction=_mean([*improved, *lost]),
         per_frame=PerFrame(**{k: _column_means(v) for k, v in by_slot.items()}, counts=counts),
     )
@@ -436,7 +438,7 @@ def cell_errors(cells: np.ndarray, true: np.ndarray, pbc: np.ndarray) -> dict[st
 
 def _lattice(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Of lattices of k vectors (m, k, 3) Å: volumes, areas or lengths (m,), lengths (m, k) Å of the
-    vectors and the angles between them, alpha, beta, gamma or the one there is, in degrees."""
+    vectors, and the angles between any two of them in degrees (m, k(k-1)/2)."""
     lengths = np.linalg.norm(vectors, axis=2)
     unit = vectors / lengths[..., None]
     pairs = itertools.combinations(range(vectors.shape[1]), 2)

@@ -137,7 +137,9 @@ def test_diverged_predictions_leave_all_predictors_and_fail():
     assert m.final.energy_mae == pytest.approx(0.4)
     assert (m.monotone_fraction, m.improved_fraction) == (0.5, 0.5)
     assert evaluate([comparison(), bad], "nothing").final.energy_mae == pytest.approx(1)
-    assert m.median_ratio is None and evaluate([comparison()] * 2 + [bad]).median_ratio == pytest.approx(0.5)
+    assert m.median_ratio is None and evaluate(
+        [comparison()] * 2 + [bad]
+    ).median_ratio == pytest.approx(0.5)
     only = evaluate([bad])
     assert only.final.energy_mae is None and only.improved_fraction == 0
     json.dumps(only.to_dict(), allow_nan=False)
@@ -258,13 +260,38 @@ def test_table_and_json(tmp_path):
         write_metrics(path / "below" / "a_file.json", results)
 
 
+@pytest.mark.parametrize("c", [[0, 0, 20.0], [3.0, 0, 20.0], [0, 0, 0]])
+def test_the_vector_through_the_vacuum_is_no_result(c):
+    """Of a slab only the lattice of its plane counts, wherever the third vector points, or ends up."""
+    start = np.array([[4.0, 0, 0], [0, 4.0, 0], c])
+    true, pred = np.stack([start, start]), np.stack([start, start])
+    true[1, 0] *= 1.03
+    pred[1, 0] *= 1.01
+    pred[1, 1, 0] = 4.0 * np.tan(np.radians(3.0))  # gamma = 87
+    pred[1, 2] *= 1.1
+    slab = comparison(cell=start, pbc=[True, True, False], true_cells=true, pred_cells=pred)
+    with np.errstate(all="raise"):
+        model = evaluate([slab])
+    assert model.final.volume == pytest.approx(100 * (1 - 1.01 / 1.03))  # areas
+    tilted = 4.0 / np.cos(np.radians(3.0))
+    assert model.final.lengths == pytest.approx((0.08 + (tilted - 4.0)) / 2)
+    assert model.final.angles == pytest.approx(3.0)
+    chain = dataclasses.replace(slab, pbc=[True, False, False])
+    final = evaluate([chain]).final
+    assert final.lengths == pytest.approx(0.08) and final.angles is None
+    assert final.volume == pytest.approx(100 * (1 - 1.01 / 1.03))
+    assert evaluate([slab, chain]).final.angles == pytest.approx(3.0)  # of those that have one
+
+
 def test_cells_by_hand():
     """A cubic cell grows by 3 % along x, the prediction by 1 % and shears; atoms stay in place."""
     true = np.stack([CUBE, CUBE @ np.diag([1.03, 1, 1])])
     pred = np.stack([CUBE, CUBE @ np.diag([1.01, 1, 1])])
     pred[1, 1, 0] = 4.0 * np.tan(np.radians(3.0))  # b tilts by 3 degrees: gamma = 87
     scaled = X0 / 4.0
-    moved = scaled + np.array([[0, 0, 0], [0.05, 0, 0]])  # a twentieth of a lattice vector, not predicted
+    moved = scaled + np.array(
+        [[0, 0, 0], [0.05, 0, 0]]
+    )  # a twentieth of a lattice vector, not predicted
     cells = comparison(
         true_cells=true, pred_cells=pred,
         true_positions=np.stack([X0, moved @ true[1]]), pred_positions=scaled @ pred)  # fmt: skip
