@@ -132,9 +132,11 @@ def predict(args: argparse.Namespace) -> int:
         raise InputError(f"{source}: is a folder; name a file, or use relaxnet-jax relax")
     if not source.is_file():
         raise InputError(f"{source}: no such file; check the path")
-    out = Path(args.out or f"{source.name.removesuffix(source.suffix)}-relaxed.extxyz")
     from relaxnet_jax import structure_files as files
     from relaxnet_jax.committee import predict_members
+    from relaxnet_jax.relaxation.inputs import distinct_stems
+
+    out = Path(args.out or f"{distinct_stems([source])[0]}-relaxed.extxyz")
 
     files.check_output(out, source)
     if out.exists() and not args.overwrite:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from relaxnet_jax.data.ase_io import images_of
-from relaxnet_jax.data.files import atomic_path, one_line
-from relaxnet_jax.data.trajectory import RelaxationTrajectory
+from relaxnet_jax.data.files import atomic_path, is_poscar, one_line
+from relaxnet_jax.data.trajectory import MANY, RelaxationTrajectory, output_form
 from relaxnet_jax.errors import InputError
 
 if TYPE_CHECKING:
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from relaxnet_jax.predict import Judged
     from relaxnet_jax.trust import Flag
 
-MANY = (".extxyz", ".traj")
 FULL = 1e-3  # by how much an occupancy may differ from 1
 Say = Callable[[str], None]
 
@@ -68,21 +67,11 @@ class Options(NamedTuple):
 DEFAULT = Options()
 
 
-def is_poscar(path: Path) -> bool:
-    """Whether the name is one of VASP's for structures: POSCAR*, CONTCAR*, *.vasp, *.poscar."""
-    upper = path.name.upper()
-    return upper.startswith(("POSCAR", "CONTCAR")) or upper.endswith((".VASP", ".POSCAR"))
-
-
 def check_output(out: Path, source: Path) -> None:
     """InputError unless ``out`` is of a format we write, and not the file that is read."""
     if out.resolve() == source.resolve():
         raise InputError(f"{out}: is also read; choose another --out")
-    poscar = out.suffix == ".vasp" or out.name.upper().startswith(("POSCAR", "CONTCAR"))
-    if not (out.suffix == ".cif" or poscar or holds_many(out)):
-        raise InputError(
-            f"{out}: unknown suffix {out.suffix!r}; write .extxyz, .traj, .cif, .vasp or POSCAR"
-        )
+    output_form(out)
 
 
 def holds_many(out: Path) -> bool:
@@ -106,9 +95,7 @@ def read_images(path: Path) -> list[Atoms | str]:
         if not images:
             remedy = "give a structure file ASE reads: POSCAR, CIF, extxyz, …"
             if is_poscar(path):
-                remedy = (
-                    "it must be whole, with a line of element symbols above that of their numbers (VASP 5)"
-                )
+                remedy = "it must be whole, with a line of element symbols above that of their numbers (VASP 5)"
             raise InputError(f"{path}: cannot be read ({one_line(error)}); {remedy}") from error
         images.append(f"file damaged after {len(images)} structures ({one_line(error)})")
     if not images:
@@ -185,9 +172,7 @@ def sorted_out(results: Sequence[Predicted]) -> tuple[list[Predicted], list[Fail
     for result in results:
         if unusable(result.flags):
             grave = result.flags[0]
-            reason = (
-                f"the prediction is unusable, {grave.name}: {grave.detail}; relax it without the model"
-            )
+            reason = f"the prediction is unusable, {grave.name}: {grave.detail}; relax it without the model"
             bad.append(Failure(result.path.id, reason))
     return kept, bad
 

@@ -84,7 +84,9 @@ def test_write_all_frames(tmp_path, name):
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
-@pytest.mark.parametrize("name", ["CONTCAR", "POSCAR_x", "contcar.vasp", "a.cif"])
+@pytest.mark.parametrize(
+    "name", ["CONTCAR", "POSCAR_x", "contcar.vasp", "a.VASP", "a.poscar", "a.cif"]
+)
 def test_write_final_frame(tmp_path, name):
     traj = make()
     traj.write(tmp_path / name)
@@ -93,6 +95,14 @@ def test_write_final_frame(tmp_path, name):
     np.testing.assert_allclose(atoms.positions, traj.positions[-1], atol=1e-6)
     if name != "a.cif":
         np.testing.assert_array_equal(atoms.constraints[0].index, [0])
+
+
+def test_the_suffix_counts_before_the_word(tmp_path):
+    """Of a path called POSCAR-….extxyz every frame is written."""
+    traj = make()
+    traj.write(tmp_path / "POSCAR-relaxed.extxyz")
+    frames = ase.io.read(tmp_path / "POSCAR-relaxed.extxyz", ":", format="extxyz")
+    assert len(frames) == traj.n_frames > 1
 
 
 def test_write_refuses(tmp_path):

@@ -17,6 +17,7 @@ from ase.constraints import FixAtoms, FixScaled
 from tiny import alloy, tiny_config, tiny_model
 
 from relaxnet_jax import cli, structure_files
+from relaxnet_jax.data.files import is_poscar
 from relaxnet_jax.data.generation.calculators import load_calculator
 from relaxnet_jax.data.trajectory import RelaxationTrajectory
 from relaxnet_jax.errors import InputError
@@ -337,7 +338,9 @@ def test_cells_that_relax(tmp_path, monkeypatch, capsys):
     assert one["cell_relaxed"] and one["volume_last"] < 0.95 * one["volume_first"]
     final = ase.io.read("relaxed/iron-path.extxyz", index=-1)
     virial = final.get_stress(voigt=False) * final.get_volume()
-    assert one["cell_force_last"] == pytest.approx(np.linalg.norm(virial, axis=1).max() / 2, rel=1e-4)
+    assert one["cell_force_last"] == pytest.approx(
+        np.linalg.norm(virial, axis=1).max() / 2, rel=1e-4
+    )
     assert one["fmax_last"] < 1e-3
     assert one["converged"] == (one["cell_force_last"] < 0.05)
     assert "vacuum strained" in [flag["name"] for flag in other["flags"]]
@@ -360,7 +363,11 @@ def test_static_models_stop_where_they_are_told(tmp_path, monkeypatch, capsys):
     folder = str(save_model(static, tmp_path / "static"))
     ase.io.write("a.extxyz", alloy())
     found = []
-    for more in (["--fmax", "1e3"], ["--fmax", "1e-9", "--steps", "2"], ["--fmax", "1e-9", "--steps", "1"]):
+    for more in (
+        ["--fmax", "1e3"],
+        ["--fmax", "1e-9", "--steps", "2"],
+        ["--fmax", "1e-9", "--steps", "1"],
+    ):
         command = ["relax", "a.extxyz", "--model", folder, "--json", "--overwrite", *more]
         cli.main(command)
         found.append(json.loads(capsys.readouterr().out)["structures"][0])
@@ -532,6 +539,8 @@ def test_predict_names_the_flags(model, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("relaxnet_jax.trust.MAX_RISE", -10.0)
     assert cli.main(command) == 0
     assert "energy rises: " in capsys.readouterr().out
-    assert structure_files.is_poscar(Path("x/CONTCAR-3")) and not structure_files.is_poscar(
-        Path("a")
-    )
+    # ASE would read POSCAR-relaxed.extxyz as a POSCAR: the path is called by its folder.
+    ase.io.write("POSCAR", alloy(), format="vasp")
+    assert cli.main(["predict", "POSCAR", *command[2:]]) == 0
+    assert len(ase.io.read(f"{tmp_path.name}-relaxed.extxyz", ":")) == 3
+    assert is_poscar(Path("x/CONTCAR-3")) and not is_poscar(Path("a"))

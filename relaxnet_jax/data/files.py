@@ -43,6 +43,12 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def is_poscar(path: str | os.PathLike[str]) -> bool:
+    """Whether the name is one of VASP's for structures: POSCAR*, CONTCAR*, *.vasp, *.poscar."""
+    upper = Path(path).name.upper()
+    return upper.startswith(("POSCAR", "CONTCAR")) or upper.endswith((".VASP", ".POSCAR"))
+
+
 def remove_leftovers(path: str | os.PathLike[str]) -> None:
     """Deletes what processes that were killed in `atomic_path` have left beside ``path``.
 

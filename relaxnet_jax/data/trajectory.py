@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from relaxnet_jax.data.checks import MIN_VOLUME, check_geometry, check_numbers, check_shapes
-from relaxnet_jax.data.files import atomic_path, one_line
+from relaxnet_jax.data.files import atomic_path, is_poscar, one_line
 from relaxnet_jax.errors import InputError
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ PREDICTED = "RelaxNet"  # the source of predicted relaxations
 # What a `source` ends in where the relaxation has not come to its end.
 UNFINISHED = ", unfinished"  # killed, going on, or its file cut
 UNCONVERGED = ", not converged"
+MANY = (".extxyz", ".traj")  # take all frames, of several relaxations
 SUPPORTED_OUTPUTS = ".extxyz, .traj (all frames), .cif, .vasp, POSCAR*, CONTCAR* (final frame)"
 
 
@@ -149,8 +150,8 @@ class RelaxationTrajectory:
         """Writes the trajectory; an existing file is replaced only by a complete one.
 
         Args:
-          path: ``.extxyz`` and ``.traj`` take all frames; ``.cif``, ``.vasp`` and names that start
-            with POSCAR or CONTCAR take the final one.
+          path: ``.extxyz`` and ``.traj`` take all frames; ``.cif`` and VASP's names (`is_poscar`)
+            take the final one.
 
         Raises:
           InputError: another suffix, a folder that cannot be written, or a format that
@@ -159,16 +160,9 @@ class RelaxationTrajectory:
         import ase.io
 
         target = Path(path)
-        if target.name.upper().startswith(("POSCAR", "CONTCAR")) or target.suffix == ".vasp":
-            form, frames = "vasp", [self.atoms(-1)]
-        elif target.suffix in (".extxyz", ".traj"):
-            form, frames = target.suffix[1:], [self.atoms(i) for i in range(self.n_frames)]
-        elif target.suffix == ".cif":
-            form, frames = "cif", [self.atoms(-1)]
-        else:
-            raise InputError(
-                f"{target}: unknown suffix {target.suffix!r}: use one of {SUPPORTED_OUTPUTS}"
-            )
+        form = output_form(target)
+        chosen = range(self.n_frames) if target.suffix in MANY else (-1,)
+        frames = [self.atoms(i) for i in chosen]
         # Without a cell ASE writes a POSCAR nothing can read.
         if form == "vasp" and abs(np.linalg.det(self.cells[-1])) < MIN_VOLUME:
             raise InputError(f"{target}: {self.id} has no cell: write .extxyz, .traj or .cif")
@@ -196,6 +190,16 @@ class RelaxationTrajectory:
         check_numbers(self)
         check_geometry(self)
         return self
+
+
+def output_form(path: Path) -> str:
+    """ASE's name for the format of a file that is written, by its name: the suffix counts before
+    words like POSCAR, so that no frames are lost. Raises InputError for what is not written."""
+    if path.suffix in (*MANY, ".cif"):
+        return path.suffix[1:]
+    if is_poscar(path):
+        return "vasp"
+    raise InputError(f"{path}: unknown suffix {path.suffix!r}: use one of {SUPPORTED_OUTPUTS}")
 
 
 def sound_and_unwrapped(trajectory: RelaxationTrajectory) -> RelaxationTrajectory:

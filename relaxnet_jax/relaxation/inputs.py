@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from relaxnet_jax.data.files import is_poscar
 from relaxnet_jax.errors import InputError
-from relaxnet_jax.structure_files import Failure, is_poscar, read_images
+from relaxnet_jax.structure_files import Failure, read_images
 
 if TYPE_CHECKING:
     from ase import Atoms

@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from relaxnet_jax.constraints import move_to_end
-from relaxnet_jax.data.files import atomic_path, one_line
+from relaxnet_jax.data.files import atomic_path, is_poscar, one_line
 from relaxnet_jax.data.trajectory import RelaxationTrajectory
 from relaxnet_jax.errors import InputError
 from relaxnet_jax.relaxation.inputs import Input
-from relaxnet_jax.structure_files import is_poscar
 
 if TYPE_CHECKING:
     from ase import Atoms
