@@ -81,26 +81,33 @@ def evaluate(args: argparse.Namespace) -> int:
     check_devices(None)
     from rich.console import Console
 
-    from relaxnet_jax.evaluate.run import evaluate_workdir, mean_evaluation, write_evaluation
+    from relaxnet_jax.evaluate.run import (
+        evaluate_workdir,
+        mean_evaluation,
+        model_of,
+        write_evaluation,
+    )
     from relaxnet_jax.evaluate.tables import metrics_table
     from relaxnet_jax.lbfgs import FMAX
 
     if args.fmax is not None and not args.fmax > 0:
         raise InputError(f"--fmax {args.fmax:g}: give a force in eV/Å, above 0")
     runs = [args.workdir, *args.committee]
+    fmax = FMAX if args.lbfgs and args.fmax is None else args.fmax
+    models = [model_of(run) for run in runs]
     if args.committee:
         from relaxnet_jax.committee import check_members
-        from relaxnet_jax.model import load_model
 
-        if args.lbfgs:
-            raise InputError("--committee: measures what the models predict; leave out --lbfgs")
-        check_members([load_model(run) for run in runs])
+        check_members(models)
+        if args.lbfgs or (fmax is not None and models[0].config.dynamics.latent != "static"):
+            option = "--lbfgs" if args.lbfgs else "--fmax"
+            raise InputError(f"--committee: measures what the models predict; leave out {option}")
     with status("predicting…"):
-        fmax = FMAX if args.lbfgs and args.fmax is None else args.fmax
-        result = evaluate_workdir(args.workdir, args.split, args.data, note, fmax)
-        members = [result]
-        for run in args.committee:
-            members.append(evaluate_workdir(run, args.split, args.data, note))
+        members = [
+            evaluate_workdir(run, args.split, args.data, note, fmax, model)
+            for run, model in zip(runs, models)
+        ]
+    result = members[0]
     what = Path(args.data).stem if args.data else args.split
     committee = "-committee" if args.committee else ""
     out = Path(args.out or Path(args.workdir, f"eval-{what}{committee}"))

@@ -27,6 +27,7 @@ from relaxnet_jax.committee import (
 from relaxnet_jax.data.store_write import write_store
 from relaxnet_jax.data.trajectory import RelaxationTrajectory
 from relaxnet_jax.errors import InputError
+from relaxnet_jax.evaluate import run
 from relaxnet_jax.metrics import Comparison, averaged
 from relaxnet_jax.model import load_committee, save_model
 from relaxnet_jax.predict import Judged
@@ -406,7 +407,13 @@ def test_eval_command(models, tmp_path, monkeypatch, capsys):
     assert "mean of 2 models" in out and "member" in out
     both = load_committee("run0", "run1")
     assert [m.config.train.seed for m in both] == [0, 1] and len(load_committee()) > 1
-    for wrong, words in ((["run0"], "must differ"), (["run1", "--lbfgs"], "leave out --lbfgs")):
+    for wrong, words in (
+        (["run0"], "must differ"),
+        (["run1", "--lbfgs"], "leave out --lbfgs"),
+        (["run1", "--fmax", "0.1"], "leave out --fmax"),
+        (["run1/model"], "run1/model: is a model folder; give the training run"),
+        (["run7"], "run7: holds no trained model"),
+    ):
         assert cli.main([*argv, "--committee", *wrong]) == 2
         assert words in capsys.readouterr().err
 
@@ -419,8 +426,12 @@ def test_eval_of_a_committee_of_potentials(tmp_path, monkeypatch, capsys):
         config = tiny_config("static", **LIGHT, train__seed=k)
         model = tiny_model(config, seed=k, dtype=np.float32).replace(elements=(29, 79))
         save_model(model, Path(f"run{k}", "model"))
-    argv = ["eval", "--workdir", "run0", "--data", "set.h5", "--committee", "run1"]
+    read, load, minimised, original = [], run.load_model, [], run.minimise
+    monkeypatch.setattr(run, "load_model", lambda path: read.append(str(path)) or load(path))
+    monkeypatch.setattr(run, "minimise", lambda *args: minimised.append(args[2]) or original(*args))
+    argv = ["eval", "--workdir", "run0", "--data", "set.h5", "--committee", "run1", "--fmax", "0.5"]
     assert cli.main(argv) == 0
+    assert read == ["run0/model", "run1/model"] and minimised == [0.5, 0.5]
     found = json.loads(Path("run0/eval-set-committee/metrics.json").read_text())["results"]
     assert list(found) == ["lbfgs", "first member", "nothing", "composition"]
     assert "relax FILE --model run0 --model run1" in capsys.readouterr().out

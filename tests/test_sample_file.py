@@ -83,7 +83,7 @@ def test_made_once(relaxations, cache, monkeypatch):
     assert len(list(cache.iterdir())) == 4
 
 
-def test_later_starts(relaxations, tmp_path):
+def test_later_starts(relaxations, tmp_path, monkeypatch):
     """The way from a later frame on, of those named; the rest of the rows stay where they were."""
     which = np.array([0, 3, 7])  # of 3, 4 and 5 frames
     every, later = relaxations.with_later_starts(which, 2)
@@ -109,7 +109,12 @@ def test_later_starts(relaxations, tmp_path):
     cells_relax = Relaxations(TrajectoryStore(store_path), np.arange(1), "cells")
     both, _ = cells_relax.with_later_starts(np.arange(1), 1)
     config = tiny_config(dynamics__frames=5, dynamics__cell="variable")
+    reads, read = [], TrajectoryStore.__getitem__
+    monkeypatch.setattr(
+        TrajectoryStore, "__getitem__", lambda self, i: reads.append(i) or read(self, i)
+    )
     file = prepare_samples(both, config)
+    assert reads == [0, 0]  # once for each
     assert not both[1].variable_cell and file[0].structure.strain.any()
     np.testing.assert_allclose(file[1].structure.strain, file[0].structure.strain, atol=1e-12)
     assert [t.id for t in every.take(np.array([11, 0]))] == ["2-1@2", "0-0"]

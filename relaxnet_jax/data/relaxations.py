@@ -59,9 +59,11 @@ class Relaxations(Sequence[RelaxationTrajectory]):
         """Some of them, by position or mask."""
         return Relaxations(self.store, self.rows[which], self.name, self.starts[which])
 
-    def relaxes_cell(self, i: int) -> bool:
-        """Whether the cell of the whole relaxation changes, though it may rest from its start on."""
-        return self.store[int(self.rows[i])].variable_cell
+    def with_cell(self, i: int) -> tuple[RelaxationTrajectory, bool]:
+        """One of them, and whether the cell of the whole relaxation changes, though it may rest from
+        its start on: of such a relaxation it is free all the same."""
+        whole = self.store[int(self.rows[i])]
+        return whole.begun_at(int(self.starts[i])), whole.variable_cell
 
     def with_later_starts(self, which: np.ndarray, n: int) -> tuple[Relaxations, np.ndarray]:
         """These relaxations, and after them some again from later frames on: wherever on its path a
@@ -77,7 +79,10 @@ class Relaxations(Sequence[RelaxationTrajectory]):
         """
         rows = self.rows[which]
         frames = self.store.n_frames[rows]
-        rows, later = np.tile(rows, n), np.concatenate([frames // 2 ** (k + 1) for k in range(n)] or [[]])
+        rows, later = (
+            np.tile(rows, n),
+            np.concatenate([frames // 2 ** (k + 1) for k in range(n)] or [[]]),
+        )
         later = later.astype(np.int64)
         fits = (later > 0) & (np.tile(frames, n) - later >= LEAST_FRAMES)
         pairs = np.unique(np.stack([rows[fits], later[fits]], axis=1), axis=0)

@@ -249,12 +249,11 @@ def _rows(relaxations: Relaxations, config: Config) -> Iterator[_Row]:
 
 def _make_rows(part: Relaxations, config: Config) -> list[_Row]:
     rows = []
-    for k, trajectory in enumerate(part):
+    for k in range(len(part)):
+        trajectory, relax_cell = part.with_cell(k)
         elements = np.zeros(MAX_ATOMIC_NUMBER + 1, bool)
         elements[trajectory.atomic_numbers] = True
         try:
-            # Of a relaxation that begins when its cell rests already: it is free all the same.
-            relax_cell = part.relaxes_cell(k) if part.starts[k] else None
             sample = make_sample(trajectory, config, relax_cell)
         except InputError as error:
             rows.append(_Row(b"", (0,) * len(Sizes._fields), np.packbits(elements), str(error)))

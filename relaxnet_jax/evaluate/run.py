@@ -128,12 +128,26 @@ def compare(
     return comparisons, left_out
 
 
+def model_of(workdir: str | Path) -> RelaxNet:
+    """The best model of a training run. InputError where there is none."""
+    folder = Path(workdir, "model")
+    if Path(workdir, "model.json").is_file():
+        raise InputError(f"{workdir}: is a model folder; give the training run that it belongs to")
+    if not folder.is_dir():
+        raise InputError(
+            f"{workdir}: holds no trained model (no 'model' folder); run relaxnet-jax train "
+            f"--workdir {workdir} first"
+        )
+    return load_model(folder)
+
+
 def evaluate_workdir(
     workdir: str | Path,
     split: str = "test",
     data: str | None = None,
     report: Callable[[str], None] = print,
     fmax: float | None = None,
+    model: RelaxNet | None = None,
 ) -> Evaluation:
     """Evaluates the best model of a run on one of its splits, or on another file.
 
@@ -142,18 +156,14 @@ def evaluate_workdir(
       data: a store or any file of relaxations; all of them are used instead of the split.
       fmax: eV/Å, to which the model's energy is also minimised, as the predictor "lbfgs". A static
         model is evaluated in no other way, by default to `lbfgs.FMAX`.
+      model: that of the run, where it has been read already (`model_of`).
 
     Raises:
       InputError: no model, no data, or nothing the model can be evaluated on; ``fmax`` with a model
         that is no potential.
     """
     workdir = Path(workdir)
-    if not (workdir / "model").is_dir():
-        raise InputError(
-            f"{workdir}: holds no trained model (no 'model' folder); run relaxnet-jax train "
-            f"--workdir {workdir} first"
-        )
-    model = load_model(workdir / "model")
+    model = model or model_of(workdir)
     if data is None:
         if split not in SPLITS:
             raise InputError(f"split {split!r}: must be one of {', '.join(SPLITS)}")
