@@ -34,8 +34,11 @@ def train(args: argparse.Namespace) -> int:
     first = place is None or place.index == 0
     again = f"continue with: relaxnet-jax train --resume --workdir {q(workdir)}"
     with joined(place, args.join_seconds):
-        shares = batch_shares(config, args.devices) if place is None else 1
-        check_devices(args.devices)
+        if place is None:
+            shares = batch_shares(config, args.devices)
+        else:
+            shares = 1
+            check_devices(args.devices)
         from relaxnet_jax.train.checkpoint import has_checkpoint
         from relaxnet_jax.train.loop import train as run
 

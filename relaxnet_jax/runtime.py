@@ -66,42 +66,43 @@ def enable_compilation_cache() -> Path | None:
     return folder
 
 
-def share_cpu(parts: int) -> int:
-    """Has JAX see the CPU as so many devices, each a core for programs of one thread.
+def batch_shares(config: Config, devices: int | None = None) -> int:
+    """In how many parts the cores of a CPU share a batch of a training run; starts JAX's devices.
 
-    Small programs keep no two cores busy, but several of them do. To be called before JAX starts.
+    Has JAX see the CPU as so many devices, each a core for programs of one thread: small programs
+    keep no two cores busy, but several of them do. 1 where JAX runs on something else, has started
+    already, or was told by XLA_FLAGS how many to see.
 
-    Returns:
-      How many devices there are for a batch to be divided among: 1 where JAX runs on something else,
-      has started already, or was told by XLA_FLAGS how many to see.
+    Args:
+      devices: how many are asked for, which are made of a CPU's cores, but have batches of their own.
 
     Raises:
       InputError: see `check_devices`.
     """
     import jax
 
-    shared = parts > 1 and "host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
-    if shared:
-        try:
-            jax.config.update("jax_num_cpu_devices", parts)
-        except RuntimeError:  # it has started
-            shared = False
-    check_devices(None)
-    return jax.local_device_count() if shared and jax.default_backend() == "cpu" else 1
-
-
-def batch_shares(config: Config, devices: int | None = None) -> int:
-    """In how many parts the cores of a CPU share a batch of a training run; see `share_cpu`.
-
-    Args:
-      devices: how many are asked for, which are made of a CPU's cores, but have batches of their own.
-    """
-    if config.dynamics.solver != "rk4":  # runs on one device
+    shared = False
+    if config.dynamics.solver == "rk4":  # others run on one device
+        cores = usable_cores()
+        wanted = min(cores, config.train.batch_size // LEAST_SHARE) if devices is None else devices
+        shared = wanted <= cores and _split_cpu(wanted)
+    check_devices(devices)
+    if devices is not None or not shared or jax.default_backend() != "cpu":
         return 1
-    cores = usable_cores()
-    wanted = min(cores, config.train.batch_size // LEAST_SHARE) if devices is None else devices
-    found = share_cpu(wanted) if wanted <= cores else 1
-    return found if devices is None else 1
+    return jax.local_device_count()
+
+
+def _split_cpu(parts: int) -> bool:
+    """Whether JAX, which must not have started, will see the CPU as so many devices, two or more."""
+    import jax
+
+    if parts < 2 or "host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
+        return False
+    try:
+        jax.config.update("jax_num_cpu_devices", parts)
+    except RuntimeError:  # it has started
+        return False
+    return True
 
 
 def check_devices(n: int | None) -> None:

@@ -101,7 +101,7 @@ def train(
         number of devices too, each relaxation still coming once in an epoch.
       report: where progress goes. devices: number of local devices, all by default.
       shares: in how many parts a batch of ``train.batch_size`` is divided, one for a device: a
-        step is then over as many structures as on one device (`runtime.share_cpu`).
+        step is then over as many structures as on one device (`runtime.batch_shares`).
 
     Raises:
       InputError: unusable data or configuration; a workdir that holds a run although
