@@ -118,8 +118,9 @@ def check_devices(n: int | None) -> None:
 
     try:
         found = jax.local_device_count()
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())
+    # JAX itself asserts where JAX_PLATFORMS is cuda alone and no plugin is installed.
+    except (RuntimeError, AssertionError) as error:
+        reason = " ".join(str(error).split()) or "none for JAX_PLATFORMS"
         raise InputError(
             f"JAX cannot start its devices ({reason[:200]}); unset JAX_PLATFORMS or install "
             "the relaxnet-jax[cuda] extra"

@@ -365,3 +365,14 @@ def test_damaged_model(fail, workdir, tmp_path, name):
     fail("predict", "a.cif", "--model", "model", words=[name, "damaged"])
     (tmp_path / "model" / name).unlink()
     fail("predict", "a.cif", "--model", "model", words=[name, "missing"])
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no such backend"), AssertionError()])
+def test_devices_that_do_not_start(fail, monkeypatch, error):
+    """JAX_PLATFORMS=cuda without a plugin is an assertion in JAX."""
+
+    def broken():
+        raise error
+
+    monkeypatch.setattr("jax.local_device_count", broken)
+    fail("eval", "--workdir", "run", words=["JAX cannot start", "unset JAX_PLATFORMS"])
