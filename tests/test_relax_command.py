@@ -259,13 +259,17 @@ def test_names_never_meet():
         "/x/b/C.xyz": "b-C",
         "/x/b/c.vasp": "b-c",
         "/x/POSCAR_7": "7",
+        "/x/d/one.cif": "one",
+        "/x/d/one.xyz": "one-2",  # in one folder no folder tells them apart
+        "/z/POSCAR.gz": "z",
+        "/z/two.vasp.gz": "two",
         "/POSCAR": "structure",
         "/CONTCAR": "structure-2",
     }
     names = distinct_stems([Path(path) for path in given])
     assert len({name.casefold() for name in names}) == len(names)
     found = dict(zip(given, names))
-    assert found.pop("/x/b/C.xyz") == "x-b-C" and found.pop("/x/b/c.vasp") == "x-b-c-2"
+    assert found.pop("/x/b/C.xyz") == "b-C" and found.pop("/x/b/c.vasp") == "b-c-2"
     assert found.pop("/x/POSCARs/c.cif") == "s-c"
     assert found == {k: v for k, v in given.items() if k in found}
 

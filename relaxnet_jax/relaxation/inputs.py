@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from relaxnet_jax.data.files import is_poscar
+from relaxnet_jax.data.sources import plain_name
 from relaxnet_jax.errors import InputError
 from relaxnet_jax.structure_files import Failure, read_images
 
@@ -186,7 +186,8 @@ def held(atoms: Atoms, hold: Hold) -> Atoms:
 
 
 def distinct_stems(files: Sequence[Path]) -> list[str]:
-    """A name for each file: its own without suffix, with the folders above where names meet.
+    """A name for each file: its own without suffix, with the folders above where names meet, and
+    numbered where these are the same too.
 
     Distinct also where case does not count. Words like POSCAR are left out, since ASE would read
     a path under such a name as a POSCAR: mp-1/POSCAR becomes mp-1, POSCAR.mp-1 as well.
@@ -195,11 +196,14 @@ def distinct_stems(files: Sequence[Path]) -> list[str]:
     depth = [1] * len(files)
     while True:
         names = ["-".join(p[-d:]) for p, d in zip(parts, depth)]
-        count = Counter(name.casefold() for name in names)
+        # Of files in one folder more folders say nothing: they would all be named.
+        met: dict[str, set[str]] = {}
+        for name, part in zip(names, parts):
+            met.setdefault(name.casefold(), set()).add("/".join(part).casefold())
         meet = [
             i
             for i, name in enumerate(names)
-            if count[name.casefold()] > 1 and depth[i] < len(parts[i])
+            if len(met[name.casefold()]) > 1 and depth[i] < len(parts[i])
         ]
         if not meet:
             taken: set[str] = set()
@@ -210,6 +214,7 @@ def distinct_stems(files: Sequence[Path]) -> list[str]:
 
 def _parts(file: Path) -> list[str]:
     """Folders and name of a file, without those that consist of such words only."""
+    file = file.with_name(plain_name(file))
     whole = is_poscar(file) and file.suffix.lower() not in (".vasp", ".poscar")
     name = file.name if whole else file.stem  # the suffix of POSCAR.mp-1 is its name
     found = [_WORDS.sub("-", part).strip("-") for part in (*file.absolute().parts[1:-1], name)]

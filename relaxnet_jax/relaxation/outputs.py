@@ -12,6 +12,7 @@ import numpy as np
 
 from relaxnet_jax.constraints import move_to_end
 from relaxnet_jax.data.files import atomic_path, is_poscar, one_line
+from relaxnet_jax.data.sources import plain_name
 from relaxnet_jax.data.trajectory import RelaxationTrajectory
 from relaxnet_jax.errors import InputError
 from relaxnet_jax.relaxation.inputs import Input
@@ -79,6 +80,7 @@ def without_cell(target: Target, atoms: Atoms) -> str:
 
 
 def _like(source: Path) -> str:
+    source = source.with_name(plain_name(source))
     if is_poscar(source):
         return "poscar"
     return "cif" if source.suffix.lower() == ".cif" else "extxyz"
