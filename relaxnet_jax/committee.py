@@ -41,6 +41,9 @@ if TYPE_CHECKING:
     from relaxnet_jax.predict import Judged
 
 
+AT_ONE = 1e-3  # Å; where symmetry holds atoms, members differ by rounding
+
+
 class Spread(NamedTuple):
     """Standard deviations (n - 1) of what the members say of the final frame.
 
@@ -224,7 +227,7 @@ def disagreement(path: RelaxationTrajectory, found: Spread) -> Flag | None:
     own estimate is no better than doing nothing."""
     moved = internal_displacements(path.positions, path.cells)[~path.fixed_mask]
     size = float(np.sqrt((moved**2).sum(-1).mean())) if len(moved) else 0.0
-    if not found.positions > size:
+    if not found.positions > max(size, AT_ONE):
         return None
     text = f"about the final positions by {found.positions:.3f} Å, which move by {size:.3f} Å"
     return Flag("members disagree", text)

@@ -297,7 +297,8 @@ def _deformed(reference: np.ndarray, s: Structure, steps: np.ndarray, virial: np
         x, cells = reference, np.repeat(s.cell[None], len(steps), axis=0)
     else:
         x, cells = from_reference(reference, steps), from_reference(s.cell, steps)
-    volumes = np.abs(np.linalg.det(cells))
+    with np.errstate(all="ignore"):  # of cells that are not finite: they are flagged
+        volumes = np.abs(np.linalg.det(cells))
     if not s.pbc.all() or volumes.min() == 0:  # no volume, no stress
         return x, cells, None
     return x, cells, to_voigt(virial / volumes[:, None, None])

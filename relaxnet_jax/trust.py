@@ -18,6 +18,7 @@ from relaxnet_jax.constraints import held_atoms, move_to_end
 from relaxnet_jax.data.trajectory import CELL_TOLERANCE, RelaxationTrajectory
 from relaxnet_jax.model import RelaxNet
 from relaxnet_jax.neighbors import approach, pairs_within
+from relaxnet_jax.strain import deformations
 
 if TYPE_CHECKING:
     from ase import Atoms
@@ -28,6 +29,7 @@ MIN_CONTACT = 0.6
 MAX_RISE = 2e-3  # eV/atom; a relaxation's energy only falls
 # By how much the means below may leave the range of the training data, as a fraction of its ends.
 MARGIN = 0.1
+MAX_STRETCH = 2.0  # of a cell along any direction, or its inverse; training strains by far less
 VACUUM = 6.0  # Å without an atom along a lattice direction
 AT_REST = 0.05  # eV/Å; forces below need not fall any more
 
@@ -37,7 +39,7 @@ class Flag(NamedTuple):
 
     Attributes:
       name: one of "untrained", "unseen element", "not finite", "skin exceeded",
-        "atoms too close", "energy rises", "forces do not fall", "density", "coordination",
+        "cell strained too far", "atoms too close", "energy rises", "forces do not fall", "density", "coordination",
         "all atoms fixed", "vacuum strained", "constraints ignored", "constraints fail", "no forces",
         "cell force unknown"; of a committee "members disagree", "member lost".
       detail: one line with the numbers.
@@ -65,7 +67,7 @@ def trust_flags(
         text = "positions, energies or forces of the path are not finite"
         return (Flag("not finite", text, True), *flags)
     missed = None if skin is None else _skin(path, model, skin)
-    for found in (missed, contact_flag(path), _rise(path), _forces(path)):
+    for found in (missed, _stretch(path), contact_flag(path), _rise(path), _forces(path)):
         if found is not None:
             flags.append(found)
     flags += _surroundings(path, model)
@@ -135,6 +137,15 @@ def _skin(path: RelaxationTrajectory, model: RelaxNet, skin: float) -> Flag | No
     return Flag("skin exceeded", text, True)
 
 
+def _stretch(path: RelaxationTrajectory) -> Flag | None:
+    found = np.linalg.svd(deformations(path.cells[[0, -1]])[1], compute_uv=False)
+    worst = max(found, key=lambda stretch: abs(np.log(max(stretch, 1e-300))))
+    if 1 / MAX_STRETCH <= worst <= MAX_STRETCH:
+        return None
+    text = f"a direction of the cell ends at {worst:.2g} times its length"
+    return Flag("cell strained too far", text, True)
+
+
 def contact_flag(path: RelaxationTrajectory) -> Flag | None:
     """A flag where two atoms of the last frame are nearer than `MIN_CONTACT` of the sum of their
     covalent radii, periodic images included; None if none are."""
@@ -191,22 +202,23 @@ def surroundings(positions, cell, pbc, config: Config) -> dict[str, float]:
 
 
 def _vacuum(path: RelaxationTrajectory) -> Iterator[Flag]:
-    """A flag where a cell has relaxed along a direction in which it holds vacuum."""
+    """A flag where a cell has relaxed along directions in which it holds vacuum."""
     if not path.variable_cell:
         return
-    inverse = np.linalg.pinv(path.cells[0])
+    inverse, found = np.linalg.pinv(path.cells[0]), []
     for k in np.flatnonzero(path.pbc):
         height = 1.0 / np.linalg.norm(inverse[:, k])
         places = np.sort((path.positions[0] @ inverse)[:, k] % 1.0)
         gap = height * np.diff(places, append=places[0] + 1.0).max()
         now = 1.0 / np.linalg.norm(np.linalg.pinv(path.cells[-1])[:, k])
         if gap > VACUUM and abs(now - height) > CELL_TOLERANCE:
-            axis = "abc"[k]
-            yield Flag(
-                "vacuum strained",
-                f"the cell relaxed along {axis}, where it holds {gap:.1f} Å of vacuum: keep the cell "
-                "(relax_cell=False, --keep-cell), or make that direction not periodic",
-            )
+            found.append(f"{'abc'[k]} ({gap:.1f} Å of vacuum)")
+    if found:
+        yield Flag(
+            "vacuum strained",
+            f"the cell relaxed along {', '.join(found)}: keep the cell (relax_cell=False, "
+            "--keep-cell), or make that direction not periodic",
+        )
 
 
 def _surroundings(path: RelaxationTrajectory, model: RelaxNet) -> Iterator[Flag]:

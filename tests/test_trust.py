@@ -76,6 +76,22 @@ def test_flags(model):
     assert flag.name == "not finite" and unusable((flag,))
 
 
+def test_cells_that_run_away(model):
+    """A direction that ends at half or twice its length is no relaxation; vacuum is named once."""
+    copper = model.replace(elements=(29,))
+    for stretch, expected in ((1.9, ["vacuum strained"]), (0.6, ["vacuum strained"]),
+                              (2.1, ["cell strained too far", "vacuum strained"]),
+                              (0.45, ["cell strained too far", "vacuum strained"])):  # fmt: skip
+        cells = np.stack([40 * np.eye(3)] * 3)
+        cells[-1] = np.diag([40 * stretch, 41, 40])
+        found = trust_flags(path(cells=cells, pbc=np.ones(3, bool)), copper, 9.0)
+        assert [f.name for f in found if f.name in expected] == expected
+        assert unusable(found) == (len(expected) == 2)
+    assert f"{stretch:.2g} times its length" in found[0].detail
+    (vacuum,) = [f for f in found if f.name == "vacuum strained"]
+    assert "along a (" in vacuum.detail and "), b (" in vacuum.detail and "c (" not in vacuum.detail
+
+
 def test_contacts_count_images(model):
     """0.6 of 2 x 1.32 Å is 1.584 Å."""
     copper = model.replace(elements=(29,))
