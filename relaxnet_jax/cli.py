@@ -132,7 +132,12 @@ def _add_train(commands) -> None:
 
 def _add_eval(commands) -> None:
     p = command(commands, "eval", "evaluate", "measure a trained model on unseen relaxations")
-    p.add_argument("--workdir", required=True, metavar="DIR", help="of the training run")
+    p.add_argument(
+        "--workdir",
+        required=True,
+        metavar="DIR",
+        help=f"of the training run; with --data a model folder, or {PRETRAINED}, too",
+    )
     p.add_argument(
         "--split",
         default="test",

@@ -95,10 +95,15 @@ def evaluate(args: argparse.Namespace) -> int:
 
     if args.fmax is not None and not args.fmax > 0:
         raise InputError(f"--fmax {args.fmax:g}: give a force in eV/Å, above 0")
-    runs = [args.workdir, *args.committee]
+    named = [args.workdir, *args.committee]
+    if PRETRAINED in named and args.data is None:
+        raise InputError(
+            f"{PRETRAINED}: comes without the data it was trained on; give relaxations with --data FILE"
+        )
+    runs = [run for name in named for run in _runs_of(name)]
     fmax = FMAX if args.lbfgs and args.fmax is None else args.fmax
     models = [model_of(run) for run in runs]
-    if args.committee:
+    if len(runs) > 1:
         from relaxnet_jax.committee import check_members
 
         check_members(models)
@@ -112,14 +117,14 @@ def evaluate(args: argparse.Namespace) -> int:
         ]
     result = members[0]
     what = Path(args.data).stem if args.data else args.split
-    committee = "-committee" if args.committee else ""
+    committee = "-committee" if len(runs) > 1 else ""
     out = Path(args.out or Path(args.workdir, f"eval-{what}{committee}"))
     console = Console(highlight=False)
-    if args.committee:
+    if committee:
         result = mean_evaluation(members)
     files = write_evaluation(result, out)
     console.print(metrics_table(result.results, result.name, result.costs))
-    if args.committee:
+    if committee:
         from relaxnet_jax import calibration
 
         errors = calibration.committee_errors([m.comparisons for m in members])
@@ -128,9 +133,15 @@ def evaluate(args: argparse.Namespace) -> int:
         files += calibration.write_calibration(errors, found, runs, out)
     for file in files:
         say(str(file))
-    command = "relax" if args.committee else "predict"
-    say(f"next: relaxnet-jax {command} FILE {' '.join(f'--model {q(run)}' for run in runs)}")
+    command = "relax" if committee else "predict"
+    say(f"next: relaxnet-jax {command} FILE {' '.join(f'--model {q(name)}' for name in named)}")
     return 0
+
+
+def _runs_of(name: str) -> list[str]:
+    from relaxnet_jax.model import member_folders
+
+    return [str(folder) for folder in member_folders(name)] if name == PRETRAINED else [name]
 
 
 def predict(args: argparse.Namespace) -> int:

@@ -243,6 +243,9 @@ def test_disagreement():
     assert disagreement(path, found) is None
     wide = found._replace(positions=0.2)
     assert disagreement(path, wide).name == "members disagree"
+    # Held by symmetry, atoms rest but for rounding.
+    rest, same = paths(np.array([[[0.0, 0, 0]] * 4, [[1e-7, 0, 0]] * 4]), fixed=[3])
+    assert spread([rest, same]).positions > 0 and disagreement(rest, spread([rest, same])) is None
     assert "0.200" in disagreement(path, wide).detail
 
 
@@ -387,6 +390,7 @@ def test_eval_command(models, tmp_path, monkeypatch, capsys):
         for k in range(4)])  # fmt: skip
     for k, model in enumerate(models):
         save_model(model, Path(f"run{k}", "model"))
+    Path("empty").mkdir()
     argv = ["eval", "--workdir", "run0", "--data", "set.h5", "--out", "out"]
     assert cli.main([*argv, "--committee", "run1"]) == 0
     out = capsys.readouterr().out
@@ -406,13 +410,23 @@ def test_eval_command(models, tmp_path, monkeypatch, capsys):
     assert {"model", "first member", "nothing", "composition"} <= set(metrics["results"])
     assert "mean of 2 models" in out and "member" in out
     both = load_committee("run0", "run1")
+    shipped = Path("shipped")
+    for k, model in enumerate(models[:2]):
+        save_model(model, shipped / str(k))
+    monkeypatch.setattr("relaxnet_jax.model._SHIPPED", shipped)
+    of_shipped = ["eval", "--workdir", "pretrained"]
+    assert cli.main(of_shipped) == 2 and "give relaxations with --data" in capsys.readouterr().err
+    assert cli.main([*of_shipped, "--data", "set.h5"]) == 0
+    assert capsys.readouterr().out.endswith("relax FILE --model pretrained\n")
+    again = json.loads(Path("pretrained/eval-set-committee/metrics.json").read_text())
+    assert again["results"] == metrics["results"]
     assert [m.config.train.seed for m in both] == [0, 1] and len(load_committee()) > 1
     for wrong, words in (
         (["run0"], "must differ"),
         (["run1", "--lbfgs"], "leave out --lbfgs"),
         (["run1", "--fmax", "0.1"], "leave out --fmax"),
-        (["run1/model"], "run1/model: is a model folder; give the training run"),
-        (["run7"], "run7: holds no trained model"),
+        (["run7"], "run7: no such folder"),
+        (["empty"], "empty: holds no trained model"),
     ):
         assert cli.main([*argv, "--committee", *wrong]) == 2
         assert words in capsys.readouterr().err

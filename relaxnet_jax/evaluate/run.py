@@ -22,7 +22,7 @@ from relaxnet_jax.evaluate.tables import write_metrics
 from relaxnet_jax.graph import Structure, build_structure
 from relaxnet_jax.lbfgs import FMAX, minimise
 from relaxnet_jax.metrics import Comparison, Metrics, Predictor, averaged, evaluate, together
-from relaxnet_jax.model import RelaxNet, load_model
+from relaxnet_jax.model import RelaxNet, load_model, model_folder
 from relaxnet_jax.predict import Path as PredictedPath
 from relaxnet_jax.predict import minimised_path, predict_structures
 from relaxnet_jax.solver import frame_grid
@@ -129,11 +129,9 @@ def compare(
 
 
 def model_of(workdir: str | Path) -> RelaxNet:
-    """The best model of a training run. InputError where there is none."""
-    folder = Path(workdir, "model")
-    if Path(workdir, "model.json").is_file():
-        raise InputError(f"{workdir}: is a model folder; give the training run that it belongs to")
-    if not folder.is_dir():
+    """The best model of a training run, or that of a model folder. InputError where there is none."""
+    folder = model_folder(workdir)
+    if folder == Path(workdir) and not (folder / "model.json").exists():
         raise InputError(
             f"{workdir}: holds no trained model (no 'model' folder); run relaxnet-jax train "
             f"--workdir {workdir} first"
@@ -152,7 +150,7 @@ def evaluate_workdir(
     """Evaluates the best model of a run on one of its splits, or on another file.
 
     Args:
-      workdir: of `train`. split: "train", "validation" or "test".
+      workdir: of `train`; with ``data`` a model folder too. split: "train", "validation" or "test".
       data: a store or any file of relaxations; all of them are used instead of the split.
       fmax: eV/Å, to which the model's energy is also minimised, as the predictor "lbfgs". A static
         model is evaluated in no other way, by default to `lbfgs.FMAX`.
@@ -172,7 +170,8 @@ def evaluate_workdir(
             ids = set(json.loads(file.read_text())[split])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(
-                f"{file}: missing or damaged ({type(error).__name__}); evaluate a file with --data"
+                f"{file}: missing or damaged ({type(error).__name__}); give a whole training "
+                "run, or evaluate a file with --data"
             ) from None
         found, _ = read_trajectories(model.config.data.path, model.config, report)
         trajectories = list(found.named(ids))
