@@ -167,6 +167,8 @@ def predict(args: argparse.Namespace) -> int:
     check_devices(None)
     models = _load_members(args.model)
     found, unreadable = files.read_structures(source, note)
+    if len(found) > 1 and not files.holds_many(out):
+        raise InputError(f"{out}: takes one structure, {source} has {len(found)}; write .extxyz")
     with bar("structures", len(found)) as advance:
         predicted, failed = predict_members(models, found, args.frames, advance, options)
     results, useless = files.sorted_out(predicted)
@@ -176,15 +178,14 @@ def predict(args: argparse.Namespace) -> int:
     if not results:
         more = f" (and {len(left_out) - 1} more left out)" if len(left_out) > 1 else ""
         raise InputError(f"{source}: no structure could be predicted: {left_out[0]}{more}")
-    if len(results) > 1 and not files.holds_many(out):
-        raise InputError(f"{out}: takes one structure, {source} has {len(results)}; write .extxyz")
     files.write_trajectories([result.path for result in results], out)
     for result in results[:20]:
         say(files.summary(result.path, result.flags))
     if len(results) > 20:
         say(f"… and {len(results) - 20} more")
+    what = f"{len(results)} trajectories of {args.frames} frames"
     say(
-        f"{out}: {len(results)} trajectories of {args.frames} frames"
+        f"{out}: {what if files.holds_many(out) else 'the final frame'}"
         + (f"; {len(left_out)} structures left out" if left_out else "")
     )
     return SOME_LEFT_OUT if left_out else 0

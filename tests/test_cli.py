@@ -339,6 +339,17 @@ def test_predict_to_unusable_outputs(fail, workdir, tmp_path):
     fail("predict", "two.extxyz", "--model", workdir, "--frames", "1", words=["--frames 1"])
 
 
+def test_predict_to_a_file_of_one_frame(workdir, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    ase.io.write("one.extxyz", structure())
+    command = ["predict", "one.extxyz", "--model", str(workdir), "--frames", "4", "--out"]
+    assert cli.main([*command, "one.cif"]) == 0
+    assert "one.cif: the final frame\n" in capsys.readouterr().out
+    monkeypatch.setattr("relaxnet_jax.committee.predict_members", None)  # not after the work
+    ase.io.write("one.extxyz", [structure()] * 2)
+    assert cli.main([*command, "two.cif"]) == 2 and "takes one" in capsys.readouterr().err
+
+
 def test_workdir_in_use(fail, workdir):
     before = {p: p.read_bytes() for p in workdir.rglob("*") if p.is_file()}
     fail(*train(workdir=str(workdir)), words=[workdir, "--resume", "--workdir"])
