@@ -144,7 +144,17 @@ def test_a_fold_of_its_own_is_told_and_recorded(tmp_path):
     assert sum("trained the model it started from" in note for note in notes) == 1
     write_evaluation(found, tmp_path / "eval")
     written = json.loads((tmp_path / "eval" / "metrics.json").read_text())
-    assert written["trained_on_by_start"] == found.seen
+    assert written["trained_on"] == found.seen
+    # Every relaxation of the set: those the run and its start were trained on are told.
+    notes.clear()
+    every = evaluate_workdir(result.workdir, data="emt", report=notes.append)
+    trained = [
+        json.loads((r.workdir / "splits.json").read_text())["train"] for r in (first, result)
+    ]
+    assert every.seen == len(set(trained[0] + trained[1])) > len(trained[1])
+    assert sum(f"{every.seen} of the" in note for note in notes) == 1
+    (result.workdir / "splits.json").write_text("{}")
+    assert evaluate_workdir(result.workdir, data="emt", report=notes.append).seen == 0
     same = load_config(to_dict(other), {"data.split_file": str(first.workdir / "splits.json")})
     report, text = quiet()
     result = train(same, tmp_path / "same", report=report)

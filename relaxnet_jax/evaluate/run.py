@@ -27,8 +27,9 @@ from relaxnet_jax.predict import Path as PredictedPath
 from relaxnet_jax.predict import minimised_path, predict_structures
 from relaxnet_jax.solver import frame_grid
 from relaxnet_jax.strain import deformations, from_reference
-from relaxnet_jax.train.start import SEEN
+from relaxnet_jax.train.start import SEEN, trained_on
 
+_NOT_UNSEEN = ": their errors are not those of unseen structures"
 PREDICTORS: tuple[Predictor, ...] = ("model", "nothing", "composition")
 
 
@@ -37,7 +38,8 @@ class Evaluation:
     """Metrics by predictor, the comparisons they were made from, and what was left out.
 
     Attributes:
-      seen: how many of the relaxations the model's start was trained on, as far as is known.
+      seen: how many of the relaxations the model's start was trained on, and for data that are no
+        split of the run, the model itself, as far as is known.
       costs: by predictor, only where energies were minimised: seconds per structure (without
         compilation), and of a minimisation the mean steps and the fraction that converged.
     """
@@ -180,11 +182,16 @@ def evaluate_workdir(
         if seen:
             report(
                 f"{workdir}: {seen} of the {len(ids)} {split} relaxations trained the model it "
-                "started from (train.start_from): their errors are not those of unseen structures"
+                f"started from (train.start_from){_NOT_UNSEEN}"
             )
     else:
-        seen = 0
         trajectories, name = read_any(data, model, report), data
+        seen = _seen(workdir, [t.id for t in trajectories])
+        if seen:
+            report(
+                f"{data}: {seen} of the {len(trajectories)} relaxations trained the model, or one it "
+                f"started from (by their ids){_NOT_UNSEEN}"
+            )
     static = model.config.dynamics.latent == "static"
     minimiser = _Minimiser(model, FMAX if fmax is None else fmax)
     comparisons, left_out = compare(
@@ -204,6 +211,15 @@ def evaluate_workdir(
     if "lbfgs" in results:
         costs["lbfgs"] = minimiser.costs
     return Evaluation(results, comparisons, left_out, name, costs, seen)
+
+
+def _seen(workdir: Path, ids: Sequence[str]) -> int:
+    try:
+        return len(
+            set(ids).intersection(set().union(*(own for _, own in trained_on(str(workdir)))))
+        )
+    except InputError:  # damaged splits are none of this data's affair
+        return 0
 
 
 def mean_evaluation(members: Sequence[Evaluation]) -> Evaluation:
@@ -276,7 +292,7 @@ def write_evaluation(evaluation: Evaluation, folder: str | Path) -> list[Path]:
             "data": evaluation.name,
             "left_out": evaluation.left_out,
             "costs": evaluation.costs,
-            "trained_on_by_start": evaluation.seen,
+            "trained_on": evaluation.seen,
         },
     )
     per_frame_figure(evaluation.results, files[1], evaluation.name)

@@ -89,7 +89,7 @@ def seen_by_start(
         return {}
     trained: set[str] = set()
     file = None
-    for place, ids in _trained_on(config.train.start_from):
+    for place, ids in trained_on(config.train.start_from):
         if not ids.isdisjoint([*splits["validation"], *splits["test"]]):
             file = file or place
             trained |= ids
@@ -106,9 +106,9 @@ def seen_by_start(
     return {SEEN: seen}
 
 
-def _trained_on(name: str) -> Iterator[tuple[Path, set[str]]]:
-    """Files of splits, and their ids for training, of a start, of what it started from itself, and
-    so on as long as their folders are there."""
+def trained_on(name: str) -> Iterator[tuple[Path, set[str]]]:
+    """Files of splits, and their ids for training, of a run or model folder, of what it started from,
+    and so on as long as the folders are there. Raises InputError for a damaged file."""
     folder = model_folder(name)
     while True:
         if found := run_splits(folder):
