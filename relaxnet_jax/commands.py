@@ -109,7 +109,9 @@ def evaluate(args: argparse.Namespace) -> int:
         check_members(models)
         if args.lbfgs or (fmax is not None and models[0].config.dynamics.latent != "static"):
             option = "--lbfgs" if args.lbfgs else "--fmax"
-            raise InputError(f"--committee: measures what the models predict; leave out {option}")
+            raise InputError(
+                f"{option}: of several models eval measures what they predict; leave it out"
+            )
     with status("predicting…"):
         members = [
             evaluate_workdir(run, args.split, args.data, note, fmax, model)

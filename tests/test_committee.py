@@ -423,8 +423,8 @@ def test_eval_command(models, tmp_path, monkeypatch, capsys):
     assert [m.config.train.seed for m in both] == [0, 1] and len(load_committee()) > 1
     for wrong, words in (
         (["run0"], "must differ"),
-        (["run1", "--lbfgs"], "leave out --lbfgs"),
-        (["run1", "--fmax", "0.1"], "leave out --fmax"),
+        (["run1", "--lbfgs"], "--lbfgs: of several models"),
+        (["run1", "--fmax", "0.1"], "--fmax: of several models"),
         (["run7"], "run7: no such folder"),
         (["empty"], "empty: holds no trained model"),
     ):
