@@ -16,10 +16,10 @@ from relaxnet_jax.errors import InputError
 from relaxnet_jax.graph import structure_from_atoms
 from relaxnet_jax.model import NO_ENERGY_SURFACE, RelaxNet
 from relaxnet_jax.models.energy import RelaxNetwork
-from relaxnet_jax.potential import Evaluation, energies_and_forces
+from relaxnet_jax.potential import energies_and_forces
 from relaxnet_jax.programs import Program
 from relaxnet_jax.strain import to_voigt
-from relaxnet_jax.typing import AnyArray, Graph, Latent, Params, Positions
+from relaxnet_jax.typing import Graph, Latent, Params
 
 if TYPE_CHECKING:
     from ase import Atoms
@@ -38,19 +38,7 @@ def _encode(network: RelaxNetwork, params: Params, graph: Graph) -> Latent:
     return dynamics.initial_state(network, params, graph, positions).latent
 
 
-@Program
-def _evaluate(
-    network: RelaxNetwork,
-    params: Params,
-    scale: AnyArray,
-    graph: Graph,
-    positions: Positions,
-    latent: Latent,
-) -> Evaluation:
-    graphs, deformation = graph.n_node.shape[0], None
-    if network.dynamics.cell == "variable":
-        deformation = jnp.broadcast_to(jnp.eye(3, dtype=positions.dtype), (graphs, 3, 3))
-    return energies_and_forces(network, params, scale, graph, positions, latent, deformation)
+_evaluate = Program(energies_and_forces)
 
 
 def compiled_shapes() -> int:
@@ -135,12 +123,12 @@ class RelaxNetCalculator(Calculator):
         near = self._neighbourhood(self.atoms)
         positions = np.zeros(near.graph.nodes["positions"].shape, _dtype(self.model))
         positions[: len(self.atoms)] = self.atoms.positions
-        model = self.model
-        found = jax.device_get(
-            _evaluate(
-                model.network, model.params, model.energy_scale, near.graph, positions, near.latent
-            )
-        )
+        model, deformation = self.model, None
+        if model.config.dynamics.cell == "variable":
+            graphs = near.graph.n_node.shape[0]
+            deformation = np.repeat(np.eye(3, dtype=positions.dtype)[None], graphs, axis=0)
+        known = model.network, model.params, model.energy_scale, near.graph
+        found = jax.device_get(_evaluate(*known, positions, near.latent, deformation))
         energy = float(found.energies[0]) + near.composition_energy
         self.results = {
             "energy": energy,

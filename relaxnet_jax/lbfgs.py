@@ -18,20 +18,17 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import Array
 
 from relaxnet_jax.batching import BatchShape, collate, fitting_shape
 from relaxnet_jax.errors import InputError
 from relaxnet_jax.graph import Structure, build_structure
 from relaxnet_jax.model import RelaxNet
-from relaxnet_jax.models.energy import RelaxNetwork
 from relaxnet_jax.neighbors import approach
-from relaxnet_jax.potential import Evaluation, energies_and_forces
+from relaxnet_jax.potential import energies_and_forces
 from relaxnet_jax.programs import Program
 from relaxnet_jax.strain import to_voigt
-from relaxnet_jax.typing import AnyArray, Graph, Params
+from relaxnet_jax.typing import Graph
 
 FMAX = 0.05  # eV/Å
 MAX_STEP = 0.2  # Å
@@ -308,12 +305,9 @@ class _Batch:
             if deformation is not None:
                 deformation[index] = descent.change
         begin, before = time.perf_counter(), compiled_shapes()
-        model = self.model
-        found = jax.device_get(
-            _evaluate(
-                model.network, model.params, model.energy_scale, self.graph, positions, deformation
-            )
-        )
+        model, latent = self.model, np.zeros((self.shape.n_atoms, 0), self.dtype)
+        known = model.network, model.params, model.energy_scale, self.graph
+        found = jax.device_get(_evaluate(*known, positions, latent, deformation))
         if compiled_shapes() > before:
             self.compiling += time.perf_counter() - begin
         self.evaluations += 1
@@ -330,17 +324,7 @@ class _Batch:
         return BatchShape(*map(max, *both))
 
 
-@Program
-def _evaluate(
-    network: RelaxNetwork,
-    params: Params,
-    scale: AnyArray,
-    graph: Graph,
-    positions: Array,
-    deformation: Array | None,
-) -> Evaluation:
-    latent = jnp.zeros((positions.shape[0], 0), positions.dtype)
-    return energies_and_forces(network, params, scale, graph, positions, latent, deformation)
+_evaluate = Program(energies_and_forces)
 
 
 def compiled_shapes() -> int:
