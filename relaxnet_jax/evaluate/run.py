@@ -71,20 +71,7 @@ def compare(
     structures, kept, left_out = [], [], []
     for t in trajectories:
         try:
-            model.check_elements(t.atomic_numbers, t.id)
-            structures.append(
-                build_structure(
-                    t.atomic_numbers,
-                    t.positions[0],
-                    t.cells[0],
-                    t.pbc,
-                    model.config,
-                    t.fixed_mask,
-                    t.charges,
-                    t.id,
-                    relax_cell=t.variable_cell,
-                )
-            )
+            structures.append(frame_structure(model, t, 0))
             kept.append(t)
         except InputError as error:
             left_out.append(str(error))
@@ -128,6 +115,22 @@ def compare(
             )
         )
     return comparisons, left_out
+
+
+def frame_structure(model: RelaxNet, t: RelaxationTrajectory, frame: int) -> Structure:
+    """The structure of one frame as the model takes it. InputError where it cannot."""
+    model.check_elements(t.atomic_numbers, t.id)
+    return build_structure(
+        t.atomic_numbers,
+        t.positions[frame],
+        t.cells[frame],
+        t.pbc,
+        model.config,
+        t.fixed_mask,
+        t.charges,
+        t.id,
+        relax_cell=t.variable_cell,
+    )
 
 
 def model_of(workdir: str | Path) -> RelaxNet:

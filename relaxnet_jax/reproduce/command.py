@@ -141,9 +141,8 @@ def _sources(items: list[str]) -> dict[str, str]:
             raise InputError(
                 f"--config {item!r}: write it as NAME=FILE, NAME one of {', '.join(ROLES)}"
             )
-        found[role] = str(
-            find_config(file)
-        )  # a role that cannot be had may be left out: not so a typo
+        # A role that cannot be had may be left out: not so a typo.
+        found[role] = str(find_config(file))
     return found
 
 

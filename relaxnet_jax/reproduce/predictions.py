@@ -16,7 +16,7 @@ from relaxnet_jax.data.frames import select_frames
 from relaxnet_jax.data.sample import without_drift
 from relaxnet_jax.data.trajectory import RelaxationTrajectory
 from relaxnet_jax.errors import InputError
-from relaxnet_jax.evaluate.run import compare
+from relaxnet_jax.evaluate.run import compare, frame_structure
 from relaxnet_jax.graph import Structure, build_structure, masses_of
 from relaxnet_jax.lbfgs import minimise
 from relaxnet_jax.model import RelaxNet
@@ -70,21 +70,7 @@ def points(model: RelaxNet, relaxations: Relaxations, n_frames: int, report: Rep
     for t in relaxations:
         chosen = select_frames(t.n_frames, n_frames)
         try:
-            model.check_elements(t.atomic_numbers, t.id)
-            own = [
-                build_structure(
-                    t.atomic_numbers,
-                    t.positions[k],
-                    t.cells[k],
-                    t.pbc,
-                    model.config,
-                    t.fixed_mask,
-                    t.charges,
-                    t.id,
-                    relax_cell=t.variable_cell,
-                )
-                for k in chosen.indices
-            ]
+            own = [frame_structure(model, t, int(k)) for k in chosen.indices]
         except InputError as error:
             left_out.append(str(error))
             report(f"left out: {error}")
