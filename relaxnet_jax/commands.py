@@ -7,7 +7,6 @@ Results go to stdout, progress and remarks to stderr. Imports that start JAX com
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -250,15 +249,9 @@ def demo(args: argparse.Namespace) -> int:
 def _test_relaxations(workdir: Path, model: RelaxNet) -> tuple[list[RelaxationTrajectory], str]:
     """The relaxations of a run's test split, and the name of the data."""
     from relaxnet_jax.data.dataset import read_trajectories
+    from relaxnet_jax.data.split_file import split_of_run
 
-    file = workdir / "splits.json"
-    try:
-        ids = set(json.loads(file.read_text())["test"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"{file}: missing or damaged ({type(error).__name__}); give the workdir "
-            "of a complete training run"
-        ) from None
+    ids = set(split_of_run(workdir, "test"))
     found, _ = read_trajectories(model.config.data.path, model.config, note)
     return list(found.named(ids)), found.name
 

@@ -56,6 +56,7 @@ class Comparison:
       slots: (m,) int, increasing, place of each entry on the frame grid 0 … n_frames-1.
       n_frames: length of that grid.
       true_cells, pred_cells: (m, 3, 3), Å, where the cell relaxes; None where it is fixed.
+      usable: whether nothing forbids using the predicted final geometry (`trust.unusable`).
     """
 
     id: str
@@ -74,6 +75,7 @@ class Comparison:
     n_frames: int
     true_cells: np.ndarray | None = None
     pred_cells: np.ndarray | None = None
+    usable: bool = True
 
     def __post_init__(self) -> None:
         """Converts the arrays (floats to float64) and checks them; InputError names the field."""
@@ -176,9 +178,10 @@ def together(members: Sequence[Sequence[Comparison]]) -> list[tuple[Comparison, 
 
 
 def averaged(members: Sequence[Comparison]) -> Comparison:
-    """The mean of what members predict of one structure, as `committee.mean_path` averages paths:
-    of those whose prediction is finite, if there is one."""
-    first, members = members[0], [c for c in members if c.finite] or members
+    """The mean of what members predict of one structure, as `committee.join` makes it: of those whose
+    prediction is usable; where there is none of the finite ones, if there are."""
+    first, finite = members[0], [c for c in members if c.finite]
+    members = [c for c in finite if c.usable] or finite or members
     mean = {
         name: np.mean([getattr(c, name) for c in members], axis=0)
         for name in ("pred_positions", "pred_energies", "pred_forces")
@@ -189,7 +192,7 @@ def averaged(members: Sequence[Comparison]) -> Comparison:
         positions = [c.pred_positions for c in members]
         mean["pred_positions"], _ = mean_deformed(positions, steps)
         mean["pred_cells"] = np.mean(own, axis=0)
-    return dataclasses.replace(first, **mean)
+    return dataclasses.replace(first, usable=any(c.usable for c in members), **mean)
 
 
 def _deformations(initial: np.ndarray, cells: np.ndarray) -> np.ndarray:

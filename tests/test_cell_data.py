@@ -27,7 +27,7 @@ from relaxnet_jax.data.trajectory import RelaxationTrajectory
 from relaxnet_jax.errors import InputError
 from relaxnet_jax.evaluate.run import compare
 from relaxnet_jax.losses import loss_terms, strain_error
-from relaxnet_jax.metrics import structure_errors
+from relaxnet_jax.metrics import averaged, structure_errors
 from relaxnet_jax.model import create_model, load_model
 from relaxnet_jax.predict import Path, relax
 from relaxnet_jax.solver import Trajectory
@@ -204,6 +204,25 @@ def test_errors_do_not_depend_on_what_the_dynamics_conserve(cell):
         errors = structure_errors(found)["positions_mae"]
         assert errors.max() < 1e-9
         assert structure_errors(found, "nothing")["positions_mae"][-1] > 1e-3
+
+
+def test_cells_that_run_away_are_not_to_be_used():
+    """As `relax` sees it, so a committee's evaluation leaves the same members out."""
+    t, told = relaxation(crystal(), "a", (0.03, -0.01, 0.02)), []
+    cells = t.cells * np.array([1.0, 1.5, 3.0])[:, None, None]
+    paths = [
+        Path(np.linspace(0, 1, 3), t.positions, 0 * t.positions, t.energies, t.forces, c, 100.0)
+        for c in (t.cells, cells)
+    ]
+    model = create_model(tiny_config(dynamics__cell="variable"))
+    good, bad = (
+        compare(model, [t], told.append, predict=lambda _: [path], n_frames=3)[0][0]  # noqa: B023
+        for path in paths
+    )
+    assert good.usable and bad.finite and not bad.usable
+    (line,) = told
+    assert line.startswith("a: counts, though flagged as unusable (cell strained too far: ")
+    np.testing.assert_allclose(averaged([bad, good]).pred_cells, good.pred_cells)
 
 
 def test_driftless_frames_keep_their_cells():

@@ -220,6 +220,12 @@ def test_help_starts_without_jax():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_the_module_is_the_command():
+    argv = [sys.executable, "-m", "relaxnet_jax", "--version"]
+    said = subprocess.run(argv, check=True, capture_output=True, text=True).stdout
+    assert said.split() == ["relaxnet-jax", __version__]
+
+
 # Bad input: one line that names culprit and remedy, and nothing left behind
 
 

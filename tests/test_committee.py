@@ -451,10 +451,15 @@ def test_eval_of_a_committee_of_potentials(tmp_path, monkeypatch, capsys):
     assert "relax FILE --model run0 --model run1" in capsys.readouterr().out
 
 
-def test_averages_pass_over_what_is_not_finite():
+def test_averages_pass_over_what_is_not_usable():
     shift = np.full((4, 3), 0.1)
     one, other = comparison("a", shift, shift, 1.0), comparison("a", shift, 0 * shift, 2.0)
     lost = dataclasses.replace(one, pred_energies=np.array([0, np.nan]))
     assert averaged([one, other]).pred_energies[-1] == 1.5
     assert averaged([lost, other]).pred_energies[-1] == 2.0
     assert not averaged([lost, lost]).finite
+    away = dataclasses.replace(one, usable=False)
+    left = averaged([away, other, lost])
+    assert left.pred_energies[-1] == 2.0 and left.usable
+    none = averaged([away, lost])
+    assert none.pred_energies[-1] == 1.0 and not none.usable

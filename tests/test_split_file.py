@@ -15,7 +15,7 @@ from relaxnet_jax.cli import main
 from relaxnet_jax.config import load_config
 from relaxnet_jax.data.dataset import load_dataset
 from relaxnet_jax.data.prototypes import prototype
-from relaxnet_jax.data.split_file import make_folds, read_splits, run_splits
+from relaxnet_jax.data.split_file import make_folds, read_splits, run_splits, split_of_run
 from relaxnet_jax.data.store import TrajectoryStore
 from relaxnet_jax.data.store_write import write_store
 from relaxnet_jax.errors import InputError
@@ -119,7 +119,10 @@ def test_the_splits_of_a_run_are_a_file_of_splits(tmp_path):
         read_splits(file, ["a", "b", "c"], fold=1)
     (tmp_path / "model").mkdir()
     assert run_splits(tmp_path) == run_splits(tmp_path / "model") == (file, of_run)
+    assert split_of_run(tmp_path, "test") == ["c"]
     file.write_text('{"train": ["a"]}')
+    with pytest.raises(InputError, match=r"splits.json: damaged .*give the folder of a whole"):
+        split_of_run(tmp_path, "test")
     with pytest.raises(InputError, match=r"splits.json: damaged \(KeyError\)"):
         run_splits(tmp_path)
     file.unlink()

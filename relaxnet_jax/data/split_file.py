@@ -18,6 +18,7 @@ from relaxnet_jax.errors import InputError
 
 By = Literal["group", "formula", "elements", "prototype"]
 FORMAT = "relaxnet_jax splits"
+RECORD = "splits.json"  # of a training run, in its folder
 REMEDY = "make one with 'relaxnet-jax data split NAME.h5', or name a run's splits.json"
 
 
@@ -127,14 +128,32 @@ def run_splits(folder: Path) -> tuple[Path, dict[str, list[str]]] | None:
     Raises:
       InputError: it is damaged.
     """
-    places = (folder / "splits.json", folder.parent / "splits.json")
+    places = (folder / RECORD, folder.parent / RECORD)
     file = next((place for place in places if place.is_file()), None)
     if file is None:
         return None
+    return file, _record(file, "restore it, or give the model folder alone")
+
+
+def split_of_run(workdir: Path, split: str, otherwise: str = "") -> list[str]:
+    """The ids of one split of a training run.
+
+    Args:
+      split: "train", "validation" or "test".
+      otherwise: what else one could do, for the error.
+
+    Raises:
+      InputError: there is no splits.json in it, or it is damaged.
+    """
+    remedy = "give the folder of a whole training run" + otherwise
+    return _record(workdir / RECORD, remedy)[split]
+
+
+def _record(file: Path, remedy: str) -> dict[str, list[str]]:
     try:
         found = json.loads(file.read_text())
-        return file, {name: list(found[name]) for name in Splits._fields}
+        return {name: list(found[name]) for name in Splits._fields}
+    except FileNotFoundError:
+        raise InputError(f"{file}: no such file; {remedy}") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"{file}: damaged ({type(error).__name__}); restore it, or give the model folder alone"
-        ) from None
+        raise InputError(f"{file}: damaged ({type(error).__name__}); {remedy}") from None

@@ -15,6 +15,7 @@ from relaxnet_jax.data.dataset import SPLITS, read_trajectories
 from relaxnet_jax.data.frames import select_frames
 from relaxnet_jax.data.importing import import_files
 from relaxnet_jax.data.sample import centred, reference_frames
+from relaxnet_jax.data.split_file import split_of_run
 from relaxnet_jax.data.trajectory import RelaxationTrajectory
 from relaxnet_jax.errors import InputError
 from relaxnet_jax.evaluate.figures import parity_figure, per_frame_figure
@@ -24,10 +25,11 @@ from relaxnet_jax.lbfgs import FMAX, minimise
 from relaxnet_jax.metrics import Comparison, Metrics, Predictor, averaged, evaluate, together
 from relaxnet_jax.model import RelaxNet, load_model, model_folder
 from relaxnet_jax.predict import Path as PredictedPath
-from relaxnet_jax.predict import minimised_path, predict_structures
+from relaxnet_jax.predict import as_trajectory, minimised_path, predict_structures
 from relaxnet_jax.solver import frame_grid
 from relaxnet_jax.strain import deformations, from_reference
 from relaxnet_jax.train.start import SEEN, trained_on
+from relaxnet_jax.trust import trust_flags
 
 _NOT_UNSEEN = ": their errors are not those of unseen structures"
 PREDICTORS: tuple[Predictor, ...] = ("model", "nothing", "composition")
@@ -83,8 +85,12 @@ def compare(
     )
     comparisons = []
     for t, structure, path in zip(kept, structures, paths):
+        flags = trust_flags(as_trajectory(t.id, structure, path), model, path.skin)
+        grave = next((flag for flag in flags if flag.unusable), None)
         if path.failure:
             report(f"{t.id}: {path.failure}")
+        elif grave:
+            report(f"{t.id}: counts, though flagged as unusable ({grave.name}: {grave.detail})")
         chosen = select_frames(t.n_frames, n, "equidistant")
         relaxes = bool(structure.strain.any())
         true, steps = reference_frames(t, chosen.indices, relaxes, "unit")
@@ -112,6 +118,7 @@ def compare(
                 n_frames=n,
                 true_cells=t.cells[chosen.indices] if relaxes else None,
                 pred_cells=path.cells[chosen.slots] if relaxes else None,
+                usable=grave is None,
             )
         )
     return comparisons, left_out
@@ -170,14 +177,7 @@ def evaluate_workdir(
     if data is None:
         if split not in SPLITS:
             raise InputError(f"split {split!r}: must be one of {', '.join(SPLITS)}")
-        file = workdir / "splits.json"
-        try:
-            ids = set(json.loads(file.read_text())[split])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(
-                f"{file}: missing or damaged ({type(error).__name__}); give a whole training "
-                "run, or evaluate a file with --data"
-            ) from None
+        ids = set(split_of_run(workdir, split, ", or evaluate a file with --data"))
         found, _ = read_trajectories(model.config.data.path, model.config, report)
         trajectories = list(found.named(ids))
         name = f"{found.name}, {split} split"

@@ -15,6 +15,7 @@ from relaxnet_jax.benchmark.timing import compile_once
 from relaxnet_jax.benchmark.work import load_work, training_step
 from relaxnet_jax.data.dataset import read_trajectories
 from relaxnet_jax.data.files import atomic_path
+from relaxnet_jax.data.split_file import split_of_run
 from relaxnet_jax.data.trajectory import RelaxationTrajectory
 from relaxnet_jax.metrics import Comparison
 from relaxnet_jax.model import RelaxNet, load_model
@@ -145,8 +146,7 @@ class Lab:
         return self._models[run.digest]
 
     def _test(self, run: Run) -> list[RelaxationTrajectory]:
-        file = folder_of(self.setting.out, run) / "splits.json"
-        ids = tuple(json.loads(file.read_text())["test"])
+        ids = tuple(split_of_run(folder_of(self.setting.out, run), "test"))
         if ids not in self._tests:
             found, _ = read_trajectories(self.setting.data, run.config, lambda _: None)
             self._tests[ids] = list(found.named(ids))

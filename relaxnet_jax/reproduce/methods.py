@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 
 from relaxnet_jax import metrics
 from relaxnet_jax.metrics import together
-from relaxnet_jax.reproduce import paper
+from relaxnet_jax.reproduce import charts, paper
 from relaxnet_jax.reproduce.lab import Lab, Predicted
 from relaxnet_jax.reproduce.runs import Run
 from relaxnet_jax.reproduce.scores import (
@@ -161,6 +162,24 @@ def methods_table(methods: dict[str, tuple[str, Method]], nothing: Method) -> Ta
             ]
         )
     return Table("Final frames of the test split", COLUMNS, rows)
+
+
+def methods_figure(
+    methods: dict[str, tuple[str, Method]], nothing: Method, path: Path, caption: str
+) -> None:
+    """Bars of what the table says of positions, energies and time."""
+    by_label = dict(methods.values())
+    inference = "inference (ms/structure)"
+    panels = {
+        "coordinate MAE (Å)": {k: m.positions for k, m in by_label.items()},
+        "energy MAE (meV/atom)": {k: m.per_atom for k, m in by_label.items()},
+        inference: {k: scaled(m.seconds, 1e3) for k, m in by_label.items()},
+    }
+    marks = {
+        "coordinate MAE (Å)": {"doing nothing": nothing.positions.mean},
+        "energy MAE (meV/atom)": {"doing nothing": nothing.per_atom.mean},
+    }
+    charts.bars(panels, path, caption, marks, log=(inference,))
 
 
 def scaled(score: Score, factor: float) -> Score:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from relaxnet_jax.reproduce import charts, paper
+from relaxnet_jax.reproduce import paper
 from relaxnet_jax.reproduce.experiment import Experiment
 from relaxnet_jax.reproduce.formats import number
 from relaxnet_jax.reproduce.lab import Lab
@@ -13,9 +13,9 @@ from relaxnet_jax.reproduce.methods import (
     doing_nothing,
     foreign,
     method,
+    methods_figure,
     methods_table,
     minimised,
-    scaled,
     seeds,
 )
 from relaxnet_jax.reproduce.runs import Run
@@ -71,7 +71,10 @@ def section(lab: Lab) -> Section:
         )
     nothing = doing_nothing(own["explicit"])
     path = setting.out / "table5.png"
-    _draw(methods, nothing, path, setting.name)
+    caption = (
+        f"Final frames, test split of {setting.name}. Error bars: standard deviation over seeds."
+    )
+    methods_figure(methods, nothing, path, caption)
     c2 = ", ".join(number(f) for f in limits["C2"])
     return Section(
         "table5",
@@ -159,21 +162,6 @@ def _claims(methods: dict[str, tuple[str, Method]], nothing: Method) -> list[Cla
         ),
         *outside,
     ]
-
-
-def _draw(methods: dict[str, tuple[str, Method]], nothing: Method, path, data: str) -> None:
-    by_label = dict(methods.values())
-    panels = {
-        "coordinate MAE (Å)": {k: m.positions for k, m in by_label.items()},
-        "energy MAE (meV/atom)": {k: m.per_atom for k, m in by_label.items()},
-        "inference (ms/structure)": {k: scaled(m.seconds, 1e3) for k, m in by_label.items()},
-    }
-    marks = {
-        "coordinate MAE (Å)": {"doing nothing": nothing.positions.mean},
-        "energy MAE (meV/atom)": {"doing nothing": nothing.per_atom.mean},
-    }
-    caption = f"Final frames, test split of {data}. Error bars: standard deviation over seeds."
-    charts.bars(panels, path, caption, marks, log=("inference (ms/structure)",))
 
 
 EXPERIMENT = Experiment("table5", runs, section)

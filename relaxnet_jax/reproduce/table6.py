@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from relaxnet_jax.reproduce import charts
 from relaxnet_jax.reproduce.experiment import Experiment
 from relaxnet_jax.reproduce.lab import Lab
 from relaxnet_jax.reproduce.methods import (
     Method,
     criteria,
     doing_nothing,
+    methods_figure,
     methods_table,
     minimised,
-    scaled,
     seeds,
 )
 from relaxnet_jax.reproduce.runs import Run
@@ -49,7 +48,8 @@ def section(lab: Lab) -> Section:
                 methods[f"{name} {criterion}"] = (label, made)
     nothing = doing_nothing([lab.paths(run) for run in explicit])
     path = setting.out / "table6.png"
-    _draw(methods, nothing, path, setting.name)
+    caption = f"EGNN + LBFGS, test split of {setting.name}."
+    methods_figure(methods, nothing, path, caption)
     return Section(
         "table6",
         "Table 6: EGNN of 2 and 4 layers as a potential for relaxation",
@@ -77,23 +77,6 @@ def _claims(methods: dict[str, tuple[str, Method]]) -> list[Claim]:
         Claim("4 layers have better forces than 2", compare("forces", "meV/Å", "egnn4")),
         Claim("inference takes longer with 4 layers", compare("seconds", "s", "egnn")),
     ]
-
-
-def _draw(methods: dict[str, tuple[str, Method]], nothing: Method, path, data: str) -> None:
-    by_label = dict(methods.values())
-    panels = {
-        "coordinate MAE (Å)": {k: m.positions for k, m in by_label.items()},
-        "energy MAE (meV/atom)": {k: m.per_atom for k, m in by_label.items()},
-        "inference (ms/structure)": {k: scaled(m.seconds, 1e3) for k, m in by_label.items()},
-    }
-    marks = {"coordinate MAE (Å)": {"doing nothing": nothing.positions.mean}}
-    charts.bars(
-        panels,
-        path,
-        f"EGNN + LBFGS, test split of {data}.",
-        marks,
-        log=("inference (ms/structure)",),
-    )
 
 
 EXPERIMENT = Experiment("table6", runs, section)

@@ -23,6 +23,7 @@ from relaxnet_jax.data.dataset import Dataset, load_dataset
 from relaxnet_jax.data.pipeline import epoch_iterator
 from relaxnet_jax.data.references import fit_element_energies
 from relaxnet_jax.data.sample_file import SampleFile, SampleView, prepare_samples
+from relaxnet_jax.data.split_file import RECORD
 from relaxnet_jax.errors import InputError
 from relaxnet_jax.graph import MAX_ATOMIC_NUMBER
 from relaxnet_jax.losses import Term, weighted_loss
@@ -120,13 +121,13 @@ def train(
         )
     dataset = hosts.in_turn(lambda: load_dataset(config, report))
     if resume and hosts.first:
-        _check_same_splits(config, dataset, workdir / "splits.json")
+        _check_same_splits(config, dataset, workdir / RECORD)
     run = _Run(config, dataset, report, Devices(devices, report, hosts), shares)
     if hosts.first:
         workdir.mkdir(parents=True, exist_ok=True)
         if not resume:
             (workdir / "config.json").write_text(to_json(config))
-            (workdir / "splits.json").write_text(json.dumps(dataset.ids(), indent=1))
+            (workdir / RECORD).write_text(json.dumps(dataset.ids(), indent=1))
     return run.execute(workdir, resume)
 
 
