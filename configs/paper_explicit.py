@@ -27,6 +27,7 @@ def get_config():
             "mass": "atomic",
             "friction": False,
             "time_scale": False,
+            "max_speed": 0.0,
             "solver": "rk4",
             "substeps": 1,
             "rtol": 1e-3,

@@ -110,6 +110,8 @@ class DynamicsConfig:
       friction: learned friction, du/dt = F/m - gamma u.
       time_scale: learned scale s of pseudotime, dx/dt = s u, du/dt = s F/m.
       cell: "fixed", or "variable": the lattice relaxes too (see `relaxnet_jax.strain`).
+      max_speed: Å per unit of pseudotime (before ``time_scale``), and max_strain_rate: per unit of
+        pseudotime, which no motion exceeds, see `dynamics.limited` (0: no limit).
       solver: "rk4" (fixed steps) or "tsit5" (adaptive, with rtol and atol).
       substeps: RK4 steps between two frames.
       frames: number n of frames, at pseudotimes k/(n-1).
@@ -123,6 +125,8 @@ class DynamicsConfig:
     friction: bool = False
     time_scale: bool = False
     cell: Literal["fixed", "variable"] = "fixed"
+    max_speed: float = 10.0
+    max_strain_rate: float = 1.0
     solver: Literal["rk4", "tsit5"] = "rk4"
     substeps: int = 1
     frames: int = 5
@@ -430,6 +434,10 @@ def check_config(config: Config) -> Config:
     )
     require(config.loss.huber_forces >= 0, "loss.huber_forces must not be negative")
     require(m.envelope_power >= 3, "model.envelope_power must be at least 3")
+    require(
+        d.max_speed >= 0 and d.max_strain_rate >= 0,
+        "dynamics.max_speed and dynamics.max_strain_rate must not be negative (0: no limit)",
+    )
     require(d.frames >= 2, "dynamics.frames must be at least 2")
     require(d.substeps >= 1, "dynamics.substeps must be at least 1")
     require(

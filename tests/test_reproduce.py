@@ -197,7 +197,7 @@ def test_paper_configs(latent):
     assert (d.latent, d.order, d.mass, d.solver, d.rtol, d.atol) == (
         *(latent, "second", "atomic", "rk4"), 1e-3, 1e-3
     )  # fmt: skip
-    assert not d.friction and not d.time_scale and config.model.interaction == "triplets"
+    assert not d.friction and not d.time_scale and not d.max_speed and config.model.interaction == "triplets"
     assert config.model.layers == 2 and config.model.update_positions
     assert (t.learning_rate, t.weight_decay, t.batch_size, t.epochs) == (5e-4, 5e-5, 64, 1000)
     assert (t.plateau_factor, t.plateau_patience, t.early_stop_patience) == (0.8, 8, 20)

@@ -15,13 +15,14 @@ from tiny import (
     batch,
     compiled,
     no_weights,
+    split,
     systems,
     tiny_config,
     tiny_model,
 )
 
 from relaxnet_jax.config import DynamicsConfig
-from relaxnet_jax.dynamics import State
+from relaxnet_jax.dynamics import State, limited
 from relaxnet_jax.model import predict_trajectory
 from relaxnet_jax.solver import RK4, frame_grid, interpolate_states, solve_with_rates
 
@@ -293,6 +294,56 @@ def test_vmap(explicit):
             np.asarray(both.positions)[k][:, real], np.asarray(one.positions)[:, real], atol=1e-9)
         np.testing.assert_allclose(both.energies[k][:, :3], one.energies[:, :3], rtol=1e-9)
     assert np.abs(both.energies[0] - both.energies[1]).max() > 1e-4
+
+
+def test_limited_rates():
+    """The same far below the limit, never above it, smooth at zero and far beyond."""
+    rates = jnp.array([[0.0, 0, 0], [0.3, 0, -0.4], [3.0, 4, 0], [1e12, 0, 0]])
+    found = limited(rates, 5.0)
+    np.testing.assert_array_equal(found[0], 0)
+    np.testing.assert_allclose(found[1], rates[1], rtol=3e-5)
+    np.testing.assert_allclose(found[2], rates[2] * 2**-0.25, rtol=1e-12)
+    np.testing.assert_allclose(found[3], [5.0, 0, 0], rtol=1e-9)
+    tensor = jnp.diag(jnp.array([2.0, -1.0, 2.0]))[None]
+    np.testing.assert_allclose(limited(tensor, 3.0, (-2, -1)), tensor * 2**-0.25, rtol=1e-12)
+    assert limited(rates, 0.0) is rates
+    for dtype in (np.float32, np.float64):
+        slopes = jax.vmap(jax.jacobian(lambda r: limited(r, 5.0)))(rates.astype(dtype))
+        assert np.isfinite(slopes).all()
+        np.testing.assert_allclose(slopes[0], np.eye(3))
+
+
+@pytest.mark.parametrize("order", ("first", "second"))
+def test_nothing_runs_away(order):
+    """Of forces beyond all measure positions, cells and gradients stay finite, and nothing drifts."""
+    def solve(unit, limits):
+        changes = dict(zip(("dynamics__max_speed", "dynamics__max_strain_rate"), limits))
+        changes |= {"dynamics__cell": "variable", "dynamics__mass": "unit"}
+        config = tiny_config(dynamics__order=order, **changes)
+        model = tiny_model(config)
+        model = model.replace(energy_scale=model.energy_scale * unit)
+        graph = batch(systems(), config)
+        path = compiled(config).trajectory(model, graph)
+        weights = [*no_weights(graph), np.zeros(path.cells.shape), np.zeros(path.stresses.shape)]
+        weights[0][-1] = np.asarray(graph.nodes["mask"])[:, None]
+        _, gradients = compiled(config).weighted(model, graph.nodes["positions"], graph, weights)
+        return path, gradients, np.asarray(graph.nodes["mask"])
+
+    path, gradients, real = solve(1e9, (10.0, 1.0))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
+    volumes = np.abs(np.linalg.det(path.cells[:, 1:3]))
+    stretched = np.linalg.solve(path.cells[0, 2], path.cells[-1, 2])
+    assert np.abs(np.log(np.linalg.svd(stretched, compute_uv=False))).max() < 1.5
+    assert volumes.min() > 0
+    molecule = split(path.positions, systems())[0]
+    np.testing.assert_allclose(molecule.mean(1), molecule[:1].mean(1).repeat(3, 0), atol=1e-9)
+    assert 1 < np.linalg.norm(molecule[-1] - molecule[0], axis=-1).max() < 20
+    free, _, _ = solve(1e9, (0.0, 0.0))
+    assert not np.abs(free.positions[-1, real]).max() < 1e3
+    # Motions of tenths of an Å are not touched.
+    near, far = solve(1.0, (10.0, 1.0))[0], solve(1.0, (0.0, 0.0))[0]
+    np.testing.assert_allclose(near.positions, far.positions, atol=1e-3)
+    assert np.abs(near.positions[-1] - near.positions[0]).max() > 0.05
 
 
 @pytest.mark.parametrize("latent", SCHEMES)
