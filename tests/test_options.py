@@ -77,7 +77,9 @@ def test_every_combination_initialises():
 @pytest.mark.usefixtures("x64")
 def test_first_order_descends():
     """dx/dt = mobility · F: the implicit scheme's energy falls at every frame; u = 0."""
-    config = tiny_config("implicit", model__layers=1, dynamics__order="first", dynamics__max_speed=0.0)
+    config = tiny_config(
+        "implicit", model__layers=1, dynamics__order="first", dynamics__max_speed=0.0
+    )
     model = tiny_model(config)
     model = model.replace(params=model.params | {"log_time_scale": np.float64(-3.0)})
     atoms = systems()
@@ -102,7 +104,7 @@ def test_friction_time_scale_unit_mass_charges():
     """dx/dt = s u, du/dt = s (F - gamma u) with unit masses; all four change what they should."""
     config = tiny_config(
         "explicit", model__layers=1, model__charges=True, dynamics__friction=True,
-        dynamics__time_scale=True, dynamics__mass="unit")  # fmt: skip
+        dynamics__time_scale=True, dynamics__mass="unit", dynamics__max_speed=0.0)  # fmt: skip
     model, atoms = tiny_model(config), systems()
     graph, functions = batch(atoms, config), compiled(config)
     x = graph.nodes["positions"]
