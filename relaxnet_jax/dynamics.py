@@ -153,9 +153,8 @@ def vector_field(
     velocities = limited(acceleration if first else state.velocities, limits[0])
     if limits[0] > 0:  # which takes more off the fastest: the centre of mass would drift
         velocities = constrain_velocity(graph, velocities, inertia(network, graph))
-    strain_rate = (
-        None if state.strain_rate is None else limited(state.strain_rate, limits[1], (-2, -1))
-    )
+    raw = state.strain_rate
+    strain_rate = None if raw is None else limited(raw, limits[1], (-2, -1))
     dx, du = speed * velocities, jnp.zeros_like(velocities)
     if not first:
         friction = jnp.asarray(call(network, params, "friction"), acceleration.dtype)
@@ -166,7 +165,7 @@ def vector_field(
         dh = call(network, params, "latent_rate", state.latent, result.pair, seen, *extra)
     else:
         dh = jnp.zeros_like(state.latent)
-    if state.deformation is None or strain_rate is None or result.virial is None:
+    if raw is None or strain_rate is None or state.deformation is None or result.virial is None:
         return State(dx, du, dh)
     size = jnp.maximum(graph.n_node, 1).astype(speed.dtype)[:, None, None]
     mass = jnp.asarray(call(network, params, "cell_mass", state.latent, graph), speed.dtype)
@@ -175,5 +174,5 @@ def vector_field(
         rate, drate = limited(push, limits[1], (-2, -1)), jnp.zeros_like(push)
     else:
         friction = jnp.asarray(call(network, params, "cell_friction"), speed.dtype)
-        rate, drate = strain_rate, speed * (push - friction * state.strain_rate)
+        rate, drate = strain_rate, speed * (push - friction * raw)
     return State(dx, du, dh, speed * (rate @ state.deformation), drate)
