@@ -148,13 +148,13 @@ def vector_field(
     else:
         acceleration = jnp.where(movable(graph), forces / inertia(network, graph)[:, None], 0.0)
     speed = jnp.asarray(call(network, params, "time_scale"), acceleration.dtype)
-    limits = network.dynamics.max_speed, network.dynamics.max_strain_rate
+    max_speed, max_rate = network.dynamics.max_speed, network.dynamics.max_strain_rate
     first = network.dynamics.order == "first"
-    velocities = limited(acceleration if first else state.velocities, limits[0])
-    if limits[0] > 0:  # which takes more off the fastest: the centre of mass would drift
+    velocities = limited(acceleration if first else state.velocities, max_speed)
+    if max_speed > 0:  # which takes more off the fastest: the centre of mass would drift
         velocities = constrain_velocity(graph, velocities, inertia(network, graph))
     raw = state.strain_rate
-    strain_rate = None if raw is None else limited(raw, limits[1], (-2, -1))
+    strain_rate = None if raw is None else limited(raw, max_rate, (-2, -1))
     dx, du = speed * velocities, jnp.zeros_like(velocities)
     if not first:
         friction = jnp.asarray(call(network, params, "friction"), acceleration.dtype)
@@ -171,7 +171,7 @@ def vector_field(
     mass = jnp.asarray(call(network, params, "cell_mass", state.latent, graph), speed.dtype)
     push = -strainable(graph, result.virial) / (size * mass)
     if first:
-        rate, drate = limited(push, limits[1], (-2, -1)), jnp.zeros_like(push)
+        rate, drate = limited(push, max_rate, (-2, -1)), jnp.zeros_like(push)
     else:
         friction = jnp.asarray(call(network, params, "cell_friction"), speed.dtype)
         rate, drate = strain_rate, speed * (push - friction * raw)
