@@ -35,6 +35,11 @@ class BatchShape:
         """Edges, bonds and triplets: what a batch of this shape costs."""
         return self.n_edges + self.n_bonds + self.n_atoms * self.n_slots**2
 
+    def holds(self, other: BatchShape) -> bool:
+        """Whether a batch of another shape has room in this one."""
+        mine, others = dataclasses.astuple(self), dataclasses.astuple(other)
+        return all(a >= b for a, b in zip(mine, others))
+
 
 def structure_cost(structure: Structure) -> int:
     """Edges, bonds and triplets a structure really has, comparable with `BatchShape.cost`."""
@@ -115,7 +120,7 @@ def collate(structures: Sequence[Structure], shape: BatchShape, dtype=np.float32
     """
     N, G = shape.n_atoms, shape.n_graphs
     need = fitting_shape(structures)
-    if any(getattr(need, f.name) > getattr(shape, f.name) for f in dataclasses.fields(shape)):
+    if not shape.holds(need):
         raise ValueError(f"structures needing {need} do not fit {shape}")
     nodes = {
         "positions": np.zeros((N, 3), dtype),

@@ -16,7 +16,7 @@ from relaxnet_jax.errors import InputError
 from relaxnet_jax.graph import structure_from_atoms
 from relaxnet_jax.model import NO_ENERGY_SURFACE, RelaxNet
 from relaxnet_jax.models.energy import RelaxNetwork
-from relaxnet_jax.potential import energies_and_forces
+from relaxnet_jax.potential import evaluate
 from relaxnet_jax.programs import Program
 from relaxnet_jax.strain import to_voigt
 from relaxnet_jax.typing import Graph, Latent, Params
@@ -36,14 +36,6 @@ def _encode(network: RelaxNetwork, params: Params, graph: Graph) -> Latent:
     """h of the graph's own positions in the explicit scheme; (N, 0) in the implicit one."""
     positions = jnp.asarray(graph.nodes["positions"])
     return dynamics.initial_state(network, params, graph, positions).latent
-
-
-_evaluate = Program(energies_and_forces)
-
-
-def compiled_shapes() -> int:
-    """How many padded shapes have been compiled for calculators in this process."""
-    return _evaluate.cache_size()
 
 
 class _Neighbourhood(NamedTuple):
@@ -128,7 +120,7 @@ class RelaxNetCalculator(Calculator):
             graphs = near.graph.n_node.shape[0]
             deformation = np.repeat(np.eye(3, dtype=positions.dtype)[None], graphs, axis=0)
         known = model.network, model.params, model.energy_scale, near.graph
-        found = jax.device_get(_evaluate(*known, positions, near.latent, deformation))
+        found = jax.device_get(evaluate(*known, positions, near.latent, deformation))
         energy = float(found.energies[0]) + near.composition_energy
         self.results = {
             "energy": energy,

@@ -25,8 +25,7 @@ from relaxnet_jax.errors import InputError
 from relaxnet_jax.graph import Structure, build_structure
 from relaxnet_jax.model import RelaxNet
 from relaxnet_jax.neighbors import approach
-from relaxnet_jax.potential import energies_and_forces
-from relaxnet_jax.programs import Program
+from relaxnet_jax.potential import compiled_shapes, evaluate
 from relaxnet_jax.strain import to_voigt
 from relaxnet_jax.typing import Graph
 
@@ -307,7 +306,7 @@ class _Batch:
         begin, before = time.perf_counter(), compiled_shapes()
         model, latent = self.model, np.zeros((self.shape.n_atoms, 0), self.dtype)
         known = model.network, model.params, model.energy_scale, self.graph
-        found = jax.device_get(_evaluate(*known, positions, latent, deformation))
+        found = jax.device_get(evaluate(*known, positions, latent, deformation))
         if compiled_shapes() > before:
             self.compiling += time.perf_counter() - begin
         self.evaluations += 1
@@ -322,11 +321,3 @@ class _Batch:
             return needed
         both = dataclasses.astuple(self.shape), dataclasses.astuple(needed)
         return BatchShape(*map(max, *both))
-
-
-_evaluate = Program(energies_and_forces)
-
-
-def compiled_shapes() -> int:
-    """How many batch shapes have been compiled for minimisation in this process."""
-    return _evaluate.cache_size()

@@ -10,7 +10,7 @@ from jax import Array
 
 from relaxnet_jax.graph import deform
 from relaxnet_jax.models.energy import RelaxNetwork, call
-from relaxnet_jax.programs import storable
+from relaxnet_jax.programs import Program, storable
 from relaxnet_jax.strain import deform_positions, symmetric
 from relaxnet_jax.typing import AnyArray, Energies, Forces, Graph, Latent, Params, Positions
 
@@ -78,3 +78,12 @@ def energies_and_forces(
         positions, jnp.zeros_like(deformation)
     )
     return Evaluation(energies, -gradient, pair, virial)
+
+
+# One for all who evaluate outside a traced program: what one has compiled serves the others.
+evaluate = Program(energies_and_forces)
+
+
+def compiled_shapes() -> int:
+    """How many padded shapes have been compiled for `evaluate` in this process."""
+    return evaluate.cache_size()

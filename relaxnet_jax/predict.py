@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import jax
@@ -105,7 +105,7 @@ def predict_structures(
     """Predicted paths of many structures, in the order given.
 
     Batches are of similar cost, whatever the sizes of the structures, and their shapes rounded up,
-    so that few are compiled.
+    so that few are compiled; what is solved again comes in shapes that are compiled already.
     Where atoms approach by more than the skin, the neighbour list could miss a pair: those
     structures are solved again with a wider one. A batch that does not fit in the device's memory
     is halved until it does; the path of a structure that does not fit alone says so in
@@ -132,12 +132,9 @@ def predict_structures(
     pending = {i: (s, model.config.graph.skin) for i, s in enumerate(structures)}
     for widening in range(MAX_WIDENINGS + 1):
         retry = {}
-        waiting = list(pending)
-        packed = pack([structure_cost(pending[i][0]) for i in waiting], batch_size)
-        groups = [[waiting[k] for k in members] for members in packed]
-        shapes = [_batch_shape([pending[i][0] for i in g], batch_size) for g in groups]
-        for members, shape in zip(groups, shared_shapes(shapes)):
-            paths = batches.predict([pending[i][0] for i in members], shape)
+        waiting = {i: structure for i, (structure, _) in pending.items()}
+        for members, shape in _divide(waiting, batch_size, batches.used):
+            paths = batches.predict([waiting[i] for i in members], shape)
             for i, raw in zip(members, paths):
                 structure, skin = pending[i]
                 # From the structure the list was made for.
@@ -201,23 +198,59 @@ def _with_skin(model: RelaxNet, s: Structure, skin: float) -> Structure:
     )
 
 
+def _divide(
+    structures: Mapping[int, Structure], batch_size: int, used: Sequence[BatchShape]
+) -> list[tuple[list[int], BatchShape]]:
+    """Batches of structures by number, and their shapes: such that have been used where there is
+    room, in smaller batches if need be, since a new one is compiled for much longer than it runs."""
+    placed, rest = [], list(structures)
+    if used:
+        waiting, rest = _packed(structures, rest, batch_size), []
+        while waiting:
+            group = waiting.pop()
+            need = fitting_shape([structures[i] for i in group])
+            roomy = [shape for shape in used if shape.holds(need)]
+            middle = len(group) // 2
+            if roomy:
+                placed.append((group, min(roomy, key=lambda shape: shape.cost)))
+            elif middle:
+                waiting += [group[:middle], group[middle:]]
+            else:
+                rest += group
+    groups = _packed(structures, rest, batch_size)
+    shapes = [_batch_shape([structures[i] for i in group], batch_size) for group in groups]
+    return placed + list(zip(groups, shared_shapes(shapes)))
+
+
+def _packed(
+    structures: Mapping[int, Structure], numbers: Sequence[int], batch_size: int
+) -> list[list[int]]:
+    packed = pack([structure_cost(structures[i]) for i in numbers], batch_size)
+    return [[numbers[k] for k in members] for members in packed]
+
+
 class _Batches:
     """Solves batches, and smaller ones where they do not fit in memory.
 
     Attributes:
+      used: the shapes of the batches so far.
       too_much: the least padded cost that did not fit so far. A batch of that cost is split
         without being tried: what is tried is compiled first.
     """
 
     def __init__(self, model: RelaxNet, times: np.ndarray | None, n_frames: int) -> None:
         self.model, self.times, self.n_frames = model, times, n_frames
+        self.used: list[BatchShape] = []
         self.too_much = math.inf
 
     def predict(self, structures: Sequence[Structure], shape: BatchShape) -> list[Path]:
         """The paths of one batch; see `predict_structures`."""
         if len(structures) == 1 or shape.cost < self.too_much:
             try:
-                return _predict_batch(self.model, structures, self.times, shape)
+                paths = _predict_batch(self.model, structures, self.times, shape)
+                if shape not in self.used:
+                    self.used.append(shape)
+                return paths
             except (jax.errors.JaxRuntimeError, MemoryError) as error:
                 if not out_of_memory(error):
                     raise

@@ -9,8 +9,9 @@ from ase.md.verlet import VelocityVerlet
 from ase.optimize import BFGS
 from tiny import crystal, molecule, slab, tiny_config, tiny_model
 
-from relaxnet_jax.calculator import RelaxNetCalculator, compiled_shapes
+from relaxnet_jax.calculator import RelaxNetCalculator
 from relaxnet_jax.errors import InputError
+from relaxnet_jax.potential import compiled_shapes
 
 pytestmark = pytest.mark.usefixtures("x64", "quick_compilation")
 

@@ -7,7 +7,8 @@ from tiny import crystal, molecule, slab, tiny_config, tiny_model
 
 from relaxnet_jax.calculator import RelaxNetCalculator
 from relaxnet_jax.errors import InputError
-from relaxnet_jax.lbfgs import compiled_shapes, inverse_hessian_times, minimise
+from relaxnet_jax.lbfgs import inverse_hessian_times, minimise
+from relaxnet_jax.potential import compiled_shapes
 from relaxnet_jax.predict import predict_structures, relax
 
 pytestmark = pytest.mark.usefixtures("x64", "quick_compilation")

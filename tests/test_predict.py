@@ -11,7 +11,7 @@ from tiny import crystal, molecule, slab, systems, tiny_config, tiny_model
 
 import relaxnet_jax
 from relaxnet_jax import predict
-from relaxnet_jax.batching import BatchShape, pack, shared_shapes
+from relaxnet_jax.batching import BatchShape, fitting_shape, pack, shared_shapes
 from relaxnet_jax.committee import predict_members
 from relaxnet_jax.config import load_config, to_dict
 from relaxnet_jax.errors import InputError
@@ -116,6 +116,47 @@ def test_skin_widens(model):
     assert np.abs(np.asarray(narrow.energies)[:, 0] - path.energies).max() > 5e-5
     (calm,) = predict_structures(model, [model.structure(crystal())])
     assert (calm.skin == 0.5) == (approach(calm.positions, calm.cells, 4.5) <= 0.5)
+
+
+def meeting(offset):
+    """Two molecules whose atoms meet on the way, and need a wider skin."""
+    atoms, other = molecule(), molecule()
+    other.positions += [4.3 + offset, -2.8, 0.0]
+    return atoms + other
+
+
+def test_wider_skins_take_compiled_shapes(model):
+    """Solving again compiles nothing where the shapes there are have room, and changes no path."""
+    fast = scaled(model, 1.5)
+    structures = [fast.structure(meeting(d)) for d in (0.0, 0.1, 9.0)]
+    structures += [fast.structure(molecule()) for _ in range(5)]
+    before = compiled_shapes()
+    paths = predict_structures(fast, structures, batch_size=8)
+    assert all(path.skin > 0.5 for path in paths[:2])
+    assert compiled_shapes() == before + 1
+    for path, structure in zip(paths[:3], structures):
+        (alone,) = predict_structures(fast, [structure])
+        assert alone.skin == pytest.approx(path.skin, abs=1e-4)
+        np.testing.assert_allclose(path.positions, alone.positions, atol=1e-4)
+
+
+def test_divide(model):
+    """Among the shapes used, the cheapest with room; smaller batches before a new shape."""
+    small, large = model.structure(molecule()), model.structure(crystal().repeat((2, 2, 1)))
+    of = dict(enumerate([small] * 5))
+    (first,) = predict._divide(of, 8, [])
+    shape = first[1]
+    assert sorted(first[0]) == [0, 1, 2, 3, 4] and shape.holds(fitting_shape([small] * 5))
+    roomy = dataclasses.replace(shape, n_edges=10 * shape.n_edges)
+    assert predict._divide(of, 8, [roomy, shape]) == [(first[0], shape)]
+    # Twice as many as there is room for are halved, and what does not fit gets a shape of its own.
+    tight = dataclasses.replace(fitting_shape([small] * 4), n_graphs=9)
+    divided = predict._divide(dict(enumerate([small] * 8)) | {8: large}, 9, [tight])
+    assert sorted(i for members, _ in divided for i in members) == list(range(9))
+    ((own, new),) = [pair for pair in divided if pair[1] != tight]
+    assert own == [8] and new.holds(fitting_shape([large])) and not tight.holds(new)
+    for members, found in divided:
+        assert found.holds(fitting_shape([large if i == 8 else small for i in members]))
 
 
 def test_approach():
