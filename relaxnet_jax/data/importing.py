@@ -242,7 +242,10 @@ class _Merged:
                 f"{min(self.seen)!r}: its column id must hold their ids"
             )
         for count, what in (
-            (len(self.seen) - len(named), "relaxations are not in it: their group is their composition"),
+            (
+                len(self.seen) - len(named),
+                "relaxations are not in it: their group is their composition",
+            ),
             (len(groups) - len(named), "of its ids were not read"),
         ):
             if count:

@@ -134,9 +134,7 @@ def _factory(name: str, option: str) -> Calculator:
     return Calculator(make, attribute, f"calculator {name}", None, version)
 
 
-def check_calculator(
-    name: str, relax_cell: bool, option: str = "--calculator"
-) -> Calculator:
+def check_calculator(name: str, relax_cell: bool, option: str = "--calculator") -> Calculator:
     """Loads the calculator and makes one, so that a wrong one is refused before any work.
 
     Args:

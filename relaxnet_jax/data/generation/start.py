@@ -48,9 +48,7 @@ def _draw(
     parent: Atoms, settings: Settings, elements: Collection[int] | None, rng: np.random.Generator
 ) -> Atoms:
     atoms = parent.copy()
-    numbers = substituted(
-        parent.numbers, settings.substitute, elements, rng, settings.f_elements
-    )
+    numbers = substituted(parent.numbers, settings.substitute, elements, rng, settings.f_elements)
     scale = radii(numbers).sum() / radii(parent.numbers).sum()
     atoms.numbers = numbers
     strain = symmetric(rng.uniform(-settings.strain, settings.strain, 6))

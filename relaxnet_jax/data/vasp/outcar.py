@@ -228,7 +228,9 @@ class Outcar:
             self.functional["LDAU"] = [b"T"]
         elif mark in (b"GGA     =", b"METAGGA=", b"LHFCALC =", b"LUSE_VDW   ="):
             tag, _, value = line.partition(b"=")
-            self.functional.setdefault(tag.strip().decode(), []).append(value.strip().split(b" ")[0])
+            self.functional.setdefault(tag.strip().decode(), []).append(
+                value.strip().split(b" ")[0]
+            )
         elif mark == b"using selective dynamics":
             self.selective = True
         elif mark == b"IBRION =":
