@@ -270,7 +270,7 @@ def test_numbers_as_people_read_them():
     assert formats.with_deviation(0.123456, 0.01) == "0.123 ± 0.010"
     assert formats.with_deviation(26.44, 0.04) == "26.44 ± 0.04"
     assert formats.with_deviation(math.nan, None) == formats.number(None) == "–"
-    assert formats.percent_change(1.5, 2.0) == "-25.0 %" and formats.percent_change(1, 0) == "–"
+    assert formats.percent_change(0.75) == "-25.0 %" and formats.percent_change(np.nan) == "–"
 
 
 def test_sections_are_csv_and_markdown(tmp_path):

@@ -27,11 +27,9 @@ def with_deviation(mean: float, deviation: float | None, digits: int = 3) -> str
     return f"{mean:.{decimals}f} ± {deviation:.{decimals}f}"
 
 
-def percent_change(new: float, old: float) -> str:
-    """ "+12.3 %"; a dash where there is nothing to compare."""
-    if not (math.isfinite(new) and math.isfinite(old)) or old == 0:
-        return "–"
-    return f"{100 * (new / old - 1):+.1f} %"
+def percent_change(ratio: float) -> str:
+    """ "+12.3 %" of 1.123; a dash where there is nothing to compare."""
+    return f"{100 * (ratio - 1):+.1f} %" if math.isfinite(ratio) else "–"
 
 
 def _decimals(size: float, digits: int) -> int:

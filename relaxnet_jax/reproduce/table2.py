@@ -8,7 +8,7 @@ from relaxnet_jax.reproduce.formats import percent_change
 from relaxnet_jax.reproduce.lab import Lab
 from relaxnet_jax.reproduce.methods import seeds
 from relaxnet_jax.reproduce.runs import Run
-from relaxnet_jax.reproduce.scores import Score, errors, numbers
+from relaxnet_jax.reproduce.scores import Score, errors, numbers, relative
 from relaxnet_jax.reproduce.section import Cell, Section, Table
 from relaxnet_jax.reproduce.setting import Setting
 from relaxnet_jax.reproduce.table1 import case_runs as direct_runs
@@ -62,8 +62,8 @@ def section(lab: Lab) -> Section:
     static = {share: _static(setting, share) for share in STRUCTURES}
     base = {
         share: (
-            errors([lab.paths(r).comparisons for r in wanted], "energy_mae").mean,
-            numbers([lab.epoch_seconds(r) for r in wanted]).mean,
+            errors([lab.paths(r).comparisons for r in wanted], "energy_mae"),
+            numbers([lab.epoch_seconds(r) for r in wanted]),
         )
         for share, wanted in static.items()
     }
@@ -89,14 +89,12 @@ def section(lab: Lab) -> Section:
                 places[case],
                 seconds[case],
                 60 * theirs[4],
-                percent_change(energy["final"][case].mean, base[share][0]),
-                percent_change(seconds[case].mean, base[share][1]),
-                percent_change(energy["all"][case].mean, energy["all"][other].mean)
+                _change(energy["final"][case], base[share][0]),
+                _change(seconds[case], base[share][1]),
+                _change(energy["all"][case], energy["all"][other])
                 if scheme == "explicit"
                 else None,
-                percent_change(seconds[case].mean, seconds[other].mean)
-                if scheme == "explicit"
-                else None,
+                _change(seconds[case], seconds[other]) if scheme == "explicit" else None,
                 numbers([len(lab.epochs(r)) for r in found[case]]),
             ]
         )
@@ -144,6 +142,11 @@ COLUMNS = (
     "time against implicit",
     "epochs",
 )
+
+
+def _change(new: Score, old: Score) -> str:
+    """In percent, over the structures that both have."""
+    return percent_change(relative(new, old).mean)
 
 
 def _nothing(frames: int, compared) -> list[Cell]:
