@@ -23,7 +23,8 @@ class EGNNLayer(nn.Module):
 
     Where it departs: neighbours within the cutoff c instead of all pairs; m_ij and phi_x(m_ij) are
     multiplied by the envelope of r_ij at the input, so that energies and forces are smooth when a
-    pair enters the cutoff; C is a constant in both sums, so that energies stay additive.
+    pair enters the cutoff; C is a constant in both sums, so that energies stay additive; phi_h starts
+    near zero, as phi_x does: from ordinary parameters four layers learned nothing at rates that suit two.
     """
 
     graph_config: GraphConfig
@@ -50,7 +51,8 @@ class EGNNLayer(nn.Module):
         weight = MLP((width, 1), small=True, name="positions")(messages) * cut
         total = sum_edges(messages, edges.receivers, h.shape[0]) / PAIR_NORM
         step = sum_edges(-weight * vectors, edges.receivers, h.shape[0]) / PAIR_NORM
-        h = h + MLP((width, width), name="update")(jnp.concatenate([h, total], -1))
+        update = MLP((width, width), small=True, name="update")
+        h = h + update(jnp.concatenate([h, total], -1))
         positions = positions + step.astype(positions.dtype)
         return (h, positions), positions
 
