@@ -5,12 +5,7 @@ which needs no JAX) stays cheap.
 """
 
 import importlib
-import os
 from typing import TYPE_CHECKING
-
-# Read when equinox, under diffrax, is first imported. Its default puts Python callbacks into
-# compiled programs, and JAX keeps no such program in its persistent cache.
-os.environ.setdefault("EQX_ON_ERROR", "nan")
 
 _HOMES = {
     "RelaxNetCalculator": "relaxnet_jax.calculator",
@@ -21,6 +16,7 @@ _HOMES = {
     "load_committee": "relaxnet_jax.model",
     "load_model": "relaxnet_jax.model",
     "save_model": "relaxnet_jax.model",
+    "stack_models": "relaxnet_jax.model",
     "predict_trajectory": "relaxnet_jax.model",
     "relax": "relaxnet_jax.predict",
     "relax_committee": "relaxnet_jax.committee",
@@ -45,6 +41,7 @@ if TYPE_CHECKING:
     from relaxnet_jax.model import load_model as load_model
     from relaxnet_jax.model import predict_trajectory as predict_trajectory
     from relaxnet_jax.model import save_model as save_model
+    from relaxnet_jax.model import stack_models as stack_models
     from relaxnet_jax.predict import relax as relax
     from relaxnet_jax.solver import solve_trajectory as solve_trajectory
     from relaxnet_jax.starting import head_start as head_start

@@ -90,6 +90,11 @@ def pack(costs: Sequence[int], batch_size: int) -> list[list[int]]:
     return [sorted(batch) for batch in batches]
 
 
+def largest_shape(shapes: Sequence[BatchShape]) -> BatchShape:
+    """The smallest in which all of these have room; there is at least one."""
+    return BatchShape(*map(max, zip(*map(dataclasses.astuple, shapes))))
+
+
 def shared_shapes(shapes: Sequence[BatchShape]) -> list[BatchShape]:
     """For each of these shapes one as large or larger; few different ones.
 
@@ -101,8 +106,7 @@ def shared_shapes(shapes: Sequence[BatchShape]) -> list[BatchShape]:
     while order:
         least = shapes[order[0]].cost / WASTE
         group = [i for i in order if shapes[i].cost >= least]
-        columns = zip(*(dataclasses.astuple(shapes[i]) for i in group))
-        largest = BatchShape(*(max(column) for column in columns))
+        largest = largest_shape([shapes[i] for i in group])
         for i in group:
             result[i] = largest
         order = order[len(group) :]

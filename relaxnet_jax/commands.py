@@ -154,6 +154,7 @@ def predict(args: argparse.Namespace) -> int:
         raise InputError(f"{source}: is a folder; name a file, or use relaxnet-jax relax")
     if not source.is_file():
         raise InputError(f"{source}: no such file; check the path")
+    enable_compilation_cache()
     from relaxnet_jax import structure_files as files
     from relaxnet_jax.committee import predict_members
     from relaxnet_jax.relaxation.inputs import distinct_stems
@@ -164,7 +165,6 @@ def predict(args: argparse.Namespace) -> int:
     if out.exists() and not args.overwrite:
         raise InputError(f"{out}: exists; give another --out, or --overwrite")
     options = files.Options(relax_cell=not args.keep_cell)
-    enable_compilation_cache()
     check_devices(None)
     models = _load_members(args.model)
     found, unreadable = files.read_structures(source, note)

@@ -111,7 +111,7 @@ class DynamicsConfig:
       time_scale: learned scale s of pseudotime, dx/dt = s u, du/dt = s F/m.
       cell: "fixed", or "variable": the lattice relaxes too (see `relaxnet_jax.strain`).
       max_speed: Å per unit of pseudotime (before ``time_scale``), and max_strain_rate: per unit of
-        pseudotime, which no motion exceeds, see `dynamics.limited` (0: no limit).
+        pseudotime, at which motions saturate, see `dynamics.limited` (0: no limit).
       solver: "rk4" (fixed steps) or "tsit5" (adaptive, with rtol and atol).
       substeps: RK4 steps between two frames.
       frames: number n of frames, at pseudotimes k/(n-1).
@@ -227,7 +227,7 @@ class TrainConfig:
         and its last model is kept unless its validation loss is more than a tenth above the best;
         a run without a time limit does not use it.
       plateau_factor, plateau_patience: learning rate is multiplied by the factor after
-        so many epochs without a better validation loss.
+        more than so many epochs without a better validation loss.
       early_stop_patience: epochs without a better validation loss before stopping.
       ema: decay of the exponential moving average of the parameters that is evaluated
         and exported (0: off).

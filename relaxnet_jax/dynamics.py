@@ -10,7 +10,7 @@ accelerates by 1 Å per squared unit of pseudotime: pseudotime has no other mean
 
 Where the cell relaxes too (`relaxnet_jax.strain`), the state's positions are the reference
 positions y, with u = dy/dt and -dE/dy = Dᵀ F in place of F, and the deformation gradient D
-follows a symmetric strain rate L, so that no cell turns by itself:
+follows a symmetric strain rate L, which holds no rotation:
 
   dD/dt = s L D          dL/dt = s (-P W P / (N M) - gamma' L)  (second order)
   dD/dt = -s P W P / (N M) D                                     (first order)
@@ -18,9 +18,10 @@ follows a symmetric strain rate L, so that no cell turns by itself:
 with W = dE/d(strain) in eV, N the number of atoms, M > 0 a learned fictitious mass of the cell
 (eV per atom) and P the projector on the directions in which the structure's cell may be strained.
 
-Nothing moves faster than dynamics.max_speed or strains faster than dynamics.max_strain_rate: the u and L of
-dx/dt, dD/dt and dh/dt (F/m and P W P / (N M) in first order) are `limited`, which far below are they
-themselves.
+Where an atom would move faster than dynamics.max_speed or a cell strain faster than
+dynamics.max_strain_rate, the u and L of dx/dt, dD/dt and dh/dt (F/m and P W P / (N M) in first order) are
+`limited`, which far below are they themselves. What that takes from an atom and not from the others
+would move the centre of mass, and is taken off all: a speed can exceed its limit by that, no more than twofold.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
-from relaxnet_jax.batching import BatchShape, collate, fitting_shape
+from relaxnet_jax.batching import BatchShape, collate, fitting_shape, largest_shape
 from relaxnet_jax.errors import InputError
 from relaxnet_jax.graph import Structure, build_structure
 from relaxnet_jax.model import RelaxNet
@@ -319,5 +319,4 @@ class _Batch:
         needed = dataclasses.replace(needed, n_graphs=self.batch_size + 1)
         if self.shape is None or self.shape.cost > SHRINK * needed.cost:
             return needed
-        both = dataclasses.astuple(self.shape), dataclasses.astuple(needed)
-        return BatchShape(*map(max, *both))
+        return largest_shape([self.shape, needed])

@@ -432,8 +432,9 @@ def cell_errors(cells: np.ndarray, true: np.ndarray, pbc: np.ndarray) -> dict[st
     """
     periodic = np.asarray(pbc, bool)
     sizes, lengths, angles = zip(*(_lattice(c[:, periodic]) for c in (cells, true)))
+    volume = 100 * np.abs(sizes[0] / sizes[1] - 1)
     return {
-        "volume": 100 * np.abs(sizes[0] / sizes[1] - 1),
+        "volume": volume if periodic.any() else np.full(len(volume), np.nan),
         "lengths": _row_means(np.abs(lengths[0] - lengths[1])),
         "angles": _row_means(np.abs(angles[0] - angles[1])),
     }

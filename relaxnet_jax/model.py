@@ -26,7 +26,7 @@ from ase.data import chemical_symbols
 from jax import Array
 
 from relaxnet_jax import dynamics, solver
-from relaxnet_jax.batching import collate, fitting_shape
+from relaxnet_jax.batching import collate, fitting_shape, largest_shape
 from relaxnet_jax.config import PRETRAINED, Config, from_json, load_config, to_json
 from relaxnet_jax.data.files import atomic_folder
 from relaxnet_jax.data.trajectory import CELL_TOLERANCE
@@ -34,6 +34,7 @@ from relaxnet_jax.errors import InputError
 from relaxnet_jax.graph import MAX_ATOMIC_NUMBER, Structure, build_structure, structure_from_atoms
 from relaxnet_jax.models.energy import RelaxNetwork
 from relaxnet_jax.models.init import initial_parameters
+from relaxnet_jax.models.precision import in_float32
 from relaxnet_jax.neighbors import approach
 from relaxnet_jax.potential import Evaluation
 from relaxnet_jax.programs import Program
@@ -105,12 +106,25 @@ class RelaxNet:
         self.check_elements(atoms.numbers, name or atoms.get_chemical_formula())
         return structure_from_atoms(atoms, self.config, name, relax_cell)
 
-    def graph(self, atoms: Atoms | Sequence[Atoms]) -> Graph:
-        """A padded graph of one structure or several. Raises InputError."""
+    def graph(self, atoms: Atoms | Sequence[Atoms], relax_cell: bool = True) -> Graph:
+        """A padded graph of one structure or several; ``relax_cell`` as in `structure`. Raises InputError."""
         many = [atoms] if hasattr(atoms, "numbers") else list(atoms)
-        structures = [self.structure(a) for a in many]  # type: ignore[arg-type]
+        structures = [self.structure(a, relax_cell=relax_cell) for a in many]  # type: ignore[arg-type]
         graph = collate(structures, fitting_shape(structures, rounded=True), _dtype(self.params))
         return jax.tree.map(jnp.asarray, graph)
+
+    def graphs(self, atoms: Sequence[Atoms], relax_cell: bool = True) -> Graph:
+        """A padded graph of each structure by itself, all of one shape and stacked: for `jax.vmap`.
+
+        Raises:
+          InputError: as `structure`; no structure at all.
+        """
+        structures = [self.structure(a, relax_cell=relax_cell) for a in atoms]
+        if not structures:
+            raise InputError("graphs: no structure given")
+        shape = largest_shape([fitting_shape([s], rounded=True) for s in structures])
+        apart = [collate([s], shape, _dtype(self.params)) for s in structures]
+        return jax.tree.map(lambda *parts: jnp.stack(parts), *apart)
 
     def energy_and_forces(
         self, atoms: Atoms, reference: Atoms | None = None
@@ -189,11 +203,17 @@ def network_of(config: Config) -> RelaxNetwork:
     return RelaxNetwork(config.graph, config.model, config.dynamics)
 
 
+@in_float32
 def predict_trajectory(model: RelaxNet, graph: Graph, times: Times | None = None) -> Prediction:
     """Relaxation trajectories of every structure of a padded graph: a pure function.
 
-    Works under `jax.jit`, under `jax.vmap` over graphs of equal shape, and under `jax.grad` with
-    respect to the model and to ``graph.nodes["positions"]``.
+    Works under `jax.jit`, under `jax.vmap` over graphs of equal shape (`RelaxNet.graphs`) and over models
+    (`stack_models`), and under `jax.grad` with respect to the model and to ``graph.nodes["positions"]``;
+    in reverse mode only: second derivatives are `jax.jacrev` of `jax.grad`.
+
+    The neighbour list is the graph's, whatever moves. Where two atoms approach by more than the
+    configuration's ``graph.skin``, along the path or in positions put in place of the graph's, it may lack
+    a pair, and nothing here tells: `neighbors.approach` does, and `relax` looks and makes a longer one.
 
     Args:
       model: from `create_model` or `load_model`.
@@ -218,6 +238,7 @@ def predict_trajectory(model: RelaxNet, graph: Graph, times: Times | None = None
 
 
 @Program
+@in_float32
 def _evaluate(
     network: RelaxNetwork,
     params: Params,
@@ -249,6 +270,33 @@ def create_model(config: Config | str = "explicit.py", seed: int = 0, dtype=np.f
         energy_scale=np.asarray(1.0, dtype),
         config=config,
     )
+
+
+def stack_models(models: Sequence[RelaxNet]) -> RelaxNet:
+    """Models of one architecture as one, whose leaves have a leading axis of models: for `jax.vmap`.
+
+    Its static parts are the first's, but for ``elements``: those that all were trained on.
+
+    Raises:
+      InputError: no model, or such that differ in more than parameters, data and training.
+    """
+    if not models:
+        raise InputError("stack_models: no model given")
+    first = models[0]
+    if any(model.network != first.network for model in models):
+        raise InputError(
+            "stack_models: models of different graph, model or dynamics settings are different functions; "
+            "call each by itself"
+        )
+    trained = [set(model.elements) for model in models if model.elements]
+    common = tuple(sorted(set.intersection(*trained))) if trained else ()
+    if trained and not common:
+        raise InputError("stack_models: there is no element that all were trained on")
+    alike = [
+        dataclasses.replace(m, config=first.config, statistics=first.statistics, elements=common)
+        for m in models
+    ]
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *alike)
 
 
 def save_model(model: RelaxNet, folder: str | Path) -> Path:

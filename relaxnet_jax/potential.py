@@ -10,6 +10,7 @@ from jax import Array
 
 from relaxnet_jax.graph import deform
 from relaxnet_jax.models.energy import RelaxNetwork, call
+from relaxnet_jax.models.precision import in_float32
 from relaxnet_jax.programs import Program, storable
 from relaxnet_jax.strain import deform_positions, symmetric
 from relaxnet_jax.typing import AnyArray, Energies, Forces, Graph, Latent, Params, Positions
@@ -31,6 +32,7 @@ class Evaluation(NamedTuple):
     virial: Array | None = None
 
 
+@in_float32
 def energies_and_forces(
     network: RelaxNetwork,
     params: Params,

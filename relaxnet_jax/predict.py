@@ -48,6 +48,7 @@ class Path:
     Attributes:
       times (n,), positions (n, N, 3) Å, velocities (n, N, 3), see `solver.Trajectory`, energies (n,) eV total,
       forces (n, N, 3) eV/Å, cells (n, 3, 3) Å; skin: Å, of the neighbour list that was used.
+      approached: Å, how much two atoms may have approached at any of the solver's frames.
       stresses: (n, 6) eV/Å³ in ASE's order, tension positive; None where cells are fixed.
       failure: why there is no prediction (all values are then NaN), else empty.
     """
@@ -61,6 +62,7 @@ class Path:
     skin: float
     failure: str = ""
     stresses: np.ndarray | None = None
+    approached: float = 0.0
 
     def at(self, rows: np.ndarray) -> Path:
         """Some of its frames."""
@@ -149,7 +151,9 @@ def predict_structures(
                     wider = min(1.25 * needed, MAX_SKIN)
                     retry[i] = (_with_skin(model, structure, wider), wider)
                 else:
-                    done[i] = dataclasses.replace(raw.at(rows), times=times, skin=skin)
+                    done[i] = dataclasses.replace(
+                        raw.at(rows), times=times, skin=skin, approached=needed
+                    )
             progress(len(done))
         if not retry:
             break
@@ -415,7 +419,7 @@ def judge(
         named, predict_structures(model, [s for _, s in named], times, **options)
     ):
         trajectory = as_trajectory(name, structure, path)
-        flags = trust_flags(trajectory, model, path.skin)
+        flags = trust_flags(trajectory, model, path.skin, path.approached)
         found.append(Judged(trajectory, flags, path.failure))
     return found
 

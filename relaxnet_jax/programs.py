@@ -54,8 +54,8 @@ class Program:
     """A pure function, compiled; its traced form is kept where compiled programs are.
 
     Where JAX has no folder for compiled programs (see `runtime.enable_compilation_cache`), where the
-    arguments are being traced themselves, and where JAX is told to look for values that are not
-    finite or not to compile, it is `jax.jit` alone.
+    arguments are being traced themselves, where the program calls back to Python, and where JAX is
+    told to look for values that are not finite or not to compile, it is `jax.jit` alone.
 
     Args:
       function: of a static argument (hashable, and its repr tells it apart from all others) and of
@@ -67,6 +67,7 @@ class Program:
         self.function = function
         self._compiled: Any = jax.jit(function, static_argnums=0)
         self._stored: dict[_Signature, Callable[..., Any]] = {}
+        self._unstorable: set[_Signature] = set()
 
     def __call__(self, static: Any, *args: Any) -> Any:
         folder = _folder()
@@ -75,10 +76,17 @@ class Program:
             return self._compiled(static, *args)
         kinds = tuple(jax.typeof(x) for x in leaves)
         signature = _Signature(static, tree, kinds, _settings())
-        run = self._stored.get(signature)
-        if run is None:
-            run = self._stored[signature] = self._find_or_trace(folder, signature)
-        return run(*leaves)
+        if signature not in self._stored and signature not in self._unstorable:
+            try:
+                self._stored[signature] = self._find_or_trace(folder, signature)
+            except (
+                NotImplementedError
+            ) as error:  # of the adaptive solver's errors, callbacks to Python
+                log.debug("%s: cannot be kept: %s", self.function.__qualname__, error)
+                self._unstorable.add(signature)
+        if signature in self._unstorable:
+            return self._compiled(static, *args)
+        return self._stored[signature](*leaves)
 
     def cache_size(self) -> int:
         """How many kinds of arguments it has been called with in this process."""

@@ -17,6 +17,7 @@ from relaxnet_jax.dynamics import State
 from relaxnet_jax.errors import InputError
 from relaxnet_jax.graph import relaxing_cells
 from relaxnet_jax.models.energy import RelaxNetwork, call
+from relaxnet_jax.models.precision import in_float32
 from relaxnet_jax.programs import storable
 from relaxnet_jax.strain import deform_positions, exponential
 from relaxnet_jax.typing import AnyArray, Graph, Params, Positions, Times
@@ -57,7 +58,8 @@ class Trajectory(NamedTuple):
 
     Attributes:
       positions: (n, N, 3) Å. velocities: (n, N, 3) Å, the state u of the second-order dynamics:
-        dx/dt = s u with the learned time scale s, and what the strain adds; zero in first order.
+        dx/dt = s u with the learned time scale s, and what the strain adds (far below
+        dynamics.max_speed, see `dynamics`); zero in first order.
       energies: (n, G) eV, relative to the composition energies.
       forces: (n, N, 3) eV/Å, raw: also on fixed atoms.
       reference: (n, N, 3) Å, positions mapped back to the initial cell; None for fixed cells, as
@@ -152,8 +154,8 @@ def interpolate_states(states: State, rates: State, times: Array, index: AnyArra
       times: (m, G) pseudotimes in [0, 1]. index: (N,) structure of each atom.
 
     Returns:
-      States with leaves (m, N, ...) and (m, G, 3, 3); at the grid's own times exactly the grid's
-      values.
+      States with leaves (m, N, ...) and (m, G, 3, 3); at the grid's own times the grid's values, to
+      rounding.
     """
     intervals = states.positions.shape[0] - 1
 
@@ -227,6 +229,7 @@ def _deformed(
     return jnp.where(allowed[index, :, 0], x, reference), u, deformation
 
 
+@in_float32
 def solve_trajectory(
     network: RelaxNetwork,
     params: Params,

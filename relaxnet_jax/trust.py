@@ -52,7 +52,7 @@ class Flag(NamedTuple):
 
 
 def trust_flags(
-    path: RelaxationTrajectory, model: RelaxNet, skin: float | None
+    path: RelaxationTrajectory, model: RelaxNet, skin: float | None, approached: float = 0.0
 ) -> tuple[Flag, ...]:
     """All flags of a predicted path, the gravest first; empty where nothing speaks against it.
 
@@ -60,13 +60,15 @@ def trust_flags(
       path: predicted, n frames.
       model: that predicted it.
       skin: Å, of the neighbour list it was predicted with; None for the mean of several paths.
+      approached: Å, how much two atoms have approached, where that is known of more frames than the
+        path's.
     """
     flags = list(_elements(path, model))
     values = (path.positions, path.energies, path.forces)
     if not all(np.isfinite(v).all() for v in values):
         text = "positions, energies or forces of the path are not finite"
         return (Flag("not finite", text, True), *flags)
-    missed = None if skin is None else _skin(path, model, skin)
+    missed = None if skin is None else _skin(path, model, skin, approached)
     for found in (missed, _stretch(path), contact_flag(path), _rise(path), _forces(path)):
         if found is not None:
             flags.append(found)
@@ -129,8 +131,11 @@ def _elements(path: RelaxationTrajectory, model: RelaxNet) -> Iterator[Flag]:
         yield Flag("unseen element", f"the model never saw {symbols}", True)
 
 
-def _skin(path: RelaxationTrajectory, model: RelaxNet, skin: float) -> Flag | None:
+def _skin(
+    path: RelaxationTrajectory, model: RelaxNet, skin: float, approached: float
+) -> Flag | None:
     needed = approach(path.positions, path.cells, model.config.graph.cutoff + skin)
+    needed = max(needed, approached)
     if needed <= skin:
         return None
     text = f"atoms may have approached by {needed:.2f} Å, the neighbour list allows {skin:g}"

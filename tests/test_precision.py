@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from tiny import SCHEMES, batch, compiled, random_rotation, split, systems, tiny_config, tiny_model
 
+from relaxnet_jax.model import predict_trajectory
 from relaxnet_jax.models.precision import bfloat16_product
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -82,3 +83,28 @@ def test_the_laws_hold_as_far_as_it_rounds(case):
     np.testing.assert_allclose(
         found.energies[:, :3], reference.energies[:, :3], rtol=0.02, atol=0.02
     )
+
+
+def products(jaxpr):
+    """All matrix products of a traced program, those of the programs in it too."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            yield equation
+        for value in jax.tree.leaves(
+            list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
+        ):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from products(inner)
+
+
+@pytest.mark.parametrize("matmul", ["float32", "bfloat16"])
+def test_geometry_is_in_full_float32(matmul):
+    """Of cells, positions and the loss too: the default of GPUs and TPUs is less."""
+    model = tiny_model(tiny_config("explicit", dynamics__cell="variable", model__matmul=matmul))
+    graph = batch(systems(), model.config)
+    found = list(products(jax.make_jaxpr(predict_trajectory)(model, graph).jaxpr))
+    rounded = [e for e in found if e.invars[0].aval.dtype == jnp.bfloat16]
+    assert bool(rounded) == (matmul == "bfloat16") and len(found) > len(rounded) + 5
+    highest = (jax.lax.Precision.HIGHEST,) * 2
+    assert {e.params["precision"] for e in found if e not in rounded} == {highest}

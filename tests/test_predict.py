@@ -15,9 +15,19 @@ from relaxnet_jax.batching import BatchShape, fitting_shape, pack, shared_shapes
 from relaxnet_jax.committee import predict_members
 from relaxnet_jax.config import load_config, to_dict
 from relaxnet_jax.errors import InputError
-from relaxnet_jax.model import RelaxNet, create_model, load_model, predict_trajectory, save_model
+from relaxnet_jax.model import (
+    RelaxNet,
+    create_model,
+    load_model,
+    predict_trajectory,
+    save_model,
+    stack_models,
+)  # fmt: skip
 from relaxnet_jax.neighbors import approach
-from relaxnet_jax.predict import compiled_shapes, predict_structures, relax
+from relaxnet_jax.predict import compiled_shapes, judge, predict_structures, relax
+
+
+KNOWN = tuple(range(1, 90))
 
 
 @pytest.fixture(scope="module")
@@ -157,6 +167,48 @@ def test_divide(model):
     assert own == [8] and new.holds(fitting_shape([large])) and not tight.holds(new)
     for members, found in divided:
         assert found.holds(fitting_shape([large if i == 8 else small for i in members]))
+
+
+def test_leaving_the_skin_between_frames_is_flagged(model, monkeypatch):
+    """However few frames are asked for, the solver's own are looked at."""
+    monkeypatch.setattr(predict, "MAX_SKIN", 0.5)  # no wider list
+    fast = scaled(model, 1.5)
+    start = np.zeros(1)
+    (path,) = predict_structures(fast, [fast.structure(meeting(0.0))], start)
+    assert path.skin == 0.5 < path.approached
+    times = np.linspace(0, 1, fast.config.dynamics.frames)
+    (whole,) = predict_structures(fast, [fast.structure(meeting(0.0))], times)
+    assert path.approached == pytest.approx(approach(whole.positions, whole.cells, 4.5), abs=1e-4)
+    (one,) = judge(fast, [("a", fast.structure(meeting(0.0)))], 2)
+    assert "skin exceeded" in [flag.name for flag in one.flags if flag.unusable]
+
+
+def test_graphs_and_models_stack(model):
+    """Structures and committees under `jax.vmap` give what each gives by itself."""
+    other = model.replace(
+        params=jax.tree.map(lambda a: 0.9 * a, model.params), statistics="{}", elements=KNOWN,
+        config=dataclasses.replace(model.config, name="other"),
+    )  # fmt: skip
+    atoms = [molecule(), crystal(), slab()]
+    graphs, stacked = model.graphs(atoms), stack_models([model, other])
+    assert stacked.elements == KNOWN and stacked.network == model.network
+    every = jax.vmap(jax.vmap(predict_trajectory, (None, 0)), (0, None))(stacked, graphs)
+    assert every.energies.shape[:2] == (2, 3)
+    for i, one in enumerate((model, other)):
+        for k, a in enumerate(atoms):
+            alone = predict_trajectory(one, one.graph(a))
+            np.testing.assert_allclose(every.energies[i, k, :, 0], alone.energies[:, 0], atol=1e-3)
+            found = every.positions[i, k, :, : len(a)]
+            np.testing.assert_allclose(found, alone.positions[:, : len(a)], atol=2e-5)
+    with pytest.raises(InputError, match="no structure"):
+        model.graphs([])
+    with pytest.raises(InputError, match="no model"):
+        stack_models([])
+    with pytest.raises(InputError, match="no element"):
+        stack_models([other, other.replace(elements=(3,))])
+    wider = dataclasses.replace(model.config.graph, skin=0.7)
+    with pytest.raises(InputError, match="different functions"):
+        stack_models([model, model.replace(config=dataclasses.replace(model.config, graph=wider))])
 
 
 def test_approach():

@@ -71,6 +71,21 @@ def test_all_it_depends_on_tells_programs_apart(folder, monkeypatch):
     assert len(traces) == len(list(folder.iterdir())) == 7
 
 
+def test_what_cannot_be_stored_runs(folder):
+    """Programs that call back to Python, as the adaptive solver's errors do."""
+
+    def told(factor, x):
+        traces.append(factor)
+        like = jax.ShapeDtypeStruct(x.shape, x.dtype)
+        return jax.pure_callback(lambda x: np.asarray(factor.value * x), like, x)
+
+    program = Program(told)
+    for _ in range(3):
+        np.testing.assert_array_equal(program(Factor(2.0), np.ones(2, np.float32)), [2.0, 2.0])
+    assert program.cache_size() == 1 and not folder.exists()
+    assert len(traces) == 2  # once to find out
+
+
 @pytest.mark.parametrize("damage", ["cut", "changed", "empty"])
 def test_damaged_files_are_made_again(folder, damage):
     x = np.ones(3, np.float32)

@@ -57,6 +57,9 @@ def test_flags(model):
     good = path()
     assert names(good, copper) == []
     assert names(good, copper, skin=0.09) == ["skin exceeded"]
+    # Between the frames there are, as far as it is known.
+    assert not trust_flags(good, copper, 0.5, 0.4)
+    assert [flag.name for flag in trust_flags(good, copper, 0.5, 0.6)] == ["skin exceeded"]
     assert names(good, model) == ["untrained"]
     assert names(good, model.replace(elements=(1,))) == ["unseen element"]
     # A rise counts from the lowest energy before it, and 6 meV of three atoms are none.

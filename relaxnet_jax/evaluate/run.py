@@ -85,7 +85,8 @@ def compare(
     )
     comparisons = []
     for t, structure, path in zip(kept, structures, paths):
-        flags = trust_flags(as_trajectory(t.id, structure, path), model, path.skin)
+        trajectory = as_trajectory(t.id, structure, path)
+        flags = trust_flags(trajectory, model, path.skin, path.approached)
         grave = next((flag for flag in flags if flag.unusable), None)
         if path.failure:
             report(f"{t.id}: {path.failure}")

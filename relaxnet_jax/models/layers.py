@@ -172,7 +172,8 @@ class AttentionBlock(nn.Module):
 
     Each head pools a context c = sum_i softmax_i(q·k_i) w_i over the structure; every atom
     gets h <- h + MLP([h, c]). Twice the cell has twice the atoms at half the weight: the
-    context is the same, so energies stay additive.
+    context is the same, so a supercell's energy is a multiple. It acts at any distance: the energy of
+    two different fragments far apart is not the sum of theirs.
     """
 
     heads: int

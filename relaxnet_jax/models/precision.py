@@ -3,12 +3,28 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Any, Literal
+import functools
+from collections.abc import Callable
+from typing import Any, Literal, ParamSpec, TypeVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
+
+_Given = ParamSpec("_Given")
+_Result = TypeVar("_Result")
+
+
+def in_float32(function: Callable[_Given, _Result]) -> Callable[_Given, _Result]:
+    """Decorates functions whose own matrix products, of geometry, are traced in full float32."""
+
+    @functools.wraps(function)
+    def precise(*args: _Given.args, **kwargs: _Given.kwargs) -> _Result:
+        with jax.default_matmul_precision("float32"):
+            return function(*args, **kwargs)
+
+    return precise
 
 
 @jax.custom_vjp
@@ -19,7 +35,9 @@ def bfloat16_product(x: Array, y: Array) -> Array:
     product of rounded factors would multiply float32 by bfloat16, at the speed of float32.
     """
     halves = x.astype(jnp.bfloat16), y.astype(jnp.bfloat16)
-    return jnp.matmul(*halves, preferred_element_type=jnp.float32).astype(x.dtype)
+    exact = jax.lax.Precision.DEFAULT  # products of such factors are exact without further passes
+    product = jnp.matmul(*halves, precision=exact, preferred_element_type=jnp.float32)
+    return product.astype(x.dtype)
 
 
 def _forward(x: Array, y: Array) -> tuple[Array, tuple[Array, Array]]:
@@ -37,12 +55,14 @@ bfloat16_product.defvjp(_forward, _backward)
 def matmul_precision(kind: Literal["float32", "bfloat16"]) -> contextlib.AbstractContextManager:
     """Within this context `flax.linen.Dense` layers multiply in that precision.
 
-    All else, geometry, bases, sums over neighbours, norms and biases, stays as it is. "float32" is
+    All else, geometry, bases, sums over neighbours, norms and biases, stays in float32, which is
     what it says on accelerators too, whose default is less (TF32 on NVIDIA's, bfloat16 on TPUs).
     """
-    if kind == "float32":
-        return jax.default_matmul_precision("float32")
-    return nn.intercept_methods(_dense)
+    context = contextlib.ExitStack()
+    context.enter_context(jax.default_matmul_precision("float32"))
+    if kind == "bfloat16":
+        context.enter_context(nn.intercept_methods(_dense))
+    return context
 
 
 def _dense(following: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:

@@ -2,6 +2,10 @@
 
 A relaxation ends where it does from any start nearby. The true frames stay what they are; only
 the first one is no longer the start's, and what is known of it does not count.
+
+Pairs keep the skin of their list. Bonds of the explicit scheme have none, and those that come into the
+triplet cutoff are missing: of copper 1e-5 of the weight of all (their envelopes) with noise of 0.1 Å and
+strains of 2 %, 1e-3 with twice as much.
 """
 
 from __future__ import annotations
@@ -17,6 +21,8 @@ from relaxnet_jax.losses import Targets
 from relaxnet_jax.models.energy import RelaxNetwork
 from relaxnet_jax.strain import deform_positions, symmetric
 from relaxnet_jax.typing import Graph
+
+ROUNDING = 1e-6  # Å: a lone atom is put back to its centre as exactly as that
 
 
 def perturbed(
@@ -55,7 +61,7 @@ def perturbed(
         targets = _from_other_cell(targets, change, node)
     graph = graph._replace(nodes=graph.nodes | {"positions": positions})
     # Where nothing may move, as in a lone atom's fixed cell, the start is still the frame's.
-    changed = (positions != before).any(-1) & graph.nodes["mask"]
+    changed = (jnp.abs(positions - before) > ROUNDING).any(-1) & graph.nodes["mask"]
     elsewhere = strained | (jax.ops.segment_max(changed.astype(jnp.int32), node, n_graphs) > 0)
     frames = jnp.arange(targets.frame_mask.shape[0])[:, None]
     mask = jnp.asarray(targets.frame_mask) & ~(elsewhere & (frames == 0))

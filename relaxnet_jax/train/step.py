@@ -20,6 +20,7 @@ from relaxnet_jax.losses import (
     weighted_loss,
 )
 from relaxnet_jax.model import network_of
+from relaxnet_jax.models.precision import in_float32
 from relaxnet_jax.potential import energies_and_forces
 from relaxnet_jax.solver import Trajectory, solve_trajectory
 from relaxnet_jax.strain import deform_positions
@@ -38,6 +39,7 @@ def make_loss(config: Config, scale: float, axis: str | None) -> Callable:
     """
     network = network_of(config)
 
+    @in_float32
     def loss(params: Params, batch: Batch, key: Array | None) -> tuple[Array, dict[str, Array]]:
         graph, targets = batch
         if key is not None and (config.train.noise or config.train.strain_noise):
@@ -68,6 +70,7 @@ def make_static_loss(config: Config, scale: float, axis: str | None) -> Callable
     """
     network = network_of(config)
 
+    @in_float32
     def loss(params: Params, batch: Batch, key: Array) -> tuple[Array, dict[str, Array]]:
         graph, targets = batch
         draws = jax.random.uniform(key, targets.frame_mask.shape)
@@ -188,6 +191,7 @@ def make_eval_step(config: Config, scale: float, axis: str | None = None) -> Cal
     """
     network, latent = network_of(config), config.dynamics.latent
 
+    @in_float32
     def static_step(params: Params, batch: Batch) -> dict[str, Term]:
         graph, targets = batch
         cells = () if targets.cells is None else (jnp.asarray(targets.cells.deformation),)
@@ -201,6 +205,7 @@ def make_eval_step(config: Config, scale: float, axis: str | None = None) -> Cal
         terms = {name: terms[name] for name in STATIC_TERMS if name in terms}
         return jax.lax.psum(terms, axis) if axis is not None else terms
 
+    @in_float32
     def step(params: Params, batch: Batch) -> dict[str, Term]:
         graph, targets = batch
         if latent == "direct":

@@ -9,7 +9,7 @@ _UNSET = ("", "--", "NONE", "F", ".FALSE.")
 
 
 def functional_of(values: Mapping[str, Sequence[bytes]]) -> str:
-    """"VASP" and the INCAR tags that change the energy, e.g. "VASP GGA=PS LDAU".
+    """VASP and the INCAR tags that change the energy, e.g. "VASP GGA=PS LDAU".
 
     Without GGA the functional is that of the potentials (POTCAR), which are not told apart, nor are
     the U of different elements.
