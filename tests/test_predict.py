@@ -26,7 +26,6 @@ from relaxnet_jax.model import (
 from relaxnet_jax.neighbors import approach
 from relaxnet_jax.predict import compiled_shapes, judge, predict_structures, relax
 
-
 KNOWN = tuple(range(1, 90))
 
 
@@ -205,7 +204,7 @@ def test_graphs_and_models_stack(model):
     with pytest.raises(InputError, match="no model"):
         stack_models([])
     with pytest.raises(InputError, match="no element"):
-        stack_models([other, other.replace(elements=(3,))])
+        stack_models([other, other.replace(elements=(99,))])
     wider = dataclasses.replace(model.config.graph, skin=0.7)
     with pytest.raises(InputError, match="different functions"):
         stack_models([model, model.replace(config=dataclasses.replace(model.config, graph=wider))])
