@@ -52,9 +52,10 @@ for argument in "$@"; do
 done
 [ -n "$workdir" ] || die "give --workdir DIR, so that the run can be found again"
 resume=()
-if compgen -G "$workdir/checkpoints/latest/[0-9]*" >/dev/null; then
-  resume=(--resume)
-fi
+for folder in "$workdir"/checkpoints/latest/[0-9]*; do
+  # Of one that orbax has not finished the name is longer.
+  case "${folder##*/}" in *[!0-9]*) ;; *) resume=(--resume) ;; esac
+done
 
 # srun no longer takes --cpus-per-task from the job (since SLURM 22.05).
 [ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"

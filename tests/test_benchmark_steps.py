@@ -24,6 +24,7 @@ from relaxnet_jax.benchmark.oracles import load_oracle
 from relaxnet_jax.benchmark.starts import Kind, Start
 from relaxnet_jax.benchmark.steps import Limits, run_steps
 from relaxnet_jax.benchmark.steps_report import judged, summaries
+from relaxnet_jax.config import load_config, to_json
 from relaxnet_jax.data.store_write import write_store
 from relaxnet_jax.data.trajectory import RelaxationTrajectory
 from relaxnet_jax.errors import InputError
@@ -180,6 +181,13 @@ def test_without_another_start_nothing_is_relaxed(tmp_path):
     ledger = Ledger(tmp_path / "l.jsonl")
     first, _ = run_steps(cases, emt, [none], Limits(), ledger)
     assert first["status"] == "skipped" and "no other start" in first["remark"]
+    # The only start there was has failed, and counts.
+    good = Kind("none", "none", "y", lambda cases: [Start(c.atoms.copy(), 0.5, "") for c in cases])
+    rows = run_steps(cases, emt, [none], Limits(), ledger)
+    rows += run_steps([Case("b", alloy(), False)], emt, [good], Limits(), ledger)
+    initial, own = summaries(judged(rows, 0.01), {"initial": "initial", "none": "none"})
+    assert (initial["n"], own["n"], own["relaxed"]) == (1, 2, 1)
+    assert own["saved_with_failures"] == own["saved_mean"] == 0.0
     (only,) = run_steps(cases, emt, [], Limits(), ledger)
     assert only["status"] == "converged"
 
@@ -249,9 +257,14 @@ def test_only_unseen_structures(tmp_path):
     """Those in the test split of every model; the first frames, with what is held."""
     store = tmp_path / "set.h5"
     write_store(store, [relaxation(n, 1.02 if n == "d" else 1.0) for n in "abcde"])
-    runs = {"one": ("a", "b", "cde"), "two": ("ab", "c", "de"), "other": ("x", "y", "z")}
+    runs = {"one": ("a", "b", "cde"), "two": ("ab", "c", "de"), "other": ("x", "y", "z"), "tuned": "pqr"}
     for run, splits in runs.items():
         (tmp_path / run / "model").mkdir(parents=True)
+        # The last is one on other data, but begun with the second.
+        begun = {"train.start_from": str(tmp_path / "two")} if run == "tuned" else {}
+        (tmp_path / run / "model/config.json").write_text(to_json(load_config("explicit.py", begun)))
+        facts = {"sha256": run, "statistics": {"started_from": "two"} if begun else {}}
+        (tmp_path / run / "model/model.json").write_text(json.dumps(facts))
         named = dict(zip(("train", "validation", "test"), map(list, splits)))
         (tmp_path / run / "splits.json").write_text(json.dumps(named))
 
@@ -265,6 +278,8 @@ def test_only_unseen_structures(tmp_path):
 
     assert names()[0] == "abcde"
     assert names("one")[0] == names("one/model")[0] == "cde"
+    kept, _, said = names("tuned")
+    assert kept == "cde" and "2 of" in said and "another set" not in said
     kept, found, said = names("one", "two", "other")
     assert kept == "de" and "another set" in said
     assert [case.relax_cell for case in found] == [True, False]

@@ -25,7 +25,7 @@ from relaxnet_jax.data.sample import driftless, make_sample
 from relaxnet_jax.data.store_write import write_store
 from relaxnet_jax.data.trajectory import RelaxationTrajectory
 from relaxnet_jax.errors import InputError
-from relaxnet_jax.evaluate.run import compare
+from relaxnet_jax.evaluate.run import compare, read_any
 from relaxnet_jax.losses import loss_terms, strain_error
 from relaxnet_jax.metrics import averaged, structure_errors
 from relaxnet_jax.model import create_model, load_model
@@ -125,6 +125,13 @@ def test_which_data_a_model_takes(tmp_path):
     path = str(tmp_path / "set.h5")
     with pytest.raises(InputError, match=r"explicit_cell\.py.*data\.variable_cell=drop"):
         read_trajectories(path, load_config("explicit.py"), print)
+    # Nothing to be set where a file is only evaluated: what the model cannot follow is told.
+    moving = relaxation(crystal(), "b")
+    held = dataclasses.replace(moving, cells=np.repeat(moving.cells[:1], moving.n_frames, 0))
+    write_store(tmp_path / "both.h5", [relaxation(crystal(), "a"), held])
+    notes, fixed = [], create_model(tiny_config("explicit"))
+    (kept,) = read_any(str(tmp_path / "both.h5"), fixed, notes.append)
+    assert kept.id == "b" and "1 relaxations left out: the cell changes" in notes[0]
     found, left_out = read_trajectories(path, load_config("explicit_cell.py"), print)
     assert len(found) == 1 and not left_out
     with pytest.raises(InputError, match=r"model\.l_max"):

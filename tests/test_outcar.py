@@ -171,6 +171,7 @@ def test_unfinished():
 
 BROKEN = {
     "md": ((b"IBRION =      2", b"IBRION =      0"), "IBRION=0, molecular dynamics"),
+    "pressure": ((b"   GGA_COMPAT", b"   PSTRESS=    100.0 pullay stress\n   GGA_COMPAT"), "PSTRESS=100 kB"),
     "ions": ((b"1   1   1", b"1   1   2"), "'ions per type' gives 4 atoms, NIONS 3"),
     "element": ((b"PAW_PBE Cu_pv", b"PAW_PBE Qq_pv"), None),
     "elements": ((b"PAW_PBE Cu_pv", b"PAW_PBE Ag_pv"), "TITEL gives Ag Zr O, VRHFIN Cu ? O"),
@@ -333,6 +334,8 @@ def test_functional(chunk, monkeypatch):
         (b"LHFCALC =     F", b"LHFCALC =     T", "VASP GGA=PS LHFCALC"),
         (b"METAGGA=      F", b"METAGGA= SCAN   ", "VASP GGA=PS METAGGA=SCAN"),
         (b"  LUSE_VDW   =     F", b"  LUSE_VDW   =     T", "VASP GGA=PS LUSE_VDW"),
+        (b"   GGA_COMPAT", b"   IVDW   =     12\n   GGA_COMPAT", "VASP GGA=PS IVDW=12"),
+        (b"   GGA_COMPAT", b"   PSTRESS=      0.0 pullay stress\n   GGA_COMPAT", "VASP GGA=PS"),
         (b"   GGA_COMPAT", b" LDA+U is selected, type is set to LDAUTYPE =  2\n  GGA", "VASP GGA=PS LDAU"),
     ):
         text = outcar()

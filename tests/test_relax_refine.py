@@ -88,7 +88,26 @@ def test_a_relaxation_that_fails_leaves_the_other(lost, model):
     console.print(tables([values], 0.05, "emt")[1])
     other = {"with": "initial structure", "without": "prediction"}[lost]
     assert f"converged only from the {other}" in console.file.getvalue()
-    assert len(totals([values], 0, 1.0, True)) == 1  # nothing to compare
+    lines = totals([values], 0, 1.0, True)
+    if lost == "without":
+        assert len(lines) == 1  # nothing to compare
+    else:
+        assert "(+0 % saved, 1 structures, none where" in lines[1] and lines[1].endswith("prediction: 1")
+
+
+def test_totals_count_what_saves_nothing():
+    """A wrong minimum costs the relaxation from the initial structure too."""
+
+    def refined(steps, wrong, converged=True):
+        leg = {"steps": steps, "converged": converged}
+        without = {"steps": 10, "converged": True}
+        return {"wrong_minimum": wrong, "with_head_start": leg, "without_head_start": without}
+
+    several = [refined(5, False), refined(2, True), refined(20, None, False), refined(7, False)]
+    records = [{"converged": True, "flags": [], "refined": r} for r in several]
+    told = totals(records, 0, 1.0, True)[1]
+    assert told.startswith("ionic steps: 40 without and 32 with the head start (+20 % saved, 4 structures")
+    assert told.endswith("wrong minima: 1; failed or unconverged from the prediction: 1")
 
 
 def test_an_interruption_leaves_predictions_and_what_is_refined(run, monkeypatch):

@@ -153,6 +153,12 @@ def test_a_fold_of_its_own_is_told_and_recorded(tmp_path):
     ]
     assert every.seen == len(set(trained[0] + trained[1])) > len(trained[1])
     assert sum(f"{every.seen} of the" in note for note in notes) == 1
+    splits = json.loads((result.workdir / "splits.json").read_text())
+    changed = splits | {"test": [*splits["test"], "gone"]}
+    (result.workdir / "splits.json").write_text(json.dumps(changed))
+    notes.clear()
+    evaluate_workdir(result.workdir, report=notes.append)
+    assert sum(f"1 of the {len(changed['test'])} test relaxations" in note for note in notes) == 1
     (result.workdir / "splits.json").write_text("{}")
     assert evaluate_workdir(result.workdir, data="emt", report=notes.append).seen == 0
     same = load_config(to_dict(other), {"data.split_file": str(first.workdir / "splits.json")})

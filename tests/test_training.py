@@ -296,6 +296,13 @@ def test_time_limit(folder):
     model = load_model(result.model_folder)
     path = relax(model, bulk("Cu") if 29 in model.elements else bulk("Al"), n_frames=3)
     assert np.isfinite(path.positions).all()
+    # Gone on with, the run takes the epoch up where it was, and knows how good its model is.
+    assert has_checkpoint(result.workdir) and math.isfinite(result.best)
+    checkpoints = Checkpoints(result.workdir)
+    _, progress = checkpoints.restore(initial_train_state(model.params, config.train))
+    checkpoints.close()
+    assert progress["plateau"]["best"] == result.best == record["validation"]["loss"]
+    assert (progress["epoch"], progress["tally"]["batches"]) == (-1, 1)
 
 
 def test_early_stop(folder):
@@ -349,6 +356,11 @@ def test_a_new_run_keeps_no_older_checkpoints(run, folder):
     workdir = folder / "anew"
     shutil.copytree(result.workdir / "checkpoints", workdir / "checkpoints")
     assert has_checkpoint(workdir)
+    (workdir / "config.json").write_text("{}")
+    report, _ = quiet()
+    with pytest.raises(InputError, match="already holds a run"):  # though it has no model yet
+        train(config_of(epochs=1, max_buckets=1), workdir, report=report, devices=1)
+    (workdir / "config.json").unlink()
     report, _ = quiet()
     config = config_of(epochs=1, max_buckets=1)
     train(config, workdir, report=report, devices=1)

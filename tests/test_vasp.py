@@ -144,6 +144,8 @@ def test_selective_dynamics():
     [
         ((b'"IBRION">     2', b'"IBRION">     0'), "IBRION=0, molecular dynamics"),
         ((b'"IBRION">     2', b'"IBRION">     6'), "IBRION=6, finite differences"),
+        ((b"</incar>", b'<i name="PSTRESS"> 100.0</i></incar>'), "PSTRESS=100 kB"),
+        ((b"</incar>", b'<i type="int" name="IMAGES"> 4</i></incar>'), "IMAGES, a path of images"),
         ((b"<c>Cu</c>", b"<c>Qq</c>"), "<atominfo>: elements Qq"),
         ((b"<atominfo>", b""), "no <atominfo> before the first structure"),
         ((b"</calculation>", b""), "ionic step 0: <calculation> without its other end"),
@@ -329,12 +331,14 @@ DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "vasp"
         ({"GGA": "--", "LDAU": ".TRUE."}, "VASP LDAU"),
         ({"METAGGA": "R2SCAN", "LUSE_VDW": "T"}, "VASP METAGGA=R2SCAN LUSE_VDW"),
         ({"METAGGA": " None"}, "VASP"),
+        ({"IVDW": "  12", "PSTRESS": "  0.00000000"}, "VASP IVDW=12"),
+        ({"IVDW": "   0", "IMAGES": "   0"}, "VASP"),
     ],
 )
 def test_functional(tags, source):
     """What changes the energy, of the INCAR and of the parameters VASP made of it."""
     lines = "".join(f'  <i type="string" name="{k}">{v}</i>\n' for k, v in tags.items())
-    used = "".join(f'  <i type="string" name="{k}">--</i>\n' for k in tags)
+    used = "".join(f'  <i type="string" name="{k}">0</i>\n' for k in tags)
     text = vasprun().replace(b"</incar>", f"{lines}</incar>\n<parameters>\n{used}</parameters>".encode())
     assert read(text).source == source
 

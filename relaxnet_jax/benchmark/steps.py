@@ -15,6 +15,7 @@ from relaxnet_jax.relaxation.refine import descend
 
 CONVERGED, UNCONVERGED = "converged", "not converged"
 FAILED, NO_START, SKIPPED = "failed", "no start", "skipped"
+NO_OTHER = "there is no other start"  # and so nothing to relax the initial structure for
 
 
 class Limits(NamedTuple):
@@ -75,7 +76,7 @@ def run_steps(
             elif end is not None and time.monotonic() > end:
                 own.append(_row(case, kind, SKIPPED, remark="no time left"))
             elif kind is INITIAL and kinds and all(r["status"] == NO_START for r in own):
-                own.append(_row(case, kind, SKIPPED, remark="there is no other start"))
+                own.append(_row(case, kind, SKIPPED, remark=NO_OTHER))
             else:
                 start = starts.get((case.name, kind.key)) or kind.find([case])[0]
                 own.append(_leg(case, kind, start, oracle, limits))

@@ -12,7 +12,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from relaxnet_jax.benchmark.steps import CONVERGED, SKIPPED
+from relaxnet_jax.benchmark.steps import CONVERGED, NO_OTHER, SKIPPED
 from relaxnet_jax.data.files import atomic_path
 
 WRONG_MINIMUM = 10e-3  # eV/atom
@@ -66,7 +66,8 @@ def judged(rows: Sequence[dict[str, Any]], wrong_minimum: float) -> list[dict[st
 
 
 def summaries(rows: Sequence[dict[str, Any]], labels: Mapping[str, str]) -> list[dict[str, Any]]:
-    """One dictionary per start, of the structures whose initial state the oracle relaxed.
+    """One dictionary per start, of the structures whose initial state the oracle relaxed, and of those
+    for which there is no other start, failures of every start.
 
     Args:
       rows: of `judged`. labels: of the starts by key, in order, "initial" first.
@@ -81,9 +82,12 @@ def summaries(rows: Sequence[dict[str, Any]], labels: Mapping[str, str]) -> list
     """
     by_start = {key: [r for r in rows if r["start"] == key] for key in labels}
     reference = {r["structure"]: r for r in by_start["initial"] if r["status"] == CONVERGED}
+    counted = set(reference) | {
+        r["structure"] for r in by_start["initial"] if r["remark"] == NO_OTHER
+    }
     found = []
     for key, label in labels.items():
-        own = [r for r in by_start[key] if r["structure"] in reference and r["status"] != SKIPPED]
+        own = [r for r in by_start[key] if r["structure"] in counted and r["status"] != SKIPPED]
         results = [r["result"] for r in own]
         good = [r for r in own if r["result"] in ("same minimum", "lower minimum")]
         wrong = results.count("wrong minimum")

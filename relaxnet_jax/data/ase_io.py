@@ -71,7 +71,11 @@ def read_frames(
         except (TypeError, ValueError) as bad:
             built = SkippedRelaxation(name, f"{one_line(bad)}: repair or remove it")
         if name in seen:
-            built = SkippedRelaxation(name, "id occurs twice: give each relaxation its own")
+            built = SkippedRelaxation(
+                name,
+                "id occurs again, after frames of another: only those before it are in; bring frames "
+                "of one relaxation together, and give each its own id",
+            )
         seen.add(name)
         yield built
     if not labelled:

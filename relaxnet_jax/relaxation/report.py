@@ -206,14 +206,19 @@ def totals(
         + (more if len(records) > MAX_ROWS else "")
     ]
     both = [r["refined"] for r in records if r.get("refined") is not None]
-    comparable = [r for r in both if r["wrong_minimum"] is not None]
-    if comparable:
-        legs = ("without_head_start", "with_head_start")
-        steps = [sum(r[leg]["steps"] for r in comparable) for leg in legs]
-        wrong = sum(r["wrong_minimum"] for r in comparable)
+    known = [r for r in both if (leg := r["without_head_start"]) and leg["converged"]]
+    if known:
+        # Where the head start leads elsewhere or nowhere, the other relaxation is needed as well.
+        good = [r for r in known if r["wrong_minimum"] is False]
+        before = sum(r["without_head_start"]["steps"] for r in known)
+        saved = sum(r["without_head_start"]["steps"] - r["with_head_start"]["steps"] for r in good)
+        wrong = sum(r["wrong_minimum"] is True for r in known)
+        nowhere = len(known) - len(good) - wrong
         lines.append(
-            f"ionic steps: {steps[0]} without and {steps[1]} with the head start "
-            f"({100 * (1 - steps[1] / steps[0]):+.0f} % saved, {len(comparable)} structures); "
-            f"wrong minima: {wrong}"
+            f"ionic steps: {before} without and {before - saved} with the head start "
+            f"({100 * saved / before:+.0f} % saved, {len(known)} structures"
+            + (", none where it fails or ends in a wrong minimum" if len(good) < len(known) else "")
+            + f"); wrong minima: {wrong}"
+            + (f"; failed or unconverged from the prediction: {nowhere}" if nowhere else "")
         )
     return lines

@@ -24,6 +24,7 @@ from relaxnet_jax.reproduce.runs import Run, folder_of, read_facts
 from relaxnet_jax.reproduce.section import SEEDS, Section, Table, claims_table
 from relaxnet_jax.reproduce.setting import Setting
 from relaxnet_jax.reproduce.training import StoppedError, train_all
+from relaxnet_jax.train.start import SEEN
 
 REPORT = "REPORT.md"
 SHOWN = 5  # reasons why structures were left out
@@ -114,8 +115,25 @@ def provenance(
             f"Runs: {len({r.digest for r in runs})}, of {min(minutes):.1f} to {max(minutes):.1f} min and "
             f"{min(epochs)} to {max(epochs)} epochs; all in runs.csv"
         )
-        lines += _uneven(runs, facts) + _static_only(runs, facts)
+        lines += _uneven(runs, facts) + _static_only(runs, facts) + _begun(setting, runs)
     return lines
+
+
+def _begun(setting: Setting, runs: Sequence[Run]) -> list[str]:
+    """What models started from, and how much of the test split these had been trained on."""
+    starts: dict[str, int] = {}
+    for run in runs:
+        start = run.config.train.start_from
+        if start:
+            facts = json.loads((folder_of(setting.out, run) / "model/model.json").read_text())
+            seen = facts["statistics"].get(SEEN, {}).get("test", 0)
+            starts[start] = max(seen, starts.get(start, 0))
+    return [
+        f"Begun from the parameters of {start} (train.start_from)"
+        + (f", which was trained on {n} of the test relaxations: their errors are not those of "
+           "unseen structures" if n else "")
+        for start, n in starts.items()
+    ]  # fmt: skip
 
 
 def _first(reasons: Collection[str]) -> str:

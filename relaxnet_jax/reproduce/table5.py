@@ -25,7 +25,7 @@ from relaxnet_jax.reproduce.setting import Setting
 from relaxnet_jax.reproduce.verdict import Claim, Outcome, all_of, lower
 
 TIMING = (
-    "Inference is timed without compilation, in batches of 16 structures; the paper relaxed one "
+    "Inference is timed with the graphs but without compilation, in batches of 16 structures; the paper relaxed one "
     "structure at a time with ASE. Failed are predictions that are no numbers: they are left out of "
     "the means, and of comparisons on both sides."
 )

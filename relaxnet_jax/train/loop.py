@@ -28,7 +28,7 @@ from relaxnet_jax.errors import InputError
 from relaxnet_jax.graph import MAX_ATOMIC_NUMBER
 from relaxnet_jax.losses import Term, weighted_loss
 from relaxnet_jax.model import RelaxNet, save_model
-from relaxnet_jax.train.checkpoint import Checkpoints
+from relaxnet_jax.train.checkpoint import Checkpoints, has_checkpoint
 from relaxnet_jax.train.clock import Clock
 from relaxnet_jax.train.hosts import Hosts
 from relaxnet_jax.train.parallel import Devices
@@ -134,8 +134,8 @@ def train(
 def _check_workdir(config: Config, workdir: Path, resume: bool) -> None:
     file = workdir / "config.json"
     if not resume:
-        # A run that never reached its first model left nothing worth keeping: it starts anew.
-        if file.exists() and (workdir / "model").exists():
+        # A run that never reached a checkpoint left nothing worth keeping: it starts anew.
+        if file.exists() and ((workdir / "model").exists() or has_checkpoint(workdir)):
             raise InputError(
                 f"{workdir}: already holds a run; continue it with --resume or give another --workdir"
             )
@@ -443,7 +443,7 @@ class _Run:
                 if clock.stop:
                     stopped, reason = True, "told to stop (SIGTERM)"
                     break
-                tally = Tally()
+                unfinished, tally = tally, Tally()
                 averaged = state.ema if t.ema else state.params
                 record["validation"] = self.validate(averaged)
                 clock.tick()
@@ -456,7 +456,9 @@ class _Run:
                 if first_host and (record["best"] or not (workdir / "model").exists()):
                     self.export(averaged, workdir)
                 due = (epoch + 1) % t.checkpoint_every == 0 or epoch + 1 == t.epochs
-                if not record["partial"] and (due or record["best"]):
+                if record["partial"]:  # by the deadline; what is best now must be known later
+                    keep(state, unfinished, epoch - 1)
+                elif due or record["best"]:
                     keep(state, tally, epoch)
                 if log is not None:
                     log.write(record)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-FUNCTIONAL_TAGS = ("GGA", "METAGGA", "LHFCALC", "LUSE_VDW", "LDAU")
-_UNSET = ("", "--", "NONE", "F", ".FALSE.")
+FUNCTIONAL_TAGS = ("GGA", "METAGGA", "LHFCALC", "LUSE_VDW", "IVDW", "LDAU")
+_UNSET = ("", "--", "NONE", "F", ".FALSE.", "0")
 
 
 def functional_of(values: Mapping[str, Sequence[bytes]]) -> str:

@@ -21,7 +21,13 @@ from relaxnet_jax.data.trajectory import (
 from relaxnet_jax.data.vasp.functional import functional_of
 from relaxnet_jax.data.vasp.outcar_lines import Scanner, table
 from relaxnet_jax.data.vasp.unfinished import Cut, NoRelaxation, remark, too_few
-from relaxnet_jax.data.vasp.vasprun import KILOBAR, Energy, check_ibrion, is_number
+from relaxnet_jax.data.vasp.vasprun import (
+    KILOBAR,
+    Energy,
+    check_ibrion,
+    check_pressure,
+    is_number,
+)
 from relaxnet_jax.errors import InputError
 
 _SYMBOL = re.compile(rb"[A-Z][a-z]?(?![A-Za-z])")
@@ -231,6 +237,12 @@ class Outcar:
             self.functional.setdefault(tag.strip().decode(), []).append(
                 value.strip().split(b" ")[0]
             )
+        elif mark == b"IVDW ":
+            if match := re.match(rb"IVDW\s*=\s*(\d+)", line):
+                self.functional.setdefault("IVDW", []).append(match[1])
+        elif mark == b"PSTRESS=":
+            if match := re.match(rb"PSTRESS=\s*(\S+)", line):
+                check_pressure(match[1])
         elif mark == b"using selective dynamics":
             self.selective = True
         elif mark == b"IBRION =":

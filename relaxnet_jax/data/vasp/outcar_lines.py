@@ -21,6 +21,7 @@ _MARKS = (
     b"ions per type",
     b"ZVAL   =",
     b"IBRION =",
+    b"PSTRESS=",
     b"using selective dynamics",
     b" Iteration ",
     b"total charge",
@@ -32,7 +33,7 @@ _MARKS = (
     b"General timing and accounting",
 )
 # Those of the head, which ends with the first iteration.
-_HEAD = (b"GGA     =", b"METAGGA=", b"LHFCALC =", b"LUSE_VDW   =", b"LDA+U is selected")
+_HEAD = (b"GGA     =", b"METAGGA=", b"LHFCALC =", b"LUSE_VDW   =", b"IVDW ", b"LDA+U is selected")
 _GLUED = re.compile(rb"(?<=\d)-")
 
 

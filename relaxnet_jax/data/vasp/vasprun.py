@@ -38,7 +38,7 @@ _SKIPPED = (b"dos", b"eigenvalues", b"projected", b"kpoints", b"dielectricfuncti
 _TAG = re.compile(
     rb"<(/?(?:modeling|calculation|atominfo|structure|varray|energy|scstep|"
     + b"|".join(_SKIPPED)
-    + rb"))\b([^<>]*)>|<i\b[^<>]*name=\"(IBRION|"
+    + rb"))\b([^<>]*)>|<i\b[^<>]*name=\"(IBRION|PSTRESS|IMAGES|"
     + b"|".join(tag.encode() for tag in FUNCTIONAL_TAGS)
     + rb")\"[^<>]*>([^<>]*)</i>"
 )
@@ -215,6 +215,11 @@ class _Parser:
             tag, attributes = match[1], match[2]
             if tag is None and match[3] == b"IBRION":
                 check_ibrion(int(match[4]))
+            elif tag is None and match[3] == b"PSTRESS":
+                check_pressure(match[4])
+            elif tag is None and match[3] == b"IMAGES":
+                if int(match[4]) > 0:
+                    raise NoRelaxation("IMAGES, a path of images (NEB): give a relaxation")
             elif tag is None:
                 self.functional.setdefault(match[3].decode(), []).append(match[4])
             elif tag in _SKIPPED:
@@ -381,6 +386,15 @@ def check_ibrion(ibrion: int) -> None:
     if ibrion in _NO_RELAXATION:
         raise NoRelaxation(
             f"IBRION={ibrion}, {_NO_RELAXATION[ibrion]}: give a relaxation (IBRION 1, 2 or 3)"
+        )
+
+
+def check_pressure(kilobar: bytes) -> None:
+    """Raises NoRelaxation if a run was relaxed under this PSTRESS and not at zero pressure."""
+    if is_number(kilobar) and float(kilobar) != 0:
+        raise NoRelaxation(
+            f"PSTRESS={float(kilobar):g} kB: its minimum is that of an enthalpy, and its stress is not the "
+            "energy's; give a relaxation without external pressure"
         )
 
 
