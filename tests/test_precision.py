@@ -101,7 +101,9 @@ def products(jaxpr):
 @pytest.mark.parametrize("matmul", ["float32", "bfloat16"])
 def test_geometry_is_in_full_float32(matmul):
     """Of cells, positions and the loss too: the default of GPUs and TPUs is less."""
-    model = tiny_model(tiny_config("explicit", dynamics__cell="variable", model__matmul=matmul))
+    model = tiny_model(
+        tiny_config("explicit", dynamics__cell="variable", model__matmul=matmul), dtype=np.float32
+    )
     graph = batch(systems(), model.config)
     found = list(products(jax.make_jaxpr(predict_trajectory)(model, graph).jaxpr))
     rounded = [e for e in found if e.invars[0].aval.dtype == jnp.bfloat16]
