@@ -79,9 +79,7 @@ class Program:
         if signature not in self._stored and signature not in self._unstorable:
             try:
                 self._stored[signature] = self._find_or_trace(folder, signature)
-            except (
-                NotImplementedError
-            ) as error:  # of the adaptive solver's errors, callbacks to Python
+            except NotImplementedError as error:  # the adaptive solver's callbacks to Python
                 log.debug("%s: cannot be kept: %s", self.function.__qualname__, error)
                 self._unstorable.add(signature)
         if signature in self._unstorable:

@@ -80,14 +80,14 @@ def _unseen(name: str, runs: Sequence[str], variable: bool, say: Say) -> list[Ca
     from relaxnet_jax.data.generate import default_dataset
     from relaxnet_jax.data.store import TrajectoryStore
     from relaxnet_jax.model import member_folders
-    from relaxnet_jax.train.start import trained_on
+    from relaxnet_jax.train.start import trained_ids
 
     with TrajectoryStore(default_dataset(report=say) if name == "emt" else name) as store:
         ids = store.ids
         keep = set(ids)
         for run, folder in [(name, folder) for name in runs for folder in member_folders(name)]:
             found = run_splits(folder)
-            before = set().union(*(own for _, own in trained_on(str(folder))))
+            before = trained_ids(str(folder))
             if found is None:
                 say(f"{run}: says nothing of what it was trained on; all of {name} is used")
             elif any(keep.intersection(members) for members in found[1].values()):

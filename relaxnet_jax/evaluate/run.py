@@ -29,7 +29,7 @@ from relaxnet_jax.predict import Path as PredictedPath
 from relaxnet_jax.predict import as_trajectory, minimised_path, predict_structures
 from relaxnet_jax.solver import frame_grid
 from relaxnet_jax.strain import deformations, from_reference
-from relaxnet_jax.train.start import SEEN, trained_on
+from relaxnet_jax.train.start import SEEN, trained_ids
 from relaxnet_jax.trust import trust_flags
 
 _NOT_UNSEEN = ": their errors are not those of unseen structures"
@@ -215,22 +215,21 @@ def evaluate_workdir(
     if fmax is not None and not static:
         clock = _Clock(model)
         compare(model, trajectories, lambda _: None, predict=clock)
-        graphs = graph_seconds(model, trajectories)
-        costs["model"] = {"seconds": clock.seconds + graphs}
+        costs["model"] = {"seconds": clock.seconds}
         also, _ = compare(model, trajectories, lambda _: None, predict=minimiser)
         results = {"model": results.pop("model"), "lbfgs": evaluate(also, "model")} | results
     if "lbfgs" in results:
         costs["lbfgs"] = dict(minimiser.costs)
-        if "seconds" in costs["lbfgs"]:
-            costs["lbfgs"]["seconds"] += graph_seconds(model, trajectories)
+    if costs:
+        graphs = graph_seconds(model, trajectories)
+        for cost in costs.values():
+            cost["seconds"] += graphs
     return Evaluation(results, comparisons, left_out, name, costs, seen)
 
 
 def _seen(workdir: Path, ids: Sequence[str]) -> int:
     try:
-        return len(
-            set(ids).intersection(set().union(*(own for _, own in trained_on(str(workdir)))))
-        )
+        return len(trained_ids(str(workdir)).intersection(ids))
     except InputError:  # damaged splits are none of this data's affair
         return 0
 

@@ -123,6 +123,11 @@ def trained_on(name: str) -> Iterator[tuple[Path, set[str]]]:
             return
 
 
+def trained_ids(name: str) -> set[str]:
+    """All ids that `trained_on` gives."""
+    return set().union(*(ids for _, ids in trained_on(name)))
+
+
 def _described(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "model.json").read_text())
 
