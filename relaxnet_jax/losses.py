@@ -15,6 +15,7 @@ from jax import Array
 from relaxnet_jax.config import LossConfig
 from relaxnet_jax.graph import relaxing_cells
 from relaxnet_jax.ops import safe_divide, safe_norm
+from relaxnet_jax.programs import storable
 from relaxnet_jax.solver import Trajectory
 from relaxnet_jax.strain import log_strain, stress
 from relaxnet_jax.typing import AnyArray, Graph
@@ -58,6 +59,7 @@ class Targets(NamedTuple):
     cells: CellTargets | None = None
 
 
+@storable
 class Term(NamedTuple):
     """A loss term as sum / number of things summed (both scalar arrays)."""
 

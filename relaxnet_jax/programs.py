@@ -50,6 +50,13 @@ class _Signature(NamedTuple):
     settings: tuple[Any, ...]
 
 
+class _Known(NamedTuple):
+    """A traced program, and the function that runs it."""
+
+    exported: jax.export.Exported
+    compiled: Callable[..., Any]
+
+
 class Program:
     """A pure function, compiled; its traced form is kept where compiled programs are.
 
@@ -66,37 +73,58 @@ class Program:
         functools.update_wrapper(self, function)
         self.function = function
         self._compiled: Any = jax.jit(function, static_argnums=0)
-        self._stored: dict[_Signature, Callable[..., Any]] = {}
-        self._unstorable: set[_Signature] = set()
+        self._known: dict[_Signature, _Known | None] = {}  # None: it cannot be kept
 
     def __call__(self, static: Any, *args: Any) -> Any:
-        folder = _folder()
         leaves, tree = jax.tree.flatten(args)
-        if folder is None or any(isinstance(x, jax.core.Tracer) for x in leaves):
-            return self._compiled(static, *args)
-        kinds = tuple(jax.typeof(x) for x in leaves)
-        signature = _Signature(static, tree, kinds, _settings())
-        if signature not in self._stored and signature not in self._unstorable:
-            try:
-                self._stored[signature] = self._find_or_trace(folder, signature)
-            except NotImplementedError as error:  # the adaptive solver's callbacks to Python
-                log.debug("%s: cannot be kept: %s", self.function.__qualname__, error)
-                self._unstorable.add(signature)
-        if signature in self._unstorable:
-            return self._compiled(static, *args)
-        return self._stored[signature](*leaves)
+        traced = any(isinstance(x, jax.core.Tracer) for x in leaves)
+        known = None if traced else self._look_up(static, leaves, tree)
+        return self._compiled(static, *args) if known is None else known.compiled(*leaves)
+
+    def inline(self, static: Any, *args: Any) -> Any:
+        """Its result as a part of a program that is being traced (`jax.jit`, `jax.pmap`), for whose sake
+        what is kept is not traced again; it can be neither differentiated nor vectorised."""
+        leaves, tree = jax.tree.flatten(args)
+        known = self._look_up(static, leaves, tree)
+        return self.function(static, *args) if known is None else known.exported.call(*leaves)
+
+    def shapes(self, static: Any, *args: Any) -> Any:
+        """Shapes and types of its result (`jax.ShapeDtypeStruct`), which is not computed."""
+        leaves, tree = jax.tree.flatten(args)
+        known = self._look_up(static, leaves, tree)
+        if known is None:
+            return jax.eval_shape(functools.partial(self.function, static), *args)
+        shapes = [jax.ShapeDtypeStruct(k.shape, k.dtype) for k in known.exported.out_avals]
+        return jax.tree.unflatten(known.exported.out_tree, shapes)
 
     def cache_size(self) -> int:
         """How many kinds of arguments it has been called with in this process."""
-        return len(self._stored) + self._compiled._cache_size()
+        kept = sum(known is not None for known in self._known.values())
+        return kept + self._compiled._cache_size()
 
-    def _find_or_trace(self, folder: Path, signature: _Signature) -> Callable[..., Any]:
+    def _look_up(self, static: Any, leaves: list[Any], tree: Any) -> _Known | None:
+        """What is kept for such arguments, traced if need be; None where nothing can be kept."""
+        folder = _folder()
+        if folder is None:
+            return None
+        kinds = tuple(jax.typeof(x) for x in leaves)
+        signature = _Signature(static, tree, kinds, _settings())
+        if signature not in self._known:
+            try:
+                exported = self._find_or_trace(folder, signature)
+                self._known[signature] = _Known(exported, jax.jit(exported.call))
+            except NotImplementedError as error:  # the adaptive solver's callbacks to Python
+                log.debug("%s: cannot be kept: %s", self.function.__qualname__, error)
+                self._known[signature] = None
+        return self._known[signature]
+
+    def _find_or_trace(self, folder: Path, signature: _Signature) -> jax.export.Exported:
         path = folder / (self._key(signature) + SUFFIX)
         exported = _read(path)
         if exported is None:
             exported = self._trace(signature)
             _write(path, exported)
-        return jax.jit(exported.call)
+        return exported
 
     def _trace(self, signature: _Signature) -> jax.export.Exported:
         def flat(*leaves):

@@ -32,7 +32,8 @@ from relaxnet_jax.model import create_model, load_model
 from relaxnet_jax.predict import Path, relax
 from relaxnet_jax.solver import Trajectory
 from relaxnet_jax.strain import deformations, from_voigt, log_strain, stress, to_voigt
-from relaxnet_jax.train.step import make_static_loss
+from relaxnet_jax.train.state import initial_train_state
+from relaxnet_jax.train.step import make_train_step
 
 VARIABLE = tiny_config(dynamics__cell="variable", dynamics__mass="unit")
 
@@ -253,10 +254,11 @@ def test_static_loss_looks_at_strained_frames():
     shape = fitting_shape([sample.structure])
     graph, targets = collate_samples([sample], shape, config)
     model = tiny_model(config, dtype=np.float32)
-    loss = jax.jit(make_static_loss(config, float(model.energy_scale), None))
+    state = initial_train_state(model.params, config.train)
+    step = jax.jit(make_train_step(config, float(model.energy_scale), static=True))
     seen = set()
     for seed in range(12):
-        _, means = loss(model.params, (graph, targets), jax.random.key(seed))
+        _, means = step(state, (graph, targets), 0.0, jax.random.key(seed))
         assert means["stress"] > 0 and means["cell"] < 1e-10 and means["positions"] == 0
         seen.add(round(float(means["energy"]), 5))
     assert len(seen) == 3  # frames differ: in their cells too

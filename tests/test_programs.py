@@ -1,6 +1,7 @@
 """Traced programs on disk: found again, never instead of others, and no harm where damaged."""
 
 import dataclasses
+import json
 import os
 from typing import NamedTuple
 
@@ -14,6 +15,9 @@ from relaxnet_jax import predict, programs
 from relaxnet_jax.predict import relax
 from relaxnet_jax.programs import Program, storable
 from relaxnet_jax.solver import solve_trajectory
+from relaxnet_jax.train import step
+from relaxnet_jax.train.loop import train
+from relaxnet_jax.train.report import ConsoleReport
 
 traces = []
 
@@ -149,3 +153,62 @@ def test_predictions_are_those_of_jit(folder, monkeypatch):
             np.testing.assert_array_equal(one.cells, other.cells)
             np.testing.assert_array_equal(one.energies, other.energies)
             np.testing.assert_array_equal(one.forces, other.forces)
+
+
+def test_part_of_another_program(folder):
+    """Inline, it is not traced again by another process; nor for its result's shapes."""
+    x = np.ones(3, np.float32)
+    for _ in range(2):
+        program = Program(scaled_sum)
+        twice = jax.jit(lambda x, program=program: 2 * program.inline(Factor(2.0), {"x": x}).total)
+        assert float(twice(x)) == float(twice(jnp.asarray(x))) == 12
+        assert float(program.inline(Factor(2.0), {"x": x}).total) == 6
+        shapes = Program(scaled_sum).shapes(Factor(2.0), {"x": x})
+        assert shapes == Sums(jax.ShapeDtypeStruct((), jnp.float32), None)
+    assert len(traces) == len(list(folder.iterdir())) == 1
+    jax.config.update("jax_compilation_cache_dir", None)
+    assert float(Program(scaled_sum).inline(Factor(2.0), x).total) == 6
+    assert Program(scaled_sum).shapes(Factor(2.0), x).total.shape == ()
+    assert len(traces) == 3
+
+
+@pytest.mark.parametrize("latent", ["explicit", "implicit"])
+def test_a_second_start_of_training_traces_no_network(folder, tmp_path, monkeypatch, latent):
+    """What it computes is what the first start did, to the bit, and what it is without the folder."""
+    monkeypatch.setenv("RELAXNET_JAX_CACHE", str(tmp_path / "cache"))
+    config = tiny_config(
+        latent,
+        model__layers=1,
+        data__n_emt=12,
+        train__batch_size=4,
+        train__epochs=2,
+        train__static_epochs=int(latent == "implicit"),
+        train__max_buckets=1,
+        train__noise=0.1,
+    )
+    networks = []
+
+    def counted(function):
+        def call(*args):
+            networks.append(function.__name__)
+            return function(*args)
+
+        return call
+
+    for name in ("solve_trajectory", "energies_and_forces"):
+        monkeypatch.setattr(step, name, counted(getattr(step, name)))
+    found, counts = [], []
+    for k in range(3):
+        for name in ("batch_terms", "batch_gradient"):  # as in a process of its own
+            monkeypatch.setattr(step, name, Program(getattr(step, name).function))
+        if k == 2:
+            jax.config.update("jax_compilation_cache_dir", None)
+        train(config, tmp_path / str(k), report=ConsoleReport.silent(), devices=1)
+        lines = (tmp_path / str(k) / "metrics.jsonl").read_text().splitlines()
+        found.append([{**r["train"], **r["validation"]} for r in map(json.loads, lines)])
+        counts.append(len(networks))
+        networks.clear()
+    assert counts[0] == counts[2] == (3 if latent == "implicit" else 2) and counts[1] == 0
+    assert found[0] == found[1] and found[0][0]["forces"] > 0
+    for one, other in zip(found[0], found[2], strict=True):
+        assert one == pytest.approx(other, rel=1e-3)

@@ -17,7 +17,8 @@ from relaxnet_jax.losses import Targets
 from relaxnet_jax.model import load_model, predict_trajectory
 from relaxnet_jax.train.loop import train
 from relaxnet_jax.train.report import ConsoleReport
-from relaxnet_jax.train.step import make_static_loss
+from relaxnet_jax.train.state import initial_train_state
+from relaxnet_jax.train.step import make_train_step
 
 
 @pytest.mark.usefixtures("x64")
@@ -35,9 +36,9 @@ def test_static_loss_is_that_of_the_chosen_frames():
     mask[2, 0] = mask[1, 1] = True
     targets = Targets(positions, forces, energies, mask, mask.argmax(0).astype(np.int32))
     scale = float(model.energy_scale)
-    loss, means = make_static_loss(config, scale, None)(
-        model.params, (graph, targets), jax.random.key(3)
-    )
+    state = initial_train_state(model.params, config.train)
+    step = make_train_step(config, scale, static=True)
+    _, means = step(state, (graph, targets), 0.0, jax.random.key(3))
     energy_errors, force_errors, row = [], [], 0
     for index, (one, frame) in enumerate(zip(atoms, (2, 1))):
         rows = slice(row, row + len(one))
@@ -53,7 +54,7 @@ def test_static_loss_is_that_of_the_chosen_frames():
     np.testing.assert_allclose(means["forces"], np.concatenate(force_errors).mean(), rtol=1e-9)
     weights = config.loss
     expected = weights.energy * means["energy"] + weights.forces * means["forces"]
-    np.testing.assert_allclose(loss, expected, rtol=1e-12)
+    np.testing.assert_allclose(means["loss"], expected, rtol=1e-12)
 
 
 def test_frames_are_drawn_evenly():
@@ -67,10 +68,10 @@ def test_frames_are_drawn_evenly():
     energies[:, 0] = [1e3, 2e3, 3e3, np.nan]
     positions = np.broadcast_to(np.asarray(graph.nodes["positions"]), (n, N, 3))
     targets = Targets(positions, np.zeros((n, N, 3)), energies, mask, np.full(G, 2, np.int32))
-    params = tiny_model(config).params
-    loss = jax.jit(make_static_loss(config, 1.0, None))
+    state = initial_train_state(tiny_model(config).params, config.train)
+    step = jax.jit(make_train_step(config, 1.0, static=True))
     found = [
-        float(loss(params, (graph, targets), jax.random.key(k))[1]["energy"]) for k in range(60)
+        float(step(state, (graph, targets), 0.0, jax.random.key(k))[1]["energy"]) for k in range(60)
     ]
     counts = np.bincount(np.rint(np.array(found) * 7 / 1e3).astype(int), minlength=4)
     assert counts[0] == 0 and counts[1:].sum() == 60 and counts[1:4].min() >= 8

@@ -500,8 +500,10 @@ shape = fitting_shape([s.structure for s in samples])
 ways = []
 for n in (1, 2):
     devices = Devices(n)
-    evaluate = devices.compile(make_eval_step(config, 1.0, devices.axis), "eval", (True, True))
-    step = devices.compile(make_train_step(config, 1.0, devices.axis), "train",
+    stored = n == 2  # as `train` does it
+    evaluate = devices.compile(make_eval_step(config, 1.0, devices.axis, stored=stored), "eval",
+                               (True, True))
+    step = devices.compile(make_train_step(config, 1.0, devices.axis, stored=stored), "train",
                            (True, True, False, False))
     ways.append((devices, evaluate, step))
 # Three structures on one device, two on the other; and none at all on the other.

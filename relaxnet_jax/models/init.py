@@ -13,10 +13,21 @@ import numpy as np
 
 from relaxnet_jax.models.elements import element_properties
 from relaxnet_jax.models.energy import RelaxNetwork
+from relaxnet_jax.programs import Program
 from relaxnet_jax.typing import Graph, Params
 
 SMALL = 0.1  # factor on the kernels of layers named small_*
 OWN = 0.3  # of an element's embedding: what sets it apart from elements with the same properties
+
+
+@Program
+def _zeros(network: RelaxNetwork, graph: Graph) -> Params:
+    """Laid out like the parameters: a program of nothing, kept because Flax takes a second or two to
+    say their shapes."""
+    shapes = jax.eval_shape(
+        lambda g: network.init(jax.random.key(0), g, method="initialise")["params"], graph
+    )
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 
 
 def initial_parameters(
@@ -28,9 +39,7 @@ def initial_parameters(
     ``small_*``; biases and ``log_*`` scalars zero; norm scales one. Embeddings are a random
     projection of the elements' properties, plus noise: similar elements start as neighbours.
     """
-    shapes = jax.eval_shape(
-        lambda g: network.init(jax.random.key(0), g, method="initialise")["params"], graph
-    )
+    shapes = _zeros.shapes(network, graph)
     rng = np.random.default_rng(seed)
 
     def draw(path, leaf):

@@ -264,7 +264,7 @@ class _Run:
         self._check_same_data()
         self.train_step, self.static_step = (
             self.devices.compile(
-                make_train_step(config, self.scale, self.devices.axis, static),
+                make_train_step(config, self.scale, self.devices.axis, static, stored=True),
                 "static training step" if static else "training step",
                 (True, True, False, False),
                 donate=(0,),
@@ -272,7 +272,9 @@ class _Run:
             for static in (False, True)
         )
         self.eval_step = self.devices.compile(
-            make_eval_step(config, self.scale, self.devices.axis), "validation step", (True, True)
+            make_eval_step(config, self.scale, self.devices.axis, stored=True),
+            "validation step",
+            (True, True),
         )
 
     def _check_same_data(self) -> None:

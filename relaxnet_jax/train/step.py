@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
 
-from relaxnet_jax.config import Config
+from relaxnet_jax.config import Config, LossConfig
 from relaxnet_jax.losses import (
     CellTargets,
     Targets,
@@ -20,8 +21,10 @@ from relaxnet_jax.losses import (
     weighted_loss,
 )
 from relaxnet_jax.model import network_of
+from relaxnet_jax.models.energy import RelaxNetwork
 from relaxnet_jax.models.precision import in_float32
 from relaxnet_jax.potential import energies_and_forces
+from relaxnet_jax.programs import Program
 from relaxnet_jax.solver import Trajectory, solve_trajectory
 from relaxnet_jax.strain import deform_positions
 from relaxnet_jax.train.perturb import perturbed
@@ -29,94 +32,92 @@ from relaxnet_jax.train.state import TrainState, make_optimizer
 from relaxnet_jax.typing import Graph, Params
 
 Batch = tuple[Graph, Targets]
+STATIC_TERMS = ("energy", "forces", "stress")  # those that a frame has by itself
 
 
-def make_loss(config: Config, scale: float, axis: str | None) -> Callable:
-    """loss(params, batch, key) -> (loss, means of the terms).
+class Objective(NamedTuple):
+    """What is compared with the true frames of a batch.
 
-    With ``axis`` the sums are added over devices before dividing, so the result (and the
-    gradient, once added over devices) is that of one batch with all their structures.
+    Attributes:
+      kind: "path", the predicted trajectory; "frame", energies and forces of the one true frame that a
+        batch has left; "frames", of all its true frames.
     """
-    network = network_of(config)
 
-    @in_float32
-    def loss(params: Params, batch: Batch, key: Array | None) -> tuple[Array, dict[str, Array]]:
-        graph, targets = batch
-        if key is not None and (config.train.noise or config.train.strain_noise):
-            graph, targets = perturbed(config, network, graph, targets, key)
-        if config.dynamics.latent == "direct":
-            targets = _final_only(targets)
-        prediction = solve_trajectory(network, params, _unit(scale, graph), graph, targets.times)
-        terms = loss_terms(prediction, targets, graph, config.loss)
-        errors = _errors(prediction, targets, graph)
-        if axis is not None:
-            terms, errors = jax.tree.map(_add_over(axis), (terms, errors), is_leaf=_is_term)
-        total, means = weighted_loss(terms, config.loss)
-        return total, means | {name: error.mean() for name, error in errors.items()}
-
-    return loss
+    network: RelaxNetwork
+    loss: LossConfig
+    kind: Literal["path", "frame", "frames"]
 
 
-def _unit(scale: float, graph: Graph) -> Array:
-    return jnp.asarray(scale, graph.nodes["positions"].dtype)
+@Program
+@in_float32
+def batch_terms(objective: Objective, params: Params, unit: Array, batch: Batch) -> dict[str, Term]:
+    """Sums and counts of the loss terms, and along a path of the coordinate errors, on one device.
 
-
-def make_static_loss(config: Config, scale: float, axis: str | None) -> Callable:
-    """loss(params, batch, key) -> (loss, means of the terms): energies and forces, no ODE.
-
-    One frame of each relaxation, drawn at random, is looked at where it truly is; so the terms
-    that compare positions, or one frame with the next, are zero. Only for the implicit scheme and
-    static models, whose energy is a function of the positions alone.
+    Args:
+      unit: energy scale, eV/atom.
     """
-    network = network_of(config)
+    graph, targets = batch
+    network = objective.network
+    if objective.kind == "path":
+        prediction = solve_trajectory(network, params, unit, graph, targets.times)
+        return _compare(prediction, batch, objective)
+    cells = () if targets.cells is None else (jnp.asarray(targets.cells.deformation),)
 
-    @in_float32
-    def loss(params: Params, batch: Batch, key: Array) -> tuple[Array, dict[str, Array]]:
-        graph, targets = batch
-        draws = jax.random.uniform(key, targets.frame_mask.shape)
-        frame = jnp.argmax(jnp.where(targets.frame_mask, draws, -1.0), axis=0)
-        node, structures = graph.nodes["graph"], jnp.arange(frame.shape[0])
-        atoms = jnp.arange(node.shape[0])
-        truth = Targets(
-            positions=jnp.asarray(targets.positions)[frame[node], atoms][None],
-            forces=jnp.asarray(targets.forces)[frame[node], atoms][None],
-            energies=jnp.asarray(targets.energies)[frame, structures][None],
-            frame_mask=jnp.asarray(targets.frame_mask)[frame, structures][None],
-            last=jnp.zeros_like(targets.last),
-            cells=None
-            if targets.cells is None
-            else CellTargets(*(jnp.asarray(v)[frame, structures][None] for v in targets.cells)),
+    def at(values):
+        reference, deformation = (*values, None)[:2]
+        return _at_frame(network, params, unit, graph, reference, deformation)
+
+    frames = jnp.asarray(targets.positions), *cells
+    if objective.kind == "frame":  # a loop of one turn would only cost its state
+        found = at(jax.tree.map(lambda values: values[0], frames))
+        return _compare(jax.tree.map(lambda value: value[None], found), batch, objective)
+    return _compare(jax.lax.map(at, frames), batch, objective)
+
+
+@Program
+@in_float32
+def batch_gradient(
+    objective: Objective, params: Params, unit: Array, batch: Batch, numbers: dict[str, Array]
+) -> tuple[Params, dict[str, Array]]:
+    """One device's part of the loss's gradient, and of the terms' sums.
+
+    Args:
+      unit: energy scale, eV/atom. numbers: counts of the terms, of all devices' batches: so that the
+        parts add up to the gradient of the loss of one batch with all their structures.
+    """
+
+    def part(params: Params) -> tuple[Array, dict[str, Array]]:
+        terms = batch_terms.function(objective, params, unit, batch)
+        shares = {name: Term(term.total, numbers[name]) for name, term in terms.items()}
+        loss, _ = weighted_loss(shares, objective.loss)
+        return loss, {name: term.total for name, term in terms.items()}
+
+    return jax.grad(part, has_aux=True)(params)
+
+
+@in_float32
+def batch_numbers(objective: Objective, batch: Batch) -> dict[str, Array]:
+    """Counts of the terms, which depend on the truth alone: those of any prediction."""
+    _, targets = batch
+    positions = jnp.asarray(targets.positions)
+    energies = jnp.zeros(targets.frame_mask.shape, positions.dtype)
+    prediction = Trajectory(positions, jnp.zeros_like(positions), energies, positions)
+    if targets.cells is not None:
+        deformation = jnp.asarray(targets.cells.deformation)
+        prediction = prediction._replace(
+            reference=positions, deformation=deformation, virial=jnp.zeros_like(deformation)
         )
-        deformation = None if truth.cells is None else truth.cells.deformation[0]
-        found = _at_frame(network, params, scale, graph, truth.positions[0], deformation)
-        prediction = jax.tree.map(lambda value: value[None], found)
-        terms = loss_terms(prediction, truth, graph, config.loss)
-        if axis is not None:
-            terms = jax.tree.map(_add_over(axis), terms, is_leaf=_is_term)
-        return weighted_loss(terms, config.loss)
-
-    return loss
+    return {name: t.number for name, t in _compare(prediction, batch, objective).items()}
 
 
-def _at_frame(network, params, scale, graph, reference, deformation) -> Trajectory:
-    """Energies, forces and virials at these reference positions (N, 3): a frame, without the axis
-    of frames."""
-    positions = reference
-    if deformation is not None:
-        positions = deform_positions(deformation, reference, graph.nodes["graph"])
-    unit = _unit(scale, graph)
-    latent = jnp.zeros((positions.shape[0], 0), positions.dtype)
-    found = energies_and_forces(network, params, unit, graph, positions, latent, deformation)
-    moving = positions, jnp.zeros_like(positions), found.energies, found.forces
-    return Trajectory(
-        *moving, *(() if deformation is None else (reference, deformation, found.virial))
-    )
-
-
-def _final_only(targets: Targets) -> Targets:
-    """The targets of a direct predictor: of each structure nothing but its final frame."""
-    slots = jnp.arange(targets.frame_mask.shape[0])[:, None]
-    return targets._replace(frame_mask=targets.frame_mask & (slots == targets.last))
+def _compare(prediction: Trajectory, batch: Batch, objective: Objective) -> dict[str, Term]:
+    graph, targets = batch
+    terms = loss_terms(prediction, targets, graph, objective.loss)
+    if objective.kind == "path":
+        return terms | _errors(prediction, targets, graph)
+    if objective.kind == "frame":
+        return terms
+    return {name: terms[name] for name in STATIC_TERMS if name in terms}
 
 
 def _errors(prediction: Trajectory, targets: Targets, graph: Graph) -> dict[str, Term]:
@@ -129,90 +130,133 @@ def _errors(prediction: Trajectory, targets: Targets, graph: Graph) -> dict[str,
     return errors | {"strain": ours, "nothing_strain": nothing}
 
 
-def _is_term(x) -> bool:
-    return isinstance(x, Term)
+@in_float32
+def _draw(config: Config, network: RelaxNetwork, batch: Batch, key: Array) -> Batch:
+    """What a training step looks at: starts moved by noise where the configuration says so."""
+    graph, targets = batch
+    if config.train.noise or config.train.strain_noise:
+        graph, targets = perturbed(config, network, graph, targets, key)
+    return _asked(config, (graph, targets))
 
 
-def _add_over(axis: str) -> Callable[[Term], Term]:
-    # The gradient of a psum over devices, seen from one device, is its own part of the sum:
-    # the others' totals enter the value only.
-    def add(term: Term) -> Term:
-        others = jax.lax.stop_gradient(jax.lax.psum(term.total, axis) - term.total)
-        return Term(term.total + others, jax.lax.stop_gradient(jax.lax.psum(term.number, axis)))
+def _asked(config: Config, batch: Batch) -> Batch:
+    """Of a direct predictor no frame but each structure's final one."""
+    graph, targets = batch
+    if config.dynamics.latent != "direct":
+        return batch
+    slots = jnp.arange(targets.frame_mask.shape[0])[:, None]
+    return graph, targets._replace(frame_mask=targets.frame_mask & (slots == targets.last))
 
-    return add
+
+def _draw_frames(batch: Batch, key: Array) -> Batch:
+    """One frame of each relaxation, drawn at random: of its true frames the only one left.
+
+    So the terms that compare positions, or one frame with the next, are zero.
+    """
+    graph, targets = batch
+    draws = jax.random.uniform(key, targets.frame_mask.shape)
+    frame = jnp.argmax(jnp.where(targets.frame_mask, draws, -1.0), axis=0)
+    node, structures = graph.nodes["graph"], jnp.arange(frame.shape[0])
+    atoms = jnp.arange(node.shape[0])
+    return graph, Targets(
+        positions=jnp.asarray(targets.positions)[frame[node], atoms][None],
+        forces=jnp.asarray(targets.forces)[frame[node], atoms][None],
+        energies=jnp.asarray(targets.energies)[frame, structures][None],
+        frame_mask=jnp.asarray(targets.frame_mask)[frame, structures][None],
+        last=jnp.zeros_like(targets.last),
+        cells=None
+        if targets.cells is None
+        else CellTargets(*(jnp.asarray(v)[frame, structures][None] for v in targets.cells)),
+    )
+
+
+def _at_frame(network, params, unit, graph, reference, deformation) -> Trajectory:
+    """Energies, forces and virials at these reference positions (N, 3): a frame, without the axis
+    of frames."""
+    positions = reference
+    if deformation is not None:
+        positions = deform_positions(deformation, reference, graph.nodes["graph"])
+    latent = jnp.zeros((positions.shape[0], 0), positions.dtype)
+    found = energies_and_forces(network, params, unit, graph, positions, latent, deformation)
+    moving = positions, jnp.zeros_like(positions), found.energies, found.forces
+    return Trajectory(
+        *moving, *(() if deformation is None else (reference, deformation, found.virial))
+    )
+
+
+def _unit(scale: float, graph: Graph) -> Array:
+    return jnp.asarray(scale, graph.nodes["positions"].dtype)
 
 
 def make_train_step(
-    config: Config, scale: float, axis: str | None = None, static: bool = False
+    config: Config,
+    scale: float,
+    axis: str | None = None,
+    static: bool = False,
+    stored: bool = False,
 ) -> Callable:
-    """step(state, batch, learning_rate, key) -> (state, metrics), of either loss.
-
-    Static models know the static one only.
+    """step(state, batch, learning_rate, key) -> (state, metrics).
 
     A step whose loss or gradient is not finite changes nothing but the count of skipped steps.
+
+    Args:
+      config: what is trained. scale: energy scale, eV/atom.
+      axis: name of the devices' axis over which everything is added up; None on one.
+      static: whether the loss is of energies and forces at one true frame of each relaxation, without
+        the ODE: for the implicit scheme and static models (which know no other), whose energy is a
+        function of the positions alone.
+      stored: whether the traced gradient is looked for on disk, and kept there (`programs`).
     """
+    network = network_of(config)
     static = static or config.dynamics.latent == "static"
-    loss, optimizer, decay = (
-        (make_static_loss if static else make_loss)(config, scale, axis),
-        make_optimizer(config.train),
-        config.train.ema,
-    )
+    objective = Objective(network, config.loss, "frame" if static else "path")
+    gradient_of = batch_gradient.inline if stored else batch_gradient.function
+    optimizer, decay = make_optimizer(config.train), config.train.ema
 
     def step(state: TrainState, batch: Batch, learning_rate: Array, key: Array):
         key = jax.random.fold_in(key, state.step)
         if axis is not None:
             key = jax.random.fold_in(key, jax.lax.axis_index(axis))
-        (total, means), gradient = jax.value_and_grad(loss, has_aux=True)(state.params, batch, key)
+        batch = _draw_frames(batch, key) if static else _draw(config, network, batch, key)
+        numbers = batch_numbers(objective, batch)
         if axis is not None:
-            gradient = jax.lax.psum(gradient, axis)
+            numbers = jax.lax.psum(numbers, axis)
+        unit = _unit(scale, batch[0])
+        gradient, totals = gradient_of(objective, state.params, unit, batch, numbers)
+        if axis is not None:
+            gradient, totals = jax.lax.psum((gradient, totals), axis)
+        terms = {name: Term(total, numbers[name]) for name, total in totals.items()}
+        loss, _ = weighted_loss(terms, config.loss)
+        means = {name: term.mean() for name, term in terms.items()}
         norm = optax.tree.norm(gradient)
         updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.params)
         params = jax.tree.map(lambda p, u: p - learning_rate * u, state.params, updates)
         # Young averages are dominated by the initial parameters: warm the decay up.
         warm = jnp.minimum(decay, (1.0 + state.step) / (10.0 + state.step))
         ema = jax.tree.map(lambda e, p: warm * e + (1.0 - warm) * p, state.ema, params)
-        finite = jnp.isfinite(total) & jnp.isfinite(norm)
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         new = TrainState(params, ema, optimizer_state, state.step + 1, state.skipped)
         old = state._replace(step=state.step + 1, skipped=state.skipped + 1)
         state = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
-        return state, means | {"loss": total, "gradient_norm": norm, "finite": finite}
+        return state, means | {"loss": loss, "gradient_norm": norm, "finite": finite}
 
     return step
 
 
-STATIC_TERMS = ("energy", "forces", "stress")  # those that a frame has by itself
-
-
-def make_eval_step(config: Config, scale: float, axis: str | None = None) -> Callable:
+def make_eval_step(
+    config: Config, scale: float, axis: str | None = None, stored: bool = False
+) -> Callable:
     """step(params, batch) -> sums and counts of the loss terms and coordinate errors.
 
-    Of static models, `STATIC_TERMS` at all true frames instead.
+    Of static models, `STATIC_TERMS` at all true frames instead. The other arguments are those of
+    `make_train_step`.
     """
-    network, latent = network_of(config), config.dynamics.latent
+    kind = "frames" if config.dynamics.latent == "static" else "path"
+    objective = Objective(network_of(config), config.loss, kind)
+    terms_of = batch_terms.inline if stored else batch_terms.function
 
-    @in_float32
-    def static_step(params: Params, batch: Batch) -> dict[str, Term]:
-        graph, targets = batch
-        cells = () if targets.cells is None else (jnp.asarray(targets.cells.deformation),)
-
-        def frame(values):
-            reference, deformation = (*values, None)[:2]
-            return _at_frame(network, params, scale, graph, reference, deformation)
-
-        prediction = jax.lax.map(frame, (jnp.asarray(targets.positions), *cells))
-        terms = loss_terms(prediction, targets, graph, config.loss)
-        terms = {name: terms[name] for name in STATIC_TERMS if name in terms}
-        return jax.lax.psum(terms, axis) if axis is not None else terms
-
-    @in_float32
     def step(params: Params, batch: Batch) -> dict[str, Term]:
-        graph, targets = batch
-        if latent == "direct":
-            targets = _final_only(targets)
-        prediction = solve_trajectory(network, params, _unit(scale, graph), graph, targets.times)
-        terms = loss_terms(prediction, targets, graph, config.loss)
-        terms = terms | _errors(prediction, targets, graph)
+        terms = terms_of(objective, params, _unit(scale, batch[0]), _asked(config, batch))
         return jax.lax.psum(terms, axis) if axis is not None else terms
 
-    return static_step if latent == "static" else step
+    return step
