@@ -26,12 +26,12 @@ from ase.data import chemical_symbols
 from jax import Array
 
 from relaxnet_jax import dynamics, solver
-from relaxnet_jax.batching import collate, fitting_shape, largest_shape
+from relaxnet_jax.batching import BatchShape, collate, fitting_shape, largest_shape
 from relaxnet_jax.config import PRETRAINED, Config, from_json, load_config, to_json
 from relaxnet_jax.data.files import atomic_folder
 from relaxnet_jax.data.trajectory import CELL_TOLERANCE
 from relaxnet_jax.errors import InputError
-from relaxnet_jax.graph import MAX_ATOMIC_NUMBER, Structure, build_structure, structure_from_atoms
+from relaxnet_jax.graph import MAX_ATOMIC_NUMBER, Structure, structure_from_atoms
 from relaxnet_jax.models.energy import RelaxNetwork
 from relaxnet_jax.models.init import initial_parameters
 from relaxnet_jax.models.precision import in_float32
@@ -262,8 +262,10 @@ def _dtype(params: Params) -> Any:
 def create_model(config: Config | str = "explicit.py", seed: int = 0, dtype=np.float32) -> RelaxNet:
     """An untrained model with random parameters; it accepts every element."""
     config = config if isinstance(config, Config) else load_config(config)
-    dimer = build_structure([1, 1], [[0.0, 0, 0], [0, 0, 1.0]], np.zeros((3, 3)), False, config)
-    graph = collate([dimer], fitting_shape([dimer]), dtype)
+    slots = int(config.model.interaction == "triplets")
+    graph = collate(
+        [], BatchShape(n_graphs=2, n_atoms=2, n_edges=2, n_bonds=2, n_slots=slots), dtype
+    )
     return RelaxNet(
         params=initial_parameters(network_of(config), graph, seed, dtype),
         element_energies=np.zeros(MAX_ATOMIC_NUMBER + 1),

@@ -9,8 +9,6 @@ import math
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from scipy.optimize import brentq
-from scipy.special import spherical_jn
 
 # Below this argument the upward recurrence for j_l loses digits and the series is used.
 _SERIES_BELOW = 1.5
@@ -104,6 +102,9 @@ def bessel_roots(l_max: int, n: int) -> np.ndarray:
 
     The roots of j_{l-1} bracket those of j_l.
     """
+    from scipy.optimize import brentq  # half a second, for what a stored program has in it
+    from scipy.special import spherical_jn
+
     roots = np.pi * np.arange(1, n + l_max + 1)
     table = [roots[:n]]
     for l in range(1, l_max + 1):
@@ -125,6 +126,8 @@ def spherical_bessel_basis(r: Array, cutoff: float, n: int, l_max: int) -> Array
     Returns:
       (..., n, l_max + 1), Å^(-3/2).
     """
+    from scipy.special import spherical_jn
+
     roots = bessel_roots(l_max, n)  # (L+1, n)
     norms = np.stack([np.abs(spherical_jn(l + 1, roots[l])) for l in range(l_max + 1)])
     scale = jnp.asarray((math.sqrt(2.0 / cutoff**3) / norms).T, r.dtype)  # (n, L+1)

@@ -61,6 +61,7 @@ def initial_parameters(
             raise ValueError(
                 f"no initial value is known for parameter {jax.tree_util.keystr(path)}"
             )
-        return jnp.asarray(values, dtype)
+        return values.astype(dtype)
 
-    return jax.tree_util.tree_map_with_path(draw, shapes)
+    # At once: JAX would compile the conversion of every shape.
+    return jax.device_put(jax.tree_util.tree_map_with_path(draw, shapes))

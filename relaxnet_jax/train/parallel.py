@@ -108,7 +108,7 @@ class Devices:
         if self.n == 1:
             # Copies that are bound to no device, also of what a checkpoint restored: else a
             # resumed run would be another program, compiled again.
-            return jax.tree.map(lambda x: jax.numpy.array(np.asarray(x)), tree)
+            return jax.device_put(jax.tree.map(np.array, tree))
         return self._put(
             jax.tree.map(
                 lambda x: np.broadcast_to(np.asarray(x)[None], (self.local, *np.shape(x))), tree

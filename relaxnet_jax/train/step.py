@@ -251,8 +251,8 @@ def make_eval_step(
     Of static models, `STATIC_TERMS` at all true frames instead. The other arguments are those of
     `make_train_step`.
     """
-    kind = "frames" if config.dynamics.latent == "static" else "path"
-    objective = Objective(network_of(config), config.loss, kind)
+    static = config.dynamics.latent == "static"
+    objective = Objective(network_of(config), config.loss, "frames" if static else "path")
     terms_of = batch_terms.inline if stored else batch_terms.function
 
     def step(params: Params, batch: Batch) -> dict[str, Term]:
