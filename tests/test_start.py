@@ -1,5 +1,6 @@
 """Training that begins with another model's parameters."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -7,12 +8,13 @@ import jax
 import numpy as np
 import pytest
 from test_training import config_of, quiet
-from tiny import TINY, tiny_config
+from tiny import TINY, molecule, tiny_config, tiny_model
 
 from relaxnet_jax.config import load_config, to_dict
 from relaxnet_jax.errors import InputError
 from relaxnet_jax.evaluate.run import evaluate_workdir, write_evaluation
 from relaxnet_jax.model import create_model, load_model, save_model
+from relaxnet_jax.predict import relax
 from relaxnet_jax.train.loop import train
 from relaxnet_jax.train.start import SEEN, energy_scale, read_start, seen_by_start, start_parameters
 
@@ -67,6 +69,30 @@ def test_functions_the_start_lacks_are_drawn(tmp_path):
         assert name in told[0]
         jax.tree.map(np.testing.assert_array_equal, params[name], fresh[name])
     assert jax.tree.structure(params) == jax.tree.structure(fresh) and len(told) == 1
+
+
+@pytest.mark.parametrize("cells", [("variable", "fixed"), ("fixed", "variable")])
+def test_between_relaxing_and_fixed_cells(tmp_path, cells):
+    """What keeps its cell moves as the start has it move: the strain rate's inputs are zero there."""
+    theirs, ours = (tiny_config("explicit", dynamics__cell=cell, model__layers=1) for cell in cells)
+    start = tiny_model(theirs, dtype=np.float32)
+    folder = str(save_model(start, tmp_path / "start" / "model"))
+    config = dataclasses.replace(ours, train=dataclasses.replace(ours.train, start_from=folder))
+    told = []
+    params = start_parameters(config, read_start(config), told.append)
+    fresh = create_model(config, config.train.seed).params
+    assert jax.tree.map(np.shape, params) == jax.tree.map(np.shape, fresh)
+    if cells[0] == "variable":
+        assert told == []
+    else:
+        assert "strain_gate, some inputs of rate: drawn at random" in told[0]
+        kernel = params["rate"]["Dense_0"]["kernel"]
+        np.testing.assert_array_equal(kernel[-2:], fresh["rate"]["Dense_0"]["kernel"][-2:])
+    (one,) = relax(start, [molecule()])
+    (other,) = relax(start.replace(params=params, config=config), [molecule()])
+    assert np.abs(one.positions[-1] - one.positions[0]).max() > 0.01
+    np.testing.assert_allclose(other.positions, one.positions, atol=1e-6)
+    np.testing.assert_allclose(other.energies, one.energies, rtol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from relaxnet_jax.config import Config, from_json
 from relaxnet_jax.data.split_file import run_splits
 from relaxnet_jax.errors import InputError
 from relaxnet_jax.model import RelaxNet, create_model, load_model, model_folder
-from relaxnet_jax.typing import Params
+from relaxnet_jax.typing import AnyArray, Params
 
 # Of the graph, what parameters were learned for; a skin is none of their affair.
 _GRAPH = ("cutoff", "triplet_cutoff")
@@ -55,7 +55,9 @@ def start_parameters(
     """Parameters to begin with: the start's where it has them, else drawn with ``train.seed``.
 
     A scheme may have learned functions that the start lacks, as a relaxing cell's strain rate or
-    the explicit scheme's latent rate: these begin at random, and ``report`` is told.
+    the explicit scheme's latent rate: these begin at random, and ``report`` is told. Where one takes fewer
+    inputs, as the latent rate of fixed cells lacks those of the strain rate, the common ones, which come
+    first, have the start's weights.
     """
     fresh = create_model(config, config.train.seed).params
     if start is None:
@@ -63,10 +65,24 @@ def start_parameters(
     known = flax.traverse_util.flatten_dict(start.params)
     flat = flax.traverse_util.flatten_dict(fresh)
     missing = sorted({path[0] for path in flat if path not in known})
+    wider = {path[0] for path in flat if path in known and _rows(flat[path]) > _rows(known[path])}
+    missing += [f"some inputs of {name}" for name in sorted(wider)]
     if missing:
         report(f"{config.train.start_from}: knows no {', '.join(missing)}: drawn at random")
-    taken = {path: known.get(path, value) for path, value in flat.items()}
+    taken = {p: _with_rows(v, known[p]) if p in known else v for p, v in flat.items()}
     return flax.traverse_util.unflatten_dict(taken)
+
+
+def _rows(values: AnyArray) -> int:
+    return len(values) if np.ndim(values) else 0
+
+
+def _with_rows(fresh: AnyArray, known: AnyArray) -> AnyArray:
+    """A kernel (inputs, outputs) with the rows that both have of the known one; other arrays are it."""
+    if _rows(fresh) == _rows(known):
+        return known
+    rows = min(_rows(fresh), _rows(known))
+    return np.concatenate([np.asarray(known)[:rows], np.asarray(fresh)[rows:]])
 
 
 def start_facts(config: Config) -> dict[str, str]:
