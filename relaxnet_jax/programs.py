@@ -137,7 +137,14 @@ class Program:
     def _key(self, signature: _Signature) -> str:
         name = f"{self.function.__module__}.{self.function.__qualname__}"
         leaves = [(k.shape, str(k.dtype), k.weak_type) for k in signature.leaves]
-        told = (name, _code(), signature.static, str(signature.tree), leaves, signature.settings)
+        told = (
+            name,
+            code_digest(),
+            signature.static,
+            str(signature.tree),
+            leaves,
+            signature.settings,
+        )
         return hashlib.sha256(repr(told).encode()).hexdigest()
 
 
@@ -162,7 +169,7 @@ def _folder() -> Path | None:
 
 
 @functools.cache
-def _code() -> str:
+def code_digest() -> str:
     """A digest of the code that is traced: this package's and the versions of others."""
     digest = hashlib.sha256(repr(sys.version_info[:2]).encode())
     root = Path(__file__).parent

@@ -269,7 +269,8 @@ def test_sigterm_to_one_stops_all_with_a_checkpoint(folder):
     ((code, _, error),) = finish(
         [start(train_command("told", "--resume", settings=settings), folder)]
     )
-    assert code == 0 and re.search(rf"resuming after epoch {done} and \d+ batches", error), error
+    told = rf"resuming within epoch {done + 1}, after \d+ batches"
+    assert code == 0 and re.search(told, error), error
     assert records(workdir)[-1]["epoch"] == done + 1 and not records(workdir)[-1]["partial"]
 
 

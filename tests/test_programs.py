@@ -70,7 +70,7 @@ def test_all_it_depends_on_tells_programs_apart(folder, monkeypatch):
     with jax.enable_x64(True):
         wide = Program(scaled_sum)(Factor(1.0), x.astype(np.float64)).total
         assert wide.dtype == jnp.float64
-    monkeypatch.setattr(programs, "_code", lambda: "changed")
+    monkeypatch.setattr(programs, "code_digest", lambda: "changed")
     Program(scaled_sum)(Factor(1.0), x)
     assert len(traces) == len(list(folder.iterdir())) == 7
 

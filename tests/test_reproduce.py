@@ -29,7 +29,7 @@ from relaxnet_jax.reproduce.methods import averaged
 from relaxnet_jax.reproduce.plan import Entry, keep_plan, make_plan
 from relaxnet_jax.reproduce.reference import relaxed_by
 from relaxnet_jax.reproduce.registry import EXPERIMENTS
-from relaxnet_jax.reproduce.report import _first, provenance
+from relaxnet_jax.reproduce.report import _first, _write_runs, provenance
 from relaxnet_jax.reproduce.runs import Run, _digest, folder_of, read_facts, state_of, write_facts
 from relaxnet_jax.reproduce.scores import difference, errors, numbers, relative, score
 from relaxnet_jax.reproduce.section import Section, Table
@@ -557,6 +557,26 @@ def test_pages_tell_of_runs_that_saw_no_path_and_of_load(tmp_path):
         lines = provenance(own, [run], "x", "seeds", loads)
         assert any("static first epochs only: implicit, seed 0" in x for x in lines) == told
         assert sum("Predicted on: d (cpu), 2 cores, , load 0.5 to 2" in x for x in lines) == 1
+
+
+def test_runs_of_other_code_are_told(tmp_path):
+    """Runs are found by configuration and data: the code may have changed between them."""
+    own = setting(tmp_path)
+    machine = {"device": "d", "platform": "cpu", "cores": 2, "versions": {}, "load_average": 0.0}
+    runs = [own.run("explicit", seed) for seed in (0, 1)]
+    for codes, told in ((("a", "a"), False), (("a", "b"), True), ((None, "b"), True)):
+        for run, code in zip(runs, codes):
+            facts = {"minutes": 1.0, "limit": 1.0, "epochs": 9, "machine": machine}
+            facts |= {"reason": "epochs", "ended": ""} | ({"code": code} if code else {})
+            write_facts(folder_of(tmp_path, run), facts)
+        lines = provenance(own, runs, "x", "seeds", [])
+        assert any("different versions of this package" in x for x in lines) == told
+        rows = list(csv.DictReader(_write_runs(own, runs).open()))
+        assert [row["code"] for row in rows] == [code or "" for code in codes]
+    # A table of an earlier version has no such column.
+    (tmp_path / "runs.csv").write_text("run,name\nold,of old\n")
+    first, *_ = csv.DictReader(_write_runs(own, runs).open())
+    assert first["run"] == "old" and first["code"] == ""
 
 
 def test_few_reasons_are_told():

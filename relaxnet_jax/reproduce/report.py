@@ -30,7 +30,7 @@ REPORT = "REPORT.md"
 SHOWN = 5  # reasons why structures were left out
 RUN_COLUMNS = (
     *("run", "name", "training relaxations", "minutes", "time limit (min)", "epochs"),
-    *("ended by", "ended", "machine"),
+    *("ended by", "ended", "machine", "code"),
 )
 
 
@@ -115,7 +115,8 @@ def provenance(
             f"Runs: {len({r.digest for r in runs})}, of {min(minutes):.1f} to {max(minutes):.1f} min and "
             f"{min(epochs)} to {max(epochs)} epochs; all in runs.csv"
         )
-        lines += _uneven(runs, facts) + _static_only(runs, facts) + _begun(setting, runs)
+        lines += _versions(facts) + _uneven(runs, facts) + _static_only(runs, facts)
+        lines += _begun(setting, runs)
     return lines
 
 
@@ -152,12 +153,14 @@ def _write_runs(setting: Setting, runs: Sequence[Run]) -> Path:
     path, rows = setting.out / "runs.csv", {}
     if path.is_file():
         with path.open(newline="", encoding="utf-8") as file:
-            rows = {row[0]: row for row in list(csv.reader(file))[1:]}
+            before = list(csv.reader(file))[1:]
+        rows = {row[0]: row + [""] * (len(RUN_COLUMNS) - len(row)) for row in before}
     for run in runs:
         f = read_facts(folder_of(setting.out, run))
         cells = [f["minutes"], f["limit"], f["epochs"], f["reason"], f["ended"]]
         machine = f"{_machine(f['machine'])}, load {f['machine']['load_average']}"
-        rows[run.digest] = [run.digest, run.name, str(run.relaxations), *map(str, cells), machine]
+        named = run.digest, run.name, str(run.relaxations)
+        rows[run.digest] = [*named, *map(str, cells), machine, f.get("code", "")]
     with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([RUN_COLUMNS, *rows.values()])
     return path
@@ -177,6 +180,16 @@ def _uneven(runs: Sequence[Run], facts: Sequence[dict[str, Any]]) -> list[str]:
     return [
         f"The runs were given {min(rates):.2f} to {max(rates):.2f} minutes for a weight of 1, by different "
         "commands: comparisons between them are uneven; another --out trains all anew"
+    ]
+
+
+def _versions(facts: Sequence[dict[str, Any]]) -> list[str]:
+    """A line where runs that are compared were trained by different code; early ones do not say by which."""
+    if len({f.get("code", "") for f in facts}) < 2:
+        return []
+    return [
+        "The runs were trained by different versions of this package, or of those it traces with (runs.csv, "
+        "column code): another --out trains all anew"
     ]
 
 

@@ -13,10 +13,13 @@ import jax
 
 from relaxnet_jax.benchmark.machine import describe
 from relaxnet_jax.config import from_json, to_json
+from relaxnet_jax.programs import code_digest
 from relaxnet_jax.reproduce.plan import Entry
 from relaxnet_jax.reproduce.runs import folder_of, read_epochs, state_of, write_facts
 from relaxnet_jax.train.loop import train
 from relaxnet_jax.train.report import ConsoleReport
+
+CODE = 12  # digits of the digest of this package's code
 
 
 class StoppedError(Exception):
@@ -58,6 +61,7 @@ def train_entry(
         "reason": result.reason,
         "ended": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "machine": describe(),
+        "code": code_digest()[:CODE],
     }
     write_facts(folder, facts)
 

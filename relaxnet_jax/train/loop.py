@@ -401,8 +401,10 @@ class _Run:
             )
             plateau.best = math.inf if plateau.best is None else plateau.best
             tally = Tally(**progress["tally"])
-            within = f" and {tally.batches} batches" if tally.batches else ""
-            self.report(f"resuming after epoch {progress['epoch']}{within}")
+            after = f"after epoch {progress['epoch']}"
+            if tally.batches:
+                after = f"within epoch {first}, after {tally.batches} batches"
+            self.report(f"resuming {after}")
             if progress["devices"] != self.devices.n and self.shares == 1:
                 self.report(
                     f"on {self.devices.n} device(s) instead of {progress['devices']}: a step is now "
