@@ -87,12 +87,12 @@ def _with_grid(grid: np.ndarray, times: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 # By the network, which is all of a model that is no array: what else a model knows, of its data and
 # training, makes no other program.
-_solve_compiled = Program(solver.solve_trajectory)
+solve_compiled = Program(solver.solve_trajectory)
 
 
 def compiled_shapes() -> int:
     """How many batch shapes have been compiled for prediction in this process."""
-    return _solve_compiled.cache_size()
+    return solve_compiled.cache_size()
 
 
 def predict_structures(
@@ -300,7 +300,7 @@ def _predict_batch(
     dtype = jax.tree.leaves(model.params)[0].dtype
     graph = collate(structures, shape, dtype)
     result = jax.device_get(
-        _solve_compiled(
+        solve_compiled(
             model.network,
             model.params,
             model.energy_scale,

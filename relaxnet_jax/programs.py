@@ -7,11 +7,13 @@ prediction longer than everything else. What is kept here is the traced program 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib.metadata
 import logging
 import sys
+import weakref
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -31,7 +33,21 @@ KEPT = 200  # files, the last used
 _DIGEST = 32  # bytes
 _Kind = TypeVar("_Kind", bound=type)
 # What the packages of the network's own code make of it when it is traced.
-_TRACERS = ("jax", "jaxlib", "flax", "diffrax", "e3nn-jax", "jraph")
+_TRACERS = ("jax", "jaxlib", "flax", "diffrax", "equinox", "e3nn-jax", "jraph")
+
+
+def _digest_code() -> str:
+    digest = hashlib.sha256(repr(sys.version_info[:2]).encode())
+    root = Path(__file__).parent
+    for file in sorted(root.rglob("*.py")):
+        digest.update(str(file.relative_to(root)).encode() + b"\0" + file.read_bytes() + b"\0")
+    for package in _TRACERS:
+        digest.update(f"{package} {importlib.metadata.version(package)}\n".encode())
+    return digest.hexdigest()
+
+
+# Of the code that is traced, this package's and the versions of others, as it was imported.
+CODE = _digest_code()
 
 
 def storable(kind: _Kind) -> _Kind:
@@ -50,6 +66,15 @@ class _Signature(NamedTuple):
     settings: tuple[Any, ...]
 
 
+_programs: weakref.WeakSet[Program] = weakref.WeakSet()
+
+
+def forget() -> None:
+    """Has all programs looked for on disk again, as `jax.clear_caches` has them compiled again."""
+    for program in _programs:
+        program._known.clear()
+
+
 class _Known(NamedTuple):
     """A traced program, and the function that runs it."""
 
@@ -62,7 +87,8 @@ class Program:
 
     Where JAX has no folder for compiled programs (see `runtime.enable_compilation_cache`), where the
     arguments are being traced themselves, where the program calls back to Python, and where JAX is
-    told to look for values that are not finite or not to compile, it is `jax.jit` alone.
+    told to look for values that are not finite, not to compile, or to run elsewhere than on its default
+    platform, it is `jax.jit` alone.
 
     Args:
       function: of a static argument (hashable, and its repr tells it apart from all others) and of
@@ -74,6 +100,7 @@ class Program:
         self.function = function
         self._compiled: Any = jax.jit(function, static_argnums=0)
         self._known: dict[_Signature, _Known | None] = {}  # None: it cannot be kept
+        _programs.add(self)
 
     def __call__(self, static: Any, *args: Any) -> Any:
         leaves, tree = jax.tree.flatten(args)
@@ -105,7 +132,7 @@ class Program:
     def _look_up(self, static: Any, leaves: list[Any], tree: Any) -> _Known | None:
         """What is kept for such arguments, traced if need be; None where nothing can be kept."""
         folder = _folder()
-        if folder is None:
+        if folder is None or _elsewhere(leaves):
             return None
         kinds = tuple(jax.typeof(x) for x in leaves)
         signature = _Signature(static, tree, kinds, _settings())
@@ -123,7 +150,8 @@ class Program:
         exported = _read(path)
         if exported is None:
             exported = self._trace(signature)
-            _write(path, exported)
+            if _digest_code() == CODE:  # files changed since they were imported have other programs
+                _write(path, exported)
         return exported
 
     def _trace(self, signature: _Signature) -> jax.export.Exported:
@@ -139,7 +167,7 @@ class Program:
         leaves = [(k.shape, str(k.dtype), k.weak_type) for k in signature.leaves]
         told = (
             name,
-            code_digest(),
+            CODE,
             signature.static,
             str(signature.tree),
             leaves,
@@ -155,6 +183,19 @@ def _settings() -> tuple[Any, ...]:
     return jax.default_backend(), c.jax_enable_x64, precision, c.jax_numpy_dtype_promotion
 
 
+def _elsewhere(leaves: list[Any]) -> bool:
+    """Whether arguments are bound for another platform than the one that programs are exported for."""
+    platform = jax.default_backend()
+    if platform == "cpu":  # there is no other
+        return False
+    config: Any = jax.config
+    asked = config.jax_default_device
+    if asked is not None and getattr(asked, "platform", asked) != platform:
+        return True
+    arrays = (x for x in leaves if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer))
+    return any(x.committed and next(iter(x.devices())).platform != platform for x in arrays)
+
+
 def _folder() -> Path | None:
     """Where traced programs are kept; None if nowhere."""
     c: Any = jax.config
@@ -168,18 +209,6 @@ def _folder() -> Path | None:
     )
 
 
-@functools.cache
-def code_digest() -> str:
-    """A digest of the code that is traced: this package's and the versions of others."""
-    digest = hashlib.sha256(repr(sys.version_info[:2]).encode())
-    root = Path(__file__).parent
-    for file in sorted(root.rglob("*.py")):
-        digest.update(str(file.relative_to(root)).encode() + b"\0" + file.read_bytes() + b"\0")
-    for package in _TRACERS:
-        digest.update(f"{package} {importlib.metadata.version(package)}\n".encode())
-    return digest.hexdigest()
-
-
 def _read(path: Path) -> jax.export.Exported | None:
     """The program in a file; None if there is none, or no whole one."""
     try:
@@ -188,7 +217,8 @@ def _read(path: Path) -> jax.export.Exported | None:
         # A damaged program could take the process down with it.
         if hashlib.sha256(packed).digest() != digest:
             return None
-        path.touch()
+        with contextlib.suppress(OSError):  # a folder that others may only read
+            path.touch()
         return jax.export.deserialize(bytearray(zlib.decompress(packed)))
     except OSError:
         return None

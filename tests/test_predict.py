@@ -236,7 +236,7 @@ def test_batches_that_do_not_fit_are_split(model, monkeypatch):
     """A batch is halved until it fits; one structure that never does is named, the rest goes on."""
     atoms = [molecule()[:n] for n in (2, 3, 4, 5, 6)] + [molecule() + slab()]
     whole = relax(model, atoms[:5], n_frames=3, batch_size=4)
-    real, tried = predict._solve_compiled, []
+    real, tried = predict.solve_compiled, []
 
     def small_device(network, params, scale, graph, times):
         tried.append(int(graph.n_node[np.asarray(graph.globals["mask"])].sum()))
@@ -244,7 +244,7 @@ def test_batches_that_do_not_fit_are_split(model, monkeypatch):
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes")
         return real(network, params, scale, graph, times)
 
-    monkeypatch.setattr(predict, "_solve_compiled", small_device)
+    monkeypatch.setattr(predict, "solve_compiled", small_device)
     done = []
     structures = [model.structure(a) for a in atoms]
     paths = predict_structures(model, structures, np.linspace(0, 1, 3), 4, done.append)
@@ -266,7 +266,7 @@ def test_batches_that_do_not_fit_are_split(model, monkeypatch):
     def broken(*args):
         raise jax.errors.JaxRuntimeError("INTERNAL: something else")
 
-    monkeypatch.setattr(predict, "_solve_compiled", broken)
+    monkeypatch.setattr(predict, "solve_compiled", broken)
     with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
         relax(model, molecule(), n_frames=3)
 

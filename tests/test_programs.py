@@ -39,8 +39,9 @@ def scaled_sum(factor, tree):
 
 
 @pytest.fixture
-def folder(tmp_path):
-    """Where programs are kept, empty."""
+def folder(tmp_path, monkeypatch):
+    """Where programs are kept, empty; whoever edits the package meanwhile does no harm."""
+    monkeypatch.setattr(programs, "_digest_code", lambda: programs.CODE)
     before = jax.config.jax_compilation_cache_dir
     jax.config.update("jax_compilation_cache_dir", str(tmp_path))
     traces.clear()
@@ -70,9 +71,41 @@ def test_all_it_depends_on_tells_programs_apart(folder, monkeypatch):
     with jax.enable_x64(True):
         wide = Program(scaled_sum)(Factor(1.0), x.astype(np.float64)).total
         assert wide.dtype == jnp.float64
-    monkeypatch.setattr(programs, "code_digest", lambda: "changed")
+    for name, value in (("CODE", "changed"), ("_digest_code", lambda: "changed")):
+        monkeypatch.setattr(programs, name, value)
     Program(scaled_sum)(Factor(1.0), x)
     assert len(traces) == len(list(folder.iterdir())) == 7
+
+
+def test_code_changed_since_it_was_imported_is_not_kept(folder, monkeypatch):
+    """What was traced is the imported code; the files say something else by now."""
+    monkeypatch.setattr(programs, "_digest_code", lambda: "changed")
+    assert float(Program(scaled_sum)(Factor(1.0), np.ones(3, np.float32)).total) == 3
+    assert not folder.exists()
+
+
+def test_forgotten_programs_are_looked_for_again(folder):
+    x, program = np.ones(3, np.float32), Program(scaled_sum)
+    for _ in range(2):
+        assert float(program(Factor(1.0), x).total) == 3
+    programs.forget()
+    program(Factor(1.0), x)
+    assert len(traces) == 1
+    programs.forget()
+    for file in folder.iterdir():
+        file.unlink()
+    program(Factor(1.0), x)
+    assert len(traces) == 2
+
+
+def test_arguments_for_another_platform_are_told(monkeypatch):
+    cpu = jax.devices("cpu")[0]
+    free, bound = jnp.ones(3), jax.device_put(np.ones(3), cpu)
+    assert not programs._elsewhere([free, bound, 1.0])
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert programs._elsewhere([free, bound]) and not programs._elsewhere([free, np.ones(3), 1.0])
+    with jax.default_device(cpu):
+        assert programs._elsewhere([free])
 
 
 def test_what_cannot_be_stored_runs(folder):
@@ -142,7 +175,7 @@ def test_predictions_are_those_of_jit(folder, monkeypatch):
         Program(solve_trajectory),  # finds what the first has left
         jax.jit(solve_trajectory, static_argnums=0),
     ):
-        monkeypatch.setattr(predict, "_solve_compiled", compiled)
+        monkeypatch.setattr(predict, "solve_compiled", compiled)
         found.append(relax(model, atoms))
         files.append(sorted(folder.iterdir()))
     assert files[0] and files[0] == files[1] == files[2]

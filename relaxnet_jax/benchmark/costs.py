@@ -215,7 +215,7 @@ def traced_flops(jaxpr: Any) -> tuple[float, int]:
             parts = [traced_flops(x) for x in inner]
             total += max(flops for flops, _ in parts)
             unknown += sum(loops for _, loops in parts)
-        elif inner and name not in ("reduce", "scatter", "scatter-add", "custom_jvp_call_jaxpr"):
+        elif inner and not name.startswith(("reduce", "scatter")):
             if name in ("custom_jvp_call", "custom_vjp_call"):
                 inner = inner[:1]
             times = params["length"] if name == "scan" else 1

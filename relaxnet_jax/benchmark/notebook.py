@@ -3,14 +3,43 @@
 from __future__ import annotations
 
 import json
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+
+from relaxnet_jax import programs
+from relaxnet_jax.config import Config, to_dict
 from relaxnet_jax.data.files import atomic_path
 
 Entry = dict[str, Any]
+
+
+def conditions(facts: Entry, configs: Sequence[Config], **others: Any) -> Entry:
+    """What figures depend on: machine (but for its load), versions, code, settings, and data as they are.
+
+    Args:
+      facts: see `machine.describe`. configs: what is measured. others: what else it depends on.
+    """
+    settings: Any = jax.config
+    return {k: v for k, v in facts.items() if k not in ("load_average", "memory_bytes")} | {
+        "code": programs.CODE,
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        "matmul_precision": settings.jax_default_matmul_precision,
+        "configs": [to_dict(c) for c in configs],
+        "data": {c.data.path: _files(Path(c.data.path)) for c in configs if c.data.path},
+        **others,
+    }
+
+
+def _files(path: Path) -> list[tuple[str, int, int]]:
+    """Name, bytes and time of a file, or of those in a folder; nothing where there is none."""
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    stats = [(file.name, file.stat()) for file in files if file.is_file()]
+    return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
 
 
 class Notebook:
@@ -26,13 +55,14 @@ class Notebook:
         """Goes on with the unfinished notebook at ``path`` of the same identity, else anew.
 
         Args:
-          identity: everything the figures depend on (device, versions, configs, data), for JSON.
+          identity: everything the figures depend on, for JSON; see `conditions`.
           minutes: after which no measurement begins.
         """
         self.path, self.identity, self._report = path, json.loads(json.dumps(identity)), report
         self._deadline = time.monotonic() + 60 * minutes
         self.entries: dict[str, Entry] = {}
         self.missing: list[str] = []
+        self._load = round(os.getloadavg()[0], 2)  # of others: later it is this program's own too
         found = _read(path)
         if found.get("identity") == self.identity and not found.get("complete", True):
             self.entries = found["entries"]
@@ -47,6 +77,7 @@ class Notebook:
             self._report(key)
             start = time.monotonic()
             value = measure()
+            value["load_average"] = self._load
             value["took_s"] = round(time.monotonic() - start, 2)
             self.entries[key] = value
             self._write(complete=False)

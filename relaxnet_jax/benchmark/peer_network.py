@@ -76,6 +76,9 @@ def check_peer(config: Config) -> None:
     """Raises InputError for what the peer was not written for."""
     m, d = config.model, config.dynamics
     unknown = {
+        "model.architecture": m.architecture != "dtnn",
+        "dynamics.latent": d.latent not in ("explicit", "implicit"),
+        "loss.huber_forces": config.loss.huber_forces != 0,
         "model.interaction": m.interaction != "moments",
         "model.charges": m.charges,
         "model.update_positions": m.update_positions,

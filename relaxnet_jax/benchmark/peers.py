@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from relaxnet_jax.benchmark import machine, relaxers
-from relaxnet_jax.benchmark.notebook import Notebook
+from relaxnet_jax.benchmark.notebook import Notebook, conditions
 from relaxnet_jax.benchmark.timing import compile_once, measure, measure_alternating, summary
 from relaxnet_jax.benchmark.work import (
     BucketWork,
@@ -29,7 +29,7 @@ from relaxnet_jax.benchmark.work import (
     shared_training,
     training_step,
 )
-from relaxnet_jax.config import Config, to_dict
+from relaxnet_jax.config import Config
 from relaxnet_jax.errors import InputError
 from relaxnet_jax.predict import relax
 from relaxnet_jax.runtime import usable_cores
@@ -75,11 +75,7 @@ def run_peers(
         )
     parts = _installed(only, report)
     facts = machine.describe(PACKAGES)
-    identity = {k: v for k, v in facts.items() if k not in ("load_average", "memory_bytes")} | {
-        "configs": [to_dict(config)],
-        "fast": fast,
-        "threads": usable_cores(),
-    }
+    identity = conditions(facts, [config], fast=fast, only=parts, threads=usable_cores())
     if minutes is None:
         minutes = FAST_MINUTES if fast else MINUTES
     notebook = Notebook(path, identity, minutes, report)
@@ -245,7 +241,6 @@ def chgnet_entry(work: Work, count: int) -> dict[str, Any]:
     structures = [relaxers.atoms_of(s) for s in _some(work, count)]
     model = relaxers.load_chgnet()
     threads = _fastest_threads(lambda: relaxers.chgnet_energy(model, structures[0]))
-    ours = _ours(work, structures)
     begin = time.perf_counter()
     taken: list[tuple[float, int, bool]] = []
     for atoms in structures:
@@ -253,6 +248,7 @@ def chgnet_entry(work: Work, count: int) -> dict[str, Any]:
             break
         taken.append(relaxers.relax_with_lbfgs(model, atoms))
     seconds, steps, converged = zip(*taken)
+    ours = _ours(work, structures[: len(taken)])
     return {
         "structures": len(taken),
         "peer_threads": threads,

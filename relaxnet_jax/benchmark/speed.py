@@ -7,14 +7,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from relaxnet_jax.benchmark import machine
 from relaxnet_jax.benchmark.costs import memory_bytes, program_costs
-from relaxnet_jax.benchmark.notebook import Notebook
-from relaxnet_jax.benchmark.scaling import scaling_entries
+from relaxnet_jax.benchmark.notebook import Notebook, conditions
+from relaxnet_jax.benchmark.scaling import ROOM, scaling_entries
 from relaxnet_jax.benchmark.timing import compile_twice, measure
 from relaxnet_jax.benchmark.work import BucketWork, Step, Work, inference_step, load_work
 from relaxnet_jax.benchmark.work import training_step as make_training_step
-from relaxnet_jax.config import Config, to_dict
+from relaxnet_jax.config import Config
+from relaxnet_jax.predict import out_of_memory
 
 PARTS = ("steps", "atoms", "frames", "training")
 MINUTES, FAST_MINUTES = 10.0, 2.0
@@ -31,7 +34,7 @@ def run_speed(
     """Measures, and returns the document that is written to ``path`` as it grows.
 
     A run that was cut off goes on where it was when it is given the same configurations, data,
-    device and versions; a complete one is measured again.
+    device, versions and parts; a complete one is measured again.
 
     Args:
       configs: each with its data. path: of the JSON.
@@ -45,10 +48,7 @@ def run_speed(
     """
     parts = tuple(only)
     facts = machine.describe()
-    identity = {k: v for k, v in facts.items() if k not in ("load_average", "memory_bytes")} | {
-        "configs": [to_dict(c) for c in configs],
-        "fast": fast,
-    }
+    identity = conditions(facts, configs, fast=fast, only=parts)
     if minutes is None:
         minutes = FAST_MINUTES if fast else MINUTES
     notebook = Notebook(path, identity, minutes, report)
@@ -104,10 +104,20 @@ def step_entry(
     Throughput counts real structures and atoms, as many as a batch of this bucket holds on
     average; the time of a step does not depend on how full its batch is.
     """
-    jaxpr, compiled, compilation = compile_twice(step.function, step.arguments, step.donate)
-    costs = program_costs(jaxpr, compiled)
-    timing = measure(step.runner(compiled))
     frames = work.config.dynamics.frames
+    peak = machine.device_peak_bytes()
+    try:
+        jaxpr, compiled, compilation = compile_twice(step)
+        need, free = memory_bytes(compiled), machine.available_bytes()
+        if free is not None and need > ROOM * free:
+            return {"skipped": f"needs {need / 2**30:.1f} GiB, {free / 2**30:.1f} are free"}
+        costs = program_costs(jaxpr, compiled)
+        timing = measure(step.runner(compiled))
+    except (jax.errors.JaxRuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        return {"skipped": "does not fit in memory"}
+    risen = machine.device_peak_bytes()
     found: dict[str, Any] = {
         "data": work.data,
         "shape": dataclasses.asdict(bucket.shape),
@@ -121,8 +131,9 @@ def step_entry(
         "structures_per_s": bucket.mean_structures / timing.median,
         "atom_frames_per_s": bucket.mean_atoms * frames / timing.median,
         "compile_s": dataclasses.asdict(compilation),
-        "memory_bytes": memory_bytes(compiled),
-        "device_peak_bytes": machine.device_peak_bytes(),
+        "memory_bytes": need,
+        # Since the process began: it tells of this step only where it has risen.
+        "device_peak_bytes": risen if risen != peak else None,
         "costs": dataclasses.asdict(costs),
     }
     if ceilings:

@@ -11,6 +11,9 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+
+from relaxnet_jax import programs
 
 LEAST, MOST = 3, 30  # repetitions
 
@@ -62,13 +65,47 @@ def summary(times: list[float]) -> Timing:
 
 
 @dataclasses.dataclass(frozen=True)
+class Step:
+    """A function to compile and run again and again.
+
+    Attributes:
+      function, arguments: pure function, and what it is called with.
+      donate: arguments whose buffers it may reuse.
+      advance: the arguments of the next call, from this call's result and arguments.
+      plain: the same without parts that are kept on disk, into which nothing can look; None where
+        there are none.
+    """
+
+    function: Callable
+    arguments: tuple
+    donate: tuple[int, ...] = ()
+    advance: Callable[[Any, tuple], tuple] = lambda _, arguments: arguments
+    plain: Callable | None = None
+
+    def runner(self, compiled: Callable) -> Callable[[], Any]:
+        """The compiled function without arguments, each call going on from the last."""
+        arguments = tuple(  # what is donated is copied: its buffers are lost
+            jax.tree.map(jnp.array, a) if k in self.donate else a
+            for k, a in enumerate(self.arguments)
+        )
+
+        def run():
+            nonlocal arguments
+            result = compiled(*arguments)
+            arguments = self.advance(result, arguments)
+            return result
+
+        return run
+
+
+@dataclasses.dataclass(frozen=True)
 class Compilation:
     """Seconds from a Python function to a program that can run.
 
     Attributes:
       trace: Python to a jaxpr and to StableHLO. compile: XLA, with nothing in its cache.
-      cached_trace, cached_compile: both once more, with the program in the cache on disk and
-        everything that JAX remembers in memory forgotten: what the next process will need.
+      cached_trace, cached_compile: both once more, with the traced and the compiled program on disk
+        and all that is remembered in memory forgotten: what the next process will need.
     """
 
     trace: float
@@ -77,16 +114,22 @@ class Compilation:
     cached_compile: float
 
 
-def compile_twice(
-    function: Callable, arguments: tuple, donate: tuple[int, ...] = ()
-) -> tuple[Any, Any, Compilation]:
+def compile_twice(step: Step) -> tuple[Any, Any, Compilation]:
     """The closed jaxpr, the compiled program, and how long it took cold and cached."""
     with _empty_cache():
-        jax.clear_caches()
-        cold, traced, compiled = _compile(function, arguments, donate)
-        jax.clear_caches()
-        cached, _, _ = _compile(function, arguments, donate)
+        _forget()
+        cold, traced, compiled = _compile(step.function, step.arguments, step.donate)
+        _forget()
+        cached, _, _ = _compile(step.function, step.arguments, step.donate)
+    if step.plain is not None:
+        traced = jax.jit(step.plain).trace(*step.arguments)
     return traced.jaxpr, compiled, Compilation(*cold, *cached)
+
+
+def _forget() -> None:
+    """As a new process, which has nothing but what is on disk."""
+    jax.clear_caches()
+    programs.forget()
 
 
 def compile_once(

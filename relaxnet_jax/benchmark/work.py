@@ -10,7 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from relaxnet_jax.batching import BatchShape, fitting_shape
+from relaxnet_jax import predict
+from relaxnet_jax.batching import BatchShape, fitting_shape, largest_shape
+from relaxnet_jax.benchmark.timing import Step
 from relaxnet_jax.config import Config
 from relaxnet_jax.data.buckets import pack_epoch, plan_buckets
 from relaxnet_jax.data.dataset import load_dataset
@@ -81,15 +83,20 @@ def load_work(config: Config, report: Callable[[str], None]) -> Work:
     found, rows = dataset.trajectories, dataset.splits["train"]
     scalars = (found.store.energies(int(found.rows[i])) for i in rows)
     element_energies, scale, _ = fit_element_energies(scalars, MAX_ATOMIC_NUMBER + 1)
-    file = prepare_samples(found, config, report)
-    usable = np.array([i for i in rows if int(i) not in file.left_out], np.int64)
+    every, later = found.with_later_starts(rows, config.data.later_starts)
+    file = prepare_samples(every, config, report)
+    wanted = (*rows, *dataset.splits["validation"], *later)
+    usable = np.array([i for i in wanted if int(i) not in file.left_out], np.int64)
     view = SampleView(file, usable, element_energies)
     t = config.train
     buckets = plan_buckets(view.sizes, t.batch_size, t.max_buckets, t.max_padding)
-    plan = pack_epoch(buckets, view.sizes, np.random.default_rng(t.seed))
+    training = np.flatnonzero(np.isin(usable, [*rows, *later]))
+    plan = pack_epoch(buckets, view.sizes, np.random.default_rng(t.seed), training)
     made = []
     for index, shape in enumerate(buckets.shapes):
         batches = [members for bucket, members in plan if bucket == index]
+        if not batches:  # of validation relaxations alone
+            continue
         fullest = max(batches, key=len)
         inside = [i for members in batches for i in members]
         atoms, cost = view.sizes.atoms[inside].sum(), view.sizes.cost[inside].sum()
@@ -114,46 +121,16 @@ def load_work(config: Config, report: Callable[[str], None]) -> Work:
     return Work(config, dataset.name, model, tuple(made))
 
 
-@dataclasses.dataclass(frozen=True)
-class Step:
-    """A function to compile and run again and again.
-
-    Attributes:
-      function, arguments: pure function, and what it is called with.
-      donate: arguments whose buffers it may reuse.
-      advance: the arguments of the next call, from this call's result and arguments.
-    """
-
-    function: Callable
-    arguments: tuple
-    donate: tuple[int, ...] = ()
-    advance: Callable[[Any, tuple], tuple] = lambda _, arguments: arguments
-
-    def runner(self, compiled: Callable) -> Callable[[], Any]:
-        """The compiled function without arguments, each call going on from the last."""
-        arguments = tuple(  # what is donated is copied: its buffers are lost
-            jax.tree.map(jnp.array, a) if k in self.donate else a
-            for k, a in enumerate(self.arguments)
-        )
-
-        def run():
-            nonlocal arguments
-            result = compiled(*arguments)
-            arguments = self.advance(result, arguments)
-            return result
-
-        return run
-
-
 def training_step(work: Work, batch: tuple[Graph, Targets], static: bool = False) -> Step:
     """Forward, loss, backward and optimiser, as in training on one device."""
     state = initial_train_state(work.model.params, work.config.train)
     rate = jnp.asarray(work.config.train.learning_rate, jnp.float32)
     return Step(
-        make_train_step(work.config, work.scale, static=static),
+        make_train_step(work.config, work.scale, static=static, stored=True),
         (state, batch, rate, jax.random.key(0)),
         donate=(0,),
         advance=lambda result, arguments: (result[0], *arguments[1:]),
+        plain=make_train_step(work.config, work.scale, static=static),
     )
 
 
@@ -165,10 +142,13 @@ def shared_training(
     devices = Devices(log=report)
     parts = [bucket.samples[k :: devices.n] for k in range(devices.n)]
     shapes = [fitting_shape([s.structure for s in part]) for part in parts]
-    shape = BatchShape(*(max(values) for values in zip(*map(dataclasses.astuple, shapes))))
+    # As much padding as the whole batch has: a bucket of smaller batches is about as full.
+    whole = dataclasses.asdict(bucket.shape)
+    share = {k: v if k == "n_slots" else -(-v // devices.n) for k, v in whole.items()}
+    shape = largest_shape([*shapes, BatchShape(**share)])
     batch = devices.stack([collate_samples(part, shape, work.config) for part in parts])
     step = devices.compile(
-        make_train_step(work.config, work.scale, devices.axis),
+        make_train_step(work.config, work.scale, devices.axis, stored=True),
         "training step",
         (True, True, False, False),
         donate=(0,),
@@ -187,7 +167,12 @@ def shared_training(
 def inference_step(model: RelaxNet, graph: Graph) -> Step:
     """The trajectories of a batch on the configuration's frames."""
 
-    def solve(params, graph):
-        return solve_trajectory(model.network, params, jnp.asarray(model.energy_scale), graph)
+    scale = jnp.asarray(model.energy_scale)
 
-    return Step(solve, (model.params, graph))
+    def solve(params, graph):
+        return predict.solve_compiled.inline(model.network, params, scale, graph)
+
+    def plain(params, graph):
+        return solve_trajectory(model.network, params, scale, graph)
+
+    return Step(solve, (model.params, graph), plain=plain)

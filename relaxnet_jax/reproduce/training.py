@@ -11,15 +11,15 @@ from typing import Any
 
 import jax
 
+from relaxnet_jax import programs
 from relaxnet_jax.benchmark.machine import describe
 from relaxnet_jax.config import from_json, to_json
-from relaxnet_jax.programs import code_digest
 from relaxnet_jax.reproduce.plan import Entry
 from relaxnet_jax.reproduce.runs import folder_of, read_epochs, state_of, write_facts
 from relaxnet_jax.train.loop import train
 from relaxnet_jax.train.report import ConsoleReport
 
-CODE = 12  # digits of the digest of this package's code
+SHOWN = 12  # digits of the digest of the code
 
 
 class StoppedError(Exception):
@@ -61,7 +61,7 @@ def train_entry(
         "reason": result.reason,
         "ended": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "machine": describe(),
-        "code": code_digest()[:CODE],
+        "code": programs.CODE[:SHOWN],
     }
     write_facts(folder, facts)
 
