@@ -14,9 +14,9 @@ from relaxnet_jax import cli
 from relaxnet_jax.benchmark import costs as costs_module
 from relaxnet_jax.benchmark import machine, scaling, speed
 from relaxnet_jax.benchmark.costs import memory_bytes, program_costs
-from relaxnet_jax.benchmark.notebook import Notebook
+from relaxnet_jax.benchmark.notebook import Notebook, conditions
 from relaxnet_jax.benchmark.timing import measure_alternating, summary
-from relaxnet_jax.benchmark.work import load_work, shared_training, training_step
+from relaxnet_jax.benchmark.work import inference_step, load_work, shared_training, training_step
 from relaxnet_jax.config import load_config
 from relaxnet_jax.data.store_write import write_store
 from relaxnet_jax.data.trajectory import RelaxationTrajectory
@@ -109,6 +109,59 @@ def test_notebook_goes_on_where_it_was_cut(tmp_path):
     assert Notebook(path, {"device": "x"}, 1.0, lines.append).entries == {}  # complete: anew
 
 
+def test_figures_of_other_code_or_data_are_not_mixed(tmp_path, monkeypatch):
+    store = tmp_path / "set.h5"
+    store.write_bytes(b"abc")
+    config = load_config(TINY, {"data.path": str(store)})
+    facts = {"device": "d", "load_average": 1.0, "memory_bytes": 9}
+
+    def now(**others):
+        return json.dumps(conditions(facts | others, [config], fast=True))
+
+    before = now()
+    assert now(load_average=2.0, memory_bytes=8) == before != now(device="e")
+    with monkeypatch.context() as patch:
+        patch.setenv("XLA_FLAGS", "--xla_of_another_kind")
+        assert now() != before
+    with monkeypatch.context() as patch:
+        patch.setattr("relaxnet_jax.programs.CODE", "changed")
+        assert now() != before
+    store.write_bytes(b"abcd")
+    assert now() != before
+
+
+def test_memory_of_a_control_group(tmp_path, monkeypatch):
+    """What a container may take, not what its host has."""
+    limit, used = tmp_path / "limit", tmp_path / "used"
+    monkeypatch.setattr(machine, "CONTROL_GROUPS", ((str(limit), str(used)),))
+    whole = machine.available_bytes()
+    limit.write_text("3000\n")
+    used.write_text("1000\n")
+    assert whole > 2000 == machine.available_bytes()
+    limit.write_text("max\n")
+    assert machine.available_bytes() > 2000
+
+
+def test_reductions_count_what_goes_in():
+    for reduce in (jax.ops.segment_sum, jax.ops.segment_max):
+        traced = jax.jit(lambda x, i, r=reduce: r(x, i, 4)).trace(jnp.ones(100), jnp.zeros(100, int))
+        flops, _ = costs_module.traced_flops(traced.jaxpr)
+        assert 100 <= flops < 600
+
+
+@pytest.mark.usefixtures("own_cache")
+def test_work_is_that_of_a_training_run(tmp_path):
+    """Later starts are trained on too."""
+    store = tmp_path / "long.h5"
+    write_store(store, relaxations(24, frames=12))
+    batches = []
+    for later in (0, 2):
+        changes = {"data.path": str(store), "data.later_starts": later, "train.batch_size": 4}
+        loaded = load_work(load_config(TINY, changes), lambda _: None)
+        batches.append(sum(bucket.batches for bucket in loaded.buckets))
+    assert batches[1] >= 2 * batches[0]
+
+
 def test_ceilings(monkeypatch):
     monkeypatch.setattr(machine, "ENOUGH", 0.0)
     found = machine.ceilings(seconds=0.0)
@@ -117,7 +170,7 @@ def test_ceilings(monkeypatch):
     assert machine.describe()["cores"] >= 1 and machine.available_bytes() > 0
 
 
-def relaxations(n):
+def relaxations(n, frames=3):
     """Cells of two atoms that move a little."""
     rng = np.random.default_rng(0)
     lattice = np.array([[0, 0, 0], [1.4, 1.4, 1.9]])
@@ -125,11 +178,11 @@ def relaxations(n):
         yield RelaxationTrajectory(
             id=f"r{i}",
             atomic_numbers=np.array([29, 79]) if i % 2 else np.array([28, 28]),
-            positions=lattice + np.cumsum(rng.normal(0, 0.02, (3, 2, 3)), 0),
-            cells=np.repeat(np.diag([2.8, 2.8, 3.8])[None], 3, 0),
+            positions=lattice + np.cumsum(rng.normal(0, 0.02, (frames, 2, 3)), 0),
+            cells=np.repeat(np.diag([2.8, 2.8, 3.8])[None], frames, 0),
             pbc=np.ones(3, bool),
-            energies=-6.0 - np.arange(3.0),
-            forces=rng.normal(size=(3, 2, 3)),
+            energies=-6.0 - np.arange(float(frames)),
+            forces=rng.normal(size=(frames, 2, 3)),
             fixed_mask=np.zeros(2, bool),
             group=f"g{i}",
         )
@@ -198,6 +251,11 @@ def test_speed_command(tmp_path, monkeypatch, capsys, quick_compilation, full):
     from relaxnet_jax.config import load_config
 
     entry = scaling.atoms_entry(load_config(config), (1, 1, 1), training=False)
+    assert "needs" in entry["skipped"] and "seconds" not in entry
+    monkeypatch.setattr(machine, "available_bytes", lambda: 1000)
+    loaded = load_work(load_config(config, {"data.path": str(store)}), lambda _: None)
+    step = inference_step(loaded.model, loaded.buckets[0].batch[0])
+    entry = speed.step_entry(loaded, loaded.buckets[0], step, {})
     assert "needs" in entry["skipped"] and "seconds" not in entry
 
 
