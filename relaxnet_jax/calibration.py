@@ -12,7 +12,7 @@ import numpy as np
 from rich import box
 from rich.table import Table
 
-from relaxnet_jax.committee import deviations
+from relaxnet_jax.committee import AT_ONE, deviations
 from relaxnet_jax.data.files import atomic_path
 from relaxnet_jax.errors import InputError
 from relaxnet_jax.metrics import Comparison, together
@@ -39,26 +39,30 @@ class Calibration(NamedTuple):
     """Of one quantity.
 
     Attributes:
-      n: structures.
+      n: structures; without those at rest.
+      at_rest: structures whose positions neither spread nor err by `committee.AT_ONE`: symmetry
+        holds their atoms, and what is left is rounding.
       spearman: rank correlation of spread and error; None where one of them is constant.
       within_one, within_two: fraction of structures whose error is within so many spreads.
       ratio: median of error over spread.
-      spread, error: medians.
+      spread, error: medians. These five are None of no structures.
     """
 
     n: int
-    spearman: float | None
-    within_one: float
-    within_two: float
-    ratio: float
-    spread: float
-    error: float
+    at_rest: int
+    spearman: float | None = None
+    within_one: float | None = None
+    within_two: float | None = None
+    ratio: float | None = None
+    spread: float | None = None
+    error: float | None = None
 
 
 def committee_errors(members: Sequence[Sequence[Comparison]]) -> Errors:
     """Spreads of the members' predictions and errors of their mean.
 
-    Structures with a prediction that is not finite, or without free atoms, are left out.
+    Of each structure those members count whose prediction is finite and usable, as in the mean that
+    `relax` predicts. Structures with fewer than two of them, or without free atoms, are left out.
 
     Args:
       members: of each, the comparisons on the same relaxations, in any order.
@@ -69,9 +73,9 @@ def committee_errors(members: Sequence[Sequence[Comparison]]) -> Errors:
     ids: list[str] = []
     spreads: dict[str, list[float]] = {name: [] for name, *_ in QUANTITIES}
     errors: dict[str, list[float]] = {name: [] for name, *_ in QUANTITIES}
-    for own in together(members):
-        first = own[0]
-        if not all(c.finite for c in own) or not first.free_mask.any():
+    for every in together(members):
+        first, own = every[0], [c for c in every if c.finite and c.usable]
+        if len(own) < 2 or not first.free_mask.any():
             continue
         final = np.stack([c.prediction("model")[0][-1] for c in own])
         energies = np.array([c.pred_energies[-1] for c in own]) / first.atomic_numbers.size
@@ -82,7 +86,7 @@ def committee_errors(members: Sequence[Sequence[Comparison]]) -> Errors:
         errors["positions"].append(_distance(final.mean(axis=0), first))
         errors["energy"].append(abs(float(energies.mean() - true)))
     if not ids:
-        raise InputError("no structure with free atoms and finite predictions of all members")
+        raise InputError("no structure with free atoms and usable predictions of two members")
     arrays = ({k: np.array(v) for k, v in values.items()} for values in (spreads, errors))
     return Errors(ids, *arrays)
 
@@ -94,9 +98,15 @@ def calibrate(found: Errors) -> dict[str, Calibration]:
     result = {}
     for name, *_ in QUANTITIES:
         spread, error = found.spread[name], found.error[name]
+        at_rest = np.maximum(spread, error) < (AT_ONE if name == "positions" else 0.0)
+        spread, error = spread[~at_rest], error[~at_rest]
+        if not len(spread):
+            result[name] = Calibration(0, int(at_rest.sum()))
+            continue
         constant = np.ptp(spread) == 0 or np.ptp(error) == 0
         result[name] = Calibration(
             n=len(spread),
+            at_rest=int(at_rest.sum()),
             spearman=None if constant else float(spearmanr(spread, error).statistic),
             within_one=float(np.mean(error <= spread)),
             within_two=float(np.mean(error <= 2 * spread)),
@@ -116,26 +126,41 @@ def calibration_table(found: dict[str, Calibration], members: int) -> Table:
     table = Table(title="Calibration of the committee", caption=caption, box=box.SIMPLE_HEAD)
     table.title_justify = table.caption_justify = "left"
     table.add_column("")
-    for name, unit, _ in QUANTITIES:
-        table.add_column(f"{name} ({unit})", justify="right")
-    rows = {
-        "median spread": lambda c, factor: f"{factor * c.spread:.3g}",
-        "median error": lambda c, factor: f"{factor * c.error:.3g}",
-        "error / spread, median": lambda c, _: f"{c.ratio:.2f}",
-        "Spearman correlation": lambda c, _: "–" if c.spearman is None else f"{c.spearman:.2f}",
-        "errors within 1 spread": lambda c, _: f"{100 * c.within_one:.0f} %",
-        "errors within 2 spreads": lambda c, _: f"{100 * c.within_two:.0f} %",
-    }
-    for heading, text in rows.items():
-        table.add_row(heading, *(text(found[name], factor) for name, _, factor in QUANTITIES))
+    for name, shown, _ in QUANTITIES:
+        table.add_column(f"{name} ({shown})", justify="right")
+    for heading, field, form in (
+        ("median spread", "spread", "{:.3g}"),
+        ("median error", "error", "{:.3g}"),
+        ("error / spread, median", "ratio", "{:.2f}"),
+        ("Spearman correlation", "spearman", "{:.2f}"),
+        ("errors within 1 spread", "within_one", "{:.0%}"),
+        ("errors within 2 spreads", "within_two", "{:.0%}"),
+        ("structures", "n", "{}"),
+        ("… at rest, left out", "at_rest", "{}"),
+    ):
+        cells = []
+        for name, _, unit in QUANTITIES:
+            factor = unit if field in ("spread", "error") else 1
+            value = getattr(found[name], field)
+            cells.append("–" if value is None else form.format(factor * value).replace("%", " %"))
+        table.add_row(heading, *cells)
     return table
+
+
+_FILES = ("calibration.json", "calibration.csv")
+
+
+def remove_calibration(folder: Path) -> None:
+    """Removes what `write_calibration` wrote there earlier."""
+    for name in _FILES:
+        (folder / name).unlink(missing_ok=True)
 
 
 def write_calibration(
     found: Errors, calibrated: dict[str, Calibration], members: Sequence[str], folder: Path
 ) -> list[Path]:
     """calibration.json, and calibration.csv with a row per structure; returns their paths."""
-    files = [folder / "calibration.json", folder / "calibration.csv"]
+    files = [folder / name for name in _FILES]
     document: dict[str, Any] = {
         "members": list(members),
         "units": {"positions": "Å", "energy": "eV/atom"},

@@ -123,15 +123,20 @@ def evaluate(args: argparse.Namespace) -> int:
     console = Console(highlight=False)
     if committee:
         result = mean_evaluation(members)
-    files = write_evaluation(result, out)
     console.print(metrics_table(result.results, result.name, result.costs))
+    files = write_evaluation(result, out, note)
     if committee:
         from relaxnet_jax import calibration
 
-        errors = calibration.committee_errors([m.comparisons for m in members])
-        found = calibration.calibrate(errors)
-        console.print(calibration.calibration_table(found, len(members)))
-        files += calibration.write_calibration(errors, found, runs, out)
+        try:
+            errors = calibration.committee_errors([m.comparisons for m in members])
+        except InputError as error:  # the table stands without it
+            note(f"no calibration: {error}")
+            calibration.remove_calibration(out)
+        else:
+            found = calibration.calibrate(errors)
+            console.print(calibration.calibration_table(found, len(members)))
+            files += calibration.write_calibration(errors, found, runs, out)
     for file in files:
         say(str(file))
     command = "relax" if committee else "predict"
@@ -210,8 +215,6 @@ def demo(args: argparse.Namespace) -> int:
     """``relaxnet-jax demo``: the test relaxation of median displacement, predicted and true."""
     enable_compilation_cache()
     check_devices(None)
-    import numpy as np
-
     from relaxnet_jax import structure_files as files
     from relaxnet_jax.committee import predict_members
     from relaxnet_jax.data.sample import driftless
@@ -224,8 +227,7 @@ def demo(args: argparse.Namespace) -> int:
     usable = [t for t in found if set(t.atomic_numbers.tolist()) <= set(model.elements)]
     if not usable:
         raise InputError(f"{name}: no test relaxation of the model's elements; train on more data")
-    moved = [np.linalg.norm(t.positions[-1] - t.positions[0], axis=-1).mean() for t in usable]
-    true = usable[int(np.argsort(moved, kind="stable")[len(moved) // 2])]
+    true = _middle(usable)
     start, frames = true.atoms(0), model.config.dynamics.frames
     relaxes = bool(model.structure(start, true.id, true.variable_cell).strain.any())
     options = files.Options(relax_cell=true.variable_cell)
@@ -244,6 +246,19 @@ def demo(args: argparse.Namespace) -> int:
     for file in ("predicted.extxyz", "true.extxyz", "trajectory.png"):
         say(str(out / file))
     return 0
+
+
+def _middle(relaxations: list[RelaxationTrajectory]) -> RelaxationTrajectory:
+    """The one of median displacement within the cell."""
+    import numpy as np
+
+    from relaxnet_jax.strain import internal_displacements
+
+    moved = [
+        np.linalg.norm(internal_displacements(t.positions, t.cells), axis=-1).mean()
+        for t in relaxations
+    ]
+    return relaxations[int(np.argsort(moved, kind="stable")[len(moved) // 2])]
 
 
 def _test_relaxations(workdir: Path, model: RelaxNet) -> tuple[list[RelaxationTrajectory], str]:

@@ -39,12 +39,16 @@ def move_to_end(atoms: Atoms, path: RelaxationTrajectory) -> None:
     """Gives the atoms cell and positions of a path's last frame, their constraints applied.
 
     Raises:
-      RuntimeError: ASE cannot satisfy them (rigid bonds).
+      RuntimeError, ValueError or ArithmeticError: ASE cannot satisfy them (rigid bonds and angles).
     """
     for constraint in atoms.constraints:
-        # Rigid bonds without given lengths keep those they have before the cell changes.
-        if getattr(constraint, "bondlengths", 0) is None:
-            constraint.bondlengths = constraint.initialize_bond_lengths(atoms)
+        # What is rigid without given lengths keeps those it has before the cell changes. Lengths
+        # alone would keep ASE from initializing the rest.
+        if getattr(constraint, "bondlengths", None) is None:
+            if hasattr(constraint, "initialize"):
+                constraint.initialize(atoms)
+            elif hasattr(constraint, "initialize_bond_lengths"):
+                constraint.bondlengths = constraint.initialize_bond_lengths(atoms)
     # Scaled: what constraints hold keeps its place in the lattice, as it does on the path.
     atoms.set_cell(path.cells[-1], scale_atoms=True)
     atoms.set_positions(path.positions[-1])

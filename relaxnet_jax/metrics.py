@@ -15,7 +15,8 @@ Three predictors are measured on the same structures:
 
 A structure whose prediction is not finite has no error to average. It is left out of the
 means of all three predictors alike, counted in ``Metrics.n_nonfinite``, and counts as a
-failure in the two fractions and in the median.
+failure in the two fractions and in the median. So that the columns of one table are means over
+the same structures, ``evaluate`` can be told which ones (`finite_ids`).
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -33,7 +34,10 @@ from relaxnet_jax.strain import deformations, from_reference, mean_deformed, to_
 
 Predictor = Literal["model", "nothing", "composition"]
 
-MONOTONE_TOLERANCE = 1e-6  # eV, rise of the energy that still counts as falling
+# Å, of doing nothing's coordinate MAE: what is this near its end is at rest. It is moved by no more
+# than the rounding of files and of cells mapped on each other, and ratios to it say nothing.
+AT_REST = 1e-4
+MONOTONE_TOLERANCE = 1e-6  # eV, rise of the energy that still counts as falling; see `falls`
 _PER_FRAME = ("energy_mae_per_atom", "forces_mae", "positions_mae")
 
 
@@ -57,6 +61,8 @@ class Comparison:
       n_frames: length of that grid.
       true_cells, pred_cells: (m, 3, 3), Å, where the cell relaxes; None where it is fixed.
       usable: whether nothing forbids using the predicted final geometry (`trust.unusable`).
+      final_only: whether the model predicts no energies but the final one and no forces, as direct
+        models do: their errors are NaN, whatever stands in their places.
     """
 
     id: str
@@ -76,6 +82,7 @@ class Comparison:
     true_cells: np.ndarray | None = None
     pred_cells: np.ndarray | None = None
     usable: bool = True
+    final_only: bool = False
 
     def __post_init__(self) -> None:
         """Converts the arrays (floats to float64) and checks them; InputError names the field."""
@@ -129,11 +136,16 @@ class Comparison:
         """Positions (m, N, 3) Å, energies (m,) eV and forces (m, N, 3) eV/Å of a predictor.
 
         Where the cell relaxes, positions are those of the predicted lattice coordinates in the
-        *true* cell of the frame: what is left to compare is the internal displacement.
+        *true* cell of the frame: what is left to compare is the internal displacement. Energies and
+        forces are NaN where the model predicts none (``final_only``).
         """
         if predictor == "model":
             positions = self._in_true_cell(self.pred_positions, predictor)
-            return positions, self.pred_energies, self.pred_forces
+            energies, forces = self.pred_energies, self.pred_forces
+            if self.final_only:
+                energies = np.append(np.full(len(energies) - 1, np.nan), energies[-1])
+                forces = np.full_like(forces, np.nan)
+            return positions, energies, forces
         positions = np.broadcast_to(self.true_positions[:1], self.true_positions.shape)
         positions = self._in_true_cell(positions, predictor)
         if predictor == "nothing":
@@ -235,7 +247,7 @@ class PerFrame:
       energy_mae_per_atom: meV/atom.
       forces_mae: meV/Å.
       positions_mae: Å.
-      counts: int, structures that have the frame (and a finite prediction).
+      counts: int, structures that have the frame (and are averaged over).
     """
 
     energy_mae_per_atom: np.ndarray
@@ -252,19 +264,22 @@ class Metrics:
       predictor: "model", "nothing" or "composition".
       n_structures: number of structures, those without a finite prediction included.
       n_nonfinite: structures whose (model's) prediction is not finite.
+      n_averaged: structures over which the means are taken.
       final, all_frames: errors of the final frame, and of all frames present.
-      monotone_fraction: of structures with more than one frame, E_{t+1} <= E_t + 1e-6 eV.
-      final_ratio: mean final ``positions_mae`` over that of doing nothing (ratio of means).
+      monotone_fraction: of structures with more than one frame, those whose energy `falls`.
+      final_ratio: mean final ``positions_mae`` over that of doing nothing (ratio of means); None
+        where the latter is at rest (`AT_REST`).
       median_ratio: median over structures of final ``positions_mae`` over that of doing nothing, of
-        those that move: the means are made by the few that move far.
+        those that move by more than `AT_REST`: the means are made by the few that move far.
       improved_fraction: structures whose final ``positions_mae`` is strictly below that of
-        doing nothing; a structure that does not move cannot be improved.
+        doing nothing; a structure that does not move (`AT_REST`) cannot be improved.
       per_frame: errors by frame.
     """
 
     predictor: str
     n_structures: int
     n_nonfinite: int
+    n_averaged: int
     final: FrameMetrics
     all_frames: FrameMetrics
     monotone_fraction: float | None
@@ -351,49 +366,92 @@ def pearson(x: np.ndarray, y: np.ndarray) -> float | None:
     return float(np.clip(x @ y / (np.linalg.norm(x) * np.linalg.norm(y)), -1, 1))
 
 
-def evaluate(comparisons: Sequence[Comparison], predictor: Predictor = "model") -> Metrics:
-    """All metrics of one predictor; the module's docstring says how they are averaged."""
+def finite_ids(*columns: Sequence[Comparison]) -> frozenset[str]:
+    """Ids of the structures of which every one of several methods has a finite prediction.
+
+    Args:
+      columns: of each method, the comparisons on the same relaxations.
+    """
+    own = ({c.id for c in comparisons if c.finite} for comparisons in columns)
+    return frozenset.intersection(*map(frozenset, own))
+
+
+def falls(c: Comparison, predictor: Predictor = "model") -> bool:
+    """Whether the energy of a structure never rises from frame to frame.
+
+    A rise by 1e-6 eV is none, nor by four units in the last place of float32, in which models
+    compute energies relative to the composition's: 3e-5 eV where these are 100 eV.
+    """
+    energies = c.prediction(predictor)[1]
+    largest = np.float32(np.abs(energies - c.composition_energy).max())
+    tolerance = max(MONOTONE_TOLERANCE, 4 * float(np.spacing(largest)))
+    return bool((np.diff(energies) <= tolerance).all())
+
+
+def evaluate(
+    comparisons: Sequence[Comparison],
+    predictor: Predictor = "model",
+    among: Collection[str] | None = None,
+) -> Metrics:
+    """All metrics of one predictor; the module's docstring says how they are averaged.
+
+    Args:
+      comparisons: one of each structure. among: ids to which the means are confined (`finite_ids`);
+        fractions and median are of all structures, as failures count in them.
+
+    Raises:
+      InputError: no comparisons, or no such predictor.
+    """
     if predictor not in get_args(Predictor):
         raise InputError(f"predictor {predictor!r} is not one of {', '.join(get_args(Predictor))}")
     if not comparisons:
         raise InputError("nothing to evaluate: the list of structures is empty; check the split")
-    usable = [c for c in comparisons if c.finite]
+    finite = [c for c in comparisons if c.finite]
+    lost = [c for c in comparisons if not c.finite]
+    averaged_over = [c for c in finite if among is None or c.id in among]
     n_frames = max(c.n_frames for c in comparisons)
     errors: dict[str, list[np.ndarray]] = {f.name: [] for f in dataclasses.fields(FrameMetrics)}
-    by_slot = {name: np.full((len(usable), n_frames), np.nan) for name in _PER_FRAME}
-    pairs, nothing, monotone = [], [], []
-    for row, c in enumerate(usable):
+    by_slot = {name: np.full((len(averaged_over), n_frames), np.nan) for name in _PER_FRAME}
+    pairs, still = [], []
+    for row, c in enumerate(averaged_over):
         one, energies = structure_errors(c, predictor), c.prediction(predictor)[1]
         for name, values in one.items():
             errors[name].append(values)
         for name in _PER_FRAME:
             by_slot[name][row, c.slots] = one[name]
         pairs.append(np.stack([c.true_energies, energies]) / len(c.atomic_numbers))
-        first = c.prediction("nothing")[0][-1]
-        nothing.append(float(coordinate_errors(first, c.true_positions[-1], c.free_mask)))
-        if len(energies) > 1:
-            monotone.append(bool((np.diff(energies) <= MONOTONE_TOLERANCE).all()))
-    final = [float(v[-1]) for v in errors["positions_mae"]]
-    improved = [a < b for a, b in zip(final, nothing) if not math.isnan(b)]
-    lost = [False] * (len(comparisons) - len(usable))
-    mean, mean_nothing = _mean(final), _mean(nothing)
+        still.append(_final_error(c, "nothing"))
+    ends = [(_final_error(c, predictor), _final_error(c, "nothing")) for c in finite]
+    ratios = [a / b for a, b in ends if b > AT_REST]
+    improved = [a < b and b > AT_REST for a, b in ends if not math.isnan(b)]
+    told = [c for c in comparisons if predictor != "model" or not c.final_only]
+    monotone = [c.finite and falls(c, predictor) for c in told if len(c.slots) > 1 or not c.finite]
+    mean, mean_still = _mean([float(v[-1]) for v in errors["positions_mae"]]), _mean(still)
+    ratio = None
+    if mean is not None and mean_still is not None and mean_still > AT_REST:
+        ratio = mean / mean_still
     counts = np.zeros(n_frames, int)
-    for c in usable:
+    for c in averaged_over:
         counts[c.slots] += 1
     return Metrics(
         predictor=predictor,
         n_structures=len(comparisons),
         n_nonfinite=len(lost),
+        n_averaged=len(averaged_over),
         final=_frame_metrics(errors, pairs, slice(-1, None)),
         all_frames=_frame_metrics(errors, pairs, slice(None)),
-        monotone_fraction=_mean([*monotone, *lost]),
-        final_ratio=mean / mean_nothing if mean is not None and mean_nothing else None,
-        median_ratio=_median(
-            [a / b for a, b in zip(final, nothing) if b > 0] + [math.inf] * len(lost)
-        ),
-        improved_fraction=_mean([*improved, *lost]),
+        monotone_fraction=_mean(monotone),
+        final_ratio=ratio,
+        median_ratio=_median(ratios + [math.inf] * len(lost)),
+        improved_fraction=_mean(improved + [False] * len(lost)),
         per_frame=PerFrame(**{k: _column_means(v) for k, v in by_slot.items()}, counts=counts),
     )
+
+
+def _final_error(c: Comparison, predictor: Predictor) -> float:
+    """Å, ``positions_mae`` of the final frame."""
+    final = c.prediction(predictor)[0][-1]
+    return float(coordinate_errors(final, c.true_positions[-1], c.free_mask))
 
 
 def _median(values: Sequence[float]) -> float | None:
@@ -403,7 +461,8 @@ def _median(values: Sequence[float]) -> float | None:
 
 
 def structure_errors(c: Comparison, predictor: Predictor = "model") -> dict[str, np.ndarray]:
-    """Errors (m,) of one structure's frames, by the names and in the units of ``FrameMetrics``."""
+    """Errors (m,) of one structure's frames, by the names and in the units of ``FrameMetrics``; NaN
+    where the predictor predicts nothing."""
     positions, energies, forces = c.prediction(predictor)
     d_energy = np.abs(energies - c.true_energies)
     found = {
@@ -472,7 +531,8 @@ def _frame_metrics(
     """Macro means of the errors, each (m,), over the chosen frames; pairs are (2, m) eV/atom."""
     means = {k: _mean([float(v[frames].mean()) for v in vs]) for k, vs in errors.items() if vs}
     both = np.concatenate([p[:, frames] for p in pairs] or [np.empty((2, 0))], axis=1)
-    return FrameMetrics(**dict.fromkeys(errors, None) | means | {"pearson": pearson(*both)})
+    correlation = pearson(*both) if np.isfinite(both).all() else None
+    return FrameMetrics(**dict.fromkeys(errors, None) | means | {"pearson": correlation})
 
 
 def _mean(values: Sequence[float]) -> float | None:

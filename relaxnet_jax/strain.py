@@ -42,13 +42,24 @@ def from_reference(reference: np.ndarray, deformation: np.ndarray) -> np.ndarray
     return reference @ np.swapaxes(deformation, -1, -2)
 
 
+def reference_positions(positions: np.ndarray, cells: np.ndarray) -> np.ndarray:
+    """(n, N, 3) Å, a path's positions mapped back to its first cell; as they are where it stays.
+
+    Args:
+      positions: (n, N, 3) Å. cells: (n, 3, 3) Å.
+    """
+    if (cells == cells[:1]).all():
+        return positions  # exactly
+    return to_reference(positions, deformations(cells))
+
+
 def internal_displacements(positions: np.ndarray, cells: np.ndarray) -> np.ndarray:
     """(N, 3) Å, from the first frame to the last, without what atoms move along with the cell.
 
     Args:
       positions: (n, N, 3) Å. cells: (n, 3, 3) Å.
     """
-    return to_reference(positions[-1], deformations(cells[[0, -1]])[1]) - positions[0]
+    return reference_positions(positions[[0, -1]], cells[[0, -1]])[1] - positions[0]
 
 
 def mean_deformed(

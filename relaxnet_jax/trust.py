@@ -107,11 +107,17 @@ def constraint_flags(atoms: Atoms, path: RelaxationTrajectory) -> tuple[Flag, ..
     told = Flag("constraints ignored", f"the path ignores {names}; the final structure does not")
     if not np.isfinite(path.positions[-1]).all() or not np.isfinite(path.cells[-1]).all():
         return (told,)
-    moved = atoms.copy()
+    moved, failure = atoms.copy(), None
     try:
-        move_to_end(moved, path)
-    except RuntimeError as error:
-        return (Flag("constraints fail", f"{names} cannot be satisfied: {error}", True), told)
+        with np.errstate(invalid="ignore"):
+            move_to_end(moved, path)
+    except (RuntimeError, ValueError, ArithmeticError) as error:  # ASE's constraints raise any
+        failure = str(error) or type(error).__name__
+    else:
+        if not np.isfinite(moved.positions).all():
+            failure = "positions are not finite"
+    if failure is not None:
+        return (Flag("constraints fail", f"{names} cannot be satisfied: {failure}", True), told)
     close = _contact(path.atomic_numbers, moved.positions, moved.cell.array, path.pbc)
     return (close, told) if close else (told,)
 

@@ -18,6 +18,7 @@ from tiny import TINY, crystal, slab, tiny_config, tiny_model
 from relaxnet_jax.batching import fitting_shape
 from relaxnet_jax.calculator import RelaxNetCalculator
 from relaxnet_jax.cli import main
+from relaxnet_jax.commands import _middle
 from relaxnet_jax.config import LossConfig, load_config
 from relaxnet_jax.data.dataset import read_trajectories
 from relaxnet_jax.data.pipeline import collate_samples
@@ -245,6 +246,19 @@ def test_driftless_frames_keep_their_cells():
     fractional = [np.linalg.solve(c.T, (p - p.mean(0)).T).T for c, p in zip(t.cells, t.positions)]
     ours = [np.linalg.solve(c.T, (p - p.mean(0)).T).T for c, p in zip(again.cells, again.positions)]
     np.testing.assert_allclose(ours, fractional, atol=1e-9)
+
+
+def test_demo_shows_the_median_displacement_within_the_cell():
+    """Strain, which moves atoms the farther the farther they are from the origin, does not count."""
+    base = relaxation(crystal(), "a", (0, 0, 0))
+    ways = base.positions - base.positions[:1]
+    made = []
+    for name, size, stretch in (("far", 3.0, 1.0), ("middle", 1.0, 1.0), ("strained", 0.1, 1.3)):
+        growth = np.linspace(1, stretch, base.n_frames)[:, None, None]
+        places = base.positions[:1] + size * ways + 20.0
+        made.append(dataclasses.replace(
+            base, id=name, positions=places * growth, cells=base.cells[:1] * growth))  # fmt: skip
+    assert _middle(made).id == "middle"
 
 
 def test_static_loss_looks_at_strained_frames():

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import io
 import json
 from pathlib import Path
 
@@ -9,11 +10,12 @@ import ase.io
 import numpy as np
 import pytest
 from ase.constraints import FixAtoms
+from rich.console import Console
 from scipy.stats import spearmanr
 from tiny import alloy, tiny_config, tiny_model
 
 from relaxnet_jax import cli, predict
-from relaxnet_jax.calibration import calibrate, calibration_table, committee_errors
+from relaxnet_jax.calibration import Errors, calibrate, calibration_table, committee_errors
 from relaxnet_jax.committee import (
     Said,
     check_members,
@@ -28,7 +30,7 @@ from relaxnet_jax.data.store_write import write_store
 from relaxnet_jax.data.trajectory import RelaxationTrajectory
 from relaxnet_jax.errors import InputError
 from relaxnet_jax.evaluate import run
-from relaxnet_jax.metrics import Comparison, averaged
+from relaxnet_jax.metrics import Comparison, averaged, evaluate
 from relaxnet_jax.model import load_committee, save_model
 from relaxnet_jax.predict import Judged
 from relaxnet_jax.starting import head_start
@@ -354,7 +356,8 @@ def test_a_calibrated_committee_is_found_to_be_one():
     assert calibrate(narrow)["positions"].within_two < 0.01
     same = errors._replace(spread={k: np.ones(400) for k in errors.spread})
     assert calibrate(same)["energy"].spearman is None
-    assert calibration_table(calibrate(same), 5).row_count == 6
+    assert calibration_table(calibrate(same), 5).row_count == 8
+    assert found.n == 400 and found.at_rest == 0
 
 
 def test_committee_errors_compare_like_with_like():
@@ -374,9 +377,120 @@ def test_committee_errors_compare_like_with_like():
     longer = [dataclasses.replace(c, n_frames=3) for c in good]
     with pytest.raises(InputError, match="not the same frames"):
         committee_errors([good, longer])
+    # Of three members those count that are finite and usable: what the committee predicts.
+    away = dataclasses.replace(good[0], usable=False, pred_energies=np.array([0, 100.0]))
+    for third in (lost, away):
+        three = committee_errors([good[:1], other[:1], [third]])
+        assert three.spread["energy"] == pytest.approx([np.sqrt(2) / 4])
+        mean = averaged([good[0], other[0], third]).pred_energies[-1]
+        assert three.error["energy"] == pytest.approx([mean / 4])
+    with pytest.raises(InputError, match="usable predictions of two members"):
+        committee_errors([good[:1], [away]])
     held = comparison("d", shift, shift, 1.0, fixed=range(4))
     with pytest.raises(InputError, match="no structure"):
         committee_errors([[held], [held]])
+
+
+def test_structures_at_rest_say_nothing_of_positions():
+    """Rounding is neither spread nor error; the energies of these structures count."""
+    spread = {"positions": np.array([1e-16, 9e-4, 2e-3, 0.1]), "energy": np.full(4, 1e-5)}
+    error = {"positions": np.array([1e-8, 9e-4, 1e-4, 0.2]), "energy": np.full(4, 2e-5)}
+    found = calibrate(Errors(list("abcd"), spread, error))
+    assert (found["positions"].n, found["positions"].at_rest) == (2, 2)
+    assert found["positions"].within_one == 0.5
+    assert found["positions"].ratio == pytest.approx((0.05 + 2) / 2)
+    assert (found["energy"].n, found["energy"].at_rest, found["energy"].within_two) == (4, 0, 1)
+    rest = {k: v[:2] for k, v in spread.items()}
+    none = calibrate(Errors(list("ab"), rest, {k: v[:2] for k, v in error.items()}))
+    assert none["positions"]._asdict() == {
+        "n": 0, "at_rest": 2, "spearman": None, "within_one": None, "within_two": None,
+        "ratio": None, "spread": None, "error": None,
+    }  # fmt: skip
+    stream = io.StringIO()
+    Console(file=stream, width=100).print(calibration_table(none, 2))
+    lines = {line[:25].strip(): line[25:].split() for line in stream.getvalue().splitlines()}
+    assert lines["median error"] == ["–", "0.02"]
+    assert lines["errors within 2 spreads"] == ["–", "100", "%"]
+    assert lines["… at rest, left out"] == ["2", "0"]
+
+
+def evaluation(*comparisons):
+    """As `evaluate_workdir` makes it of one model."""
+    own = list(comparisons)
+    results = {p: evaluate(own, p) for p in run.PREDICTORS}
+    return run.Evaluation(results, own, [], "set")
+
+
+def test_columns_of_a_committee_are_over_the_same_structures():
+    """The first member fails on the hard structure, of which the mean is finite."""
+    shift = np.full((4, 3), 0.1)
+    easy, hard = comparison("easy", shift, 0 * shift, 1.0), comparison("hard", shift, 0 * shift, 9.0)
+    lost = dataclasses.replace(hard, pred_energies=np.array([0.0, np.nan]))
+    found = run.mean_evaluation([evaluation(easy, lost), evaluation(easy, hard)]).results
+    assert list(found) == ["model", "first member", "nothing", "composition"]
+    assert {name: m.n_averaged for name, m in found.items()} == dict.fromkeys(found, 1)
+    for name in ("model", "first member"):
+        assert found[name].final.energy_mae == pytest.approx(1.0)
+    assert found["first member"].n_nonfinite == 1 and found["model"].n_nonfinite == 0
+
+
+def test_columns_of_minimised_energies_are_over_the_same_structures(tmp_path, monkeypatch):
+    """RelaxNet and doing nothing are shown without what L-BFGS fails on."""
+    shift = np.full((4, 3), 0.1)
+    easy, hard = comparison("easy", shift, 0 * shift, 1.0), comparison("hard", shift, 0 * shift, 9.0)
+    lost = dataclasses.replace(hard, pred_energies=np.array([0.0, np.nan]))
+
+    class Minimiser:
+        def __init__(self, model, fmax):
+            self.costs = {"seconds": 0.0}
+
+    def compare(model, trajectories, report, predict=None):
+        return [easy, lost if isinstance(predict, Minimiser) else hard], []
+
+    monkeypatch.setattr(run, "compare", compare)
+    monkeypatch.setattr(run, "_Minimiser", Minimiser)
+    monkeypatch.setattr(run, "read_any", lambda *_: [])
+    monkeypatch.setattr(run, "_seen", lambda *_: 0)
+    model = tiny_model(tiny_config("implicit", **LIGHT), dtype=np.float32)
+    found = run.evaluate_workdir(tmp_path, data="x", report=lambda _: None, fmax=0.1, model=model)
+    assert list(found.results) == ["model", "lbfgs", "nothing", "composition"]
+    assert {m.n_averaged for m in found.results.values()} == {1}
+    assert found.results["model"].final.energy_mae == pytest.approx(1.0)
+    assert found.results["lbfgs"].n_nonfinite == 1
+
+
+def test_nothing_finite_is_a_table_without_parity(tmp_path):
+    """An older figure would be of another model."""
+    shift = np.full((4, 3), 0.1)
+    good = comparison("a", shift, shift, 1.0)
+    lost = dataclasses.replace(good, pred_energies=np.array([0.0, np.nan]))
+    told = []
+    files = run.write_evaluation(evaluation(good), tmp_path, told.append)
+    assert [f.name for f in files] == ["metrics.json", "per_frame.png", "parity.png"] and not told
+    files = run.write_evaluation(evaluation(lost), tmp_path, told.append)
+    names = ("per_frame.png", "parity.png")
+    assert told == [f"{tmp_path / name}: not drawn, no prediction is finite" for name in names]
+    assert files == list(tmp_path.iterdir()) == [tmp_path / "metrics.json"]
+
+
+def test_eval_of_nothing_finite_prints_its_table(models, tmp_path, monkeypatch, capsys):
+    """Of one model and of a committee, whose older calibration goes."""
+    monkeypatch.chdir(tmp_path)
+    shift = np.full((4, 3), 0.1)
+    lost = comparison("a", shift, np.nan * shift, np.nan)
+    monkeypatch.setattr(run, "evaluate_workdir", lambda *_: evaluation(lost))
+    for k, model in enumerate(models[:2]):
+        save_model(model, Path(f"run{k}", "model"))
+    Path("out").mkdir()
+    Path("out/calibration.csv").write_text("old")
+    argv = ["eval", "--workdir", "run0", "--data", "set.h5", "--out", "out"]
+    for more in ([], ["--committee", "run1"]):
+        assert cli.main([*argv, *more]) == 0
+        out, err = capsys.readouterr()
+        assert "coordinate MAE (Å), final frame" in out and "parity.png" not in out
+        assert "parity.png: not drawn" in err
+    assert "no calibration: no structure with free atoms" in err
+    assert [f.name for f in Path("out").iterdir()] == ["metrics.json"]
 
 
 def test_eval_command(models, tmp_path, monkeypatch, capsys):

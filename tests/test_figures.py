@@ -11,7 +11,14 @@ import pytest
 from matplotlib.figure import Figure
 
 from relaxnet_jax.errors import InputError
-from relaxnet_jax.evaluate import parity_figure, per_frame_figure, trajectory_figure
+from relaxnet_jax.evaluate import (
+    data_figure,
+    figures,
+    parity_figure,
+    per_frame_figure,
+    trajectory_figure,
+)
+from relaxnet_jax.evaluate.figures import trajectory_curves
 from relaxnet_jax.metrics import Comparison, evaluate
 
 
@@ -39,6 +46,7 @@ def trajectory(c, kind, times=None):
         id=c.id, atomic_numbers=c.atomic_numbers, fixed_mask=c.fixed_mask, times=times,
         source="synthetic", positions=getattr(c, f"{kind}_positions"),
         energies=getattr(c, f"{kind}_energies"), forces=getattr(c, f"{kind}_forces"),
+        cells=np.repeat(c.cell[None], len(c.slots), 0),
     )  # fmt: skip
 
 
@@ -93,6 +101,83 @@ def test_trajectory_figure(tmp_path):
     wrong.atomic_numbers = np.full(4, 30)
     with pytest.raises(InputError, match="different atoms"):
         trajectory_figure(trajectory(one, "true"), wrong, path)
+
+
+def drawn(monkeypatch, module):
+    """Figures that are saved, instead of files."""
+    kept = []
+    monkeypatch.setattr(module, "save_figure", lambda figure, path: kept.append(figure))
+    return kept
+
+
+def test_parity_of_final_energies_only(monkeypatch):
+    """What direct models do not predict is not drawn, nor in the MAE."""
+    direct = relaxations(count=2)
+    for c in direct:
+        c.pred_energies[:] = c.true_energies[-1] + 0.04
+        object.__setattr__(c, "final_only", True)
+    kept = drawn(monkeypatch, figures)
+    parity_figure(direct, "x", "direct")
+    axis = kept[0].axes[0]
+    (points,) = axis.collections
+    assert len(points.get_offsets()) == 2
+    assert "MAE 10 meV/atom\n2 structures, 2 frames" in axis.texts[0].get_text()
+
+
+@pytest.mark.parametrize("stretch", [1.0, 1.1])
+def test_trajectory_curves_by_hand(stretch):
+    """Two free atoms and a held one: the strain of the cell, wherever its origin, is no displacement."""
+    start = np.array([[0.0, 0, 0], [2, 2, 2], [7, 8, 9]])
+    true, pred = np.stack([start] * 3), np.stack([start] * 2)
+    true[2, 0, 0], true[2, 1, 1] = 0.3, 2.4
+    pred[1, 0, 0] = 0.3
+    growth = np.linspace(1, stretch, 3)[:, None, None]
+    forces = np.zeros((3, 3, 3))
+    forces[0, 0], forces[0, 1], forces[0, 2] = [3, 4, 0], [1, 0, 0], [99, 0, 0]
+    one = {"id": "a", "source": "", "atomic_numbers": np.full(3, 29), "fixed_mask": np.array([0, 0, 1]) > 0}
+    found = trajectory_curves(
+        SimpleNamespace(**one, times=None, positions=true * growth, cells=5 * np.eye(3) * growth,
+                        energies=np.array([-3.0, -3.3, -3.6]), forces=forces),
+        SimpleNamespace(**one, times=np.array([0.0, 0.9]), positions=pred * growth[[0, 2]],
+                        cells=5 * np.eye(3) * growth[[0, 2]],
+                        energies=np.array([-2.97, -3.57]), forces=0.5 * forces[:2]),
+    )  # fmt: skip
+    expected = (
+        ([0, 0.5, 1], [0, -100, -200], [5, 0, 0], [0, 0, 0.5 / np.sqrt(2)]),
+        ([0, 0.9], [10, -190], [2.5, 0], [0, 0.3 / np.sqrt(2)]),
+    )
+    for curves, numbers in zip(found, expected, strict=True):
+        for curve, values in zip(curves, numbers, strict=True):
+            np.testing.assert_allclose(curve, values, atol=1e-9)
+
+
+def test_trajectory_figure_draws_its_curves(monkeypatch):
+    kept = drawn(monkeypatch, figures)
+    (one,) = relaxations(count=1)
+    pair = trajectory(one, "true"), trajectory(one, "pred")
+    trajectory_figure(*pair, "x")
+    for number, curves in enumerate(trajectory_curves(*pair)):
+        for axis, curve in zip(kept[0].axes, curves[1:], strict=True):
+            np.testing.assert_array_equal(axis.lines[number].get_xdata(), curves[0])
+            np.testing.assert_array_equal(axis.lines[number].get_ydata(), curve)
+
+
+def test_relaxations_at_rest_span_no_decades(monkeypatch):
+    """Round-off is counted once for each relaxation, and does not stretch the axis."""
+    kept = drawn(monkeypatch, data_figure)
+    values = {
+        "atoms": np.array([2.0, 4, 4, 4]), "first_energy": -np.ones(4), "last_energy": -2 * np.ones(4),
+        "displacement": np.array([0.0, 1e-16, 0.01, 0.1]),
+        "max_displacement": np.array([0.0, 2e-16, 0.02, 0.3]),
+    }  # fmt: skip
+    data_figure.distribution_figure(SimpleNamespace(values=values, elements={"Cu": (4, 14)}), "x")
+    axis = next(a for a in kept[0].axes if "displacement" in a.get_xlabel())
+    assert axis.get_xlabel().endswith("\n2 at rest, not drawn")
+    low, high = axis.get_xlim()
+    assert 1e-3 < low <= 0.01 and 0.3 <= high < 3
+    values["displacement"] = values["max_displacement"] = np.zeros(4)
+    data_figure.distribution_figure(SimpleNamespace(values=values, elements={"Cu": (4, 14)}), "x")
+    assert "4 at rest" in next(a for a in kept[1].axes if "rest" in a.get_xlabel()).get_xlabel()
 
 
 def test_failure_leaves_the_old_file(tmp_path, monkeypatch):

@@ -11,7 +11,17 @@ from rich.console import Console
 
 from relaxnet_jax.errors import InputError
 from relaxnet_jax.evaluate.tables import metrics_table, write_metrics
-from relaxnet_jax.metrics import Comparison, aligned_rmsd, coordinate_errors, evaluate, pearson
+from relaxnet_jax.metrics import (
+    AT_REST,
+    Comparison,
+    aligned_rmsd,
+    coordinate_errors,
+    evaluate,
+    falls,
+    finite_ids,
+    pearson,
+)
+from relaxnet_jax.reproduce import ablation
 
 CUBE = 4.0 * np.eye(3)
 PERIODIC, MOLECULE = np.ones(3, bool), np.zeros(3, bool)
@@ -91,6 +101,37 @@ def test_every_structure_counts_once():
     assert alone.final_ratio is None and alone.improved_fraction == 0
 
 
+@pytest.mark.parametrize("noise", [0.0, 1e-16, 1e-8, AT_REST])
+def test_round_off_is_no_motion(noise):
+    """Structures at rest count as not improved, in no ratio; to six coordinates 6 times the mean."""
+    true = np.stack([X0, X0])
+    true[1, 1, 0] = 2.0 + 6 * 0.99 * noise
+    exact = {"true_positions": true, "pred_positions": np.array(true)}
+    still = comparison(id="still", **exact)
+    away = comparison(id="away", **exact | {"pred_positions": true + 0.1})
+    m = evaluate([still, away])
+    assert m.final_ratio is None and m.median_ratio is None and m.improved_fraction == 0
+    moving = evaluate([still, comparison(), comparison(id="b")])
+    assert moving.median_ratio == pytest.approx(0.5)
+    assert moving.improved_fraction == pytest.approx(2 / 3)
+    assert evaluate([still], "nothing").final_ratio is None
+
+
+def test_round_off_of_cells_is_no_motion():
+    """One atom that keeps its place in a cell that relaxes."""
+    cell = np.array([[2.1, 0.3, 0.1], [0.2, 1.9, 0.4], [0.3, 0.2, 2.3]])
+    cells = np.stack([cell, cell @ np.diag([1.03, 0.98, 1.01])])
+    place = (np.array([[0.3, 0.7, 0.1]]) @ cells).round(8)  # as in a file
+    one = comparison(
+        atomic_numbers=[29], fixed_mask=[False], cell=cell, true_cells=cells, pred_cells=cells[[0, 0]],
+        true_positions=place, pred_positions=place[[0, 0]],
+        true_forces=np.zeros((2, 1, 3)), pred_forces=np.zeros((2, 1, 3)))  # fmt: skip
+    nothing = evaluate([one], "nothing").final.positions_mae
+    assert 0 < nothing < 1e-7
+    m = evaluate([one])
+    assert (m.final_ratio, m.median_ratio, m.improved_fraction) == (None, None, 0)
+
+
 def test_absent_frames_are_ignored():
     partial = comparison(slots=[0, 3], n_frames=4)
     full = comparison(
@@ -116,6 +157,12 @@ def test_monotone_tolerance_and_single_frame():
     )  # fmt: skip
     assert evaluate([within, beyond, one]).monotone_fraction == 0.5
     assert evaluate([one]).monotone_fraction is None
+    assert falls(within) and not falls(beyond)
+    # Of large cells four units in the last place of float32: 400 eV, 1.2e-4 eV.
+    large = comparison(pred_energies=[-1000.0, -1000.0 + 1e-4], composition_energy=-600.0)
+    assert falls(large) and evaluate([large]).monotone_fraction == ablation._falls(large) == 1
+    assert not falls(dataclasses.replace(large, composition_energy=-990.0))
+    assert not falls(dataclasses.replace(large, pred_energies=[-1000.0, -1000.0 + 2e-4]))
 
 
 def test_fixed_atoms_do_not_count():
@@ -143,6 +190,60 @@ def test_diverged_predictions_leave_all_predictors_and_fail():
     only = evaluate([bad])
     assert only.final.energy_mae is None and only.improved_fraction == 0
     json.dumps(only.to_dict(), allow_nan=False)
+
+
+def test_columns_are_over_the_same_structures():
+    """What one method fails on leaves the means of all; fractions and medians count failures."""
+    hard = comparison(id="hard", true_energies=[-1.0, -9.0])
+    lost = dataclasses.replace(hard, pred_energies=[-1.0, np.nan])
+    ours, theirs = [comparison(), hard], [lost, comparison()]
+    among = finite_ids(ours, theirs)
+    assert among == {"a"} and finite_ids(ours) == {"a", "hard"}
+    columns = {
+        "model": evaluate(ours, among=among),
+        "lbfgs": evaluate(theirs, among=among),
+        "nothing": evaluate(ours, "nothing", among),
+    }
+    assert [m.n_averaged for m in columns.values()] == [1, 1, 1]
+    assert [m.n_nonfinite for m in columns.values()] == [0, 1, 0]
+    assert columns["model"].final == columns["lbfgs"].final
+    assert columns["nothing"].final.energy_mae == pytest.approx(1)
+    assert columns["model"].per_frame.counts.tolist() == [1, 1]
+    assert columns["model"].improved_fraction == 1 and columns["lbfgs"].improved_fraction == 0.5
+    assert columns["model"].all_frames.pearson == pytest.approx(1)
+    stream = io.StringIO()
+    Console(width=120, file=stream).print(metrics_table(columns, "two"))
+    text = " ".join(stream.getvalue().split())
+    assert "1 left out of them: their prediction is not finite in every column" in text
+    assert "structures without a finite prediction 0 1 –" in text
+
+
+def test_direct_models_predict_no_energies_on_the_way():
+    """Dashes for what they do not predict, numbers for what they do."""
+    direct = comparison(final_only=True, pred_energies=[-1.6, -1.6], pred_forces=np.zeros((2, 2, 3)))
+    m = evaluate([direct, direct])
+    assert m.final.energy_mae == pytest.approx(0.4) and m.all_frames.energy_mae is None
+    assert m.final.forces_mae is None and m.all_frames.forces_mae is None
+    assert m.all_frames.pearson is None and m.monotone_fraction is None
+    assert m.final.positions_mae == pytest.approx(0.05) and m.improved_fraction == 1
+    np.testing.assert_allclose(m.per_frame.energy_mae_per_atom, [np.nan, 200])
+    assert np.isnan(m.per_frame.forces_mae).all()
+    nothing = evaluate([direct], "nothing")
+    assert nothing.all_frames.energy_mae == pytest.approx(0.5)
+    assert nothing.all_frames.forces_mae == pytest.approx(50)
+    lost = dataclasses.replace(direct, pred_energies=[np.nan, np.nan])
+    assert evaluate([direct, lost]).monotone_fraction is None
+    stream = io.StringIO()
+    Console(width=120, file=stream).print(metrics_table({"model": m}, "direct"))
+    rows = {row.rsplit(None, 1)[0].strip(): row.split()[-1] for row in stream.getvalue().splitlines() if row.split()}
+    for name in (
+        "energy MAE (meV/atom), all frames", "energy/atom, Pearson r, all frames",
+        "force MAE (meV/Å), final frame", "force MAE (meV/Å), all frames",
+        "structures with falling energy",
+    ):  # fmt: skip
+        assert rows[name] == "–", name
+    assert rows["energy MAE (meV/atom), final frame"] == "200"
+    json.dumps(m.to_dict(), allow_nan=False)
 
 
 def test_bad_input_is_named():

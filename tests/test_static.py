@@ -11,7 +11,7 @@ from tiny import SHAPE, TINY, batch, crystal, molecule, tiny_config, tiny_model
 
 from relaxnet_jax.config import load_config
 from relaxnet_jax.errors import InputError
-from relaxnet_jax.evaluate.run import evaluate_workdir
+from relaxnet_jax.evaluate.run import evaluate_workdir, write_evaluation
 from relaxnet_jax.evaluate.tables import metrics_table
 from relaxnet_jax.losses import Targets
 from relaxnet_jax.model import load_model, predict_trajectory
@@ -163,8 +163,13 @@ def test_direct_models_learn_the_final_frame_only(tmp_path, monkeypatch):
         fraction = (c.slots / (c.n_frames - 1))[:, None, None]
         first, last = c.pred_positions[:1], c.pred_positions[-1:]
         np.testing.assert_allclose(c.pred_positions, first + fraction * (last - first), atol=1e-5)
-        assert np.ptp(c.pred_energies) == 0 and not c.pred_forces.any()
+        assert np.ptp(c.pred_energies) == 0 and not c.pred_forces.any() and c.final_only
         assert np.abs(last - first).max() > 1e-6
+    found = evaluation.results["model"]
+    assert found.monotone_fraction is None and found.final.forces_mae is None
+    assert found.all_frames.energy_mae is None and found.final.energy_mae > 0
+    write_evaluation(evaluation, tmp_path / "eval")
+    assert (tmp_path / "eval" / "parity.png").is_file()
     records = [
         json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     ]

@@ -13,10 +13,12 @@ from ase.data.colors import jmol_colors
 
 from relaxnet_jax.data.trajectory import RelaxationTrajectory
 from relaxnet_jax.errors import InputError
-from relaxnet_jax.evaluate.viewer import write_viewer
+from relaxnet_jax.evaluate.path_figure import path_curves
+from relaxnet_jax.evaluate.viewer import viewer_data, write_viewer
 from relaxnet_jax.trust import Flag
 
 VOID = {"meta", "input"}
+NODE = shutil.which("node")
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 OFFLINE = (
     "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-sync",
@@ -93,6 +95,7 @@ def test_page_is_whole_and_shows_the_path(tmp_path):
         np.testing.assert_array_equal(data[name], getattr(one, name))
     moved = np.linalg.norm(one.positions - one.positions[:1], axis=-1)[:, 1:]
     np.testing.assert_allclose(data["largest"], moved.max(1))
+    np.testing.assert_allclose(data["moved"], one.positions - one.positions[:1], atol=5.1e-6)
     assert data["symbols"] == ["Cu", "O", "Au", "Cu"]
     assert data["fixed"] == one.fixed_mask.tolist() and data["pbc"] == one.pbc.tolist()
     assert list(data["elements"]) == ["O", "Cu", "Au"]
@@ -101,6 +104,97 @@ def test_page_is_whole_and_shows_the_path(tmp_path):
         rgb = [int(colour[k : k + 2], 16) / 255 for k in (1, 3, 5)]
         np.testing.assert_allclose(rgb, jmol_colors[z], atol=1 / 400)
         assert data["elements"][symbol]["radius"] == pytest.approx(covalent_radii[z])
+
+
+def test_strain_is_no_displacement():
+    """Atoms that keep their places in a cell that relaxes do not move, wherever its origin is."""
+    growth = np.array([1.0, 1.02, 1.05])[:, None, None]
+    cells = np.diag([5.0, 6.0, 7.0]) * growth
+    places = np.stack([path().positions[0] + 2.0] * 3)
+    places[2, 1] += [0.3, 0.0, 0.4]
+    data = viewer_data(path(positions=places * growth, cells=cells))
+    expected = np.zeros((3, 4, 3))
+    expected[2, 1] = [0.3, 0.0, 0.4]
+    np.testing.assert_allclose(data["moved"], expected, atol=1e-9)
+    np.testing.assert_allclose(data["largest"], [0, 0, 0.5], atol=1e-9)
+    curves = path_curves(path(positions=places * growth, cells=cells))
+    np.testing.assert_allclose(curves["mean"], [0, 0, 0.5 / 3], atol=1e-9)
+    still = path_curves(path())  # cells that stay give exactly what they gave
+    moved = np.linalg.norm(path().positions - path().positions[:1], axis=-1)[:, 1:]
+    np.testing.assert_array_equal(still["largest"], moved.max(1))
+
+
+# What a browser has and the script asks for; `ran` is set once the page has drawn itself.
+BROWSER = """
+const fs = require("fs");
+const page = fs.readFileSync(process.argv[2], "utf8");
+const data = /<script type="application\\/json" id="data">(.*?)<\\/script>/s.exec(page)[1];
+const script = /<script>(.*)<\\/script>/s.exec(page)[1];
+const spots = [], fake = () => new Proxy(function () {}, {
+  get: (t, k) => k in t ? t[k] : k === Symbol.toPrimitive ? () => 100 : (t[k] = fake()),
+  set: (t, k, v) => (t[k] = v, true),
+  apply: () => fake(),
+});
+const elements = {};
+const element = (id) => elements[id] = elements[id] || Object.assign(fake(), {
+  checked: id === "arrows", clientWidth: 300, clientHeight: 200, width: 300, height: 200,
+  textContent: id === "data" ? data : "", style: {}, handlers: {},
+  addEventListener: (name, f) => { element(id).handlers[name] = f; },
+  getBoundingClientRect: () => ({ left: 0, top: 0, width: 300 }),
+});
+const documentElement = fake();
+global.document = { getElementById: element, createElement: () => fake(), documentElement,
+  addEventListener: () => {} };
+global.getComputedStyle = () => ({ getPropertyValue: () => "#808080" });
+global.window = { devicePixelRatio: 1, addEventListener: () => {},
+  matchMedia: () => ({ matches: true, addEventListener: () => {} }) };
+global.location = { hash: "#frame=2" };
+global.Option = function () {};
+global.requestAnimationFrame = (f) => f();
+new Function(script)();
+for (let x = 0; x < 300; x += 2) for (let y = 0; y < 200; y += 2) {
+  element("view").handlers.pointermove({ pointerId: 1, clientX: x, clientY: y });
+  if (element("tip").style.display === "block") spots.push(element("tip").textContent);
+}
+console.log(JSON.stringify({ read: element("readout").textContent, tips: [...new Set(spots)],
+  factor: element("factor").textContent }));
+"""
+
+
+def run_page(tmp_path, one):
+    """What the page's script says of a path in its last frame, without a browser."""
+    write_viewer(one, tmp_path / "a.html")
+    (tmp_path / "run.js").write_text(BROWSER)
+    command = [NODE, tmp_path / "run.js", tmp_path / "a.html"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout)
+
+
+@pytest.mark.skipif(NODE is None, reason="no Node.js to run the page's script with")
+def test_script_tells_displacements_within_the_cell(tmp_path):
+    growth = np.array([1.0, 1.1, 1.2])[:, None, None]
+    places = np.stack([path().positions[0] + 2.0] * 3)
+    places[2, 1] += [0.03, 0.0, 0.04]
+    one = path(positions=places * growth, cells=np.diag([5.0, 6.0, 7.0]) * growth)
+    found = run_page(tmp_path, one)
+    assert found["read"] == "frame 2 of 2, t = 1.00"
+    told = dict(tip.split(": ") for tip in found["tips"])
+    assert told["O 1"] == "moved 0.050 Å" and told["Au 2"] == "moved 0.000 Å"
+    assert told["Cu 0"] == "held fixed"
+    assert found["factor"] == "(× 20)"  # of 0.05 Å
+
+
+@pytest.mark.skipif(NODE is None, reason="no Node.js to run the page's script with")
+def test_script_takes_many_atoms(tmp_path):
+    """More points than a function takes arguments."""
+    write_viewer(path(), tmp_path / "a.html")
+    script = Page((tmp_path / "a.html").read_text(encoding="utf-8")).texts["script"]
+    own = script[script.index("const largest =") : script.index("const dist =")]
+    assert not re.search(r"Math\.(max|min)\(\.\.\.(points|D\.)", script)
+    code = own + "console.log(largest(new Array(300000).fill(3)), largest([]));"
+    done = subprocess.run([NODE, "-e", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["3", "-Infinity"]
 
 
 def test_page_is_written_whole_or_not_at_all(tmp_path):

@@ -12,6 +12,7 @@ from relaxnet_jax.data.quality.statistics import DataSummary
 from relaxnet_jax.evaluate.figures import SERIES, SPARE, STYLE, new_figure, save_figure
 
 _BINS = 40
+STILL = 1e-6  # Å; less is the rounding of files and of cells mapped on each other
 _FIRST, _LAST = SERIES["nothing"]["color"], SERIES["model"]["color"]
 _OTHER = SPARE[0]["color"]
 
@@ -22,7 +23,7 @@ def distribution_figure(
     """Distributions of atoms, elements, energies (eV/atom) and displacements (Å).
 
     Energies are those of the first and the last frame, displacements the mean and the largest
-    of the free atoms between them.
+    of the free atoms between them; relaxations in which none moves by 1e-6 Å are counted, not drawn.
 
     Args:
       summary: of `summarise`.
@@ -44,7 +45,10 @@ def distribution_figure(
         both = {"first_energy": ("first frame", _FIRST), "last_energy": ("last frame", _LAST)}
         _histogram(grid["e"], values, both, "energy (eV/atom)")
         both = {"displacement": ("mean", _LAST), "max_displacement": ("largest", _FIRST)}
-        _histogram(grid["d"], values, both, "displacement, first to last (Å)", log=True)
+        _histogram(grid["d"], values, both, "displacement, first to last (Å)", above=STILL)
+        still = int((values["max_displacement"] <= STILL).sum())
+        if still:
+            grid["d"].set_xlabel(f"{grid['d'].get_xlabel()}\n{still} at rest, not drawn")
         grid["a"].set(xlabel="atoms", ylabel="relaxations")
         axis, symbols = grid["z"], list(summary.elements)
         heights = [n for n, _ in summary.elements.values()]
@@ -57,17 +61,15 @@ def distribution_figure(
         save_figure(figure, path)
 
 
-def _histogram(axis, values, series, label: str, log: bool = False) -> None:
-    """Outlined histograms on common bins; on a logarithmic axis, zeros are named, not drawn."""
+def _histogram(axis, values, series, label: str, above: float | None = None) -> None:
+    """Outlined histograms on common bins; of what is ``above`` a value, on a logarithmic axis."""
     columns = {name: values[name] for name in series}
     drawn = np.concatenate(list(columns.values()))
-    zeros = 0
-    if log:
-        zeros = int((drawn <= 0).sum())
-        drawn = drawn[drawn > 0]
+    if above is not None:
+        drawn = drawn[drawn > above]
     if len(drawn):
         low, high = drawn.min(), drawn.max()
-        if log:
+        if above is not None:
             low, high = (low, high) if high > 1.01 * low else (low / 2, high * 2)
             edges = np.geomspace(low, high * (1 + 1e-9), _BINS + 1)
             axis.set_xscale("log")
@@ -80,4 +82,4 @@ def _histogram(axis, values, series, label: str, log: bool = False) -> None:
             axis.hist(columns[name], edges, color=colour, histtype="step", linewidth=1.0)
     if len(series) > 1 and len(drawn):
         axis.legend(loc="best", handlelength=1.2, fontsize=8)
-    axis.set_xlabel(label + (f"\n{zeros} exactly 0 not drawn" if zeros else ""))
+    axis.set_xlabel(label)

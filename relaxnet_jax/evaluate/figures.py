@@ -23,6 +23,7 @@ from relaxnet_jax.data.files import atomic_path
 from relaxnet_jax.errors import InputError
 from relaxnet_jax.evaluate.tables import label
 from relaxnet_jax.metrics import Comparison, Metrics, evaluate, pearson
+from relaxnet_jax.strain import reference_positions
 
 if TYPE_CHECKING:
     from relaxnet_jax.data.trajectory import RelaxationTrajectory
@@ -96,21 +97,26 @@ def parity_figure(
     """Predicted against true energy per atom, [E - sum_i eps(Z_i)]/N in eV, all frames.
 
     Relative to the composition energy, because the totals correlate almost perfectly for
-    any model that knows the composition. The MAE is that of the metrics (macro average).
+    any model that knows the composition. The MAE is that of the metrics (macro average). Of models
+    that predict the final energy only, the final frames are drawn.
 
     Args:
       comparisons: the structures; those without a finite prediction are not drawn.
       path: the PNG.
       caption: printed under the figure; names the data set.
     """
-    mae = evaluate(comparisons).all_frames.energy_mae_per_atom
     drawn = [c for c in comparisons if c.finite]
+    final_only = any(c.final_only for c in drawn)
+    metrics = evaluate(comparisons)
+    mae = (metrics.final if final_only else metrics.all_frames).energy_mae_per_atom
     if mae is None or not drawn:
         raise InputError(f"{os.fspath(path)}: no structure has a finite prediction to draw")
     sizes = [len(c.atomic_numbers) for c in drawn]
     true = [(c.true_energies - c.composition_energy) / n for c, n in zip(drawn, sizes)]
     pred = [(c.pred_energies - c.composition_energy) / n for c, n in zip(drawn, sizes)]
-    x, y, slots = map(np.concatenate, (true, pred, [c.slots for c in drawn]))
+    frames = slice(-1 if final_only else None, None)
+    columns = (true, pred, [c.slots for c in drawn])
+    x, y, slots = (np.concatenate([one[frames] for one in column]) for column in columns)
     order = np.random.default_rng(0).permutation(len(x))  # so that late frames hide no early ones
     low, high = min(x.min(), y.min()), max(x.max(), y.max())
     pad = 0.05 * (high - low) or 0.01
@@ -160,32 +166,22 @@ def trajectory_figure(
 ) -> None:
     """Energy, largest force and RMS displacement of one relaxation along pseudotime.
 
-    Energies are per atom and relative to the true first frame. Forces are max_i |F_i| and
-    displacements, also from the true first frame, sqrt(mean_i |x_i(t) - x_i(0)|²), both
-    over free atoms.
-
     Args:
-      true, pred: n frames each (n may differ), positions Å, energies eV, forces eV/Å.
+      true, pred: see `trajectory_curves`.
       path: the PNG.
       caption: names the data set; the relaxation's id and source when empty.
+
+    Raises:
+      InputError: different atoms.
     """
-    if not np.array_equal(true.atomic_numbers, pred.atomic_numbers):
-        raise InputError(f"{true.id}: prediction and truth have different atoms; match their ids")
-    free, reference = ~true.fixed_mask, true.positions[0]
+    curves = trajectory_curves(true, pred)
     with matplotlib.rc_context(STYLE):
         caption = caption or f"{true.id} ({true.source})".replace(" ()", "")
         figure = new_figure(8.0, 3.0, caption)
         axes = figure.subplots(1, 3)
-        for one, name, style in ((true, "true", TRUTH), (pred, "RelaxNet", SERIES["model"])):
-            times = np.linspace(0, 1, len(one.energies)) if one.times is None else one.times
-            moved = ((one.positions - reference)[:, free] ** 2).sum(axis=-1)
-            forces = np.linalg.norm(one.forces[:, free], axis=-1)
-            curves = (
-                1e3 * (one.energies - true.energies[0]) / len(true.atomic_numbers),
-                forces.max(axis=-1, initial=0),
-                np.sqrt(moved.sum(axis=-1) / max(free.sum(), 1)),
-            )
-            for axis, curve in zip(axes, curves):
+        names, styles = ("true", "RelaxNet"), (TRUTH, SERIES["model"])
+        for (times, *drawn), name, style in zip(curves, names, styles):
+            for axis, curve in zip(axes, drawn):
                 axis.plot(times, curve, label=name, clip_on=False, **style)
         labels = ("energy − true initial (meV/atom)", "largest force (eV/Å)")
         for axis, ylabel in zip(axes, (*labels, "RMS displacement (Å)")):
@@ -193,9 +189,40 @@ def trajectory_figure(
             axis.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "0.25", "0.5", "0.75", "1"])
         for axis in axes[1:]:
             axis.set_ylim(bottom=0)
-        handles, names = axes[0].get_legend_handles_labels()
-        figure.legend(handles, names, loc="outside upper center", ncols=2)
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
         save_figure(figure, path)
+
+
+def trajectory_curves(
+    true: RelaxationTrajectory, pred: RelaxationTrajectory
+) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]]:
+    """Times, energies (meV/atom), largest forces (eV/Å) and RMS displacements (Å), (n,) each, of a
+    relaxation and of its prediction.
+
+    Energies are relative to the true first frame. Forces are max_i |F_i| and displacements, within
+    the cell and from the true first frame, sqrt(mean_i |y_i(t) - y_i(0)|²), both over free atoms,
+    y being positions mapped back to the initial cell.
+
+    Args:
+      true, pred: n frames each (n may differ), positions and cells Å, energies eV, forces eV/Å.
+
+    Raises:
+      InputError: different atoms.
+    """
+    if not np.array_equal(true.atomic_numbers, pred.atomic_numbers):
+        raise InputError(f"{true.id}: prediction and truth have different atoms; match their ids")
+    free, first = ~true.fixed_mask, true.positions[0]
+
+    def curves(one: RelaxationTrajectory) -> tuple[np.ndarray, ...]:
+        moved = ((reference_positions(one.positions, one.cells) - first)[:, free] ** 2).sum(axis=-1)
+        return (
+            np.linspace(0, 1, len(one.energies)) if one.times is None else one.times,
+            1e3 * (one.energies - true.energies[0]) / len(true.atomic_numbers),
+            np.linalg.norm(one.forces[:, free], axis=-1).max(axis=-1, initial=0),
+            np.sqrt(moved.sum(axis=-1) / max(free.sum(), 1)),
+        )
+
+    return curves(true), curves(pred)
 
 
 def new_figure(width: float, height: float, caption: str) -> Figure:

@@ -9,12 +9,13 @@ import numpy as np
 
 from relaxnet_jax.data.trajectory import RelaxationTrajectory
 from relaxnet_jax.evaluate.figures import SERIES, SPARE, STYLE, new_figure, save_figure
+from relaxnet_jax.strain import reference_positions
 
 
 def path_curves(path: RelaxationTrajectory) -> dict[str, np.ndarray]:
     """(n,) each: times, energies relative to the first (meV/atom), fmax (eV/Å), and the mean and
-    largest displacement of the free atoms from the first frame (Å)."""
-    moved = np.linalg.norm(path.positions - path.positions[:1], axis=-1)[:, ~path.fixed_mask]
+    largest displacement of the free atoms within the cell, from the first frame (Å)."""
+    moved = np.linalg.norm(path_displacements(path), axis=-1)[:, ~path.fixed_mask]
     n = path.n_frames
     return {
         "times": np.linspace(0.0, 1.0, n) if path.times is None else path.times,
@@ -23,6 +24,11 @@ def path_curves(path: RelaxationTrajectory) -> dict[str, np.ndarray]:
         "mean": moved.mean(1) if moved.size else np.zeros(n),
         "largest": moved.max(1, initial=0.0),
     }
+
+
+def path_displacements(path: RelaxationTrajectory) -> np.ndarray:
+    """(n, N, 3) Å from the first frame, in its cell: without what atoms move along with the cell."""
+    return reference_positions(path.positions, path.cells) - path.positions[:1]
 
 
 def path_figure(path: RelaxationTrajectory, file: str | os.PathLike[str], fmax: float) -> None:

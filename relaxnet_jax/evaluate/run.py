@@ -23,7 +23,15 @@ from relaxnet_jax.evaluate.figures import parity_figure, per_frame_figure
 from relaxnet_jax.evaluate.tables import write_metrics
 from relaxnet_jax.graph import Structure, build_structure
 from relaxnet_jax.lbfgs import FMAX, minimise
-from relaxnet_jax.metrics import Comparison, Metrics, Predictor, averaged, evaluate, together
+from relaxnet_jax.metrics import (
+    Comparison,
+    Metrics,
+    Predictor,
+    averaged,
+    evaluate,
+    finite_ids,
+    together,
+)
 from relaxnet_jax.model import RelaxNet, load_model, model_folder
 from relaxnet_jax.predict import Path as PredictedPath
 from relaxnet_jax.predict import as_trajectory, minimised_path, predict_structures
@@ -41,6 +49,7 @@ class Evaluation:
     """Metrics by predictor, the comparisons they were made from, and what was left out.
 
     Attributes:
+      results: their means are over the same structures: those of which all have a finite prediction.
       seen: how many of the relaxations the model's start was trained on, and for data that are no
         split of the run, the model itself, as far as is known.
       costs: by predictor, only where energies were minimised: seconds per structure (without
@@ -121,6 +130,7 @@ def compare(
                 true_cells=t.cells[chosen.indices] if relaxes else None,
                 pred_cells=path.cells[chosen.slots] if relaxes else None,
                 usable=grave is None,
+                final_only=model.config.dynamics.latent == "direct",
             )
         )
     return comparisons, left_out
@@ -209,15 +219,16 @@ def evaluate_workdir(
     )
     if not comparisons:
         raise InputError(f"{name}: nothing left to evaluate; use data with the model's elements")
-    predictors = {"lbfgs" if p == "model" and static else p: p for p in PREDICTORS}
-    results = {key: evaluate(comparisons, p) for key, p in predictors.items()}
+    columns = {"lbfgs" if static else "model": comparisons}
     costs = {}
     if fmax is not None and not static:
         clock = _Clock(model)
         compare(model, trajectories, lambda _: None, predict=clock)
         costs["model"] = {"seconds": clock.seconds}
-        also, _ = compare(model, trajectories, lambda _: None, predict=minimiser)
-        results = {"model": results.pop("model"), "lbfgs": evaluate(also, "model")} | results
+        columns["lbfgs"], _ = compare(model, trajectories, lambda _: None, predict=minimiser)
+    among = finite_ids(*columns.values())
+    results = {key: evaluate(own, "model", among) for key, own in columns.items()}
+    results |= {p: evaluate(comparisons, p, among) for p in PREDICTORS if p != "model"}
     if "lbfgs" in results:
         costs["lbfgs"] = dict(minimiser.costs)
     if costs:
@@ -242,8 +253,10 @@ def mean_evaluation(members: Sequence[Evaluation]) -> Evaluation:
     """
     comparisons = [averaged(own) for own in together([m.comparisons for m in members])]
     own, *_ = members[0].results  # "model", or "lbfgs" of static ones
-    results = {own: evaluate(comparisons, "model"), "first member": members[0].results[own]}
-    results |= {name: evaluate(comparisons, name) for name in PREDICTORS if name != "model"}
+    columns = {own: comparisons, "first member": members[0].comparisons}
+    among = finite_ids(*columns.values())
+    results = {name: evaluate(c, "model", among) for name, c in columns.items()}
+    results |= {p: evaluate(comparisons, p, among) for p in PREDICTORS if p != "model"}
     name = f"{members[0].name}; mean of {len(members)} models"
     seen = max(m.seen for m in members)
     return Evaluation(results, comparisons, members[0].left_out, name, seen=seen)
@@ -312,8 +325,13 @@ def read_any(
         return read(store)
 
 
-def write_evaluation(evaluation: Evaluation, folder: str | Path) -> list[Path]:
-    """metrics.json, per_frame.png and parity.png; returns their paths."""
+def write_evaluation(
+    evaluation: Evaluation, folder: str | Path, report: Callable[[str], None] = print
+) -> list[Path]:
+    """metrics.json, per_frame.png and parity.png; returns their paths.
+
+    A figure of which no prediction is finite is not drawn; that is reported, and an older one removed.
+    """
     folder = Path(folder)
     files = [folder / name for name in ("metrics.json", "per_frame.png", "parity.png")]
     write_metrics(
@@ -326,6 +344,17 @@ def write_evaluation(evaluation: Evaluation, folder: str | Path) -> list[Path]:
             "trained_on": evaluation.seen,
         },
     )
-    per_frame_figure(evaluation.results, files[1], evaluation.name)
-    parity_figure(evaluation.comparisons, files[2], evaluation.name)
-    return files
+    averaged_over = any(metrics.n_averaged for metrics in evaluation.results.values())
+    if averaged_over:
+        per_frame_figure(evaluation.results, files[1], evaluation.name)
+    finite = any(c.finite for c in evaluation.comparisons)
+    if finite:
+        parity_figure(evaluation.comparisons, files[2], evaluation.name)
+    made = []
+    for file, drawn in zip(files, (True, averaged_over, finite)):
+        if drawn:
+            made.append(file)
+        else:
+            file.unlink(missing_ok=True)
+            report(f"{file}: not drawn, no prediction is finite")
+    return made

@@ -88,12 +88,17 @@ def metrics_table(
 
     Returns:
       A table for ``rich.console.Console().print``. A dash stands where a metric says
-      nothing about a predictor or is undefined.
+      nothing about a predictor or is undefined. The caption tells how many structures the means
+      leave out, the last row which predictions are not finite.
     """
     if not results:
         raise InputError("no metrics to tabulate; evaluate at least one predictor")
     first = next(iter(results.values()))
     note = f"{first.n_structures} structures; means over atoms and frames, then structures"
+    left_out = first.n_structures - first.n_averaged
+    if left_out:
+        every = " in every column" if len(results) > 1 else ""
+        note += f"; {left_out} left out of them: their prediction is not finite{every}"
     table = Table(title=escape(title), caption=note, box=box.SIMPLE_HEAD, title_justify="left")
     table.caption_justify = "left"
     table.add_column("metric", no_wrap=True)
@@ -114,8 +119,8 @@ def metrics_table(
         found = [(costs or {}).get(name, {}).get(key) for name in results]
         table.add_row(heading, *(_percent(v) if kind == "percent" else _number(v) for v in found))
     if any(metrics.n_nonfinite for metrics in results.values()):
-        counts = [str(metrics.n_nonfinite) for metrics in results.values()]
-        table.add_row("structures left out: prediction not finite", *counts, style="bold red")
+        counts = [str(m.n_nonfinite) if m.predictor == "model" else "–" for m in results.values()]
+        table.add_row("structures without a finite prediction", *counts, style="bold red")
     return table
 
 

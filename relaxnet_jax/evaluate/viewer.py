@@ -15,7 +15,7 @@ from ase.data.colors import jmol_colors
 
 from relaxnet_jax.data.files import atomic_path
 from relaxnet_jax.data.trajectory import RelaxationTrajectory
-from relaxnet_jax.evaluate.path_figure import path_curves
+from relaxnet_jax.evaluate.path_figure import path_curves, path_displacements
 
 if TYPE_CHECKING:
     from relaxnet_jax.trust import Flag
@@ -28,7 +28,8 @@ def viewer_data(path: RelaxationTrajectory, flags: Sequence[Flag] = ()) -> dict[
     """What the page shows: plain lists, lengths in Å to five decimals.
 
     Keys: title, source, symbols (N), fixed (N), pbc (3), positions (n, N, 3), cells (n, 3, 3),
-    times (n), energies (n, eV), fmax (n, eV/Å), largest (n, Å, displacement of the free atoms),
+    moved (n, N, 3, displacements within the cell), times (n), energies (n, eV), fmax (n, eV/Å),
+    largest (n, Å, of the free atoms' displacements),
     elements {symbol: {colour: "#rrggbb" of jmol, radius: Å, covalent}}, flags [[name, detail]].
     """
     curves = path_curves(path)
@@ -41,6 +42,7 @@ def viewer_data(path: RelaxationTrajectory, flags: Sequence[Flag] = ()) -> dict[
         "fixed": path.fixed_mask.tolist(),
         "pbc": path.pbc.tolist(),
         "positions": np.round(path.positions, 5).tolist(),
+        "moved": np.round(path_displacements(path), 5).tolist(),
         "cells": np.round(path.cells, 5).tolist(),
         "times": curves["times"].tolist(),
         "energies": path.energies.tolist(),

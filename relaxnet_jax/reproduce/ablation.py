@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from relaxnet_jax.metrics import MONOTONE_TOLERANCE, Comparison
+from relaxnet_jax.metrics import Comparison, falls
 from relaxnet_jax.reproduce import charts
 from relaxnet_jax.reproduce.experiment import Experiment
 from relaxnet_jax.reproduce.lab import Lab
@@ -132,8 +132,7 @@ COLUMNS = (
 
 def _falls(c: Comparison) -> float:
     """1 where the predicted energy never rises."""
-    steps = c.pred_energies[1:] - c.pred_energies[:-1]
-    return float((steps <= MONOTONE_TOLERANCE).all()) if c.finite else float("nan")
+    return float(falls(c)) if c.finite else float("nan")
 
 
 def _claims(places: dict[str, Score], energy: dict[str, Score]) -> list[Claim]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from relaxnet_jax.data.quality.statistics import summarise
-from relaxnet_jax.evaluate.data_figure import distribution_figure
+from relaxnet_jax.evaluate.data_figure import STILL, distribution_figure
 from relaxnet_jax.reproduce import paper
 from relaxnet_jax.reproduce.experiment import Experiment
 from relaxnet_jax.reproduce.lab import Lab
@@ -64,7 +64,7 @@ def section(lab: Lab) -> Section:
 
 def common_share(moved: np.ndarray) -> float | None:
     """How many of these displacements (Å), of those that are not zero, lie where the paper's do, %."""
-    moved = moved[moved > 0]
+    moved = moved[moved > STILL]
     low, high = paper.COMMON_DISPLACEMENT
     return 100 * float(((moved >= low) & (moved <= high)).mean()) if len(moved) else None
 
@@ -74,7 +74,7 @@ def common(moved: np.ndarray) -> Outcome:
     share = common_share(moved)
     if share is None:
         return decided(None, "nothing moves")
-    median = np.median(moved[moved > 0])
+    median = np.median(moved[moved > STILL])
     return decided(share > 50, f"{share:.1f} % of them are; their median is {median:.3g} Å")
 
 
