@@ -47,7 +47,8 @@ class Path:
 
     Attributes:
       times (n,), positions (n, N, 3) Å, velocities (n, N, 3), see `solver.Trajectory`, energies (n,) eV total,
-      forces (n, N, 3) eV/Å, cells (n, 3, 3) Å; skin: Å, of the neighbour list that was used.
+      forces (n, N, 3) eV/Å, cells (n, 3, 3) Å; skin: Å, of the neighbour list that was used; None
+      where each frame had its own.
       approached: Å, how much two atoms may have approached at any of the solver's frames.
       stresses: (n, 6) eV/Å³ in ASE's order, tension positive; None where cells are fixed.
       failure: why there is no prediction (all values are then NaN), else empty.
@@ -59,7 +60,7 @@ class Path:
     energies: np.ndarray
     forces: np.ndarray
     cells: np.ndarray
-    skin: float
+    skin: float | None
     failure: str = ""
     stresses: np.ndarray | None = None
     approached: float = 0.0

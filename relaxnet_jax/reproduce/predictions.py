@@ -84,7 +84,7 @@ def points(model: RelaxNet, relaxations: Relaxations, n_frames: int, report: Rep
         found = iter(minimise(model, frames, steps=0).paths)
         made = []
         for t, c in usable:
-            positions = np.zeros((n_frames, t.n_atoms, 3))
+            positions = np.repeat(t.positions[:1], n_frames, axis=0)
             energies, forces = np.zeros(n_frames), np.zeros((n_frames, t.n_atoms, 3))
             cells = np.repeat(t.cells[:1], n_frames, axis=0)
             positions[c.slots], cells[c.slots] = t.positions[c.indices], t.cells[c.indices]
@@ -93,7 +93,7 @@ def points(model: RelaxNet, relaxations: Relaxations, n_frames: int, report: Rep
                 energies[slot], forces[slot] = one.energies[0], one.forces[0]
             times = np.linspace(0.0, 1.0, n_frames)
             still = np.zeros_like(positions)
-            made.append(Path(times, positions, still, energies, forces, cells, 0.0))
+            made.append(Path(times, positions, still, energies, forces, cells, skin=None))
         return made
 
     taken = [t for t, _ in usable]
