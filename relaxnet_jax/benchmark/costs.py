@@ -159,7 +159,8 @@ def _analyse(computations: dict[str, list[str]], name: str) -> dict[str, float]:
     # stack_frame_id refers to tables at the top of the module, which are left behind.
     body = re.sub(r" stack_frame_id=\d+", "", "\n\n".join(blocks))
     xla: Any = xla_client._xla
-    module = xla.hlo_module_from_text(f"HloModule part\n\n{body}\n")
+    reader = getattr(xla_client, "hlo", xla)  # a module of its own from jaxlib 0.12.0.1 on
+    module = reader.hlo_module_from_text(f"HloModule part\n\n{body}\n")
     return xla.hlo_module_cost_analysis(jax.devices()[0].client, module)
 
 
