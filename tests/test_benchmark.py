@@ -109,6 +109,17 @@ def test_notebook_goes_on_where_it_was_cut(tmp_path):
     assert Notebook(path, {"device": "x"}, 1.0, lines.append).entries == {}  # complete: anew
 
 
+def test_what_does_not_fit_is_told_and_the_next_one_made(tmp_path):
+    def without_memory():
+        raise MemoryError
+
+    book = Notebook(tmp_path / "speed.json", {}, 1.0, lambda _: None)
+    assert book.entry("a", without_memory)["skipped"] == "does not fit in memory"
+    assert book.entry("b", lambda: {"value": 1})["value"] == 1
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+        book.entry("c", lambda: (_ for _ in ()).throw(jax.errors.JaxRuntimeError("INTERNAL")))
+
+
 def test_figures_of_other_code_or_data_are_not_mixed(tmp_path, monkeypatch):
     store = tmp_path / "set.h5"
     store.write_bytes(b"abc")
@@ -247,12 +258,11 @@ def test_speed_command(tmp_path, monkeypatch, capsys, quick_compilation, full):
     printed = capsys.readouterr().out
     assert "Speed" in printed and "ceilings: matrix product" in printed
     # Programs that would not fit are not run.
-    monkeypatch.setattr(scaling, "available_bytes", lambda: 1000)
+    monkeypatch.setattr(machine, "available_bytes", lambda: 1000)
     from relaxnet_jax.config import load_config
 
     entry = scaling.atoms_entry(load_config(config), (1, 1, 1), training=False)
     assert "needs" in entry["skipped"] and "seconds" not in entry
-    monkeypatch.setattr(machine, "available_bytes", lambda: 1000)
     loaded = load_work(load_config(config, {"data.path": str(store)}), lambda _: None)
     step = inference_step(loaded.model, loaded.buckets[0].batch[0])
     entry = speed.step_entry(loaded, loaded.buckets[0], step, {})

@@ -17,6 +17,7 @@ from relaxnet_jax.runtime import usable_cores
 PACKAGES = ("relaxnet-jax", "jax", "jaxlib", "flax", "e3nn-jax", "diffrax", "numpy")
 ENOUGH = 0.05  # s, a matrix product that takes this long is large enough to be a ceiling
 LARGEST = 16384
+ROOM = 0.9  # of the free memory that a program may need
 # Files that tell a limit of memory and what is used of it: of version 2, and of version 1.
 CONTROL_GROUPS = (
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
@@ -65,6 +66,14 @@ def available_bytes() -> int | None:
         return None
     free = (1024 * int(x.split()[1]) for x in lines if x.startswith("MemAvailable"))
     return min((x for x in (next(free, None), _group_bytes()) if x is not None), default=None)
+
+
+def no_room(need: int) -> str:
+    """Why a program that needs so many bytes should not be run; empty where it fits, or nobody says."""
+    free = available_bytes()
+    if free is None or need <= ROOM * free:
+        return ""
+    return f"needs {need / 2**30:.1f} GiB, {free / 2**30:.1f} are free"
 
 
 def _group_bytes() -> int | None:

@@ -14,6 +14,7 @@ import jax
 from relaxnet_jax import programs
 from relaxnet_jax.config import Config, to_dict
 from relaxnet_jax.data.files import atomic_path
+from relaxnet_jax.predict import out_of_memory
 
 Entry = dict[str, Any]
 
@@ -69,14 +70,22 @@ class Notebook:
             report(f"{path}: unfinished; its {len(self.entries)} measurements are kept")
 
     def entry(self, key: str, measure: Callable[[], Entry]) -> Entry | None:
-        """The measurement of this key: kept, or made now; None when the time is over."""
+        """The measurement of this key: kept, or made now; None when the time is over.
+
+        Of what does not fit in memory it says so, and the next one can be made.
+        """
         if key not in self.entries:
             if time.monotonic() > self._deadline:
                 self.missing.append(key)
                 return None
             self._report(key)
             start = time.monotonic()
-            value = measure()
+            try:
+                value = measure()
+            except (jax.errors.JaxRuntimeError, MemoryError) as error:
+                if not out_of_memory(error):
+                    raise
+                value = {"skipped": "does not fit in memory"}
             value["load_average"] = self._load
             value["took_s"] = round(time.monotonic() - start, 2)
             self.entries[key] = value

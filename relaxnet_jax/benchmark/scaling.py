@@ -15,14 +15,13 @@ from ase.spacegroup import crystal
 from relaxnet_jax import dynamics
 from relaxnet_jax.batching import collate, fitting_shape
 from relaxnet_jax.benchmark.costs import memory_bytes
-from relaxnet_jax.benchmark.machine import available_bytes
+from relaxnet_jax.benchmark.machine import no_room
 from relaxnet_jax.benchmark.timing import compile_once, measure
 from relaxnet_jax.benchmark.work import Step, Work, inference_step, training_step
 from relaxnet_jax.config import Config
 from relaxnet_jax.graph import Structure, structure_from_atoms
 from relaxnet_jax.losses import CellTargets, Targets
 from relaxnet_jax.model import RelaxNet, create_model
-from relaxnet_jax.predict import out_of_memory
 from relaxnet_jax.typing import Graph
 
 # Repetitions of the two-atom cell: 2, 20, 100, 500, 2,000, 6,000 and 20,000 atoms.
@@ -37,7 +36,6 @@ CELLS = (
 )
 FRAMES = (1, 2, 5, 10, 20, 50)
 FRAME_CELL = (2, 5, 5)
-ROOM = 0.9  # of the free memory that a program may need
 
 
 def supercell(repeat: tuple[int, int, int]) -> Atoms:
@@ -107,22 +105,17 @@ def _first_frame(model: RelaxNet, graph: Graph) -> Step:
 
 
 def _measure(step: Step, atom_frames: int, atoms: int) -> dict[str, Any]:
-    """What a step takes; a reason instead where it does not fit in memory."""
-    try:
-        _, compiled, seconds = compile_once(step.function, step.arguments, step.donate)
-        need, free = memory_bytes(compiled), available_bytes()
-        found: dict[str, Any] = {
-            "compile_s": seconds,
-            "memory_bytes": need,
-            "memory_bytes_per_atom": need / atoms,
-        }
-        if free is not None and need > ROOM * free:
-            return found | {"skipped": f"needs {need / 2**30:.1f} GiB, {free / 2**30:.1f} are free"}
-        timing = measure(step.runner(compiled), seconds=2.0)
-    except (jax.errors.JaxRuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
-            raise
-        return {"skipped": "does not fit in memory"}
+    """What a step takes; a reason instead where it would not fit in memory."""
+    _, compiled, seconds = compile_once(step.function, step.arguments, step.donate)
+    need = memory_bytes(compiled)
+    found: dict[str, Any] = {
+        "compile_s": seconds,
+        "memory_bytes": need,
+        "memory_bytes_per_atom": need / atoms,
+    }
+    if reason := no_room(need):
+        return found | {"skipped": reason}
+    timing = measure(step.runner(compiled), seconds=2.0)
     return found | {
         "seconds": dataclasses.asdict(timing),
         "seconds_per_atom": timing.median / atoms,

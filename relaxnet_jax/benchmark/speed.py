@@ -7,17 +7,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from relaxnet_jax.benchmark import machine
 from relaxnet_jax.benchmark.costs import memory_bytes, program_costs
 from relaxnet_jax.benchmark.notebook import Notebook, conditions
-from relaxnet_jax.benchmark.scaling import ROOM, scaling_entries
+from relaxnet_jax.benchmark.scaling import scaling_entries
 from relaxnet_jax.benchmark.timing import compile_twice, measure
 from relaxnet_jax.benchmark.work import BucketWork, Step, Work, inference_step, load_work
 from relaxnet_jax.benchmark.work import training_step as make_training_step
 from relaxnet_jax.config import Config
-from relaxnet_jax.predict import out_of_memory
 
 PARTS = ("steps", "atoms", "frames", "training")
 MINUTES, FAST_MINUTES = 10.0, 2.0
@@ -106,17 +103,12 @@ def step_entry(
     """
     frames = work.config.dynamics.frames
     peak = machine.device_peak_bytes()
-    try:
-        jaxpr, compiled, compilation = compile_twice(step)
-        need, free = memory_bytes(compiled), machine.available_bytes()
-        if free is not None and need > ROOM * free:
-            return {"skipped": f"needs {need / 2**30:.1f} GiB, {free / 2**30:.1f} are free"}
-        costs = program_costs(jaxpr, compiled)
-        timing = measure(step.runner(compiled))
-    except (jax.errors.JaxRuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
-            raise
-        return {"skipped": "does not fit in memory"}
+    jaxpr, compiled, compilation = compile_twice(step)
+    need = memory_bytes(compiled)
+    if reason := machine.no_room(need):
+        return {"skipped": reason}
+    costs = program_costs(jaxpr, compiled)
+    timing = measure(step.runner(compiled))
     risen = machine.device_peak_bytes()
     found: dict[str, Any] = {
         "data": work.data,
