@@ -7,7 +7,7 @@ import dataclasses
 import json
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -226,9 +226,7 @@ def evaluate_workdir(
         compare(model, trajectories, lambda _: None, predict=clock)
         costs["model"] = {"seconds": clock.seconds}
         columns["lbfgs"], _ = compare(model, trajectories, lambda _: None, predict=minimiser)
-    among = finite_ids(*columns.values())
-    results = {key: evaluate(own, "model", among) for key, own in columns.items()}
-    results |= {p: evaluate(comparisons, p, among) for p in PREDICTORS if p != "model"}
+    results = _results(columns)
     if "lbfgs" in results:
         costs["lbfgs"] = dict(minimiser.costs)
     if costs:
@@ -245,6 +243,14 @@ def _seen(workdir: Path, ids: Sequence[str]) -> int:
         return 0
 
 
+def _results(columns: Mapping[str, Sequence[Comparison]]) -> dict[str, Metrics]:
+    """Metrics of several methods on the same relaxations, then those of doing nothing and the like,
+    with means over the same structures."""
+    among, first = finite_ids(*columns.values()), next(iter(columns.values()))
+    results = {name: evaluate(own, "model", among) for name, own in columns.items()}
+    return results | {p: evaluate(first, p, among) for p in PREDICTORS if p != "model"}
+
+
 def mean_evaluation(members: Sequence[Evaluation]) -> Evaluation:
     """A committee's: its mean in the place of the model, and its first member for comparison.
 
@@ -254,9 +260,7 @@ def mean_evaluation(members: Sequence[Evaluation]) -> Evaluation:
     comparisons = [averaged(own) for own in together([m.comparisons for m in members])]
     own, *_ = members[0].results  # "model", or "lbfgs" of static ones
     columns = {own: comparisons, "first member": members[0].comparisons}
-    among = finite_ids(*columns.values())
-    results = {name: evaluate(c, "model", among) for name, c in columns.items()}
-    results |= {p: evaluate(comparisons, p, among) for p in PREDICTORS if p != "model"}
+    results = _results(columns)
     name = f"{members[0].name}; mean of {len(members)} models"
     seen = max(m.seen for m in members)
     return Evaluation(results, comparisons, members[0].left_out, name, seen=seen)
