@@ -14,16 +14,15 @@ from relaxnet_jax import predict
 from relaxnet_jax.batching import BatchShape, fitting_shape, largest_shape
 from relaxnet_jax.benchmark.timing import Step
 from relaxnet_jax.config import Config
-from relaxnet_jax.data.buckets import pack_epoch, plan_buckets
+from relaxnet_jax.data.buckets import pack_epoch
 from relaxnet_jax.data.dataset import load_dataset
 from relaxnet_jax.data.pipeline import collate_samples
-from relaxnet_jax.data.references import fit_element_energies
 from relaxnet_jax.data.sample import Sample
-from relaxnet_jax.data.sample_file import SampleView, prepare_samples
-from relaxnet_jax.graph import MAX_ATOMIC_NUMBER, Structure
+from relaxnet_jax.graph import Structure
 from relaxnet_jax.losses import Targets
 from relaxnet_jax.model import RelaxNet, create_model
 from relaxnet_jax.solver import solve_trajectory
+from relaxnet_jax.train.data import prepare
 from relaxnet_jax.train.parallel import Devices
 from relaxnet_jax.train.state import initial_train_state
 from relaxnet_jax.train.step import make_train_step
@@ -77,21 +76,12 @@ def load_work(config: Config, report: Callable[[str], None]) -> Work:
     """Data, buckets and batches as a training run of this configuration would have them.
 
     Raises:
-      InputError: unusable data, see `data.dataset.load_dataset`; no structure in the training split.
+      InputError: unusable data, see `data.dataset.load_dataset`; no usable relaxation in the training or
+        validation split.
     """
-    dataset = load_dataset(config, report)
-    found, rows = dataset.trajectories, dataset.splits["train"]
-    scalars = (found.store.energies(int(found.rows[i])) for i in rows)
-    element_energies, scale, _ = fit_element_energies(scalars, MAX_ATOMIC_NUMBER + 1)
-    every, later = found.with_later_starts(rows, config.data.later_starts)
-    file = prepare_samples(every, config, report)
-    wanted = (*rows, *dataset.splits["validation"], *later)
-    usable = np.array([i for i in wanted if int(i) not in file.left_out], np.int64)
-    view = SampleView(file, usable, element_energies)
-    t = config.train
-    buckets = plan_buckets(view.sizes, t.batch_size, t.max_buckets, t.max_padding)
-    training = np.flatnonzero(np.isin(usable, [*rows, *later]))
-    plan = pack_epoch(buckets, view.sizes, np.random.default_rng(t.seed), training)
+    data = prepare(config, load_dataset(config, report), report)
+    sizes, buckets, t = data.samples.sizes, data.buckets, config.train
+    plan = pack_epoch(buckets, sizes, np.random.default_rng(t.seed), data.members["train"])
     made = []
     for index, shape in enumerate(buckets.shapes):
         batches = [members for bucket, members in plan if bucket == index]
@@ -99,8 +89,8 @@ def load_work(config: Config, report: Callable[[str], None]) -> Work:
             continue
         fullest = max(batches, key=len)
         inside = [i for members in batches for i in members]
-        atoms, cost = view.sizes.atoms[inside].sum(), view.sizes.cost[inside].sum()
-        samples = [view[i] for i in fullest]
+        atoms, cost = sizes.atoms[inside].sum(), sizes.cost[inside].sum()
+        samples = [data.samples[i] for i in fullest]
         made.append(
             BucketWork(
                 shape=shape,
@@ -115,10 +105,10 @@ def load_work(config: Config, report: Callable[[str], None]) -> Work:
         )
     model = dataclasses.replace(
         create_model(config, t.seed),
-        element_energies=element_energies,
-        energy_scale=np.asarray(scale, np.float32),
+        element_energies=data.element_energies,
+        energy_scale=np.asarray(data.scale, np.float32),
     )
-    return Work(config, dataset.name, model, tuple(made))
+    return Work(config, data.dataset.name, model, tuple(made))
 
 
 def training_step(work: Work, batch: tuple[Graph, Targets], static: bool = False) -> Step:

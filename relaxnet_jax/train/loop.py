@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import importlib.util
 import itertools
 import json
@@ -17,25 +16,28 @@ from typing import Any
 import jax
 import numpy as np
 
-from relaxnet_jax.config import Config, from_json, to_dict, to_json
-from relaxnet_jax.data.buckets import Buckets, pack_epoch, plan_buckets
+from relaxnet_jax.config import Config, to_json
+from relaxnet_jax.data.buckets import pack_epoch
 from relaxnet_jax.data.dataset import Dataset, load_dataset
 from relaxnet_jax.data.pipeline import epoch_iterator
-from relaxnet_jax.data.references import fit_element_energies
-from relaxnet_jax.data.sample_file import SampleFile, SampleView, prepare_samples
 from relaxnet_jax.data.split_file import RECORD
 from relaxnet_jax.errors import InputError
-from relaxnet_jax.graph import MAX_ATOMIC_NUMBER
 from relaxnet_jax.losses import Term, weighted_loss
 from relaxnet_jax.model import RelaxNet, save_model
-from relaxnet_jax.train.checkpoint import Checkpoints, has_checkpoint
+from relaxnet_jax.train.checkpoint import Checkpoints
+from relaxnet_jax.train.checks import (
+    check_same_config,
+    check_same_data,
+    check_same_splits,
+    check_workdir,
+)
 from relaxnet_jax.train.clock import Clock
+from relaxnet_jax.train.data import prepare
 from relaxnet_jax.train.hosts import Hosts
 from relaxnet_jax.train.parallel import Devices
 from relaxnet_jax.train.plan import Batches, remaining_runs
 from relaxnet_jax.train.report import ConsoleReport, MetricsLog
 from relaxnet_jax.train.start import (
-    energy_scale,
     read_start,
     seen_by_start,
     start_facts,
@@ -45,24 +47,10 @@ from relaxnet_jax.train.state import Plateau, TrainState, initial_train_state
 from relaxnet_jax.train.step import make_eval_step, make_train_step
 from relaxnet_jax.train.tally import Tally
 
-# Fields that may differ when a run is resumed: they say when to stop, not what is computed.
-RESUMABLE = (
-    "epochs",
-    "max_minutes",
-    "cooldown",
-    "early_stop_patience",
-    "tensorboard",
-    "checkpoint_every",
-    "checkpoint_minutes",
-)
-
 # A run that cools down to its deadline ends with a model that has settled. It is kept, unless its
 # validation loss, mostly noise of a few structures from epoch to epoch, is worse than the best by
 # more than this factor.
 KEEP_LAST = 1.1
-
-# eV/atom. Within one source the spread of energies about those of the compositions was 0.005 to 0.4.
-MIXED = 1.0
 
 
 @dataclasses.dataclass
@@ -113,15 +101,15 @@ def train(
     report = (report or ConsoleReport()) if hosts.first else ConsoleReport.silent()
     workdir = Path(workdir)
     if hosts.first:
-        _check_workdir(config, workdir, resume)
-    _check_same_config(config, hosts)
+        check_workdir(config, workdir, resume)
+    check_same_config(config, hosts)
     if config.train.tensorboard and importlib.util.find_spec("tensorboardX") is None:
         raise InputError(
             "train.tensorboard: tensorboardX is not installed; pip install 'relaxnet-jax[tensorboard]'"
         )
     dataset = hosts.in_turn(lambda: load_dataset(config, report))
     if resume and hosts.first:
-        _check_same_splits(config, dataset, workdir / RECORD)
+        check_same_splits(config, dataset, workdir / RECORD)
     run = _Run(config, dataset, report, Devices(devices, report, hosts), shares)
     if hosts.first:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -129,67 +117,6 @@ def train(
             (workdir / "config.json").write_text(to_json(config))
             (workdir / RECORD).write_text(json.dumps(dataset.ids(), indent=1))
     return run.execute(workdir, resume)
-
-
-def _check_workdir(config: Config, workdir: Path, resume: bool) -> None:
-    file = workdir / "config.json"
-    if not resume:
-        # A run that never reached a checkpoint left nothing worth keeping: it starts anew.
-        if file.exists() and ((workdir / "model").exists() or has_checkpoint(workdir)):
-            raise InputError(
-                f"{workdir}: already holds a run; continue it with --resume or give another --workdir"
-            )
-        return
-    if not file.exists():
-        raise InputError(
-            f"{workdir}: holds no run to resume (config.json is missing); start without --resume"
-        )
-    theirs, ours = to_dict(from_json(file.read_text(), str(file))), to_dict(config)
-    for part in (theirs, ours):
-        for field in RESUMABLE:
-            part["train"].pop(field)
-    if difference := _difference(theirs, ours):
-        raise InputError(
-            f"{workdir}: is a run of another config ({difference}); resume with its own config or "
-            "give another --workdir"
-        )
-
-
-def _check_same_splits(config: Config, dataset: Dataset, file: Path) -> None:
-    """A run goes on with the splits it began with: else it would train on what it is tested on."""
-    try:
-        before = {i: name for name, ids in json.loads(file.read_text()).items() for i in ids}
-    except (OSError, ValueError, AttributeError, TypeError) as error:
-        raise InputError(
-            f"{file}: missing or damaged ({type(error).__name__}): the run cannot be gone on with; start "
-            "in another --workdir"
-        ) from None
-    now = {i: name for name, ids in dataset.ids().items() for i in ids}
-    for i in (*now, *before):
-        if now.get(i) != before.get(i):
-            raise InputError(
-                f"{config.data.path}: its relaxations or their splits have changed since the run began "
-                f"({i} was in {before.get(i, 'none')} by {file}, is in {now.get(i, 'none')}): resume with the "
-                "data it had, or start in another --workdir (train.start_from takes its parameters)"
-            )
-
-
-def _difference(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
-    """The first field in which two configs differ, in words; empty if there is none."""
-    for section in (name for name in ours if name != "name"):
-        for field, value in ours[section].items():
-            if value != theirs[section][field]:
-                return f"{section}.{field} is {theirs[section][field]!r} there, {value!r} here"
-    return ""
-
-
-def _check_same_config(config: Config, hosts: Hosts) -> None:
-    theirs = json.loads(hosts.share(to_json(config)))
-    if difference := _difference(theirs, json.loads(to_json(config))):
-        raise InputError(
-            f"train: process {hosts.index} has another config than process 0 ({difference}); start "
-            "all with the same --config and --set"
-        )
 
 
 class _Run:
@@ -203,7 +130,7 @@ class _Run:
         devices: Devices,
         shares: int = 1,
     ) -> None:
-        self.config, self.dataset, self.report = config, dataset, report
+        self.config, self.report = config, report
         self.devices, self.hosts, self.shares = devices, devices.hosts, shares
         if self.devices.n > 1 and config.dynamics.solver != "rk4":
             raise InputError(
@@ -214,57 +141,14 @@ class _Run:
             report(f"{shares} cores share each batch")
         for reason, count in dataset.left_out.items():
             report(f"{count} relaxations left out: {reason}")
-        found = dataset.trajectories
-        energies, scale, self.seen = fit_element_energies(
-            (found.store.energies(int(found.rows[i])) for i in dataset.splits["train"]),
-            MAX_ATOMIC_NUMBER + 1,
-        )
         self.start = read_start(config)
         self.start_facts = start_facts(config) | seen_by_start(config, dataset.ids(), report)
-        # The last bits of a fit depend on the processor.
-        scale = energy_scale(self.start, scale)
-        energies, self.scale = self.hosts.share([energies.tolist(), scale])
-        self.element_energies = np.array(energies)
-        if self.scale > MIXED:
-            report(
-                f"{config.data.path}: energies spread by {self.scale:.3g} eV/atom about what their "
-                "compositions say: of several codes, functionals or settings? Absolute energies of "
-                "different ones do not belong in one training set; relaxnet-jax data info tells the sources"
-            )
-        every, later = found.with_later_starts(dataset.splits["train"], config.data.later_starts)
-        file = self.hosts.in_turn(lambda: prepare_samples(every, config, report))
-        used = self._usable(file, later)
-        self.samples = SampleView(file, used, self.element_energies)
-        in_train = np.isin(used, [*dataset.splits["train"], *later])
-        self.members = {"train": np.flatnonzero(in_train), "validation": np.flatnonzero(~in_train)}
-        for name, members in self.members.items():
-            if len(members) == 0:
-                raise InputError(
-                    f"{config.data.path}: no usable relaxation in the {name} split; import more data "
-                    "or change data.splits"
-                )
-        t = config.train
-        self.buckets: Buckets = plan_buckets(
-            self.samples.sizes, max(1, t.batch_size // shares), t.max_buckets, t.max_padding
-        )
-        self.training_relaxations = int(np.isin(used, dataset.splits["train"]).sum())
-        self.later_starts = int(np.isin(used, later).sum())
-        report(
-            f"{dataset.name}: {self.training_relaxations} training"
-            + (f" (and {self.later_starts} later starts of them)" if self.later_starts else "")
-            + f", {len(self.members['validation'])} validation, "
-            f"{len(dataset.splits['test'])} test relaxations; {len(self.buckets.shapes)} bucket(s), padding "
-            f"{100 * self.buckets.padding:.0f} %"
-        )
-        for shape in self.buckets.shapes:
-            report(
-                f"  bucket: {shape.n_graphs - 1} structures, {shape.n_atoms} atoms, {shape.n_edges} edges, "
-                f"{shape.n_bonds} bonds"
-            )
-        self._check_same_data()
+        self.data = prepare(config, dataset, report, self.start, shares, self.hosts)
+        self.data.tell(report)
+        check_same_data(self.data, config, self.hosts)
         self.train_step, self.static_step = (
             self.devices.compile(
-                make_train_step(config, self.scale, self.devices.axis, static, stored=True),
+                make_train_step(config, self.data.scale, self.devices.axis, static, stored=True),
                 "static training step" if static else "training step",
                 (True, True, False, False),
                 donate=(0,),
@@ -272,71 +156,29 @@ class _Run:
             for static in (False, True)
         )
         self.eval_step = self.devices.compile(
-            make_eval_step(config, self.scale, self.devices.axis, stored=True),
+            make_eval_step(config, self.data.scale, self.devices.axis, stored=True),
             "validation step",
             (True, True),
         )
 
-    def _check_same_data(self) -> None:
-        """Every process plans the epochs by itself: they must plan the same."""
-        digest = hashlib.sha256()
-        for array in (self.samples.rows, *self.samples.sizes, *self.members.values()):
-            digest.update(np.asarray(array, "<i8").tobytes())
-        digest.update(self.dataset.trajectories.store.checksum.encode())
-        if digest.hexdigest() != self.hosts.share(digest.hexdigest()):
-            raise InputError(
-                f"{self.config.data.path}: process {self.hosts.index} found other relaxations than "
-                "process 0; give all the same file and the same version of relaxnet_jax"
-            )
-
-    def _usable(self, file: SampleFile, later: np.ndarray) -> np.ndarray:
-        """Rows of the training and validation relaxations, and of the training ones begun ``later``,
-        that can be used; reports the others."""
-        unseen = file.has_any(~self.seen)
-        used, foreign = [], []
-        splits = self.dataset.splits
-        for i in map(int, (*splits["train"], *splits["validation"], *later)):
-            if i in file.left_out:
-                self.report(f"left out: {file.left_out[i]}")
-            elif unseen[i]:
-                foreign.append(file.id(i))
-            else:
-                used.append(i)
-        if foreign:
-            named = ", ".join(foreign[:3]) + (", …" if len(foreign) > 3 else "")
-            self.report(
-                f"left out: {len(foreign)} validation relaxation(s) with an element that the "
-                f"training split lacks ({named})"
-            )
-        return np.array(used, np.int64)
-
     def model(self, params: Any) -> RelaxNet:
         """The model with these parameters."""
-        elements = tuple(int(z) for z in np.flatnonzero(self.seen))
-        statistics = json.dumps(
-            {
-                "data": self.dataset.name,
-                "training_relaxations": self.training_relaxations,
-                "later_starts": self.later_starts,
-                "energy_scale_eV_per_atom": self.scale,
-                "surroundings": self._surroundings(),
-            }
-            | self.start_facts
-        )
+        data = self.data
+        statistics = {
+            "data": data.dataset.name,
+            "training_relaxations": data.relaxations,
+            "later_starts": data.later_starts,
+            "energy_scale_eV_per_atom": data.scale,
+            "surroundings": data.surroundings(),
+        }
         return RelaxNet(
             params,
-            self.element_energies,
-            np.asarray(self.scale, np.float32),
+            data.element_energies,
+            np.asarray(data.scale, np.float32),
             self.config,
-            elements,
-            statistics,
+            tuple(int(z) for z in np.flatnonzero(data.seen)),
+            json.dumps(statistics | self.start_facts),
         )
-
-    def _surroundings(self) -> dict[str, tuple[float, float]]:
-        """Ranges, over the first training frames, of what `trust.surroundings` gives."""
-        atoms, edges, bonds, *_ = (v[self.members["train"]] for v in self.samples.sizes)
-        means = {"density": edges / atoms, "coordination": bonds / atoms}
-        return {name: (float(v.min()), float(v.max())) for name, v in means.items()}
 
     def export(self, params: Any, workdir: Path) -> None:
         """Writes the model with these (replicated) parameters to ``workdir/model``."""
@@ -352,16 +194,17 @@ class _Run:
           done: see `plan.remaining_runs`.
         """
 
+        data, devices = self.data, self.devices
+
         def pack(members: np.ndarray, n: int) -> Batches:
             rng = None if seed is None else np.random.default_rng(seed)
-            return pack_epoch(self.buckets, self.samples.sizes, rng, members, n)
+            return pack_epoch(data.buckets, data.samples.sizes, rng, members, n)
 
-        devices = self.devices
-        runs = remaining_runs(pack, self.members[split], devices.n, devices.mine, done)
+        runs = remaining_runs(pack, data.members[split], devices.n, devices.mine, done)
 
         def iterate() -> Iterator[tuple[list[int], Any]]:
             mine = [batch for run in runs for batch in run.mine]
-            loaded = epoch_iterator(mine, self.samples, self.buckets, self.config)
+            loaded = epoch_iterator(mine, data.samples, data.buckets, self.config)
             for run in runs:
                 parts = [batch for _, _, batch in itertools.islice(loaded, devices.local)]
                 yield run.indices, devices.stack(parts)
@@ -543,7 +386,7 @@ class _Run:
                     k: float(v) for k, v in jax.device_get(self.devices.first(metrics)).items()
                 }
                 if not tally.add(metrics, len(indices), self.devices.n):
-                    names = ", ".join(self.samples.id(i) for i in indices)
+                    names = ", ".join(self.data.samples.id(i) for i in indices)
                     report(f"step skipped: loss or gradient not finite; structures: {names}")
                 clock.tick()
                 asked = time.perf_counter()

@@ -1,0 +1,98 @@
+"""Whether a run may begin, or go on, in a folder and beside other processes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from relaxnet_jax.config import Config, from_json, to_dict, to_json
+from relaxnet_jax.data.dataset import Dataset
+from relaxnet_jax.errors import InputError
+from relaxnet_jax.train.checkpoint import has_checkpoint
+from relaxnet_jax.train.data import TrainingData
+from relaxnet_jax.train.hosts import Hosts
+
+# Fields that may differ when a run is resumed: they say when to stop, not what is computed.
+RESUMABLE = (
+    "epochs",
+    "max_minutes",
+    "cooldown",
+    "early_stop_patience",
+    "tensorboard",
+    "checkpoint_every",
+    "checkpoint_minutes",
+)
+
+
+def check_workdir(config: Config, workdir: Path, resume: bool) -> None:
+    """InputError where a new run would overwrite one, or where there is none of this config to resume."""
+    file = workdir / "config.json"
+    if not resume:
+        # A run that never reached a checkpoint left nothing worth keeping: it starts anew.
+        if file.exists() and ((workdir / "model").exists() or has_checkpoint(workdir)):
+            raise InputError(
+                f"{workdir}: already holds a run; continue it with --resume or give another --workdir"
+            )
+        return
+    if not file.exists():
+        raise InputError(
+            f"{workdir}: holds no run to resume (config.json is missing); start without --resume"
+        )
+    theirs, ours = to_dict(from_json(file.read_text(), str(file))), to_dict(config)
+    for part in (theirs, ours):
+        for field in RESUMABLE:
+            part["train"].pop(field)
+    if difference := _difference(theirs, ours):
+        raise InputError(
+            f"{workdir}: is a run of another config ({difference}); resume with its own config or "
+            "give another --workdir"
+        )
+
+
+def check_same_splits(config: Config, dataset: Dataset, file: Path) -> None:
+    """A run goes on with the splits it began with: else it would train on what it is tested on."""
+    try:
+        before = {i: name for name, ids in json.loads(file.read_text()).items() for i in ids}
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise InputError(
+            f"{file}: missing or damaged ({type(error).__name__}): the run cannot be gone on with; start "
+            "in another --workdir"
+        ) from None
+    now = {i: name for name, ids in dataset.ids().items() for i in ids}
+    for i in (*now, *before):
+        if now.get(i) != before.get(i):
+            raise InputError(
+                f"{config.data.path}: its relaxations or their splits have changed since the run began "
+                f"({i} was in {before.get(i, 'none')} by {file}, is in {now.get(i, 'none')}): resume with the "
+                "data it had, or start in another --workdir (train.start_from takes its parameters)"
+            )
+
+
+def _difference(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
+    """The first field in which two configs differ, in words; empty if there is none."""
+    for section in (name for name in ours if name != "name"):
+        for field, value in ours[section].items():
+            if value != theirs[section][field]:
+                return f"{section}.{field} is {theirs[section][field]!r} there, {value!r} here"
+    return ""
+
+
+def check_same_config(config: Config, hosts: Hosts) -> None:
+    """InputError where another process was given another config."""
+    theirs = json.loads(hosts.share(to_json(config)))
+    if difference := _difference(theirs, json.loads(to_json(config))):
+        raise InputError(
+            f"train: process {hosts.index} has another config than process 0 ({difference}); start "
+            "all with the same --config and --set"
+        )
+
+
+def check_same_data(data: TrainingData, config: Config, hosts: Hosts) -> None:
+    """Every process plans the epochs by itself: they must plan the same."""
+    digest = data.digest
+    if digest != hosts.share(digest):
+        raise InputError(
+            f"{config.data.path}: process {hosts.index} found other relaxations than process 0; give "
+            "all the same file and the same version of relaxnet_jax"
+        )

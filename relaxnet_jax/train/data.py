@@ -1,0 +1,158 @@
+"""What a run trains and validates on: samples of a data set's splits, in buckets."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable
+
+import numpy as np
+
+from relaxnet_jax.config import Config
+from relaxnet_jax.data.buckets import Buckets, plan_buckets
+from relaxnet_jax.data.dataset import Dataset
+from relaxnet_jax.data.references import fit_element_energies
+from relaxnet_jax.data.sample_file import SampleFile, SampleView, prepare_samples
+from relaxnet_jax.errors import InputError
+from relaxnet_jax.graph import MAX_ATOMIC_NUMBER
+from relaxnet_jax.model import RelaxNet
+from relaxnet_jax.train.hosts import Hosts
+from relaxnet_jax.train.start import energy_scale
+
+# eV/atom. Within one source the spread of energies about those of the compositions was 0.005 to 0.4.
+MIXED = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingData:
+    """The usable relaxations of the training and validation splits.
+
+    Attributes:
+      dataset: they are of.
+      samples: all of them, energies relative to ``element_energies``.
+      members: indices into ``samples``, by split; those of "train" hold the later starts.
+      buckets: batch shapes for them.
+      element_energies: (119,) eV, fitted to the training split. scale: eV/atom, the spread about
+        them, or that of the model the run starts from.
+      seen: (119,) bool, elements of the training split.
+      relaxations, later_starts: how many the training members are.
+    """
+
+    dataset: Dataset
+    samples: SampleView
+    members: dict[str, np.ndarray]
+    buckets: Buckets
+    element_energies: np.ndarray
+    scale: float
+    seen: np.ndarray
+    relaxations: int
+    later_starts: int
+
+    @property
+    def digest(self) -> str:
+        """The same where epochs are planned alike."""
+        found = hashlib.sha256()
+        for array in (self.samples.rows, *self.samples.sizes, *self.members.values()):
+            found.update(np.asarray(array, "<i8").tobytes())
+        found.update(self.dataset.trajectories.store.checksum.encode())
+        return found.hexdigest()
+
+    def surroundings(self) -> dict[str, tuple[float, float]]:
+        """Ranges, over the first training frames, of what `trust.surroundings` gives."""
+        atoms, edges, bonds, *_ = (v[self.members["train"]] for v in self.samples.sizes)
+        means = {"density": edges / atoms, "coordination": bonds / atoms}
+        return {name: (float(v.min()), float(v.max())) for name, v in means.items()}
+
+    def tell(self, report: Callable[[str], None]) -> None:
+        """Counts and batch shapes, for the log."""
+        later = f" (and {self.later_starts} later starts of them)" if self.later_starts else ""
+        report(
+            f"{self.dataset.name}: {self.relaxations} training{later}, "
+            f"{len(self.members['validation'])} validation, {len(self.dataset.splits['test'])} test "
+            f"relaxations; {len(self.buckets.shapes)} bucket(s), padding "
+            f"{100 * self.buckets.padding:.0f} %"
+        )
+        for shape in self.buckets.shapes:
+            report(
+                f"  bucket: {shape.n_graphs - 1} structures, {shape.n_atoms} atoms, {shape.n_edges} edges, "
+                f"{shape.n_bonds} bonds"
+            )
+
+
+def prepare(
+    config: Config,
+    dataset: Dataset,
+    report: Callable[[str], None],
+    start: RelaxNet | None = None,
+    shares: int = 1,
+    hosts: Hosts | None = None,
+) -> TrainingData:
+    """Samples and buckets of the training and validation splits; ``report`` is told what is left out.
+
+    Args:
+      start: what the run starts from: its energy scale stays. shares: in how many parts a batch of
+        ``train.batch_size`` is divided. hosts: the processes that train together.
+
+    Raises:
+      InputError: a split without a usable relaxation.
+    """
+    hosts = hosts or Hosts()
+    found, splits = dataset.trajectories, dataset.splits
+    energies, spread, seen = fit_element_energies(
+        (found.store.energies(int(found.rows[i])) for i in splits["train"]), MAX_ATOMIC_NUMBER + 1
+    )
+    # The last bits of a fit depend on the processor.
+    energies, scale = hosts.share([energies.tolist(), energy_scale(start, spread)])
+    if scale > MIXED:
+        report(
+            f"{config.data.path}: energies spread by {scale:.3g} eV/atom about what their "
+            "compositions say: of several codes, functionals or settings? Absolute energies of "
+            "different ones do not belong in one training set; relaxnet-jax data info tells the sources"
+        )
+    every, later = found.with_later_starts(splits["train"], config.data.later_starts)
+    file = hosts.in_turn(lambda: prepare_samples(every, config, report))
+    used = _usable((*splits["train"], *splits["validation"], *later), file, seen, report)
+    samples = SampleView(file, used, np.array(energies))
+    in_train = np.isin(used, [*splits["train"], *later])
+    members = {"train": np.flatnonzero(in_train), "validation": np.flatnonzero(~in_train)}
+    for name, indices in members.items():
+        if len(indices) == 0:
+            raise InputError(
+                f"{config.data.path}: no usable relaxation in the {name} split; import more data "
+                "or change data.splits"
+            )
+    t = config.train
+    batch = max(1, t.batch_size // shares)
+    return TrainingData(
+        dataset,
+        samples,
+        members,
+        plan_buckets(samples.sizes, batch, t.max_buckets, t.max_padding),
+        samples.element_energies,
+        scale,
+        seen,
+        relaxations=int(np.isin(used, splits["train"]).sum()),
+        later_starts=int(np.isin(used, later).sum()),
+    )
+
+
+def _usable(
+    wanted: tuple[int, ...], file: SampleFile, seen: np.ndarray, report: Callable[[str], None]
+) -> np.ndarray:
+    """Those rows of which there are samples of elements that the training split has."""
+    unseen = file.has_any(~seen)
+    used, foreign = [], []
+    for i in map(int, wanted):
+        if i in file.left_out:
+            report(f"left out: {file.left_out[i]}")
+        elif unseen[i]:
+            foreign.append(file.id(i))
+        else:
+            used.append(i)
+    if foreign:
+        named = ", ".join(foreign[:3]) + (", …" if len(foreign) > 3 else "")
+        report(
+            f"left out: {len(foreign)} validation relaxation(s) with an element that the "
+            f"training split lacks ({named})"
+        )
+    return np.array(used, np.int64)
