@@ -27,6 +27,7 @@ from relaxnet_jax.errors import InputError
 from relaxnet_jax.model import create_model, load_model
 from relaxnet_jax.predict import relax
 from relaxnet_jax.runtime import usable_cores
+from relaxnet_jax.train import data as training_data
 from relaxnet_jax.train import loop
 from relaxnet_jax.train.checkpoint import Checkpoints, has_checkpoint
 from relaxnet_jax.train.loop import train
@@ -269,7 +270,7 @@ def test_bad_structures_are_skipped_and_named(folder, monkeypatch):
                 bad.append(sample.id)
             return sample
 
-    monkeypatch.setattr(loop, "SampleView", Poisoned)
+    monkeypatch.setattr(training_data, "SampleView", Poisoned)
     report, text = quiet()
     config = config_of(epochs=2, max_buckets=1)
     result = train(config, folder / "poisoned", report=report, devices=1)
@@ -424,13 +425,13 @@ def test_cooling_ends_with_the_time_or_the_epochs():
 
 def test_mixed_energies_are_told(folder, monkeypatch):
     """Half of the relaxations 40 eV/atom off, as another code's would be."""
-    fit = loop.fit_element_energies
+    fit = training_data.fit_element_energies
 
     def mixed(relaxations, n):
         rows = [(z, e + 40.0 * len(z) * (k % 2)) for k, (z, e) in enumerate(relaxations)]
         return fit(rows, n)
 
-    monkeypatch.setattr(loop, "fit_element_energies", mixed)
+    monkeypatch.setattr(training_data, "fit_element_energies", mixed)
     report, text = quiet()
     train(config_of(epochs=1, max_buckets=1), folder / "mixed", report=report, devices=1)
     assert "of several codes, functionals or settings?" in text.getvalue()
