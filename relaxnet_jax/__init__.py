@@ -23,6 +23,7 @@ _HOMES = {
     "head_start": "relaxnet_jax.starting",
     "solve_trajectory": "relaxnet_jax.solver",
     "train": "relaxnet_jax.train.loop",
+    "enable_compilation_cache": "relaxnet_jax.runtime",
     "trust_flags": "relaxnet_jax.trust",
     "InputError": "relaxnet_jax.errors",
 }
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from relaxnet_jax.model import save_model as save_model
     from relaxnet_jax.model import stack_models as stack_models
     from relaxnet_jax.predict import relax as relax
+    from relaxnet_jax.runtime import enable_compilation_cache as enable_compilation_cache
     from relaxnet_jax.solver import solve_trajectory as solve_trajectory
     from relaxnet_jax.starting import head_start as head_start
     from relaxnet_jax.train.loop import train as train

@@ -74,6 +74,17 @@ def fitting_shape(structures: Sequence[Structure], rounded: bool = False) -> Bat
     )
 
 
+def shape_of(graph: Graph) -> BatchShape:
+    """The shape of a padded graph, as `collate` makes it."""
+    return BatchShape(
+        n_graphs=graph.n_node.shape[0],
+        n_atoms=graph.nodes["mask"].shape[0],
+        n_edges=graph.receivers.shape[0],
+        n_bonds=graph.edges["bonds"]["mask"].shape[0],
+        n_slots=graph.nodes["bond_slots"].shape[1],
+    )
+
+
 def pack(costs: Sequence[int], batch_size: int) -> list[list[int]]:
     """Indices in as few batches as there must be, of costs as equal as can be.
 

@@ -14,12 +14,13 @@ from relaxnet_jax import dynamics
 from relaxnet_jax.batching import BatchShape, collate, fitting_shape
 from relaxnet_jax.errors import InputError
 from relaxnet_jax.graph import structure_from_atoms
-from relaxnet_jax.model import NO_ENERGY_SURFACE, RelaxNet
+from relaxnet_jax.model import NO_ENERGY_SURFACE, RelaxNet, dtype_of
 from relaxnet_jax.models.energy import RelaxNetwork
+from relaxnet_jax.neighbors import approach
 from relaxnet_jax.potential import evaluate
 from relaxnet_jax.programs import Program
-from relaxnet_jax.strain import to_voigt
-from relaxnet_jax.typing import Graph, Latent, Params
+from relaxnet_jax.strain import deformations, to_voigt
+from relaxnet_jax.typing import AnyArray, Graph, Latent, Params
 
 if TYPE_CHECKING:
     from ase import Atoms
@@ -33,7 +34,7 @@ NOT_A_POTENTIAL = (
 
 @Program
 def _encode(network: RelaxNetwork, params: Params, graph: Graph) -> Latent:
-    """h of the graph's own positions in the explicit scheme; (N, 0) in the implicit one."""
+    """h of the graph's own positions in the explicit scheme."""
     positions = jnp.asarray(graph.nodes["positions"])
     return dynamics.initial_state(network, params, graph, positions).latent
 
@@ -43,7 +44,7 @@ class _Neighbourhood(NamedTuple):
 
     atoms: Atoms
     graph: Graph
-    latent: Latent
+    latent: AnyArray
     composition_energy: float
 
 
@@ -60,8 +61,9 @@ class RelaxNetCalculator(Calculator):
     exact gradient, and positions further from the reference than half the skin, where no training
     frame ever paired them with that h, are refused.
 
-    The neighbour list, made for pairs up to the cutoff plus ``skin``, is kept until an atom has
-    moved by more than skin/2, or until cell, elements, charges or periodicity change. Programs are
+    The neighbour list, made for pairs up to the cutoff plus ``skin``, is kept until two atoms may have
+    approached by more than ``skin``, as they move and as the cell shrinks; or until elements, charges
+    or periodicity change, or the cell of a model that keeps cells fixed. Programs are
     compiled once per padded shape, and a shape only grows while the atoms stay the same. Forces
     are raw; ASE applies constraints. Stress (eV/Å³, tension positive) is that of models trained with
     dynamics.cell="variable"; of others, which never saw a strained cell, it is not implemented:
@@ -96,10 +98,10 @@ class RelaxNetCalculator(Calculator):
             self.implemented_properties = [*self.implemented_properties, "stress"]
         if model.config.dynamics.latent == "direct":
             raise InputError(NO_ENERGY_SURFACE)
-        explicit = model.config.dynamics.latent == "explicit"
-        if explicit and reference is None:
+        self._explicit = model.config.dynamics.latent == "explicit"
+        if self._explicit and reference is None:
             raise InputError(NOT_A_POTENTIAL)
-        if not explicit and reference is not None:
+        if not self._explicit and reference is not None:
             raise InputError(
                 "reference: the implicit scheme encodes every structure anew; leave it out"
             )
@@ -113,12 +115,15 @@ class RelaxNetCalculator(Calculator):
         super().calculate(atoms, properties, system_changes)
         assert self.atoms is not None
         near = self._neighbourhood(self.atoms)
-        positions = np.zeros(near.graph.nodes["positions"].shape, _dtype(self.model))
+        positions = np.zeros(near.graph.nodes["positions"].shape, dtype_of(self.model.params))
         positions[: len(self.atoms)] = self.atoms.positions
         model, deformation = self.model, None
         if model.config.dynamics.cell == "variable":
             graphs = near.graph.n_node.shape[0]
             deformation = np.repeat(np.eye(3, dtype=positions.dtype)[None], graphs, axis=0)
+            cells = np.stack([near.atoms.cell.array, self.atoms.cell.array])
+            if (cells[0] != cells[1]).any():
+                deformation[0] = deformations(cells)[1]
         known = model.network, model.params, model.energy_scale, near.graph
         found = jax.device_get(evaluate(*known, positions, near.latent, deformation))
         energy = float(found.energies[0]) + near.composition_energy
@@ -150,10 +155,17 @@ class RelaxNetCalculator(Calculator):
 
     def _serves(self, built: Atoms, atoms: Atoms) -> bool:
         """Whether every pair within the cutoff is in the list of ``built``."""
-        return _same_but_positions(built, atoms) and _moved(built, atoms) <= self.skin / 2
+        if not _same_crystal(built, atoms):
+            return False
+        cells = np.stack([built.cell.array, atoms.cell.array])
+        if self.model.config.dynamics.cell == "fixed" and (cells[0] != cells[1]).any():
+            return False
+        reach = self.model.config.graph.cutoff + self.skin
+        return approach(np.stack([built.positions, atoms.positions]), cells, reach) <= self.skin
 
     def _check_near_reference(self, atoms: Atoms, reference: Atoms) -> None:
-        if not _same_but_positions(reference, atoms):
+        same_cell = np.array_equal(reference.cell.array, atoms.cell.array)
+        if not (same_cell and _same_crystal(reference, atoms)):
             raise InputError(
                 "reference: cell, elements, charges or periodicity differ from those of the atoms; "
                 "make a calculator for each reference"
@@ -177,16 +189,18 @@ class RelaxNetCalculator(Calculator):
         needed = dataclasses.astuple(fitting_shape([structure], rounded=True))
         before = needed if self._shape is None else dataclasses.astuple(self._shape)
         self._shape = BatchShape(*map(max, needed, before))
-        graph: Any = jax.device_put(collate([structure], self._shape, _dtype(model)))
+        graph: Any = jax.device_put(collate([structure], self._shape, dtype_of(model.params)))
         self.lists_built += 1
-        latent = _encode(model.network, model.params, graph)
+        latent: AnyArray = np.zeros((self._shape.n_atoms, 0), dtype_of(model.params))
+        if self._explicit:
+            latent = _encode(model.network, model.params, graph)
         return _Neighbourhood(atoms, graph, latent, model.composition_energy(atoms.numbers))
 
 
-def _same_but_positions(a: Atoms, b: Atoms) -> bool:
+def _same_crystal(a: Atoms, b: Atoms) -> bool:
+    """But for positions and cell."""
     return (
         np.array_equal(a.numbers, b.numbers)
-        and np.array_equal(a.cell.array, b.cell.array)
         and np.array_equal(a.pbc, b.pbc)
         and np.array_equal(a.get_initial_charges(), b.get_initial_charges())
     )
@@ -196,7 +210,3 @@ def _moved(a: Atoms, b: Atoms) -> float:
     """Å, the largest displacement; inf where a position is not finite."""
     largest = np.linalg.norm(b.positions - a.positions, axis=1).max(initial=0.0)
     return float(largest) if np.isfinite(largest) else np.inf
-
-
-def _dtype(model: RelaxNet) -> Any:
-    return jax.tree.leaves(model.params)[0].dtype

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, overload
 
 import numpy as np
 
@@ -78,50 +78,73 @@ class CommitteePath(NamedTuple):
     paths: tuple[RelaxationTrajectory, ...]
 
 
+@overload
 def relax_committee(
-    models: Sequence[RelaxNet],
-    atoms: Atoms,
-    n_frames: int = 5,
-    relax_cell: bool = True,
-) -> CommitteePath:
+    models: Sequence[RelaxNet], atoms: Atoms, n_frames: int = 5, relax_cell: bool = True
+) -> CommitteePath: ...
+@overload
+def relax_committee(
+    models: Sequence[RelaxNet], atoms: Sequence[Atoms], n_frames: int = 5, relax_cell: bool = True
+) -> list[CommitteePath]: ...
+
+
+def relax_committee(models, atoms, n_frames=5, relax_cell=True):
     """The mean of what the members predict (see `relax`), and how far they disagree.
 
-    A member that cannot take the structure, or whose prediction is unusable, does not count, and a
+    A member that cannot take a structure, or whose prediction is unusable, does not count, and a
     flag names it.
 
     Args:
       models: two or more, e.g. from `load_committee`.
-      atoms, n_frames, relax_cell: see `relax`.
+      atoms: ASE Atoms, or a sequence of them, which are predicted in batches.
+      n_frames, relax_cell: see `relax`.
+
+    Returns:
+      A `CommitteePath` (a list of them for a sequence). A warning names every structure of which no
+      member's prediction should be used.
 
     Raises:
-      InputError: as `check_members` and `relax_by`. A warning names a structure of which no
-        member's prediction should be used.
+      InputError: as `check_members` and `relax_by`.
     """
     check_members(models)
-    found, reason = relax_by(models, atoms, n_frames, relax_cell)
-    if reason:
-        text = f"{found.path.id}: not to be used, {reason}"
-        warnings.warn(text, RuntimeWarning, stacklevel=2)
-    return found
+    judged = relax_by(models, atoms, n_frames, relax_cell)
+    for found, reason in judged:
+        if reason:
+            text = f"{found.path.id}: not to be used, {reason}"
+            warnings.warn(text, RuntimeWarning, stacklevel=2)
+    paths = [found for found, _ in judged]
+    return paths[0] if hasattr(atoms, "numbers") else paths
 
 
 def relax_by(
-    models: Sequence[RelaxNet], atoms: Atoms, n_frames: int, relax_cell: bool
-) -> tuple[CommitteePath, str]:
-    """What one model or several predict, and why it should not be used; empty where it may.
+    models: Sequence[RelaxNet], atoms: Atoms | Sequence[Atoms], n_frames: int, relax_cell: bool
+) -> list[tuple[CommitteePath, str]]:
+    """What one model or several predict of each structure, and why it should not be used; empty where
+    it may.
 
     Raises:
-      InputError: n_frames < 2, or atoms that no member can take.
+      InputError: n_frames < 2, or a structure that no member can take.
     """
+    from relaxnet_jax.model import atoms_list
+
     if n_frames < 2:
         raise InputError(
             f"n_frames={n_frames}: a path has at least 2 frames, the first and the last"
         )
-    name = str(atoms.info.get("traj_id") or atoms.get_chemical_formula())
+    many = atoms_list(atoms)
+    names = [str(a.info.get("traj_id") or a.get_chemical_formula()) for a in many]
+    if len(set(names)) < len(names):
+        names = [f"{place}-{name}" for place, name in enumerate(names)]
     members = {f"models[{k}]": model for k, model in enumerate(models)}
-    (said,) = _ask(members, [(name, atoms)], n_frames, lambda _: None, Options(relax_cell))
-    if not said.found:
-        raise InputError(f"{name}: {next(iter(said.lost.values()))}")
+    options = Options(relax_cell)
+    asked = _ask(members, list(zip(names, many)), n_frames, lambda _: None, options)
+    for name, said in zip(names, asked):
+        if not said.found:
+            raise InputError(f"{name}: {next(iter(said.lost.values()))}")
+    return [_judged(said, members, one) for said, one in zip(asked, many)]
+
+
+def _judged(said: Said, members: Mapping[str, RelaxNet], atoms: Atoms) -> tuple[CommitteePath, str]:
     path, flags, apart = join(said, members)
     flags = _gravest_first(flags + constraint_flags(atoms, path))
     every = tuple(said.found.values())

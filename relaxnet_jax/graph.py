@@ -88,7 +88,7 @@ def build_structure(
       later: frames that are known to come, see `neighbors.build_neighbors`.
 
     Raises:
-      InputError: no atoms, an unknown atomic number, non-finite positions or cell, a
+      InputError: no atoms, an unknown atomic number, non-finite positions, cell or charges, a
         periodic cell without volume, two atoms at one point. The message begins with ``name``.
     """
     numbers = np.asarray(atomic_numbers, np.int32)
@@ -115,6 +115,8 @@ def build_structure(
             f"{name}: the cell has zero volume; give three independent lattice vectors "
             "or set pbc=False for a molecule"
         )
+    if charges is not None and not np.isfinite(np.asarray(charges, np.float64)).all():
+        raise InputError(f"{name}: charges are not finite; repair or drop the structure")
     try:
         g = config.graph
         neighbors = build_neighbors(

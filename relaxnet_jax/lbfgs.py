@@ -15,15 +15,23 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 
-from relaxnet_jax.batching import BatchShape, collate, fitting_shape, largest_shape
+from relaxnet_jax.batching import (
+    BatchShape,
+    collate,
+    fitting_shape,
+    largest_shape,
+    structure_cost,
+)
 from relaxnet_jax.errors import InputError
 from relaxnet_jax.graph import Structure, build_structure
-from relaxnet_jax.model import RelaxNet
+from relaxnet_jax.memory import ERRORS, does_not_fit, out_of_memory
+from relaxnet_jax.model import RelaxNet, dtype_of
 from relaxnet_jax.neighbors import approach
 from relaxnet_jax.potential import compiled_shapes, evaluate
 from relaxnet_jax.strain import to_voigt
@@ -88,6 +96,9 @@ def minimise(
 ) -> Minimisations:
     """Relaxes structures with a model's energy.
 
+    What does not fit in the device's memory together is evaluated in smaller batches; a structure that does not
+    fit alone says so in its ``failure``, and the others go on.
+
     Args:
       model: of the static or implicit scheme.
       structures: from `RelaxNet.structure`; fixed atoms stay, cells relax where the structure's may.
@@ -108,15 +119,29 @@ def minimise(
     order = sorted(range(len(structures)), key=lambda i: -structures[i].neighbors.n_edges)
     waiting = deque(order)
     active: dict[int, _Descent] = {}
+    begun: dict[int, _Descent] = {}  # that wait for room
     done: dict[int, Minimisation] = {}
     batch = _Batch(model, batch_size)
     while waiting or active:
         while waiting and len(active) < batch_size:
-            index = waiting.popleft()
-            active[index] = _Descent(model, structures[index], max_step)
+            index = waiting[0]
+            descent = begun.pop(index, None) or _Descent(model, structures[index], max_step)
+            if active and not batch.has_room([*active.values(), descent]):
+                begun[index] = descent
+                break
+            active[waiting.popleft()] = descent
         members = list(active.values())
-        for descent, found in zip(members, batch.evaluate(members)):
-            descent.take(*found)
+        found = batch.evaluate(members)
+        if found is None and len(members) == 1:
+            members[0].give_up(does_not_fit(members[0].size))
+        elif found is None:
+            for index in reversed(list(active)[len(members) // 2 :]):
+                begun[index] = active.pop(index)
+                waiting.appendleft(index)
+            continue
+        else:
+            for descent, one in zip(members, found):
+                descent.take(*one)
         for index, descent in list(active.items()):
             if descent.finished(fmax, steps) or not descent.step():
                 done[index] = descent.result(fmax)
@@ -188,6 +213,13 @@ class _Descent:
         self.force = force
         if not (np.isfinite(energy) and np.isfinite(force).all()):
             self.failure = "energy or forces are not finite"
+
+    def give_up(self, reason: str) -> None:
+        """Ends it where it is; without a single evaluation, with a path of no numbers."""
+        self.failure = reason
+        if not self.path:
+            forces = np.full((self.size, 3), np.nan)
+            self.path.append((self.positions.copy(), np.nan, forces, self.cell, None))
 
     def fmax(self) -> float:
         """eV/Å."""
@@ -275,18 +307,35 @@ class _Batch:
 
     Attributes:
       compiling: seconds of calls that compiled. evaluations: calls.
+      too_much: the least cost, of structures together, that did not fit in memory so far.
     """
 
     def __init__(self, model: RelaxNet, batch_size: int) -> None:
         self.model, self.batch_size = model, batch_size
-        self.dtype = jax.tree.leaves(model.params)[0].dtype
+        self.dtype = dtype_of(model.params)
         self.shape: BatchShape | None = None
         self.listed: list[Structure] = []
         self.graph: Graph | None = None
         self.compiling, self.evaluations = 0.0, 0
+        self.too_much = np.inf
 
-    def evaluate(self, members: Sequence[_Descent]):
-        """(energy, forces, virial or None) of each."""
+    def has_room(self, members: Sequence[_Descent]) -> bool:
+        """Whether as much has not failed to fit in memory."""
+        return sum(structure_cost(d.structure) for d in members) < self.too_much
+
+    def evaluate(self, members: Sequence[_Descent]) -> list[tuple[Any, ...]] | None:
+        """(energy, forces, virial or None) of each; None where they do not fit in memory together."""
+        try:
+            return list(self._evaluate(members))
+        except ERRORS as error:
+            if not out_of_memory(error):
+                raise
+        # Out here the exception, and the arrays its traceback holds, are gone.
+        self.shape, self.graph, self.listed = None, None, []
+        self.too_much = sum(structure_cost(d.structure) for d in members)
+        return None
+
+    def _evaluate(self, members: Sequence[_Descent]) -> Iterator[tuple[Any, ...]]:
         structures = [d.structure for d in members]
         if list(map(id, structures)) != list(map(id, self.listed)):
             self.shape = self._shape_for(structures)

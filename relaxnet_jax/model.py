@@ -12,24 +12,25 @@ import hashlib
 import json
 import platform
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import flax.struct
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ase import Atoms
 from ase.data import chemical_symbols
 from jax import Array
 
 from relaxnet_jax import dynamics, solver
-from relaxnet_jax.batching import BatchShape, collate, fitting_shape, largest_shape
+from relaxnet_jax.batching import BatchShape, collate, fitting_shape, largest_shape, shape_of
 from relaxnet_jax.config import PRETRAINED, Config, from_json, load_config, to_json
 from relaxnet_jax.data.files import atomic_folder
-from relaxnet_jax.data.trajectory import CELL_TOLERANCE
+from relaxnet_jax.data.trajectory import CELL_TOLERANCE, unwrap_positions
 from relaxnet_jax.errors import InputError
 from relaxnet_jax.graph import MAX_ATOMIC_NUMBER, Structure, structure_from_atoms
 from relaxnet_jax.models.energy import RelaxNetwork
@@ -40,9 +41,6 @@ from relaxnet_jax.potential import Evaluation
 from relaxnet_jax.programs import Program
 from relaxnet_jax.strain import deformations, stress, to_reference
 from relaxnet_jax.typing import AnyArray, Graph, Params, Times
-
-if TYPE_CHECKING:
-    from ase import Atoms
 
 FORMAT = 2
 _SHIPPED = Path(__file__).with_name(PRETRAINED)
@@ -57,7 +55,9 @@ class Prediction(NamedTuple):
 
     Attributes:
       positions: (n, N, 3) Å. velocities: (n, N, 3) Å, u of `solver.Trajectory`.
-      energies: (n, G) eV, total: on the scale of the training data.
+      energies: (n, G) eV, total: on the scale of the training data. In the parameters' float32: of
+        all-electron energies, -45 keV an atom, 4 meV are the last bit; `relax` adds the composition
+        energies in float64, and `solve_trajectory` gives energies without them.
       forces: (n, N, 3) eV/Å, raw: also on fixed atoms.
       cells: (n, G, 3, 3) Å. stresses: (n, G, 3, 3) eV/Å³, tension positive; None where the model
         keeps cells fixed.
@@ -103,15 +103,49 @@ class RelaxNet:
 
         ``relax_cell`` only matters to models whose cells relax (dynamics.cell="variable").
         """
+        (atoms,) = atoms_list(atoms)
         self.check_elements(atoms.numbers, name or atoms.get_chemical_formula())
         return structure_from_atoms(atoms, self.config, name, relax_cell)
 
-    def graph(self, atoms: Atoms | Sequence[Atoms], relax_cell: bool = True) -> Graph:
-        """A padded graph of one structure or several; ``relax_cell`` as in `structure`. Raises InputError."""
-        many = [atoms] if hasattr(atoms, "numbers") else list(atoms)
-        structures = [self.structure(a, relax_cell=relax_cell) for a in many]  # type: ignore[arg-type]
-        graph = collate(structures, fitting_shape(structures, rounded=True), _dtype(self.params))
-        return jax.tree.map(jnp.asarray, graph)
+    def graph(
+        self,
+        atoms: Atoms | Sequence[Atoms],
+        relax_cell: bool = True,
+        like: Graph | None = None,
+        skin: float | None = None,
+    ) -> Graph:
+        """A padded graph of one structure or several.
+
+        Args:
+          atoms: one structure, or a sequence of them.
+          relax_cell: as in `structure`.
+          like: another graph, whose padded shape this one shall have: what is compiled for one serves
+            the other.
+          skin: Å, how much two atoms may approach before the graph lacks a pair; that of the
+            configuration by default.
+
+        Raises:
+          InputError: as `structure`; no structure at all; no room in the shape of ``like``, a
+            negative skin.
+        """
+        model = self if skin is None else self._with_skin(skin)
+        structures = [model.structure(a, relax_cell=relax_cell) for a in atoms_list(atoms)]
+        if not structures:
+            raise InputError("graph: no structure given")
+        shape = fitting_shape(structures, rounded=True)
+        if like is not None:
+            shape = shape_of(like)
+            if not shape.holds(needed := fitting_shape(structures)):
+                raise InputError(
+                    f"like: a graph of {shape} has no room for {needed}; give a larger one, or leave it out"
+                )
+        return jax.tree.map(jnp.asarray, collate(structures, shape, dtype_of(self.params)))
+
+    def _with_skin(self, skin: float) -> RelaxNet:
+        if not 0 <= skin < np.inf:
+            raise InputError(f"skin={skin}: give a length in Å, at least 0")
+        graph = dataclasses.replace(self.config.graph, skin=float(skin))
+        return dataclasses.replace(self, config=dataclasses.replace(self.config, graph=graph))
 
     def graphs(self, atoms: Sequence[Atoms], relax_cell: bool = True) -> Graph:
         """A padded graph of each structure by itself, all of one shape and stacked: for `jax.vmap`.
@@ -119,12 +153,12 @@ class RelaxNet:
         Raises:
           InputError: as `structure`; no structure at all.
         """
-        structures = [self.structure(a, relax_cell=relax_cell) for a in atoms]
+        structures = [self.structure(a, relax_cell=relax_cell) for a in atoms_list(atoms)]
         if not structures:
             raise InputError("graphs: no structure given")
         shape = largest_shape([fitting_shape([s], rounded=True) for s in structures])
-        apart = [collate([s], shape, _dtype(self.params)) for s in structures]
-        return jax.tree.map(lambda *parts: jnp.stack(parts), *apart)
+        apart = [collate([s], shape, dtype_of(self.params)) for s in structures]
+        return jax.tree.map(lambda *parts: jnp.asarray(np.stack(parts)), *apart)
 
     def energy_and_forces(
         self, atoms: Atoms, reference: Atoms | None = None
@@ -145,7 +179,7 @@ class RelaxNet:
             reference = atoms
         structure, positions, deformation = self._from_reference(atoms, reference)
         shape = fitting_shape([structure], rounded=True)
-        graph = collate([structure], shape, _dtype(self.params))
+        graph = collate([structure], shape, dtype_of(self.params))
         at = graph.nodes["positions"].copy()
         at[: len(atoms)] = positions
         steps = np.repeat(np.eye(3, dtype=at.dtype)[None], shape.n_graphs, axis=0)
@@ -172,13 +206,15 @@ class RelaxNet:
                 "reference: has another cell, which this fixed-cell model never saw change; give a "
                 "reference with the cell of the structure"
             )
+        if not np.isfinite(atoms.positions).all():
+            raise InputError(
+                f"{atoms.get_chemical_formula()}: positions are not finite; repair or drop the structure"
+            )
         structure = self.structure(reference)
-        x = np.stack([reference.positions, atoms.positions])
+        x = unwrap_positions(np.stack([reference.positions, atoms.positions]), cells, reference.pbc)
         needed = approach(x, cells, structure.neighbors.reach)
         if needed > self.config.graph.skin:
-            graph = dataclasses.replace(self.config.graph, skin=float(needed))
-            wider = dataclasses.replace(self.config, graph=graph)
-            structure = structure_from_atoms(reference, wider)
+            structure = self._with_skin(needed).structure(reference)
         deformation = deformations(cells)[1]
         return structure, to_reference(x[1], deformation), deformation
 
@@ -203,13 +239,18 @@ def network_of(config: Config) -> RelaxNetwork:
     return RelaxNetwork(config.graph, config.model, config.dynamics)
 
 
+# By the network, which is all of a model that is no array: what else a model knows, of its data and
+# training, makes no other program.
+solve_compiled = Program(solver.solve_trajectory)
+
+
 @in_float32
 def predict_trajectory(model: RelaxNet, graph: Graph, times: Times | None = None) -> Prediction:
     """Relaxation trajectories of every structure of a padded graph: a pure function.
 
-    Works under `jax.jit`, under `jax.vmap` over graphs of equal shape (`RelaxNet.graphs`) and over models
-    (`stack_models`), and under `jax.grad` with respect to the model and to ``graph.nodes["positions"]``;
-    in reverse mode only: second derivatives are `jax.jacrev` of `jax.grad`.
+    Compiled once for each padded shape and architecture. Works under `jax.jit`, under `jax.vmap` over graphs of
+    equal shape (`RelaxNet.graphs`) and over models (`stack_models`), and under `jax.grad` with respect to the model and
+    to ``graph.nodes["positions"]``; in reverse mode only: second derivatives are `jax.jacrev` of `jax.grad`.
 
     The neighbour list is the graph's, whatever moves. Where two atoms approach by more than the
     configuration's ``graph.skin``, along the path or in positions put in place of the graph's, it may lack
@@ -224,7 +265,8 @@ def predict_trajectory(model: RelaxNet, graph: Graph, times: Times | None = None
     Returns:
       `Prediction`; what stands at padding atoms and structures has no meaning.
     """
-    result = solver.solve_trajectory(model.network, model.params, model.energy_scale, graph, times)
+    times = None if times is None else jnp.asarray(times)
+    result = solve_compiled(model.network, model.params, model.energy_scale, graph, times)
     per_atom = jnp.asarray(model.element_energies)[graph.nodes["atomic_numbers"]]
     per_atom = jnp.where(graph.nodes["mask"], per_atom, 0.0)
     composition = jax.ops.segment_sum(per_atom, graph.nodes["graph"], graph.n_node.shape[0])
@@ -255,12 +297,36 @@ def _evaluate(
     return dynamics.evaluate(network, params, scale, graph, state)
 
 
-def _dtype(params: Params) -> Any:
+def atoms_list(atoms: Any) -> list[Atoms]:
+    """One structure, or a sequence of them, as a list; InputError where they are not ASE's."""
+    several = isinstance(atoms, Iterable) and not isinstance(atoms, Atoms | str)
+    many: list[Any] = list(atoms) if several else [atoms]
+    for place, one in enumerate(many):
+        if not isinstance(one, Atoms):
+            raise InputError(
+                f"structure {place}: is of type {type(one).__name__}, not ase.Atoms: read files with ase.io.read, "
+                "convert pymatgen's with pymatgen.io.ase.AseAtomsAdaptor.get_atoms"
+            )
+    return many
+
+
+def dtype_of(params: Params) -> Any:
+    """The precision of a model's parameters."""
     return jax.tree.leaves(params)[0].dtype
 
 
 def create_model(config: Config | str = "explicit.py", seed: int = 0, dtype=np.float32) -> RelaxNet:
-    """An untrained model with random parameters; it accepts every element."""
+    """An untrained model with random parameters; it accepts every element.
+
+    Raises:
+      InputError: a wrong configuration; a dtype that JAX does not have (float64 needs
+        ``jax.config.update("jax_enable_x64", True)`` first).
+    """
+    if jax.dtypes.canonicalize_dtype(dtype) != np.dtype(dtype):
+        raise InputError(
+            f"dtype={np.dtype(dtype).name}: JAX makes {jax.dtypes.canonicalize_dtype(dtype).name} of it; call "
+            'jax.config.update("jax_enable_x64", True) first'
+        )
     config = config if isinstance(config, Config) else load_config(config)
     slots = int(config.model.interaction == "triplets")
     graph = collate(

@@ -6,10 +6,11 @@ import dataclasses
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, overload
+from typing import Any, NamedTuple, overload
 
 import jax
 import numpy as np
+from ase import Atoms
 
 from relaxnet_jax import solver
 from relaxnet_jax.batching import (
@@ -25,14 +26,11 @@ from relaxnet_jax.data.trajectory import PREDICTED, RelaxationTrajectory
 from relaxnet_jax.errors import InputError
 from relaxnet_jax.graph import Structure, build_structure
 from relaxnet_jax.lbfgs import FMAX, STEPS, Minimisation, minimise
-from relaxnet_jax.model import RelaxNet
+from relaxnet_jax.memory import ERRORS, does_not_fit, out_of_memory
+from relaxnet_jax.model import RelaxNet, atoms_list, dtype_of, solve_compiled
 from relaxnet_jax.neighbors import approach
-from relaxnet_jax.programs import Program
 from relaxnet_jax.strain import from_reference, to_voigt
 from relaxnet_jax.trust import Flag, constraint_flags, trust_flags
-
-if TYPE_CHECKING:
-    from ase import Atoms
 
 # Neighbour lists are rebuilt with a wider skin at most this often before giving up: an atom
 # that outruns every skin is a diverged prediction, not a short list.
@@ -52,6 +50,7 @@ class Path:
       approached: Å, how much two atoms may have approached at any of the solver's frames.
       stresses: (n, 6) eV/Å³ in ASE's order, tension positive; None where cells are fixed.
       failure: why there is no prediction (all values are then NaN), else empty.
+      unconverged: where a minimisation ended above fmax: after how many steps; else 0.
     """
 
     times: np.ndarray
@@ -64,6 +63,7 @@ class Path:
     failure: str = ""
     stresses: np.ndarray | None = None
     approached: float = 0.0
+    unconverged: int = 0
 
     def at(self, rows: np.ndarray) -> Path:
         """Some of its frames."""
@@ -84,11 +84,6 @@ def _with_grid(grid: np.ndarray, times: np.ndarray) -> tuple[np.ndarray, np.ndar
     times = np.where(np.abs(nearest - times) < 1e-12, nearest, times)
     every = np.unique(np.concatenate([grid, times]))
     return every, np.searchsorted(every, times)
-
-
-# By the network, which is all of a model that is no array: what else a model knows, of its data and
-# training, makes no other program.
-solve_compiled = Program(solver.solve_trajectory)
 
 
 def compiled_shapes() -> int:
@@ -120,7 +115,12 @@ def predict_structures(
       times: (n,) pseudotimes in [0, 1]; the configuration's frames by default.
       batch_size: structures per batch. progress: called with the number of structures done.
       fmax, steps: of static models, see `lbfgs.minimise`.
+
+    Raises:
+      InputError: times that are not pseudotimes, or a batch_size below 1.
     """
+    if batch_size < 1:
+        raise InputError(f"batch_size={batch_size}: give at least 1")
     grid = solver.frame_grid(model.config.dynamics)
     times = grid if times is None else np.asarray(times, np.float64)
     if times.ndim != 1 or len(times) == 0 or times.min() < 0 or times.max() > 1:
@@ -136,7 +136,10 @@ def predict_structures(
     for widening in range(MAX_WIDENINGS + 1):
         retry = {}
         waiting = {i: structure for i, (structure, _) in pending.items()}
-        for members, shape in _divide(waiting, batch_size, batches.used):
+        divided = _divide(waiting, batch_size, batches.used)
+        if len(divided) == 1:
+            divided = [(divided[0][0], batches.known_shape(list(waiting.values()), divided[0][1]))]
+        for members, shape in divided:
             paths = batches.predict([waiting[i] for i in members], shape)
             for i, raw in zip(members, paths):
                 structure, skin = pending[i]
@@ -184,6 +187,7 @@ def minimised_path(found: Minimisation, times: np.ndarray) -> Path:
         FOLLOWED,
         found.failure,
         None if found.stresses is None else stresses,
+        unconverged=0 if found.converged or found.failure else found.steps,
     )
 
 
@@ -234,11 +238,18 @@ def _packed(
     return [[numbers[k] for k in members] for members in packed]
 
 
+# A call with one batch takes a shape up to so many times as expensive, rather than compile its own: in a loop
+# over structures nearly every one would.
+REUSE = 4
+# Shapes that programs of a network, precision and number of times have been compiled for.
+_known: dict[tuple[Any, ...], list[BatchShape]] = {}
+
+
 class _Batches:
     """Solves batches, and smaller ones where they do not fit in memory.
 
     Attributes:
-      used: the shapes of the batches so far.
+      used: the shapes of the batches so far. known: those of this process with this network.
       too_much: the least padded cost that did not fit so far. A batch of that cost is split
         without being tried: what is tried is compiled first.
     """
@@ -246,17 +257,26 @@ class _Batches:
     def __init__(self, model: RelaxNet, times: np.ndarray | None, n_frames: int) -> None:
         self.model, self.times, self.n_frames = model, times, n_frames
         self.used: list[BatchShape] = []
+        kind = model.network, dtype_of(model.params).name, None if times is None else n_frames
+        self.known = _known.setdefault(kind, [])
         self.too_much = math.inf
+
+    def known_shape(self, structures: Sequence[Structure], shape: BatchShape) -> BatchShape:
+        """One that was used before, if it has room for these and costs little more than ``shape``."""
+        needed = fitting_shape(structures)
+        roomy = [s for s in self.known if s.holds(needed) and s.cost <= REUSE * shape.cost]
+        return min(roomy, key=lambda s: s.cost, default=shape)
 
     def predict(self, structures: Sequence[Structure], shape: BatchShape) -> list[Path]:
         """The paths of one batch; see `predict_structures`."""
         if len(structures) == 1 or shape.cost < self.too_much:
             try:
                 paths = _predict_batch(self.model, structures, self.times, shape)
-                if shape not in self.used:
-                    self.used.append(shape)
+                for shapes in (self.used, self.known):
+                    if shape not in shapes:
+                        shapes.append(shape)
                 return paths
-            except (jax.errors.JaxRuntimeError, MemoryError) as error:
+            except ERRORS as error:
                 if not out_of_memory(error):
                     raise
                 self.too_much = min(self.too_much, shape.cost)
@@ -270,18 +290,9 @@ class _Batches:
         ]
 
 
-def out_of_memory(error: BaseException) -> bool:
-    """Whether a program did not fit in the device's (or the host's) memory."""
-    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
-
-
 def _without_memory(structure: Structure, n_frames: int) -> Path:
-    device = jax.devices()[0].device_kind
     frames = np.full((n_frames, structure.n_atoms, 3), np.nan)
-    message = (
-        f"its {structure.n_atoms} atoms do not fit in the memory of one device ({device}); "
-        "predict it where there is more"
-    )
+    message = does_not_fit(structure.n_atoms)
     cells = np.repeat(structure.cell[None], n_frames, axis=0)
     energies = np.full(n_frames, np.nan)
     return Path(np.zeros(0), frames, frames, energies, frames, cells, 0.0, message)
@@ -298,7 +309,7 @@ def _batch_shape(structures: Sequence[Structure], batch_size: int) -> BatchShape
 def _predict_batch(
     model: RelaxNet, structures: Sequence[Structure], times, shape: BatchShape
 ) -> list[Path]:
-    dtype = jax.tree.leaves(model.params)[0].dtype
+    dtype = dtype_of(model.params)
     graph = collate(structures, shape, dtype)
     result = jax.device_get(
         solve_compiled(
@@ -344,7 +355,13 @@ def _deformed(reference: np.ndarray, s: Structure, steps: np.ndarray, virial: np
 
 @overload
 def relax(
-    model: RelaxNet, atoms: Atoms, n_frames: int = 5, batch_size: int = 16, relax_cell: bool = True
+    model: RelaxNet,
+    atoms: Atoms,
+    n_frames: int = 5,
+    batch_size: int = 16,
+    relax_cell: bool = True,
+    fmax: float = FMAX,
+    steps: int = STEPS,
 ) -> RelaxationTrajectory: ...
 @overload
 def relax(
@@ -353,11 +370,13 @@ def relax(
     n_frames: int = 5,
     batch_size: int = 16,
     relax_cell: bool = True,
+    fmax: float = FMAX,
+    steps: int = STEPS,
 ) -> list[RelaxationTrajectory]: ...
 
 
-def relax(model, atoms, n_frames=5, batch_size=16, relax_cell=True):
-    """Predicts the relaxation of one structure or of many.
+def relax(model, atoms, n_frames=5, batch_size=16, relax_cell=True, fmax=FMAX, steps=STEPS):
+    """Predicts the relaxation of one structure or of many; a static model minimises its energy.
 
     Args:
       model: from `load_model` or `create_model`.
@@ -366,6 +385,8 @@ def relax(model, atoms, n_frames=5, batch_size=16, relax_cell=True):
       batch_size: structures solved at once.
       relax_cell: whether cells relax along their periodic directions, if the model was trained for
         that (dynamics.cell="variable"); other models keep them.
+      fmax, steps: of a static model: eV/Å, the largest force of a relaxed structure, and the most
+        LBFGS steps (`lbfgs.minimise`).
 
     Returns:
       A `RelaxationTrajectory` (a list of them for a sequence). Of a structure too large for the
@@ -374,18 +395,17 @@ def relax(model, atoms, n_frames=5, batch_size=16, relax_cell=True):
       constraints that the path ignores: `head_start` moves atoms under them.
 
     Raises:
-      InputError: a structure that cannot be used, named by its place in the sequence; or
-        n_frames < 2.
+      InputError: a structure that cannot be used, named by its place in the sequence;
+        n_frames < 2 or batch_size < 1.
     """
     if n_frames < 2:
         raise InputError(
             f"n_frames={n_frames}: a trajectory has at least 2 frames, the first and the last"
         )
-    single = hasattr(atoms, "numbers")
-    many = [atoms] if single else list(atoms)
+    many, single = atoms_list(atoms), isinstance(atoms, Atoms)
     names = [a.info.get("traj_id") or f"{i}-{a.get_chemical_formula()}" for i, a in enumerate(many)]
     named = [(str(n), model.structure(a, str(n), relax_cell)) for a, n in zip(many, names)]
-    judged = judge(model, named, n_frames, batch_size=batch_size)
+    judged = judge(model, named, n_frames, batch_size=batch_size, fmax=fmax, steps=steps)
     for one, a in zip(judged, many):
         told = constraint_flags(a, one.path)
         if grave := next((flag for flag in one.flags + told if flag.unusable), None):
@@ -421,6 +441,9 @@ def judge(
     ):
         trajectory = as_trajectory(name, structure, path)
         flags = trust_flags(trajectory, model, path.skin, path.approached)
+        if path.unconverged:
+            text = f"{path.unconverged} LBFGS steps did not reach fmax"
+            flags = (*flags, Flag("not converged", text))
         found.append(Judged(trajectory, flags, path.failure))
     return found
 

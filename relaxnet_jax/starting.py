@@ -63,7 +63,7 @@ def head_start(
     models = [model] if isinstance(model, RelaxNet) else list(model)
     if len(models) != 1:
         check_members(models)
-    (path, flags, *_), reason = relax_by(models, atoms, n_frames, relax_cell)
+    (((path, flags, *_), reason),) = relax_by(models, atoms, n_frames, relax_cell)
     if reason:
         warnings.warn(f"{path.id}: no head start, {reason}", stacklevel=2)
         return HeadStart(path, flags, False)

@@ -41,7 +41,7 @@ class Flag(NamedTuple):
       name: one of "untrained", "unseen element", "not finite", "skin exceeded",
         "cell strained too far", "atoms too close", "energy rises", "forces do not fall", "density", "coordination",
         "all atoms fixed", "vacuum strained", "constraints ignored", "constraints fail", "no forces",
-        "cell force unknown"; of a committee "members disagree", "member lost".
+        "cell force unknown", "no charges", "not converged"; of a committee "members disagree", "member lost".
       detail: one line with the numbers.
       unusable: the final geometry should not be used, not even as a start.
     """
@@ -73,6 +73,11 @@ def trust_flags(
         if found is not None:
             flags.append(found)
     flags += _surroundings(path, model)
+    if model.config.model.charges and path.charges is None:
+        text = (
+            "the model takes an atom's charges, of which the structure has none: they count as zero"
+        )
+        flags.append(Flag("no charges", text))
     if model.config.dynamics.latent == "direct":
         flags.append(Flag("no forces", "the model predicts none: whether atoms rest is not known"))
     elif path.variable_cell and path.stresses is None:

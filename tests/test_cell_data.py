@@ -305,6 +305,17 @@ def test_calculator_stress():
         numeric.append((energies[0] - energies[1]) / 4e-3 / atoms.get_volume())
     scale = np.abs(ours).max()
     np.testing.assert_allclose(numeric, ours[:4], atol=0.03 * scale + 2e-5)
+    # The list goes along with the lattice, until the cell has shrunk by too much.
+    assert atoms.calc.lists_built == 1
+    for strain, lists in ((0.96, 1), (0.8, 2)):
+        strained = atoms.copy()
+        strained.set_cell(atoms.cell.array * [strain, 1.0, 1.02], scale_atoms=True)
+        strained.calc, fresh = atoms.calc, strained.copy()
+        fresh.calc = RelaxNetCalculator(model)
+        for quantity in ("get_potential_energy", "get_forces", "get_stress"):
+            kept, new = (getattr(a, quantity)() for a in (strained, fresh))
+            np.testing.assert_allclose(kept, new, rtol=1e-4, atol=1e-5)
+        assert atoms.calc.lists_built == lists
     fixed = create_model(tiny_config("implicit", model__layers=1))
     other = slab()
     other.calc = RelaxNetCalculator(fixed)

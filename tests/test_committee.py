@@ -577,3 +577,16 @@ def test_averages_pass_over_what_is_not_usable():
     assert left.pred_energies[-1] == 2.0 and left.usable
     none = averaged([away, lost])
     assert none.pred_energies[-1] == 1.0 and not none.usable
+
+
+def test_many_structures_at_once(models):
+    """As one by one, in their order; the same structure twice is two."""
+    many = [alloy("Cu"), alloy("Cu", seed=1), alloy("Cu")]
+    found = relax_committee(models, many, 3)
+    assert [one.path.id for one in found] == ["0-Cu4", "1-Cu4", "2-Cu4"]
+    for atoms, one in zip(many, found):
+        alone = relax_committee(models, atoms, 3)
+        assert alone.path.id == "Cu4" and one.spread.members == 3
+        np.testing.assert_allclose(one.path.positions, alone.path.positions, atol=1e-5)
+    with pytest.raises(InputError, match=r"structure 1: is of type str, not ase\.Atoms"):
+        relax_committee(models, [alloy("Cu"), "POSCAR"], 3)

@@ -1,15 +1,17 @@
 """L-BFGS in batches: ASE's, structure by structure; and static models, which have no other path."""
 
+import jax
 import numpy as np
 import pytest
 from ase.optimize import LBFGS
 from tiny import crystal, molecule, slab, tiny_config, tiny_model
 
+from relaxnet_jax import lbfgs
 from relaxnet_jax.calculator import RelaxNetCalculator
 from relaxnet_jax.errors import InputError
 from relaxnet_jax.lbfgs import inverse_hessian_times, minimise
 from relaxnet_jax.potential import compiled_shapes
-from relaxnet_jax.predict import predict_structures, relax
+from relaxnet_jax.predict import judge, predict_structures, relax
 
 pytestmark = pytest.mark.usefixtures("x64", "quick_compilation")
 FMAX = 0.02
@@ -144,3 +146,39 @@ def test_only_potentials_are_minimised(model):
     with pytest.raises(InputError, match=r"dynamics\.latent"):
         minimise(explicit, [])
     assert relax(model, []) == []
+
+
+def test_what_does_not_fit_in_memory_is_evaluated_in_parts(model, systems, monkeypatch):
+    """Batches are halved, what failed once is not tried again, and a structure that never fits is named."""
+    structures = [model.structure(a) for a in systems]
+    whole = minimise(model, structures, steps=3)
+    largest = max(s.n_atoms for s in structures)
+    real, tried = lbfgs.evaluate, []
+
+    def small_device(network, params, scale, graph, *args):
+        tried.append(int(graph.n_node[np.asarray(graph.globals["mask"])].sum()))
+        if tried[-1] > room:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes")
+        return real(network, params, scale, graph, *args)
+
+    monkeypatch.setattr(lbfgs, "evaluate", small_device)
+    room, done = largest, []
+    found = minimise(model, structures, steps=3, progress=done.append)
+    assert done[-1] == len(structures) and sum(n > room for n in tried) <= 3  # all, and pairs
+    for one, other in zip(found.paths, whole.paths):
+        np.testing.assert_allclose(one.positions, other.positions, atol=1e-9)
+        np.testing.assert_allclose(one.energies, other.energies, atol=1e-9)
+    room = largest - 1
+    with pytest.warns(RuntimeWarning, match=f"its {largest} atoms do not fit"):
+        paths = relax(model, systems, n_frames=3, steps=3)
+    lost = [s.n_atoms == largest for s in structures]
+    assert [bool(np.isnan(path.energies).all()) for path in paths] == lost
+
+
+def test_minimisations_that_end_early_are_told(model, systems):
+    structure = model.structure(systems[1])
+    (early,) = judge(model, [("early", structure)], 3, steps=1)
+    assert ("not converged", "1 LBFGS steps did not reach fmax") in [flag[:2] for flag in early.flags]
+    (late,) = judge(model, [("late", structure)], 3, fmax=100.0)
+    assert all(flag.name != "not converged" for flag in late.flags)
+    assert len(relax(model, systems[1], n_frames=2, fmax=100.0).energies) == 2

@@ -7,11 +7,12 @@ import jax
 import numpy as np
 import pytest
 from ase import Atoms
+from ase.build import bulk
 from tiny import crystal, molecule, slab, systems, tiny_config, tiny_model
 
 import relaxnet_jax
 from relaxnet_jax import predict
-from relaxnet_jax.batching import BatchShape, fitting_shape, pack, shared_shapes
+from relaxnet_jax.batching import BatchShape, fitting_shape, pack, shape_of, shared_shapes
 from relaxnet_jax.committee import predict_members
 from relaxnet_jax.config import load_config, to_dict
 from relaxnet_jax.errors import InputError
@@ -371,3 +372,87 @@ def test_batches_of_unequal_crystals_have_one_shape():
     assert shapes[0] == shapes[1] == BatchShape(5, 30, 100, 60)
     assert shapes[2] == BatchShape(*sizes[2]) and shapes[3] == BatchShape(*sizes[3])
     assert shared_shapes([]) == []
+
+
+def test_a_loop_over_structures_compiles_few_programs(model):
+    """Each call finds a shape with room among those of earlier calls."""
+    cells = [bulk("Cu", "fcc", a=a) * size for a in (3.5, 3.7, 3.9, 4.1) for size in ((1, 1, 1), (2, 1, 1))]
+    expected = relax(model, cells, n_frames=3)
+    before = compiled_shapes()
+    found = [relax(model, atoms, n_frames=3) for atoms in cells]
+    assert compiled_shapes() - before <= 2
+    for one, other in zip(found, expected):
+        np.testing.assert_allclose(one.positions, other.positions, atol=1e-5)
+        np.testing.assert_allclose(one.energies, other.energies, atol=1e-4)
+
+
+def test_predict_trajectory_compiles_once(model):
+    """Without `jax.jit` too, and for models that differ in parameters and training alone."""
+    graph = model.graph(crystal())
+    first = predict_trajectory(model, graph, [0.0, 1.0])
+    before = compiled_shapes()
+    other = model.replace(statistics=json.dumps({"data": "others"}))
+    again = predict_trajectory(other, graph, [0.0, 1.0])
+    assert compiled_shapes() == before
+    np.testing.assert_array_equal(first.positions, again.positions)
+
+
+def test_graphs_of_a_given_shape_and_skin(model):
+    wide = model.graph([slab(), molecule()], skin=1.5)
+    plain = model.graph(crystal(), like=wide)
+    assert shape_of(plain) == shape_of(wide)
+    listed = [int(np.asarray(g.edges["mask"]).sum()) for g in (wide, model.graph([slab(), molecule()]))]
+    assert listed[0] > listed[1]
+    apart = predict_trajectory(model, model.graph(crystal()))
+    roomy = predict_trajectory(model, plain)
+    np.testing.assert_allclose(roomy.energies[:, 0], apart.energies[:, 0], atol=1e-4)
+    with pytest.raises(InputError, match="no room for BatchShape"):
+        model.graph([crystal()] * 9, like=plain)
+    for skin in (-1.0, np.nan):
+        with pytest.raises(InputError, match="skin="):
+            model.graph(crystal(), skin=skin)
+
+
+@pytest.mark.parametrize("given", ["POSCAR", [1.0], [crystal(), "POSCAR"]])
+def test_structures_are_ase_atoms(model, given):
+    for call in (model.graph, model.graphs, lambda atoms: relax(model, atoms, 3)):
+        with pytest.raises(InputError, match=r"not ase\.Atoms: read files with ase\.io\.read"):
+            call(given)
+
+
+def test_bad_sizes(model):
+    with pytest.raises(InputError, match="batch_size=0"):
+        relax(model, [crystal()], 3, batch_size=0)
+    with pytest.raises(InputError, match="no structure given"):
+        model.graph([])
+    with pytest.raises(InputError, match="jax_enable_x64"), jax.enable_x64(False):
+        create_model(tiny_config(), dtype=np.float64)
+
+
+def test_energies_do_not_mind_wrapping_relative_to_the_reference(model):
+    """An atom on the other side of the cell is no atom that moved across it."""
+    reference, atoms = crystal(), crystal()
+    atoms.positions[0] += 0.05
+    expected = model.energy_and_forces(atoms, reference)
+    atoms.positions[1] += atoms.cell[0] - atoms.cell[2]
+    found = model.energy_and_forces(atoms, reference)
+    assert found[0] == pytest.approx(expected[0], abs=1e-5)
+    np.testing.assert_allclose(found[1], expected[1], atol=1e-5)
+    structure, _, _ = model._from_reference(atoms, reference)
+    assert structure.neighbors.n_edges == model.structure(reference).neighbors.n_edges
+    atoms.positions[2] = np.nan
+    with pytest.raises(InputError, match="positions are not finite"):
+        model.energy_and_forces(atoms, reference)
+
+
+def test_models_of_charges_say_where_there_are_none():
+    charged = create_model(tiny_config(model__layers=1, model__charges=True), dtype=np.float32)
+    atoms = crystal()
+    (bare,) = judge(charged, [("bare", charged.structure(atoms))], 3)
+    assert "no charges" in [flag.name for flag in bare.flags]
+    atoms.set_initial_charges([0.5, -0.25, -0.25])
+    (full,) = judge(charged, [("full", charged.structure(atoms))], 3)
+    assert "no charges" not in [flag.name for flag in full.flags]
+    atoms.set_initial_charges([np.nan, 0.0, 0.0])
+    with pytest.raises(InputError, match="charges are not finite"):
+        charged.structure(atoms)

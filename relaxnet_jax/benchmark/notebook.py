@@ -14,7 +14,7 @@ import jax
 from relaxnet_jax import programs
 from relaxnet_jax.config import Config, to_dict
 from relaxnet_jax.data.files import atomic_path
-from relaxnet_jax.predict import out_of_memory
+from relaxnet_jax.memory import ERRORS, out_of_memory
 
 Entry = dict[str, Any]
 
@@ -82,7 +82,7 @@ class Notebook:
             start = time.monotonic()
             try:
                 value = measure()
-            except (jax.errors.JaxRuntimeError, MemoryError) as error:
+            except ERRORS as error:
                 if not out_of_memory(error):
                     raise
                 value = {"skipped": "does not fit in memory"}

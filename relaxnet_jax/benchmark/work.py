@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from relaxnet_jax import predict
 from relaxnet_jax.batching import BatchShape, fitting_shape, largest_shape
 from relaxnet_jax.benchmark.timing import Step
 from relaxnet_jax.config import Config
@@ -20,7 +19,7 @@ from relaxnet_jax.data.pipeline import collate_samples
 from relaxnet_jax.data.sample import Sample
 from relaxnet_jax.graph import Structure
 from relaxnet_jax.losses import Targets
-from relaxnet_jax.model import RelaxNet, create_model
+from relaxnet_jax.model import RelaxNet, create_model, solve_compiled
 from relaxnet_jax.solver import solve_trajectory
 from relaxnet_jax.train.data import prepare
 from relaxnet_jax.train.parallel import Devices
@@ -160,7 +159,7 @@ def inference_step(model: RelaxNet, graph: Graph) -> Step:
     scale = jnp.asarray(model.energy_scale)
 
     def solve(params, graph):
-        return predict.solve_compiled.inline(model.network, params, scale, graph)
+        return solve_compiled.inline(model.network, params, scale, graph)
 
     def plain(params, graph):
         return solve_trajectory(model.network, params, scale, graph)

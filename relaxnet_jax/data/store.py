@@ -254,6 +254,14 @@ class TrajectoryStore:
                 changes.append(np.maximum.reduceat(moved, starts) > CELL_TOLERANCE)
         return np.concatenate(changes)
 
+    def has_charges(self) -> np.ndarray:
+        """(R,) bool: which relaxations have atomic charges."""
+        found = [np.zeros(0, bool)]
+        for shard in self._shards:
+            with shard.guard():
+                found.append(shard.columns["has_charges"][:])
+        return np.concatenate(found)
+
     @property
     def incomplete(self) -> bool:
         """Whether shards of the set are missing: it is still being written, or was cut off."""

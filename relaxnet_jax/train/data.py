@@ -94,7 +94,7 @@ def prepare(
         ``train.batch_size`` is divided. hosts: the processes that train together.
 
     Raises:
-      InputError: a split without a usable relaxation.
+      InputError: a split without a usable relaxation; model.charges where none has charges.
     """
     hosts = hosts or Hosts()
     found, splits = dataset.trajectories, dataset.splits
@@ -109,6 +109,8 @@ def prepare(
             "compositions say: of several codes, functionals or settings? Absolute energies of "
             "different ones do not belong in one training set; relaxnet-jax data info tells the sources"
         )
+    if config.model.charges:
+        _check_charges(config, dataset, report)
     every, later = found.with_later_starts(splits["train"], config.data.later_starts)
     file = hosts.in_turn(lambda: prepare_samples(every, config, report))
     used = _usable((*splits["train"], *splits["validation"], *later), file, seen, report)
@@ -134,6 +136,20 @@ def prepare(
         relaxations=int(np.isin(used, splits["train"]).sum()),
         later_starts=int(np.isin(used, later).sum()),
     )
+
+
+def _check_charges(config: Config, dataset: Dataset, report: Callable[[str], None]) -> None:
+    """What a model of charges learns from relaxations without them is that all are zero."""
+    found, splits = dataset.trajectories, dataset.splits
+    rows = found.rows[[*splits["train"], *splits["validation"]]]
+    bare = int((~found.store.has_charges()[rows]).sum())
+    if bare == len(rows):
+        raise InputError(
+            f"model.charges: no relaxation of {config.data.path} has atomic charges; import runs with their "
+            "OUTCAR, or structures with initial charges, or set model.charges=False"
+        )
+    if bare:
+        report(f"{bare} of {len(rows)} relaxations have no atomic charges: they count as zero")
 
 
 def _usable(
