@@ -189,6 +189,49 @@ def test_unparsable_frame_costs_its_relaxation_only(tmp_path):
     assert "frame 4 of the file: unreadable (" in skipped.reason
 
 
+def damaged(path, *relaxations, frame, comment=None):
+    """A file of them with an unreadable frame, whose comment line may be another."""
+    lines = save(path, *relaxations).read_text().splitlines(keepends=True)
+    start = 6 * frame
+    lines[start + 3] = lines[start + 3][:-10] + "**********\n"
+    if comment is not None:
+        lines[start + 1] = comment(lines[start + 1])
+    path.write_text("".join(lines))
+    return path
+
+
+@pytest.mark.parametrize(("frame", "bad"), [(3, "b"), (5, "b"), (2, "a"), (0, "a"), (8, "007")])
+def test_unparsable_frame_costs_the_relaxation_it_names(tmp_path, frame, bad):
+    """Also where it is the first one, and where a name is read as a number."""
+    images = [frames("a"), frames("b"), frames("007")]
+    found = read(damaged(tmp_path / "a.extxyz", *images, frame=frame))
+    assert [item.id for item in found] == ["a", "b", "7"]
+    for item in found:
+        is_bad = item.id == bad.lstrip("0")
+        assert isinstance(item, SkippedRelaxation if is_bad else RelaxationTrajectory)
+        assert not is_bad or f"frame {frame} of the file: unreadable (" in item.reason
+
+
+@pytest.mark.parametrize(
+    ("frame", "bad"), [(0, "a"), (1, "a"), (2, "ab"), (3, "ab"), (5, "bc"), (8, "c")]
+)
+def test_unparsable_frame_without_a_name_costs_both_neighbours(tmp_path, frame, bad):
+    def nameless(line):
+        return line.replace("traj_id=", "other=")
+
+    images = [frames("a"), frames("b"), frames("c")]
+    found = read(damaged(tmp_path / "a.extxyz", *images, frame=frame, comment=nameless))
+    assert [item.id for item in found] == ["a", "b", "c"]
+    assert "".join(item.id for item in found if isinstance(item, SkippedRelaxation)) == bad
+
+
+def test_unparsable_frame_of_a_file_without_names(tmp_path):
+    for frame in range(3):
+        path = damaged(tmp_path / "whole.extxyz", frames(), frame=frame)
+        (skipped,) = read(path)
+        assert skipped.id == "whole" and f"frame {frame} of the file" in skipped.reason
+
+
 def test_truncated_file_keeps_the_whole_relaxations(tmp_path):
     path = save(tmp_path / "a.extxyz", frames("a"), frames("b"))
     text = path.read_text()

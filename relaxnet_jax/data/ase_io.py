@@ -36,6 +36,16 @@ class SkippedRelaxation(NamedTuple):
     reason: str
 
 
+class Unreadable(str):
+    """The complaint about a frame that cannot be parsed.
+
+    Attributes:
+      comment: its comment line.
+    """
+
+    comment: str = ""
+
+
 class _Frame(NamedTuple):
     """One frame: either ``atoms`` or, if it cannot be read, the ``error``."""
 
@@ -86,29 +96,53 @@ def read_frames(
 
 
 def _frames(path: Path, plain: Path, default: str) -> Iterator[_Frame]:
-    """Frames with the name of their relaxation; reading ends at damage that hides the rest."""
-    name, n_read = default, 0
+    """Frames with the name of their relaxation; reading ends at damage that hides the rest.
+
+    An unreadable frame that does not name its relaxation may be of the one before it or of the one
+    after it: it is yielded for both.
+    """
+    name, n_read = "", 0
+    orphan = ""  # complaint about a nameless frame that may be of the relaxation to come
     try:
         for item in images_of(plain):
-            if isinstance(item, str):
-                yield _Frame(name, None, f"frame {n_read} of the file: {item}")
+            error = f"frame {n_read} of the file: {item}" if isinstance(item, Unreadable) else ""
+            own = _name_of(item, default)
+            if own:
+                if orphan and own != name:
+                    yield _Frame(own, None, orphan)
+                name, orphan = own, ""
             else:
-                info = item.info.get("key_value_pairs", {}) | item.info
-                name = text_of(info.get("traj_id")) or default
-                yield _Frame(name, item)
+                orphan = orphan or error
+            if name:
+                yield _Frame(name, None if isinstance(item, Unreadable) else item, error)
             n_read += 1
-    except Exception as error:
+    except Exception as bad:
         if not n_read:
             raise InputError(
-                f"{path}: cannot be read ({one_line(error)}): give a file ASE reads as frames"
-            ) from error
-        reason = f"file damaged after {n_read} frames ({one_line(error)}): fetch it again"
-        yield _Frame(name, None, reason)
+                f"{path}: cannot be read ({one_line(bad)}): give a file ASE reads as frames"
+            ) from bad
+        reason = f"file damaged after {n_read} frames ({one_line(bad)}): fetch it again"
+        yield _Frame(name or default, None, reason)
     if not n_read:
         raise InputError(f"{path}: no frames: give a file ASE reads as frames")
+    if not name:
+        yield _Frame(default, None, orphan)
 
 
-def images_of(plain: Path) -> Iterator[ase.Atoms | str]:
+def _name_of(item: ase.Atoms | Unreadable, default: str) -> str:
+    """Name of a frame's relaxation; "" for an unreadable frame that does not say it."""
+    if not isinstance(item, Unreadable):
+        info = item.info.get("key_value_pairs", {}) | item.info
+        return text_of(info.get("traj_id")) or default
+    from ase.io.extxyz import key_val_str_to_dict
+
+    try:  # as the frames around it are read, or the names would differ
+        return text_of(key_val_str_to_dict(item.comment).get("traj_id"))
+    except Exception:
+        return ""
+
+
+def images_of(plain: Path) -> Iterator[ase.Atoms | Unreadable]:
     """ASE's frames; for extxyz, a frame that cannot be parsed as the complaint about it."""
     import ase.io
     from ase.io.extxyz import read_xyz
@@ -127,7 +161,9 @@ def images_of(plain: Path) -> Iterator[ase.Atoms | str]:
             try:
                 image = next(read_xyz(io.StringIO("".join(text)), 0))
             except Exception as error:
-                yield f"unreadable ({one_line(error)}): repair or remove it"
+                complaint = Unreadable(f"unreadable ({one_line(error)}): repair or remove it")
+                complaint.comment = "".join(text[1:2])
+                yield complaint
             else:
                 yield image
 

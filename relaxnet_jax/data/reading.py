@@ -42,10 +42,11 @@ def read_relaxations(
     `outcar.Outcar`), and the POSCAR or CONTCAR of an OUTCAR its fixed atoms; where these
     are damaged the run is read without them. Of other files, consecutive frames that share
     ``traj_id`` in their ``info`` are one relaxation, and their ``frame`` (if there) must ascend;
-    without ``traj_id`` the whole file is one. JSON files of the ALIGNN-FF set and of MPtrj are
-    recognised by content (see `json_sets`). Of an archive every file of relaxations is read.
-    Forces are raw, ``FixAtoms`` and selective dynamics become ``fixed_mask``, positions are
-    unwrapped.
+    without ``traj_id`` the whole file is one. A frame that cannot be parsed costs the relaxation
+    its ``traj_id`` names, or those on both sides where it names none. JSON files of the ALIGNN-FF
+    set and of MPtrj are recognised by content (see `json_sets`). Of an archive every file of
+    relaxations is read. Forces are raw, ``FixAtoms`` and selective dynamics become ``fixed_mask``,
+    positions are unwrapped.
 
     Args:
       path: vasprun.xml, OUTCAR, any file ASE reads as consecutive frames with energies and
