@@ -8,9 +8,14 @@ from pathlib import Path
 import ase.io
 import numpy as np
 import pytest
-from ase import Atoms
+from ase import Atoms, units
+from ase.build import bulk
+from ase.calculators.emt import EMT
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.constraints import FixAtoms, FixCartesian
+from ase.md.verlet import VelocityVerlet
+from ase.mep import NEB
+from ase.optimize import BFGS, FIRE, LBFGS, BFGSLineSearch, MDMin, QuasiNewton
 
 from relaxnet_jax.data import (
     RelaxationTrajectory,
@@ -132,10 +137,25 @@ def edited(**changes):
             images[1].set_constraint(value)
         elif field in ("energy", "forces"):
             images[1].calc.results[field] = value
+        elif field == "momenta":
+            images[1].set_momenta(value)
         else:
             setattr(images[1], field, value)
             # Or ASE would not write the labels of what it takes for another structure.
             images[1].calc.atoms = images[1].copy()
+    return images
+
+
+def band(steps=3):
+    """A path of four images, whose inner ones move, written once per step."""
+    images = []
+    for step in range(steps):
+        images += frames("bad", n=4)
+        for atoms in images[-3:-1]:
+            atoms.positions[1, 0] += 0.01 * step
+            atoms.calc.atoms = atoms.copy()
+    for k, atoms in enumerate(images):
+        atoms.info["frame"] = k
     return images
 
 
@@ -157,6 +177,8 @@ FAULTS = {
     "repeat": (edited(info={"frame": 0}), "frame 0 after frame 0: sort"),
     "number": (edited(info={"frame": "x"}), "frame 1, frame: 'x' is no number"),
     "fixed": (edited(constraint=FixAtoms([0])), "frame 1, constraints: fixed atoms change"),
+    "momenta": (edited(momenta=np.eye(4, 3)), "frame 1, momenta: change (molecular dynamics)"),
+    "band": (band(), "frames 0 and 3 come again every 4 frames: a path of images (NEB)"),
     "partly": (edited(constraint=FixCartesian([0], (1, 0, 0))), "held in some directions only"),
 }
 
@@ -170,6 +192,66 @@ def test_bad_relaxation_is_skipped_and_the_rest_goes_on(tmp_path, fault):
     assert (first.id, last.id) == ("a", "z")
     assert isinstance(skipped, SkippedRelaxation) and skipped.id == "bad"
     assert reason in skipped.reason and "\n" not in skipped.reason
+
+
+def crystal(rattle=0.1):
+    atoms = bulk("Cu", cubic=True)
+    atoms.rattle(rattle, seed=1)
+    atoms.calc = EMT()
+    return atoms
+
+
+def test_molecular_dynamics_is_refused(tmp_path):
+    """By what ASE says of the file, and by the momenta where it says nothing."""
+    atoms = crystal()
+    atoms.set_momenta(np.random.default_rng(0).normal(size=(4, 3)))
+    path = tmp_path / "md.traj"
+    VelocityVerlet(atoms, 2 * units.fs, trajectory=str(path), logfile=None).run(4)
+    packed = tmp_path / "md.traj.gz"
+    packed.write_bytes(gzip.compress(path.read_bytes()))
+    for file in (path, packed):
+        with pytest.raises(InputError, match=r"md\.traj.*VelocityVerlet, molecular dynamics: give"):
+            read(file)
+    (skipped,) = read(save(tmp_path / "md.extxyz", ase.io.read(path, ":")))
+    assert "frame 1, momenta: change (molecular dynamics): give a relaxation" in skipped.reason
+
+
+@pytest.mark.parametrize("optimiser", [BFGS, BFGSLineSearch, FIRE, QuasiNewton, LBFGS])
+def test_relaxations_are_no_paths(tmp_path, optimiser):
+    """Nor dynamics, though one starts from a snapshot of it and keeps the momenta."""
+    atoms = crystal()
+    atoms.set_momenta(np.random.default_rng(0).normal(size=(4, 3)))
+    path = tmp_path / "run.traj"
+    optimiser(atoms, trajectory=str(path), logfile=None).run(fmax=1e-3, steps=60)
+    (found,) = read(path)
+    assert found.n_frames > 5
+
+
+def test_nudged_elastic_band_is_refused(tmp_path):
+    first, path = bulk("Cu", cubic=True) * (2, 1, 1), tmp_path / "neb.traj"
+    del first[0]
+    last = first.copy()
+    last.positions[0] -= [0, 1.8, 1.8]
+    images = [first.copy() for _ in range(4)] + [last]
+    for image in images:
+        image.calc = EMT()
+    band = NEB(images, method="improvedtangent")
+    band.interpolate()
+    MDMin(band, trajectory=str(path), logfile=None).run(fmax=1e-3, steps=3)
+    (skipped,) = read(path)
+    assert "every 5 frames: a path of images (NEB)" in skipped.reason
+
+
+def test_back_and_forth_is_no_path(tmp_path):
+    """A line search that goes back to where it was, and one that is stuck between two places."""
+    for places in ([0, 1, 2, 0, 1.5, 0, 2.5, 3], [0, 1] * 6, [0, 0, 0, 0, 1, 1, 1, 1]):
+        images = frames("a", n=len(places))
+        for atoms, place in zip(images, places):
+            atoms.positions = images[0].positions.copy()
+            atoms.positions[1, 0] += 0.01 * place
+            atoms.calc.atoms = atoms.copy()
+        (found,) = read(save(tmp_path / "a.traj", images))
+        assert found.n_frames == len(places)
 
 
 def test_duplicate_id(tmp_path):

@@ -64,8 +64,12 @@ def read_frames(
       name: id of a relaxation that has no ``traj_id``.
 
     Raises:
-      InputError: the file is unreadable, or no frame of it has energy and forces.
+      InputError: the file is unreadable or of molecular dynamics, or no frame of it has energy and
+        forces.
     """
+    dynamics = _molecular_dynamics(plain)
+    if dynamics:
+        raise InputError(f"{path}: {dynamics}, molecular dynamics: give relaxations")
     labelled = False
     seen: set[str] = set()
     frames = _frames(path, plain, name)
@@ -140,6 +144,20 @@ def _name_of(item: ase.Atoms | Unreadable, default: str) -> str:
         return text_of(key_val_str_to_dict(item.comment).get("traj_id"))
     except Exception:
         return ""
+
+
+def _molecular_dynamics(plain: Path) -> str:
+    """The algorithm by which ASE's molecular dynamics wrote this .traj, "" for any other file."""
+    import ase.io
+
+    if plain.suffix != ".traj":
+        return ""
+    try:
+        with ase.io.Trajectory(str(plain)) as frames:
+            written: dict[str, Any] = frames.description or {}
+    except Exception:  # what cannot be read is named where the frames are
+        return ""
+    return str(written.get("md-type", "ASE")) if written.get("type") == "molecular-dynamics" else ""
 
 
 def images_of(plain: Path) -> Iterator[ase.Atoms | Unreadable]:
@@ -248,6 +266,10 @@ def _complaint(images: list[ase.Atoms], labels: list[_Labels]) -> str:
             return f"frame {k}, atomic_numbers: order or species change: sort the atoms alike"
         if np.any(atoms.pbc != first.pbc):
             return f"frame {k}, pbc: changes between frames: keep it the same"
+        # A relaxation moves no momenta; one that starts from a snapshot of dynamics keeps its own.
+        moving = atoms.has("momenta") or first.has("momenta")
+        if moving and not np.allclose(atoms.get_momenta(), first.get_momenta()):
+            return f"frame {k}, momenta: change (molecular dynamics): give a relaxation"
         missing = [n for n, v in (("energy", energy), ("forces", forces)) if v is None]
         if missing:
             return f"frame {k}: no {' and no '.join(missing)}: every frame needs both"
@@ -256,7 +278,32 @@ def _complaint(images: list[ase.Atoms], labels: list[_Labels]) -> str:
                 return f"frame {k}, constraints: fixed atoms change: keep them the same"
         except InputError as error:
             return f"frame {k}, constraints: {error}"
+    band = _band(np.array([atoms.positions for atoms in images]))
+    if band:
+        return (
+            f"frames 0 and {band - 1} come again every {band} frames: a path of images (NEB), or a "
+            "relaxation written again: give one relaxation"
+        )
     return ""
+
+
+def _band(positions: np.ndarray) -> int:
+    """Number of images where frames are those of a band, all written at each step; 0 where not.
+
+    The ends of a band do not move, so both come again to the last bit, one of them after as many
+    frames as there are images. Between them a relaxation would have to be in as many places, and
+    come back to two of them. A band written only once cannot be told from a relaxation.
+
+    Args:
+      positions: (n, N, 3), Å.
+    """
+    n_frames = len(positions)
+    first = np.all(positions == positions[0], axis=(1, 2))
+    for n in np.flatnonzero(first[: n_frames // 2 + 1])[1:]:
+        ends_stay = first[::n].all() and np.all(positions[n - 1 :: n] == positions[n - 1])
+        if n >= 3 and ends_stay and len({image.tobytes() for image in positions[:n]}) == n:
+            return int(n)
+    return 0
 
 
 def fixed_atoms(atoms: ase.Atoms) -> np.ndarray:
