@@ -169,9 +169,20 @@ def test_unfinished():
     assert "a single ionic step" in refused(outcar(n=1))
 
 
+CHAIN = b"""  energy of chain is (eV)         0.000000 for this image        0.000000
+  tangential force (eV/A)         0.100000
+  left and right image   0.900000  0.900000 A
+ TANGENT                                    CHAIN-FORCE (eV/Angst)
+"""
+VTST = b""" NEB: forces: par spring, perp REAL, dneb     0.006448    0.010138    0.000000
+ NEB: distance to prev, next image, angle between     0.067991    0.069281  158.366578
+ NEB: projections on to tangent (spring, REAL)     0.006448    0.669386
+"""
 BROKEN = {
     "md": ((b"IBRION =      2", b"IBRION =      0"), "IBRION=0, molecular dynamics"),
     "pressure": ((b"   GGA_COMPAT", b"   PSTRESS=    100.0 pullay stress\n   GGA_COMPAT"), "PSTRESS=100 kB"),
+    "chain": ((b" POSITION", CHAIN + b" POSITION"), "a path of images (NEB): give a relaxation"),
+    "vtst": ((b" POSITION", VTST + b" POSITION"), "a path of images (NEB): give a relaxation"),
     "ions": ((b"1   1   1", b"1   1   2"), "'ions per type' gives 4 atoms, NIONS 3"),
     "element": ((b"PAW_PBE Cu_pv", b"PAW_PBE Qq_pv"), None),
     "elements": ((b"PAW_PBE Cu_pv", b"PAW_PBE Ag_pv"), "TITEL gives Ag Zr O, VRHFIN Cu ? O"),
@@ -205,6 +216,13 @@ def test_damage(fault):
         assert read(text)[0].formula == "CuOZr"  # the other line has it
     else:
         assert re.search(re.escape(message).replace(r"\|", "|"), refused(text))
+
+
+def test_relaxation_by_a_build_with_vtst():
+    """It says of every run that it runs the NEB, whose parameters it lists."""
+    said = b" VTST: version 3.2, (02/03/18)\n CHAIN: Read ICHAIN            0\n" \
+           b" CHAIN: Running the NEB\n NEB:        SPRING         -5.000000\n"  # fmt: skip
+    assert read(outcar().replace(b" POTCAR:", said + b" POTCAR:", 1))[0].n_frames == 3
 
 
 def test_overflow_and_reciprocal():

@@ -25,11 +25,15 @@ from relaxnet_jax.data.vasp.vasprun import (
     KILOBAR,
     Energy,
     check_ibrion,
+    check_images,
     check_pressure,
     is_number,
 )
 from relaxnet_jax.errors import InputError
 
+# Of each ionic step of an image between the ends: VASP's own method, and VTST's. Builds with VTST
+# write "CHAIN: Running the NEB" of every run.
+_BAND = (b"energy of chain is (eV)", b"NEB: projections on to tangent")
 _SYMBOL = re.compile(rb"[A-Z][a-z]?(?![A-Za-z])")
 
 
@@ -218,6 +222,8 @@ class Outcar:
                 self.done += 1
                 own_cell, stress = False, None
                 placed = free = None
+            elif mark in _BAND:
+                check_images(1)
             elif mark == b"General timing and accounting":
                 self.finished = True
             else:

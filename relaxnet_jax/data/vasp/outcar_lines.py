@@ -30,6 +30,8 @@ _MARKS = (
     b"POSITION  ",
     b"free  energy",
     b"energy  without entropy",
+    b"energy of chain is (eV)",
+    b"NEB: projections on to tangent",
     b"General timing and accounting",
 )
 # Those of the head, which ends with the first iteration.

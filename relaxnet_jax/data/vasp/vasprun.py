@@ -218,8 +218,7 @@ class _Parser:
             elif tag is None and match[3] == b"PSTRESS":
                 check_pressure(match[4])
             elif tag is None and match[3] == b"IMAGES":
-                if int(match[4]) > 0:
-                    raise NoRelaxation("IMAGES, a path of images (NEB): give a relaxation")
+                check_images(int(match[4]))
             elif tag is None:
                 self.functional.setdefault(match[3].decode(), []).append(match[4])
             elif tag in _SKIPPED:
@@ -387,6 +386,12 @@ def check_ibrion(ibrion: int) -> None:
         raise NoRelaxation(
             f"IBRION={ibrion}, {_NO_RELAXATION[ibrion]}: give a relaxation (IBRION 1, 2 or 3)"
         )
+
+
+def check_images(images: int) -> None:
+    """Raises NoRelaxation if a run with so many IMAGES is none."""
+    if images > 0:
+        raise NoRelaxation("IMAGES, a path of images (NEB): give a relaxation")
 
 
 def check_pressure(kilobar: bytes) -> None:
