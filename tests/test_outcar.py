@@ -181,6 +181,8 @@ VTST = b""" NEB: forces: par spring, perp REAL, dneb     0.006448    0.010138   
 BROKEN = {
     "md": ((b"IBRION =      2", b"IBRION =      0"), "IBRION=0, molecular dynamics"),
     "pressure": ((b"   GGA_COMPAT", b"   PSTRESS=    100.0 pullay stress\n   GGA_COMPAT"), "PSTRESS=100 kB"),
+    "isif": ((b"   GGA_COMPAT", b"   ISIF   =      8    stress and relaxation\n   GGA_COMPAT"),
+             "ISIF=8 held the cell's shape"),
     "chain": ((b" POSITION", CHAIN + b" POSITION"), "a path of images (NEB): give a relaxation"),
     "vtst": ((b" POSITION", VTST + b" POSITION"), "a path of images (NEB): give a relaxation"),
     "ions": ((b"1   1   1", b"1   1   2"), "'ions per type' gives 4 atoms, NIONS 3"),
@@ -216,6 +218,12 @@ def test_damage(fault):
         assert read(text)[0].formula == "CuOZr"  # the other line has it
     else:
         assert re.search(re.escape(message).replace(r"\|", "|"), refused(text))
+
+
+@pytest.mark.parametrize("isif", range(4))
+def test_isif_of_relaxations(isif):
+    line = b"   ISIF   = %6d    stress and relaxation\n   GGA_COMPAT" % isif
+    assert read(outcar().replace(b"   GGA_COMPAT", line))[0].n_frames == 3
 
 
 def test_relaxation_by_a_build_with_vtst():

@@ -144,6 +144,8 @@ def test_selective_dynamics():
     [
         ((b'"IBRION">     2', b'"IBRION">     0'), "IBRION=0, molecular dynamics"),
         ((b'"IBRION">     2', b'"IBRION">     6'), "IBRION=6, finite differences"),
+        ((b"</incar>", b'<i type="int" name="ISIF">     4</i></incar>'), "ISIF=4 held the volume: "),
+        ((b"</incar>", b'<i type="int" name="ISIF">     7</i></incar>'), "give one with ISIF 2 or 3"),
         ((b"</incar>", b'<i name="PSTRESS"> 100.0</i></incar>'), "PSTRESS=100 kB"),
         ((b"</incar>", b'<i type="int" name="IMAGES"> 4</i></incar>'), "IMAGES, a path of images"),
         ((b"<c>Cu</c>", b"<c>Qq</c>"), "<atominfo>: elements Qq"),
@@ -159,6 +161,12 @@ def test_selective_dynamics():
 )  # fmt: skip
 def test_damage(change, message):
     assert message in refused(vasprun().replace(*change, 1))
+
+
+@pytest.mark.parametrize("isif", range(4))
+def test_isif_of_relaxations(isif):
+    tag = f'<i type="int" name="ISIF">     {isif}</i></incar>'.encode()
+    assert read(vasprun().replace(b"</incar>", tag)).n_frames == 3
 
 
 def test_overflow_and_nan():

@@ -26,6 +26,7 @@ from relaxnet_jax.data.vasp.vasprun import (
     Energy,
     check_ibrion,
     check_images,
+    check_isif,
     check_pressure,
     is_number,
 )
@@ -255,6 +256,9 @@ class Outcar:
             match = re.match(rb"IBRION =\s*(-?\d+)\s+ionic relax", line)
             if match:
                 check_ibrion(int(match[1]))
+        elif mark == b"ISIF   =":
+            if match := re.match(rb"ISIF   =\s*(\d+)\s+stress and relax", line):
+                check_isif(int(match[1]))
         elif mark == b"number of dos":
             match = re.search(rb"NIONS\s*=\s*(\d+)", line)
             self._n_ions = int(match[1]) if match else None

@@ -35,7 +35,15 @@ _MARKS = (
     b"General timing and accounting",
 )
 # Those of the head, which ends with the first iteration.
-_HEAD = (b"GGA     =", b"METAGGA=", b"LHFCALC =", b"LUSE_VDW   =", b"IVDW ", b"LDA+U is selected")
+_HEAD = (
+    b"ISIF   =",
+    b"GGA     =",
+    b"METAGGA=",
+    b"LHFCALC =",
+    b"LUSE_VDW   =",
+    b"IVDW ",
+    b"LDA+U is selected",
+)
 _GLUED = re.compile(rb"(?<=\d)-")
 
 

@@ -38,7 +38,7 @@ _SKIPPED = (b"dos", b"eigenvalues", b"projected", b"kpoints", b"dielectricfuncti
 _TAG = re.compile(
     rb"<(/?(?:modeling|calculation|atominfo|structure|varray|energy|scstep|"
     + b"|".join(_SKIPPED)
-    + rb"))\b([^<>]*)>|<i\b[^<>]*name=\"(IBRION|PSTRESS|IMAGES|"
+    + rb"))\b([^<>]*)>|<i\b[^<>]*name=\"(IBRION|ISIF|PSTRESS|IMAGES|"
     + b"|".join(tag.encode() for tag in FUNCTIONAL_TAGS)
     + rb")\"[^<>]*>([^<>]*)</i>"
 )
@@ -55,6 +55,15 @@ _NO_RELAXATION = {
     8: "perturbation theory for phonons",
     40: "an intrinsic reaction coordinate",
     44: "the dimer method",
+}
+# What a relaxation with these ISIF holds beside the atoms of selective dynamics; 0, 1 and 2 hold
+# the cell, 3 nothing. 8 is of VASP 6.4.
+_HELD = {
+    4: "the volume",
+    5: "positions and volume",
+    6: "the positions",
+    7: "positions and the cell's shape",
+    8: "the cell's shape",
 }
 
 
@@ -143,7 +152,7 @@ def read_vasprun(
 
     Raises:
       NoRelaxation: it is a run of another kind, of a single ionic step, or holds an atom in some
-        directions only.
+        directions only, all positions, or a part of the cell.
       InputError: it holds fewer than two complete ionic steps or is damaged; the message is one
         line without the name of the file.
     """
@@ -215,6 +224,8 @@ class _Parser:
             tag, attributes = match[1], match[2]
             if tag is None and match[3] == b"IBRION":
                 check_ibrion(int(match[4]))
+            elif tag is None and match[3] == b"ISIF":
+                check_isif(int(match[4]))
             elif tag is None and match[3] == b"PSTRESS":
                 check_pressure(match[4])
             elif tag is None and match[3] == b"IMAGES":
@@ -385,6 +396,15 @@ def check_ibrion(ibrion: int) -> None:
     if ibrion in _NO_RELAXATION:
         raise NoRelaxation(
             f"IBRION={ibrion}, {_NO_RELAXATION[ibrion]}: give a relaxation (IBRION 1, 2 or 3)"
+        )
+
+
+def check_isif(isif: int) -> None:
+    """Raises NoRelaxation if a run with this ISIF held the positions, or a part of the cell."""
+    if isif in _HELD:
+        raise NoRelaxation(
+            f"ISIF={isif} held {_HELD[isif]}: only relaxations of the positions, or of these and the whole "
+            "cell, can be learned from; give one with ISIF 2 or 3"
         )
 
 
