@@ -38,7 +38,7 @@ def data_import(args: argparse.Namespace) -> int:
         )
     say(
         f"{args.out}: {result.read} relaxations with {result.frames} ionic steps; "
-        f"{len(result.skipped)} skipped{_unfinished(result)}"
+        f"{len(result.skipped)} skipped{_imperfect(result)}"
     )
     for file, name, reason in result.skipped:
         say(f"  skipped {file}{f', {name}' if name else ''}: {reason}")
@@ -46,11 +46,13 @@ def data_import(args: argparse.Namespace) -> int:
     return 0
 
 
-def _unfinished(result: ImportReport) -> str:
-    """What the last line says of runs without their end."""
-    if not result.unfinished:
-        return ""
-    return f"; {result.unfinished} unfinished, with their complete ionic steps (see their source)"
+def _imperfect(result: ImportReport) -> str:
+    """What the last line says of runs without their end, or with unconverged ionic steps."""
+    counts = {
+        "unfinished, with their complete ionic steps": result.unfinished,
+        "with electronically unconverged ionic steps": result.at_nelm,
+    }
+    return "".join(f"; {n} {what} (see their source)" for what, n in counts.items() if n)
 
 
 def data_split(args: argparse.Namespace) -> int:
@@ -87,7 +89,7 @@ def data_jarvis(args: argparse.Namespace) -> int:
         f"{args.out}: {result.imported.read} relaxations with {result.imported.frames} ionic "
         f"steps; {result.came} archives came, {len(result.failed)} failed, "
         f"{len(result.skipped)} skipped; {len(result.imported.skipped)} relaxations not read"
-        f"{_unfinished(result.imported)}"
+        f"{_imperfect(result.imported)}"
     )
     say(f"of each archive: {result.manifest}")
     if result.failed:

@@ -139,6 +139,58 @@ def test_glued_numbers():
     np.testing.assert_array_equal(found.forces[0], [0.5, -1000.25, 0])
 
 
+REACHED = b"\n%s aborting loop because EDIFF is reached %s\n" % (b"-" * 24, b"-" * 40)
+MISSED = b"\n%s aborting loop EDIFF was not reached (unconverged)  %s\n" % (b"-" * 24, b"-" * 28)
+STOPPED = b"\n%s aborting loop because hard stop was set %s\n" % (b"-" * 24, b"-" * 39)
+
+
+def saying(*words, nelm=60):
+    """A run of two electronic steps in each ionic step, after which VASP says these words."""
+    line = b"   NELM   = %6d;   NELMIN=  2; NELMDL= -5     # of ELM steps\n   IBRION" % nelm
+    text = head().replace(b"   IBRION", line)
+    for k, word in enumerate(words):
+        text += step(k).replace(b" VOLUME and", word + b" VOLUME and")
+    return text + b" General timing and accounting informations for this job:\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "nelm", "count"),
+    [
+        ([REACHED, REACHED, REACHED], 60, 0),
+        ([b"", b"", b""], 60, 0),  # nothing is said, nothing is claimed
+        ([MISSED, REACHED, REACHED], 60, 1),
+        ([STOPPED, b"", REACHED], 60, 2),
+        ([REACHED, REACHED, MISSED], 60, None),
+        ([REACHED, REACHED, b""], 60, None),
+        ([REACHED, REACHED, REACHED], 2, None),  # as VASP 5 has it
+        ([b"", b"", b""], 2, None),
+    ],
+)
+@pytest.mark.parametrize("chunk", [1 << 20, 61])
+def test_electronically_unconverged(words, nelm, count, chunk, monkeypatch):
+    monkeypatch.setattr(outcar_lines, "_CHUNK", chunk)
+    text = saying(*words, nelm=nelm)
+    if count is None:
+        assert "the last ionic step ended at NELM" in refused(text)
+        return
+    found, notes = read(text)
+    assert found.source == "VASP GGA=PS" + ", steps at NELM" * bool(count)
+    assert notes == [
+        f"{count} of 3 ionic steps ended at NELM (electronically unconverged)"
+    ] * bool(count)
+
+
+def test_ionic_step_at_nelm_by_vasp_5():
+    """It says that EDIFF is reached; the count of electronic steps tells."""
+    text = saying(REACHED, REACHED, REACHED, nelm=3)
+    again = f"{'-' * 40} Iteration      2(   3)  {'-' * 39}\n".encode()
+    at = text.index(b" VOLUME", text.index(b"Iteration      2"))
+    at = text.rindex(REACHED, 0, at)
+    found, notes = read(text[:at] + again + text[at:])
+    assert notes == ["1 of 3 ionic steps ended at NELM (electronically unconverged)"]
+    assert found.family == "VASP GGA=PS"
+
+
 def test_many_kinds():
     """VASP breaks the numbers of ions after ten kinds."""
     text = head().replace(b"NIONS =      3", b"NIONS =     24")

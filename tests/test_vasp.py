@@ -169,6 +169,46 @@ def test_isif_of_relaxations(isif):
     assert read(vasprun().replace(b"</incar>", tag)).n_frames == 3
 
 
+def with_nelm(nelm, counts):
+    """A run with so many electronic steps in its ionic steps, and NELM as VASP has it twice."""
+    first, *calculations = vasprun(n=len(counts)).split(b"<calculation>")
+    first = first.replace(b"</incar>", b'<i type="int" name="NELM">   %d</i></incar>' % nelm)
+    first = first.replace(
+        b"<atominfo>", b'<separator name="response functions" ><i type="int" name="NELM">     1</i>'
+        b"</separator><atominfo>")  # fmt: skip
+    for count, text in zip(counts, calculations):
+        more = f"<scstep>\n{energies(1.0, 1.0, 1.0)}</scstep>\n".encode() * (count - 2)
+        first += b"<calculation>" + more + text
+    return first
+
+
+def test_electronically_unconverged(tmp_path, capsys):
+    """Noted and counted where others follow; after the last ionic step there is no minimum."""
+    notes = []
+    assert read(with_nelm(5, [4, 3, 4]), note=notes.append).source == "VASP" and not notes
+    found = read(with_nelm(4, [4, 4, 3]), source="here", note=notes.append)
+    assert notes == ["2 of 3 ionic steps ended at NELM (electronically unconverged)"]
+    assert (found.n_frames, found.source, found.family) == (3, "here, steps at NELM", "here")
+    message = refused(with_nelm(4, [3, 3, 4]))
+    assert "the last ionic step ended at NELM (electronically unconverged)" in message
+    assert "a larger NELM or another ALGO" in message
+    cut = with_nelm(4, [4, 3, 3])
+    for name, text in (("a", cut), ("b", cut[: cut.rindex(b"forces")]), ("c", with_nelm(4, [3, 4]))):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "vasprun.xml").write_bytes(text)
+    out = tmp_path / "set.h5"
+    assert main(["data", "import", str(tmp_path), "--out", str(out)]) == 0
+    said = capsys.readouterr()
+    assert "2 relaxations with 5 ionic steps; 1 skipped; 1 unfinished, with their" in said.out
+    assert "; 2 with electronically unconverged ionic steps (see their source)" in said.out
+    assert "1 of 3 ionic steps ended at NELM" in said.err
+    with TrajectoryStore(out) as store:
+        assert [store[i].source for i in range(2)] == [
+            "VASP, steps at NELM", "VASP, steps at NELM, unfinished",
+        ]  # fmt: skip
+        assert {store[i].family for i in range(2)} == {"VASP"}
+
+
 def test_overflow_and_nan():
     text = vasprun()
     at = text.index(b'name="forces"') + 24

@@ -25,7 +25,7 @@ from relaxnet_jax.data.parts import Item, Mark, run_parts
 from relaxnet_jax.data.shards import SHARD_SIZE, write_shards
 from relaxnet_jax.data.sources import Source, find_sources
 from relaxnet_jax.data.store_write import write_store
-from relaxnet_jax.data.trajectory import UNFINISHED, RelaxationTrajectory
+from relaxnet_jax.data.trajectory import AT_NELM, UNFINISHED, RelaxationTrajectory
 from relaxnet_jax.data.vasp.beside import Initial
 from relaxnet_jax.data.vasp.vasprun import Energy
 from relaxnet_jax.errors import InputError
@@ -46,12 +46,15 @@ class ImportReport:
       frames: number of ionic steps in the store.
       unfinished: number of relaxations in the store whose VASP run lacks its end (see
         `vasp.unfinished`).
+      at_nelm: number of those with electronically unconverged ionic steps (see
+        `vasp.electronic`).
     """
 
     read: int
     skipped: list[tuple[str, str, str]]
     frames: int
     unfinished: int = 0
+    at_nelm: int = 0
 
 
 def import_files(
@@ -148,6 +151,7 @@ def import_files(
         skipped=merged.skipped,
         frames=merged.frames,
         unfinished=merged.unfinished,
+        at_nelm=merged.at_nelm,
     )
 
 
@@ -173,7 +177,8 @@ class _Merged:
     """What came of the files, as their relaxations go by.
 
     Attributes:
-      skipped, frames, unfinished: see `ImportReport`. seen: ids. done: whether everything has gone by.
+      skipped, frames, unfinished, at_nelm: see `ImportReport`. seen: ids. done: whether everything
+        has gone by.
     """
 
     def __init__(
@@ -186,7 +191,7 @@ class _Merged:
         self.sources, self.groups, self.say = sources, groups, say
         self.progress = progress or (lambda done, total: None)
         self.skipped: list[tuple[str, str, str]] = []
-        self.frames = self.unfinished = 0
+        self.frames = self.unfinished = self.at_nelm = 0
         self.seen: set[str] = set()
         self.done = False
 
@@ -231,6 +236,7 @@ class _Merged:
             self.seen.add(item.id)
             self.frames += item.n_frames
             self.unfinished += item.source.endswith(UNFINISHED)
+            self.at_nelm += item.source.removesuffix(UNFINISHED).endswith(AT_NELM)
             read += 1
             yield item
 

@@ -22,6 +22,8 @@ PREDICTED = "RelaxNet"  # the source of predicted relaxations
 # What a `source` ends in where the relaxation has not come to its end.
 UNFINISHED = ", unfinished"  # killed, going on, or its file cut
 UNCONVERGED = ", not converged"
+# What it says before that of a VASP run some of whose ionic steps are electronically unconverged.
+AT_NELM = ", steps at NELM"
 MANY = (".extxyz", ".traj")  # take all frames, of several relaxations
 SUPPORTED_OUTPUTS = ".extxyz, .traj (all frames), .cif, .vasp, POSCAR*, CONTCAR* (final frame)"
 
@@ -47,7 +49,7 @@ class RelaxationTrajectory:
       charges: (N,) or None, e: net charges of the atoms, positive where electrons are missing
         (ASE's initial charges; of a VASP run, those of its PAW spheres, see `outcar.Outcar`).
       times: (n,) pseudotime in [0, 1], or None for k/(n-1).
-      source: where it came from (file, code, functional); it ends in `UNFINISHED` or
+      source: where it came from (file, code, functional); it ends in `AT_NELM`, `UNFINISHED` or
         `UNCONVERGED` where that is so.
     """
 
@@ -89,7 +91,10 @@ class RelaxationTrajectory:
     @property
     def family(self) -> str:
         """``source`` without what it may end in: energies of one family can be compared."""
-        return self.source.removesuffix(UNFINISHED).removesuffix(UNCONVERGED)
+        source = self.source
+        for ending in (UNFINISHED, UNCONVERGED, AT_NELM):
+            source = source.removesuffix(ending)
+        return source
 
     @property
     def variable_cell(self) -> bool:

@@ -18,6 +18,7 @@ from relaxnet_jax.data.trajectory import (
     reduced_formula,
     sound_and_unwrapped,
 )
+from relaxnet_jax.data.vasp.electronic import tell_unconverged
 from relaxnet_jax.data.vasp.functional import functional_of
 from relaxnet_jax.data.vasp.outcar_lines import Scanner, table
 from relaxnet_jax.data.vasp.unfinished import Cut, NoRelaxation, remark, too_few
@@ -41,7 +42,8 @@ _SYMBOL = re.compile(rb"[A-Z][a-z]?(?![A-Za-z])")
 class _Step(NamedTuple):
     """One ionic step: cell (3, 3) Å, positions (N, 3) Å, energy eV, forces (N, 3), stress or None.
 
-    ``own_cell``: whether the cell was printed for this very step.
+    ``own_cell``: whether the cell was printed for this very step. ``converged``: whether its
+    electronic minimisation was, by NELM and by what VASP says of it; None where it says nothing.
     """
 
     cell: np.ndarray
@@ -50,6 +52,7 @@ class _Step(NamedTuple):
     energy: float
     forces: np.ndarray
     stress: np.ndarray | None
+    converged: bool | None
 
 
 def read_outcar(
@@ -65,9 +68,9 @@ def read_outcar(
     Positions are unwrapped; forces are raw; stresses have ASE's sign. Positions have the five
     decimals of an OUTCAR (a vasprun.xml has more). Of each ionic step the energy is the one after
     its last electronic step, converged or not, as in `vasprun.read_vasprun`. Of a run without its
-    end the complete ionic steps are kept (see `unfinished`). ``charges`` are the net
-    charges of the PAW spheres by the last "total charge" table (see `Outcar.charges`), None if
-    there is none.
+    end the complete ionic steps are kept (see `unfinished`), and electronically unconverged ones
+    before the last (see `electronic`). ``charges`` are the net charges of the PAW spheres by the
+    last "total charge" table (see `Outcar.charges`), None if there is none.
 
     Args:
       file: opened in binary mode, decompressed.
@@ -91,6 +94,7 @@ def read_outcar(
     if len({step.own_cell for step in steps}) > 1:
         missing = [step.own_cell for step in steps].index(False)
         raise InputError(f"ionic step {missing}: no lattice vectors: the file is damaged")
+    at_nelm = tell_unconverged(_unconverged(steps), say)
     if not run.finished:
         say(remark(len(steps)))
     if run.charges_fault:
@@ -104,7 +108,7 @@ def read_outcar(
             "fixed; put the run's POSCAR beside it"
         )
     stresses = [step.stress for step in steps if step.stress is not None]
-    source = functional_of(run.functional) if source is None else source
+    source = (functional_of(run.functional) if source is None else source) + at_nelm
     trajectory = RelaxationTrajectory(
         id=name,
         atomic_numbers=numbers,
@@ -120,6 +124,13 @@ def read_outcar(
         source=source if run.finished else source + UNFINISHED,
     )
     return sound_and_unwrapped(trajectory)
+
+
+def _unconverged(steps: list[_Step]) -> list[bool]:
+    """Of each ionic step, whether its electronic minimisation did not converge."""
+    # VASP says of each step that it converged, or, in some versions and of some algorithms, of none.
+    said = any(step.converged for step in steps)
+    return [not step.converged if said else step.converged is False for step in steps]
 
 
 class Outcar:
@@ -147,6 +158,7 @@ class Outcar:
         self._cores: list[float] = []
         self._numbers: np.ndarray | None = None
         self._table: tuple[np.ndarray | None, str] = (None, "")
+        self._nelm = 0
         self.done = 0
         self.finished = self.selective = False
         self.functional: dict[str, list[bytes]] = {}
@@ -177,12 +189,16 @@ class Outcar:
         cell: np.ndarray | None = None
         iteration: int | None = None
         own_cell = False
-        stress = placed = free = None
+        n_electronic = 0
+        stress = placed = free = reached = None
         while (hit := self._scanner.line()) is not None:
             mark, line = hit
             if mark == b" Iteration ":
-                number = re.match(rb" Iteration\s+(\d+)\(", line)
+                number = re.match(rb" Iteration\s+(\d+)\(\s*(\d*)", line)
                 iteration = int(number[1]) if number else None
+                n_electronic = int(number[2] or 0) if number else 0
+            elif mark == b" aborting loop ":
+                reached = b"EDIFF is reached" in line
             elif mark == b"total charge":
                 if line.split() == [b"total", b"charge"]:
                     self._table = self._read_charges()
@@ -219,10 +235,13 @@ class Outcar:
                 if not is_number(token):
                     self._fail(f"energy {token.decode('ascii', 'replace')!r} is no number")
                 self.charges, self.charges_fault = self._net_charges()
-                yield _Step(cell, own_cell, placed[:, :3], float(token), placed[:, 3:], stress)
+                # VASP 5 says that EDIFF is reached also at NELM.
+                converged = False if 0 < self._nelm <= n_electronic else reached
+                forces = placed[:, 3:]
+                yield _Step(cell, own_cell, placed[:, :3], float(token), forces, stress, converged)
                 self.done += 1
-                own_cell, stress = False, None
-                placed = free = None
+                own_cell, n_electronic = False, 0
+                stress = placed = free = reached = None
             elif mark in _BAND:
                 check_images(1)
             elif mark == b"General timing and accounting":
@@ -256,6 +275,9 @@ class Outcar:
             match = re.match(rb"IBRION =\s*(-?\d+)\s+ionic relax", line)
             if match:
                 check_ibrion(int(match[1]))
+        elif mark == b"NELM   =":
+            if match := re.match(rb"NELM   =\s*(\d+);", line):
+                self._nelm = int(match[1])
         elif mark == b"ISIF   =":
             if match := re.match(rb"ISIF   =\s*(\d+)\s+stress and relax", line):
                 check_isif(int(match[1]))

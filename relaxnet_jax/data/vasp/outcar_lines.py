@@ -13,7 +13,7 @@ from relaxnet_jax.errors import InputError
 
 _CHUNK = 1 << 20
 _LONGEST_LINE = 1 << 16
-# What the lines of interest begin with, blanks aside ("Iteration" comes after dashes).
+# What the lines of interest begin with, blanks aside, and dashes before those of `_DASHED`.
 _MARKS = (
     b"TITEL  =",
     b"VRHFIN =",
@@ -24,6 +24,7 @@ _MARKS = (
     b"PSTRESS=",
     b"using selective dynamics",
     b" Iteration ",
+    b" aborting loop ",
     b"total charge",
     b"in kB",
     b"direct lattice vectors",
@@ -34,8 +35,10 @@ _MARKS = (
     b"NEB: projections on to tangent",
     b"General timing and accounting",
 )
+_DASHED = (b" Iteration ", b" aborting loop ")
 # Those of the head, which ends with the first iteration.
 _HEAD = (
+    b"NELM   =",
     b"ISIF   =",
     b"GGA     =",
     b"METAGGA=",
@@ -85,7 +88,7 @@ class Scanner:
                     continue
                 start = self._buffer.rfind(b"\n", 0, found) + 1
                 before = self._buffer[start:found].strip()
-                if before and not (mark == b" Iteration " and not before.strip(b"-")):
+                if before.strip(b"-") if mark in _DASHED else before:
                     continue
                 end = self._buffer.index(b"\n", found)
                 self._at = end + 1

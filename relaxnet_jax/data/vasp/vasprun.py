@@ -19,6 +19,7 @@ from relaxnet_jax.data.trajectory import (
     reduced_formula,
     sound_and_unwrapped,
 )
+from relaxnet_jax.data.vasp.electronic import tell_unconverged
 from relaxnet_jax.data.vasp.functional import FUNCTIONAL_TAGS, functional_of
 from relaxnet_jax.data.vasp.unfinished import Cut, NoRelaxation, remark, too_few
 from relaxnet_jax.errors import InputError
@@ -38,7 +39,7 @@ _SKIPPED = (b"dos", b"eigenvalues", b"projected", b"kpoints", b"dielectricfuncti
 _TAG = re.compile(
     rb"<(/?(?:modeling|calculation|atominfo|structure|varray|energy|scstep|"
     + b"|".join(_SKIPPED)
-    + rb"))\b([^<>]*)>|<i\b[^<>]*name=\"(IBRION|ISIF|PSTRESS|IMAGES|"
+    + rb"))\b([^<>]*)>|<i\b[^<>]*name=\"(IBRION|ISIF|NELM|PSTRESS|IMAGES|"
     + b"|".join(tag.encode() for tag in FUNCTIONAL_TAGS)
     + rb")\"[^<>]*>([^<>]*)</i>"
 )
@@ -68,13 +69,17 @@ _HELD = {
 
 
 class _Step(NamedTuple):
-    """One ionic step: cell (3, 3) Å, fractional (N, 3), energy eV, forces (N, 3), stress or None."""
+    """One ionic step: cell (3, 3) Å, fractional (N, 3), energy eV, forces (N, 3), stress or None.
+
+    ``n_electronic``: number of electronic steps.
+    """
 
     cell: np.ndarray
     fractional: np.ndarray
     energy: float
     forces: np.ndarray
     stress: np.ndarray | None
+    n_electronic: int
 
 
 class _Scanner:
@@ -140,7 +145,8 @@ def read_vasprun(
 
     Positions are unwrapped; forces are raw; stresses have ASE's sign. Of each ionic step the
     energy is that of the last electronic step. Of a run without its end the complete ionic steps
-    are kept (see `unfinished`).
+    are kept (see `unfinished`), and electronically unconverged ones before the last (see
+    `electronic`): those with as many electronic steps as NELM allows.
 
     Args:
       file: opened in binary mode, decompressed.
@@ -148,14 +154,16 @@ def read_vasprun(
       energy: "free" (TOTEN, consistent with the forces), "sigma0" (extrapolated to zero
         smearing) or "internal" (without entropy).
       source: where it came from; VASP and its functional by default, see `functional_of`.
-      note: called with one line if the run is without its end.
+      note: called with one line if the run is without its end, or has unconverged ionic steps.
 
     Raises:
       NoRelaxation: it is a run of another kind, of a single ionic step, or holds an atom in some
-        directions only, all positions, or a part of the cell.
+        directions only, all positions, or a part of the cell; or its last ionic step is
+        electronically unconverged.
       InputError: it holds fewer than two complete ionic steps or is damaged; the message is one
         line without the name of the file.
     """
+    say = note or (lambda _: None)
     parser = _Parser(_Scanner(file), energy)
     try:
         steps = list(parser.steps())
@@ -166,14 +174,15 @@ def read_vasprun(
     if len(steps) < 2:
         whole = not parser.cut and steps
         raise (NoRelaxation if whole else InputError)(too_few(len(steps), parser.cut))
-    if parser.cut and note is not None:
-        note(remark(len(steps)))
+    at_nelm = tell_unconverged([0 < parser.nelm <= step.n_electronic for step in steps], say)
+    if parser.cut:
+        say(remark(len(steps)))
     assert parser.numbers is not None
     cells = np.array([step.cell for step in steps])
     with np.errstate(invalid="ignore", over="ignore"):  # what is not finite is refused below
         positions = np.array([step.fractional @ step.cell for step in steps])
     stresses = [step.stress for step in steps if step.stress is not None]
-    source = functional_of(parser.functional) if source is None else source
+    source = (functional_of(parser.functional) if source is None else source) + at_nelm
     trajectory = RelaxationTrajectory(
         id=name,
         atomic_numbers=parser.numbers,
@@ -195,7 +204,7 @@ class _Parser:
 
     Attributes:
       numbers: (N,) atomic numbers, once read. fixed: (N,) bool. done: complete steps so far.
-      cut: where the file ends if it lacks its own end, or "".
+      cut: where the file ends if it lacks its own end, or "". nelm: NELM, 0 where it is not said.
       functional: values of INCAR tags, for `functional_of`.
     """
 
@@ -205,6 +214,7 @@ class _Parser:
         self.fixed: np.ndarray = np.zeros(0, dtype=bool)
         self.done = 0
         self.cut = ""
+        self.nelm = 0
         self.functional: dict[str, list[bytes]] = {}
         self._inside = b""
 
@@ -226,6 +236,9 @@ class _Parser:
                 check_ibrion(int(match[4]))
             elif tag is None and match[3] == b"ISIF":
                 check_isif(int(match[4]))
+            elif tag is None and match[3] == b"NELM":
+                # That of response functions comes later under the same name.
+                self.nelm = self.nelm or int(match[4])
             elif tag is None and match[3] == b"PSTRESS":
                 check_pressure(match[4])
             elif tag is None and match[3] == b"IMAGES":
@@ -357,7 +370,8 @@ class _Parser:
         stress = step.get("stress")
         if stress is not None:
             stress = stress_of(stress)
-        return _Step(step["cell"], step["fractional"], energy, step["forces"], stress)
+        n_electronic = len(electronic)
+        return _Step(step["cell"], step["fractional"], energy, step["forces"], stress, n_electronic)
 
 
 def _varray(block: bytes, name: bytes) -> bytes | None:
