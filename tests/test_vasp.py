@@ -304,6 +304,32 @@ def test_folders(tmp_path):
         find_sources([tmp_path / "empty"])
 
 
+def test_failed_attempts(tmp_path):
+    """Custodian keeps them in archives beside the run: read only where they are named."""
+    run = tmp_path / "runs" / "launch"
+    run.mkdir(parents=True)
+    (run / "vasprun.xml").write_bytes(vasprun())
+    (tmp_path / "vasprun.xml").write_bytes(vasprun()[: vasprun().rindex(b"forces")])
+    for name in ("error.1.tar.gz", "error.12.tar", "my_error.1.tar.gz"):
+        with tarfile.open(run / name, "w:gz" if name.endswith("gz") else "w") as out:
+            out.add(tmp_path / "vasprun.xml", "vasprun.xml")
+    lines = []
+    import_files([tmp_path / "runs"], tmp_path / "out.h5", lines.append)
+    assert lines[0].startswith("2 archives of custodian's failed attempts (error.N.tar.gz) in the ")
+    assert not any("no files of relaxations" in line for line in lines)
+    with TrajectoryStore(tmp_path / "out.h5") as store:
+        assert sorted(store.ids) == ["launch", "launch/my_error.1"]
+    found = find_sources([run / "error.1.tar.gz"])
+    assert (len(found.sources), found.attempts) == (1, 0)
+    import_files([run / "error.1.tar.gz"], tmp_path / "out.h5")
+    with TrajectoryStore(tmp_path / "out.h5") as store:
+        assert store[0].source == "VASP, unfinished"
+    (run / "vasprun.xml").unlink()
+    (run / "my_error.1.tar.gz").unlink()
+    with pytest.raises(InputError, match="runs: holds no vasprun"):
+        find_sources([tmp_path / "runs"])
+
+
 @pytest.mark.parametrize(
     ("name", "id"),
     [("Au/run2/vasprun.xml.gz", "Au/run2"), ("JVASP-39.vasprun.xml", "JVASP-39"),

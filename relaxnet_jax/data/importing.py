@@ -113,6 +113,9 @@ def import_files(
     if found.others:
         say(f"{found.others} files in the folders are no files of relaxations, or the OUTCAR of a "
             "run whose vasprun.xml is read")  # fmt: skip
+    if found.attempts:
+        say(f"{found.attempts} archives of custodian's failed attempts (error.N.tar.gz) in the folders "
+            "are left out: name them to read them")  # fmt: skip
     if out.resolve() in [source.path.resolve() for source in found.sources]:
         raise InputError(f"{out}: is also read: choose another output path")
     task = ReadTask(stamped(found.sources), energy, initial)

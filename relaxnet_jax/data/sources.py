@@ -26,6 +26,8 @@ _ARCHIVES = (".zip", ".tar", ".tgz", ".tar.gz", ".tar.xz", ".tar.bz2")
 _WANTED = (".extxyz", ".traj", ".db")
 _VASP = re.compile(r"(?i)[._-]?(vasprun|outcar)(?:[._-]?xml)?")
 _STRUCTURE = re.compile(r"(?i)[._-]?(poscar|contcar)(?:[._-]?vasp)?")
+# In these custodian keeps the files of attempts that failed, beside those of the one that did not.
+_ATTEMPT = re.compile(r"error\.\d+\.tar(\.gz)?")
 DAMAGE = (OSError, EOFError, zlib.error, lzma.LZMAError, tarfile.TarError, zipfile.BadZipFile)
 
 
@@ -58,10 +60,17 @@ class Source(NamedTuple):
 
 
 class Found(NamedTuple):
-    """What a search came upon: ``sources`` to read, and the number of files left alone."""
+    """What a search came upon.
+
+    Attributes:
+      sources: files to read.
+      others: number of files left alone because they are none of relaxations.
+      attempts: number of custodian's archives of failed attempts left alone.
+    """
 
     sources: list[Source]
     others: int
+    attempts: int = 0
 
 
 def find_sources(paths: Sequence[str | os.PathLike[str]]) -> Found:
@@ -69,13 +78,14 @@ def find_sources(paths: Sequence[str | os.PathLike[str]]) -> Found:
 
     In a folder these are VASP's vasprun.xml and OUTCAR under any name that contains one of the
     words, extxyz, traj and db files, and archives of them, also compressed. Of a vasprun.xml and
-    an OUTCAR of the same run the vasprun.xml is read.
+    an OUTCAR of the same run the vasprun.xml is read. The archives in which custodian keeps failed
+    attempts (error.N.tar.gz) are read only where they are named.
 
     Raises:
       InputError: nothing is there under one of the names, or a folder holds no such file.
     """
     sources: list[Source] = []
-    others = 0
+    others = attempts = 0
     named = [Path(path) for path in paths]
     root = Path(os.path.commonpath([p.absolute() if p.is_dir() else p.absolute().parent
                                     for p in named])) if named else Path()  # fmt: skip
@@ -91,14 +101,16 @@ def find_sources(paths: Sequence[str | os.PathLike[str]]) -> Found:
             sources.append(source(path))
             continue
         inside = [Path(folder) / name for folder, _, names in os.walk(path) for name in names]
-        chosen = relaxation_files(sorted(inside))
+        failed = {file for file in inside if _ATTEMPT.fullmatch(file.name)}
+        chosen = relaxation_files(file for file in sorted(inside) if file not in failed)
         if not chosen:
             raise InputError(
                 f"{path}: holds no vasprun.xml, OUTCAR, extxyz, traj or db file: name the files"
             )
-        others += len(inside) - len(chosen)
+        others += len(inside) - len(chosen) - len(failed)
+        attempts += len(failed)
         sources += [source(file) for file in chosen]
-    return Found(sources, others)
+    return Found(sources, others, attempts)
 
 
 def relaxation_files(names: Iterable[PurePath]) -> list:
