@@ -220,7 +220,11 @@ def _add_check(kinds) -> None:
             help=f"{text} (default: {default})",
         )
     p.add_argument("--json", action="store_true", help="print JSON, with all findings")
-    p.add_argument("--out", metavar="CLEAN.h5", help="write the relaxations that --drop leaves")
+    p.add_argument(
+        "--out",
+        metavar="CLEAN.h5",
+        help="write the relaxations that --drop leaves; a name without suffix: a folder of shards",
+    )
     p.add_argument(
         "--drop",
         nargs="+",

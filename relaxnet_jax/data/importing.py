@@ -22,7 +22,7 @@ from relaxnet_jax.data.import_tasks import (
     stamped,
 )
 from relaxnet_jax.data.parts import Item, Mark, run_parts
-from relaxnet_jax.data.shards import SHARD_SIZE, write_shards
+from relaxnet_jax.data.shards import SHARD_SIZE, is_sharded, write_shards
 from relaxnet_jax.data.sources import Source, find_sources
 from relaxnet_jax.data.store_write import write_store
 from relaxnet_jax.data.trajectory import UNFINISHED, RelaxationTrajectory
@@ -99,7 +99,7 @@ def import_files(
     """
     say = report or (lambda _: None)
     out = Path(out)
-    sharded = out.is_dir() or not out.suffix
+    sharded = is_sharded(out)
     if shard_size is not None and not sharded:
         raise InputError(f"{out}: shards need a folder: name one, without suffix")
     if jobs is not None and jobs < 1:
