@@ -4,6 +4,7 @@ import bz2
 import gzip
 import io
 import lzma
+import os
 import tarfile
 import warnings
 import zipfile
@@ -254,6 +255,39 @@ def test_folders(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="empty: holds no vasprun"):
         find_sources([tmp_path / "empty"])
+
+
+def test_links_are_followed_and_each_folder_searched_once(tmp_path):
+    fill(tmp_path / "away")
+    fill(tmp_path / "runs" / "own")
+    # To another place, to a folder of the tree, to one above, to itself, and to nothing.
+    for name, target in (("0link", "../away"), ("1again", "own"), ("own/up", "../../runs"),
+                         ("self", "self"), ("dangling", "gone")):  # fmt: skip
+        (tmp_path / "runs" / name).symlink_to(target)
+    found = find_sources([tmp_path / "runs"])
+    ids = ["a", "b/x/JVASP-1", "b/x/relax2"]
+    assert [s.id for s in found.sources] == [f"{top}/{id}" for top in ("0link", "own") for id in ids]
+    assert found.closed == []
+
+
+def test_folders_that_cannot_be_searched_are_named(tmp_path, monkeypatch):
+    fill(tmp_path / "runs")
+    real = os.scandir
+
+    def scandir(path):
+        if Path(path).name in closed:
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    closed, lines = {"x"}, []
+    reason = "cannot be searched (Permission denied): allow it, or name the files in it"
+    result = import_files([tmp_path / "runs"], tmp_path / "out.h5", lines.append)
+    assert (result.read, result.skipped) == (1, [(str(tmp_path / "runs/b/x"), "", reason)])
+    assert f"{tmp_path / 'runs/b/x'}: skipped: {reason}" in lines
+    closed = {"runs"}
+    with pytest.raises(InputError, match=r"runs: holds no vasprun.*runs: cannot be searched \(Perm"):
+        find_sources([tmp_path / "runs"])
 
 
 @pytest.mark.parametrize(

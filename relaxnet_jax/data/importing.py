@@ -42,7 +42,7 @@ class ImportReport:
     Attributes:
       read: number of relaxations in the store.
       skipped: (file, id, reason) of each relaxation left out; id is "" where the whole file
-        could not be read.
+        could not be read, or a folder not be searched.
       frames: number of ionic steps in the store.
       unfinished: number of relaxations in the store whose VASP run lacks its end (see
         `vasp.unfinished`).
@@ -126,6 +126,9 @@ def import_files(
             remove_leftovers(out)
         items = _read_in_parts(split_task(task), folder, jobs, scheduler)
     merged = _Merged(found.sources, groups, say, progress)
+    for place, reason in found.closed:
+        merged.skipped.append((place, "", reason))
+        say(f"{place}: skipped: {reason}")
     size = SHARD_SIZE if shard_size is None else shard_size
     metadata = {"files": [source.path.name for source in found.sources]}
     try:

@@ -58,10 +58,17 @@ class Source(NamedTuple):
 
 
 class Found(NamedTuple):
-    """What a search came upon: ``sources`` to read, and the number of files left alone."""
+    """What a search came upon.
+
+    Attributes:
+      sources: files to read, in order.
+      others: number of files left alone.
+      closed: (folder, reason) of each that could not be searched.
+    """
 
     sources: list[Source]
     others: int
+    closed: list[tuple[str, str]]
 
 
 def find_sources(paths: Sequence[str | os.PathLike[str]]) -> Found:
@@ -69,13 +76,14 @@ def find_sources(paths: Sequence[str | os.PathLike[str]]) -> Found:
 
     In a folder these are VASP's vasprun.xml and OUTCAR under any name that contains one of the
     words, extxyz, traj and db files, and archives of them, also compressed. Of a vasprun.xml and
-    an OUTCAR of the same run the vasprun.xml is read.
+    an OUTCAR of the same run the vasprun.xml is read. Symbolic links are followed; a folder that
+    can be reached in several ways is searched once, as itself if it is in the folder named.
 
     Raises:
       InputError: nothing is there under one of the names, or a folder holds no such file.
     """
     sources: list[Source] = []
-    others = 0
+    others, closed = 0, []
     named = [Path(path) for path in paths]
     root = Path(os.path.commonpath([p.absolute() if p.is_dir() else p.absolute().parent
                                     for p in named])) if named else Path()  # fmt: skip
@@ -90,15 +98,43 @@ def find_sources(paths: Sequence[str | os.PathLike[str]]) -> Found:
         if not path.is_dir():
             sources.append(source(path))
             continue
-        inside = [Path(folder) / name for folder, _, names in os.walk(path) for name in names]
+        inside, unread = _inside(path)
         chosen = relaxation_files(sorted(inside))
         if not chosen:
+            but = "".join(f" ({folder}: {reason})" for folder, reason in unread[:1])
             raise InputError(
-                f"{path}: holds no vasprun.xml, OUTCAR, extxyz, traj or db file: name the files"
+                f"{path}: holds no vasprun.xml, OUTCAR, extxyz, traj or db file{but}: name the files"
             )
         others += len(inside) - len(chosen)
+        closed += unread
         sources += [source(file) for file in chosen]
-    return Found(sources, others)
+    return Found(sources, others, closed)
+
+
+def _inside(top: Path) -> tuple[list[Path], list[tuple[str, str]]]:
+    """(files in a folder and those below, (folder, reason) of each that cannot be listed)."""
+    files: list[Path] = []
+    closed: list[tuple[str, str]] = []
+    seen: set[tuple[int, int]] = set()
+    # Folders before links, or an id would depend on which of two ways to a folder comes first.
+    links = [top]
+
+    def left_out(error: OSError) -> None:
+        reason = f"cannot be searched ({error.strerror}): allow it, or name the files in it"
+        closed.append((str(error.filename), reason))
+
+    while links:
+        for place, folders, names in os.walk(links.pop(0), onerror=left_out):
+            stat = os.stat(place)
+            if (stat.st_dev, stat.st_ino) in seen:  # also a link to a folder above itself
+                folders.clear()
+                continue
+            seen.add((stat.st_dev, stat.st_ino))
+            folders.sort()
+            inside = [Path(place, folder) for folder in folders]
+            links += [folder for folder in inside if folder.is_symlink()]
+            files += [Path(place, name) for name in names]
+    return files, closed
 
 
 def relaxation_files(names: Iterable[PurePath]) -> list:
