@@ -12,8 +12,10 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 import pytest
+from test_data_import import frames, save
 
 from relaxnet_jax.cli import main
+from relaxnet_jax.console import printable
 from relaxnet_jax.data import (
     SkippedRelaxation,
     TrajectoryStore,
@@ -297,6 +299,30 @@ def test_folders_that_cannot_be_searched_are_named(tmp_path, monkeypatch):
 )  # fmt: skip
 def test_ids(name, id):
     assert relaxation_id(PurePosixPath(name)) == id
+
+
+def test_names_that_are_not_utf8(tmp_path, capsys):
+    """Of a folder, of files and in an archive: they are told as bytes, and stored so."""
+    names = [os.fsdecode(name) for name in (b"M\xfcller", b"run\xe9.traj", b"bad\xe8.vasprun.xml")]
+    try:
+        (tmp_path / names[0]).mkdir()
+    except OSError:
+        pytest.skip("file names are UTF-8 here")
+    (tmp_path / names[0] / "vasprun.xml").write_bytes(vasprun())
+    (tmp_path / names[2]).write_bytes(b"<modeling>")
+    with tarfile.open(tmp_path / "set.tar", "w", encoding="latin-1", format=tarfile.GNU_FORMAT) as out:
+        out.add(tmp_path / names[0], arcname="Köln")
+    save(tmp_path / "run.traj", frames())
+    (tmp_path / "run.traj").rename(tmp_path / names[1])
+    assert main(["data", "import", str(tmp_path), "--out", str(tmp_path / "out.h5")]) == 0
+    said = capsys.readouterr()
+    assert r"bad\xe8.vasprun.xml: skipped" in said.err and r"/bad\xe8.vasprun.xml: " in said.out
+    with TrajectoryStore(tmp_path / "out.h5") as store:
+        assert sorted(store.ids) == [r"M\xfcller", r"run\xe9", r"set/K\xf6ln"]
+        assert r"run\xe9.traj" in [store[i].source for i in range(3)]
+        assert r"run\xe9.traj" in store.metadata["files"]
+        store.verify()
+    assert printable("half a character: \ud83d") == r"half a character: \ud83d"
 
 
 @pytest.mark.parametrize("suffix", [".zip", ".tar", ".tar.gz", ".tar.xz"])

@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from relaxnet_jax.console import printable
 from relaxnet_jax.data.ase_io import SkippedRelaxation
 from relaxnet_jax.data.files import remove_leftovers
 from relaxnet_jax.data.import_tasks import (
@@ -97,7 +98,11 @@ def import_files(
       InputError: no relaxation could be read, or ``groups`` names none of them (nothing is left
         behind); ``out`` cannot be written; or see `run_parts`.
     """
-    say = report or (lambda _: None)
+
+    def say(line: str) -> None:
+        if report is not None:
+            report(printable(line))
+
     out = Path(out)
     sharded = is_sharded(out)
     if shard_size is not None and not sharded:
@@ -130,7 +135,7 @@ def import_files(
         merged.skipped.append((place, "", reason))
         say(f"{place}: skipped: {reason}")
     size = SHARD_SIZE if shard_size is None else shard_size
-    metadata = {"files": [source.path.name for source in found.sources]}
+    metadata = {"files": [printable(source.path.name) for source in found.sources]}
     try:
         with contextlib.closing(merged.relaxations(items)) as relaxations:
             if sharded:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path, PurePath, PurePosixPath
 from typing import IO, Any, NamedTuple
 
+from relaxnet_jax.console import printable
 from relaxnet_jax.data.files import one_line
 from relaxnet_jax.errors import InputError
 
@@ -254,7 +255,7 @@ def relaxation_id(relative: PurePath, root: Path | None = None) -> str:
         else _stem(plain)
     )
     parts = [*relative.parent.parts, *([last] if last else [])]
-    return "/".join(parts) or (root.name if root is not None else "") or plain
+    return printable("/".join(parts) or (root.name if root is not None else "") or plain)
 
 
 def _stem(plain: str) -> str:
