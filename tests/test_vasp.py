@@ -5,6 +5,7 @@ import gzip
 import io
 import lzma
 import os
+import re
 import tarfile
 import warnings
 import zipfile
@@ -21,6 +22,7 @@ from relaxnet_jax.data import (
     TrajectoryStore,
     import_files,
     read_relaxations,
+    sources,
 )
 from relaxnet_jax.data.sources import find_sources, relaxation_id
 from relaxnet_jax.data.vasp import vasprun as reader
@@ -325,14 +327,14 @@ def test_names_that_are_not_utf8(tmp_path, capsys):
     assert printable("half a character: \ud83d") == r"half a character: \ud83d"
 
 
-@pytest.mark.parametrize("suffix", [".zip", ".tar", ".tar.gz", ".tar.xz"])
+@pytest.mark.parametrize("suffix", [".zip", ".ZIP", ".tar", ".tar.gz", ".tar.xz"])
 def test_archives(tmp_path, suffix):
     tree = tmp_path / "tree"
     fill(tree)
     (tree / "a/vasprun.xml").write_bytes(vasprun()[:2000])
     (tree / "a/OUTCAR").unlink()
     archive = tmp_path / f"runs{suffix}"
-    if suffix == ".zip":
+    if suffix.lower() == ".zip":
         with zipfile.ZipFile(archive, "w") as out:
             for file in tree.rglob("*"):
                 out.write(file, file.relative_to(tree))
@@ -343,8 +345,55 @@ def test_archives(tmp_path, suffix):
     assert isinstance(cut, SkippedRelaxation) and cut.id == "runs/a" and "ends inside" in cut.reason
     assert [found.id for found in whole] == ["runs/b/x/JVASP-1", "runs/b/x/relax2"]
     archive.write_bytes(archive.read_bytes()[:700])
-    with pytest.raises(InputError, match=r"damaged archive|holds no"):
+    with pytest.raises(InputError, match=r"damaged (archive|\w+ file)|holds no"):
         list(read_relaxations(archive))
+
+
+@pytest.fixture
+def small_disk():
+    """No file may be longer than 64 kB."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def archived(archive, members):
+    """A zip of files, or a tar, compressed as its name says."""
+    if archive.suffix == ".zip":
+        with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as out:
+            for name, content in members.items():
+                out.writestr(name, content)
+    else:
+        with tarfile.open(archive, "w:gz") as out:
+            for name, content in members.items():
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                out.addfile(member, io.BytesIO(content))
+    return archive
+
+
+def test_no_room_is_no_damage(tmp_path, small_disk):
+    """Of the file, and of the OUTCAR beside it."""
+    big, reason = bytes(1 << 20), r"no room to unpack it in .*: set TMPDIR to a larger folder"
+    (tmp_path / "a.extxyz.gz").write_bytes(gzip.compress(big))
+    with pytest.raises(InputError, match=rf"a\.extxyz\.gz: {reason}"):
+        list(read_relaxations(tmp_path / "a.extxyz.gz"))
+    runs = {"a/vasprun.xml": vasprun(), "a/OUTCAR": big, "b/vasprun.xml": vasprun()}
+    skipped, whole = read_relaxations(archived(tmp_path / "runs.zip", runs))
+    assert (skipped.id, whole.id) == ("runs/a", "runs/b")
+    assert re.fullmatch(reason, skipped.reason)
+
+
+def test_a_refusal_of_the_system_is_no_damage(tmp_path, monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied")
+
+    (tmp_path / "a.extxyz.gz").touch()
+    monkeypatch.setitem(sources._COMPRESSED, ".gz", refuse)
+    with pytest.raises(InputError, match=r"gz: cannot be read \(Permission denied\): check its perm"):
+        list(read_relaxations(tmp_path / "a.extxyz.gz"))
 
 
 def test_archives_in_archives_are_named(tmp_path):

@@ -6,12 +6,12 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from relaxnet_jax.data.archives import archive_members
 from relaxnet_jax.data.ase_io import SkippedRelaxation, read_frames
 from relaxnet_jax.data.json_sets import json_layout, read_json_set
 from relaxnet_jax.data.sources import (
     Beside,
     Neighbours,
-    archive_members,
     is_archive,
     is_json,
     is_outcar,

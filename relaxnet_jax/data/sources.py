@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bz2
 import contextlib
+import errno
 import gzip
 import lzma
 import os
@@ -14,19 +15,23 @@ import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path, PurePath, PurePosixPath
+from pathlib import Path, PurePath
 from typing import IO, Any, NamedTuple
 
 from relaxnet_jax.console import printable
 from relaxnet_jax.data.files import one_line
 from relaxnet_jax.errors import InputError
 
-_COMPRESSED = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
+_COMPRESSED: dict[str, Callable[..., Any]] = {
+    ".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open,
+}  # fmt: skip
 _ARCHIVES = (".zip", ".tar", ".tgz", ".tar.gz", ".tar.xz", ".tar.bz2")
 # What a folder or an archive is searched for; a file named by the user is read whatever its name.
 _WANTED = (".extxyz", ".traj", ".db")
 _VASP = re.compile(r"(?i)[._-]?(vasprun|outcar)(?:[._-]?xml)?")
 _STRUCTURE = re.compile(r"(?i)[._-]?(poscar|contcar)(?:[._-]?vasp)?")
+# What a write says where there is no room, and no read.
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 DAMAGE = (OSError, EOFError, zlib.error, lzma.LZMAError, tarfile.TarError, zipfile.BadZipFile)
 
 
@@ -237,7 +242,7 @@ def is_json(name: PurePath) -> bool:
 
 def plain_name(name: PurePath) -> str:
     """File name without the suffix of a compression."""
-    return name.stem if name.suffix in _COMPRESSED else name.name
+    return name.stem if name.suffix.lower() in _COMPRESSED else name.name
 
 
 def relaxation_id(relative: PurePath, root: Path | None = None) -> str:
@@ -265,19 +270,42 @@ def _stem(plain: str) -> str:
 @contextlib.contextmanager
 def decompressed(path: Path) -> Iterator[IO[bytes]]:
     """The file's content as a stream. Raises InputError where it is damaged or missing."""
-    opener = _COMPRESSED.get(path.suffix)
+    opener = _opener(path)
     try:
-        with opener(path) if opener else path.open("rb") as stream:  # type: ignore[operator]
+        with opener(path) if opener else path.open("rb") as stream:
             yield stream
     except DAMAGE as error:
         kind = f"damaged {path.suffix[1:]} file" if opener else "cannot be read"
-        raise InputError(f"{path}: {kind} ({one_line(error)}): fetch it again") from error
+        raise InputError(f"{path}: {fault(error, kind)}") from error
+
+
+def _opener(path: PurePath) -> Callable[[Path], Any] | None:
+    """What opens a compressed file; None for one that is not."""
+    return _COMPRESSED.get(path.suffix.lower())
+
+
+def fault(error: BaseException, damaged: str) -> str:
+    """Why a file could not be read: what is wrong here, or else that it is ``damaged``."""
+    return fault_of_machine(error) or f"{damaged} ({one_line(error)}): fetch it again"
+
+
+def fault_of_machine(error: BaseException) -> str:
+    """What kept a sound file from being read or unpacked; "" where it is the file's own fault."""
+    if not isinstance(error, OSError) or error.errno in (None, errno.EINVAL):  # a seek to nowhere
+        return ""
+    if error.errno in _NO_ROOM:
+        return f"no room to unpack it in {tempfile.gettempdir()}: set TMPDIR to a larger folder"
+    return f"cannot be read ({error.strerror}): check its permissions and the disk"
 
 
 @contextlib.contextmanager
 def plain_copy(path: Path) -> Iterator[Path]:
-    """The file itself, or a decompressed copy: ASE's seeks in a gzip file are quadratic."""
-    if path.suffix not in _COMPRESSED:
+    """The file itself, or a decompressed copy: ASE's seeks in a gzip file are quadratic.
+
+    Raises:
+      InputError: the file is damaged, or there is no room for the copy.
+    """
+    if _opener(path) is None:
         yield path
         return
     with tempfile.TemporaryDirectory(prefix="relaxnet-jax-") as folder:
@@ -285,84 +313,3 @@ def plain_copy(path: Path) -> Iterator[Path]:
         with decompressed(path) as packed, copy.open("wb") as out:
             shutil.copyfileobj(packed, out, 1 << 20)
         yield copy
-
-
-class Member(NamedTuple):
-    """A file out of an archive: its ``name`` there, and a ``path`` to it while it lasts, or the
-    ``error`` that kept it from being unpacked; what lies ``beside`` it, empty where damaged."""
-
-    name: PurePosixPath
-    path: Path | None
-    error: str = ""
-    beside: Beside = Beside()
-
-
-def archive_members(archive: Path) -> Iterator[Member]:
-    """The files of relaxations in an archive, one unpacked at a time.
-
-    Raises:
-      InputError: the archive is damaged, or holds none.
-    """
-    with tempfile.TemporaryDirectory(prefix="relaxnet-jax-") as folder, _opened(archive) as opened:
-        names, open_member = opened
-        inside = sorted(PurePosixPath(name) for name in names)
-        companions = Companions(inside)
-        found = relaxation_files(inside)
-        chosen = [name for name in found if not is_archive(name)]
-        packed = [name for name in found if is_archive(name)]
-        # Data sets come as one JSON file in a zip; beside other files JSON is something else.
-        chosen = chosen or [name for name in inside if is_json(name)]
-        if not chosen and not packed:
-            raise InputError(
-                f"{archive}: holds no vasprun.xml, OUTCAR, extxyz, traj or db file: name the "
-                "archive that does"
-            )
-
-        def unpacked(name: PurePosixPath) -> tuple[Path, str]:
-            """(where it is now, why it is empty or "")."""
-            # Only the last part of the name is used: no member leaves this folder.
-            path = Path(folder) / name.name
-            try:
-                with open_member(names[str(name)]) as packed, path.open("wb") as out:
-                    shutil.copyfileobj(packed, out, 1 << 20)
-            except (*DAMAGE, RuntimeError, NotImplementedError) as error:
-                path.write_bytes(b"")
-                return path, f"damaged in the archive ({one_line(error)})"
-            return path, ""
-
-        for name in packed:
-            yield Member(name, None, "is an archive in an archive: unpack it and name it")
-        for name in chosen:
-            path, error = unpacked(name)
-            others = [
-                unpacked(PurePosixPath(other))[0] if other and not error else None
-                for other in companions.of(name)
-            ]
-            yield Member(name, None if error else path, error, Beside(*others))
-            for file in (path, *others):
-                if file is not None:
-                    file.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def _opened(archive: Path) -> Iterator[tuple[dict[str, Any], Callable[[Any], Any]]]:
-    """(members by name, a function that opens one) of an archive."""
-    try:
-        if archive.suffix == ".zip":
-            with zipfile.ZipFile(archive) as packed:
-                yield (
-                    {
-                        str(PurePosixPath(i.filename)): i
-                        for i in packed.infolist()
-                        if not i.is_dir()
-                    },
-                    packed.open,
-                )
-        else:
-            with tarfile.open(archive) as packed:
-                files = {str(PurePosixPath(i.name)): i for i in packed.getmembers() if i.isfile()}
-                yield files, packed.extractfile
-    except DAMAGE as error:
-        raise InputError(
-            f"{archive}: damaged archive ({one_line(error)}): fetch it again"
-        ) from error
