@@ -327,7 +327,7 @@ def test_names_that_are_not_utf8(tmp_path, capsys):
     assert printable("half a character: \ud83d") == r"half a character: \ud83d"
 
 
-@pytest.mark.parametrize("suffix", [".zip", ".ZIP", ".tar", ".tar.gz", ".tar.xz"])
+@pytest.mark.parametrize("suffix", [".zip", ".ZIP", ".tar", ".tar.gz", ".tar.xz", ".tgz", ".tbz2"])
 def test_archives(tmp_path, suffix):
     tree = tmp_path / "tree"
     fill(tree)
@@ -339,7 +339,8 @@ def test_archives(tmp_path, suffix):
             for file in tree.rglob("*"):
                 out.write(file, file.relative_to(tree))
     else:
-        with tarfile.open(archive, "w" + suffix[4:].replace(".", ":")) as out:
+        packing = {".tgz": ":gz", ".tbz2": ":bz2"}.get(suffix, suffix[4:].replace(".", ":"))
+        with tarfile.open(archive, "w" + packing) as out:
             out.add(tree, arcname=".")
     cut, *whole = read_relaxations(archive)
     assert isinstance(cut, SkippedRelaxation) and cut.id == "runs/a" and "ends inside" in cut.reason
@@ -347,6 +348,21 @@ def test_archives(tmp_path, suffix):
     archive.write_bytes(archive.read_bytes()[:700])
     with pytest.raises(InputError, match=r"damaged (archive|\w+ file)|holds no"):
         list(read_relaxations(archive))
+
+
+def test_a_compressed_tar_is_decompressed_once(tmp_path, monkeypatch):
+    """However its members lie: going back in it is beginning again."""
+    names = [f"{k}/{name}" for k in (3, 1, 2, 0) for name in ("OUTCAR", "vasprun.xml", "POSCAR")]
+    archive = archived(tmp_path / "runs.tgz", {name: vasprun() for name in names})
+    real, backwards = gzip.GzipFile.seek, []
+
+    def seek(file, offset, whence=0):
+        backwards.append(whence == 0 and offset < real(file, 0, 1))
+        return real(file, offset, whence)
+
+    monkeypatch.setattr(gzip.GzipFile, "seek", seek)
+    assert [found.id for found in read_relaxations(archive)] == [f"runs/{k}" for k in range(4)]
+    assert not any(backwards)
 
 
 @pytest.fixture
@@ -375,7 +391,7 @@ def archived(archive, members):
 
 
 def test_no_room_is_no_damage(tmp_path, small_disk):
-    """Of the file, and of the OUTCAR beside it."""
+    """Of the file, of the OUTCAR beside it, of the archive as a whole."""
     big, reason = bytes(1 << 20), r"no room to unpack it in .*: set TMPDIR to a larger folder"
     (tmp_path / "a.extxyz.gz").write_bytes(gzip.compress(big))
     with pytest.raises(InputError, match=rf"a\.extxyz\.gz: {reason}"):
@@ -384,6 +400,8 @@ def test_no_room_is_no_damage(tmp_path, small_disk):
     skipped, whole = read_relaxations(archived(tmp_path / "runs.zip", runs))
     assert (skipped.id, whole.id) == ("runs/a", "runs/b")
     assert re.fullmatch(reason, skipped.reason)
+    with pytest.raises(InputError, match=rf"runs\.tgz: {reason}"):
+        list(read_relaxations(archived(tmp_path / "runs.tgz", runs)))
 
 
 def test_a_refusal_of_the_system_is_no_damage(tmp_path, monkeypatch):

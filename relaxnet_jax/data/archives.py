@@ -19,6 +19,7 @@ from relaxnet_jax.data.sources import (
     fault_of_machine,
     is_archive,
     is_json,
+    plain_copy,
     relaxation_files,
 )
 from relaxnet_jax.errors import InputError
@@ -38,7 +39,9 @@ class Member(NamedTuple):
 
 
 def archive_members(archive: Path) -> Iterator[Member]:
-    """The files of relaxations in an archive, one unpacked at a time.
+    """The files of relaxations in an archive, by name, one unpacked at a time.
+
+    A compressed tar is first decompressed as a whole, into a temporary file.
 
     Raises:
       InputError: the archive is damaged, or holds none; there is no room to decompress it.
@@ -107,7 +110,8 @@ def _opened(archive: Path) -> Iterator[tuple[dict[str, Any], Callable[[Any], Any
                     packed.open,
                 )
         else:
-            with tarfile.open(archive) as packed:
+            # Members are read in another order than theirs.
+            with plain_copy(archive) as plain, tarfile.open(plain) as packed:
                 files = {str(PurePosixPath(i.name)): i for i in packed.getmembers() if i.isfile()}
                 yield files, packed.extractfile
     except DAMAGE as error:

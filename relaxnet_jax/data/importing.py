@@ -73,8 +73,8 @@ def import_files(
     A relaxation that is unsound, and a file that cannot be read, is left out, reported, and
     the rest goes on. Whatever reads the files, and however often it was cut off and called
     again, the result is the same to the byte. What was read before a cut is kept beside ``out``
-    in the folder ``.NAME.parts`` until the import is complete (not of imports of up to 64 MB by
-    one process).
+    in the folder ``.NAME.parts`` until the import is complete (not of a single file or archive, and
+    not of imports of up to 64 MB by one process).
 
     Args:
       paths: files of ionic steps (see `read_relaxations`), and folders to search for them (see

@@ -25,7 +25,8 @@ from relaxnet_jax.errors import InputError
 _COMPRESSED: dict[str, Callable[..., Any]] = {
     ".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open,
 }  # fmt: skip
-_ARCHIVES = (".zip", ".tar", ".tgz", ".tar.gz", ".tar.xz", ".tar.bz2")
+_TARS = {".tgz": ".gz", ".txz": ".xz", ".tbz": ".bz2", ".tbz2": ".bz2"}
+_ARCHIVES = (".zip", ".tar", *(f".tar{suffix}" for suffix in _COMPRESSED), *_TARS)
 # What a folder or an archive is searched for; a file named by the user is read whatever its name.
 _WANTED = (".extxyz", ".traj", ".db")
 _VASP = re.compile(r"(?i)[._-]?(vasprun|outcar)(?:[._-]?xml)?")
@@ -281,7 +282,8 @@ def decompressed(path: Path) -> Iterator[IO[bytes]]:
 
 def _opener(path: PurePath) -> Callable[[Path], Any] | None:
     """What opens a compressed file; None for one that is not."""
-    return _COMPRESSED.get(path.suffix.lower())
+    suffix = path.suffix.lower()
+    return _COMPRESSED.get(_TARS.get(suffix, suffix))
 
 
 def fault(error: BaseException, damaged: str) -> str:
@@ -300,7 +302,7 @@ def fault_of_machine(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def plain_copy(path: Path) -> Iterator[Path]:
-    """The file itself, or a decompressed copy: ASE's seeks in a gzip file are quadratic.
+    """The file itself, or a decompressed copy: going back in a gzip file is beginning again.
 
     Raises:
       InputError: the file is damaged, or there is no room for the copy.
