@@ -94,6 +94,7 @@ def add_data(commands) -> None:
         default="DFT-SCF",
         help="of the index (default: DFT-SCF, the geometry optimisations)",
     )
+    _add_parallel(p)
     p = command(kinds, "info", "data_info", "say what a store holds")
     p.add_argument("store", metavar="SET.h5", help="a store, or a folder of stores")
     p.add_argument("--figure", metavar="PNG", help="draw the distributions")

@@ -294,6 +294,22 @@ def test_folders_that_cannot_be_searched_are_named(tmp_path, monkeypatch):
         find_sources([tmp_path / "runs"])
 
 
+def test_no_run_is_compared_with_all_others():
+    """What there is beside each of ten thousands is looked up."""
+
+    class Unwalkable(dict):
+        def items(self):
+            raise AssertionError
+
+        __iter__ = keys = values = items
+
+    names = [PurePosixPath(f"{name}.vasprun.xml") for name in ("1/a", "1/b", "2/a")]
+    cif = PurePosixPath("2/start.cif")
+    companions = sources.Companions([*names, cif, PurePosixPath("1/start.cif")])
+    companions._found = {kind: Unwalkable(files) for kind, files in companions._found.items()}
+    assert [companions.of(name).cif for name in names] == [None, None, cif]
+
+
 @pytest.mark.parametrize(
     ("name", "id"),
     [("Au/run2/vasprun.xml.gz", "Au/run2"), ("JVASP-39.vasprun.xml", "JVASP-39"),

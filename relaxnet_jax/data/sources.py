@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import collections
 import contextlib
 import errno
 import gzip
@@ -172,6 +173,13 @@ class Companions:
                 kind, key = "cif", (name.parent, plain[:-4])
             if kind in self._found and not plain.startswith("."):
                 self._found[kind].setdefault(key, name)
+        # By folder, once for all of its runs.
+        self._runs: dict[PurePath, set[str]] = collections.defaultdict(set)
+        self._cifs: dict[PurePath, list[Any]] = collections.defaultdict(list)
+        for folder, run in (*self._found["vasprun"], *self._found["outcar"]):
+            self._runs[folder].add(run)
+        for (folder, _), cif in self._found["cif"].items():
+            self._cifs[folder].append(cif)
 
     def of(self, name: PurePath) -> Beside:
         """What is of the same run as a vasprun.xml or OUTCAR; nothing for other files."""
@@ -181,9 +189,9 @@ class Companions:
         found = self._found
         cif = found["cif"].get(key)
         if cif is None:
-            cifs = [file for folder, file in found["cif"].items() if folder[0] == key[0]]
-            runs = {k for word in ("vasprun", "outcar") for k in found[word] if k[0] == key[0]}
-            cif = cifs[0] if len(cifs) == 1 and runs <= {key} else None
+            cifs = self._cifs.get(name.parent, [])
+            runs = self._runs.get(name.parent, set())
+            cif = cifs[0] if len(cifs) == 1 and runs <= {key[1]} else None
         structure = found["poscar"].get(key) or found["contcar"].get(key)
         return Beside(found["outcar"].get(key) if kind == "vasprun" else None, structure, cif)
 
