@@ -282,6 +282,11 @@ def test_groups_from_csv(tmp_path):
         table.write_text("id,group\na,metal\n" + row)
         with pytest.raises(InputError, match=r"groups\.csv: line 3: no id or no group"):
             read_groups(table)
+    table.write_text("id,group\na,metal\nb,metal\na,metal\n", encoding="utf-8-sig")  # as Excel
+    assert read_groups(table) == {"a": "metal", "b": "metal"}
+    table.write_text("id,group\na,metal\na,other\n")
+    with pytest.raises(InputError, match=r"line 3: 'a' is in the groups 'metal' and 'other'"):
+        read_groups(table)
     table.write_text("id,x\n")
     with pytest.raises(InputError, match=r"groups\.csv: no column group: add it"):
         read_groups(table)

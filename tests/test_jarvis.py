@@ -409,6 +409,8 @@ def test_ids(tmp_path):
     for nothing in (",", ""):
         with pytest.raises(InputError, match="no ids"):
             read_ids(nothing)
+    (tmp_path / "ids").write_text("JVASP-1\nJVASP-2\n", encoding="utf-8-sig")
+    assert read_ids(str(tmp_path / "ids")) == ["JVASP-1", "JVASP-2"]
     (tmp_path / "ids").write_bytes(b"\xff\xfe")
     with pytest.raises(InputError, match="ids: cannot be read"):
         read_ids(str(tmp_path / "ids"))

@@ -271,10 +271,12 @@ def read_groups(path: str | os.PathLike[str]) -> dict[str, str]:
     """Groups by id from a CSV file with the columns ``id`` and ``group``.
 
     Raises:
-      InputError: the file is missing, or lacks one of the columns, or a row an id or group.
+      InputError: the file is missing, or lacks one of the columns, or a row an id or group; an id
+        comes with two groups.
     """
     try:
-        with open(path, newline="", encoding="utf-8") as file:
+        # Excel writes a byte order mark, which would be part of the first column's name.
+        with open(path, newline="", encoding="utf-8-sig") as file:
             rows = csv.DictReader(file)
             missing = {"id", "group"} - set(rows.fieldnames or [])
             if missing:
@@ -283,7 +285,11 @@ def read_groups(path: str | os.PathLike[str]) -> dict[str, str]:
             for row in rows:
                 if not (row["id"] and row["group"]):
                     raise InputError(f"{path}: line {rows.line_num}: no id or no group: add it")
-                groups[row["id"]] = row["group"]
+                if groups.setdefault(row["id"], row["group"]) != row["group"]:
+                    both = f"{groups[row['id']]!r} and {row['group']!r}"
+                    raise InputError(
+                        f"{path}: line {rows.line_num}: {row['id']!r} is in the groups {both}: leave one"
+                    )
             return groups
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path}: cannot be read as CSV: check the path") from error

@@ -297,7 +297,7 @@ def read_ids(text: str) -> list[str]:
     # Not Path.is_file: a list of ids is too long for a file name.
     if os.path.isfile(given):
         try:
-            text = Path(given).read_text(encoding="utf-8")
+            text = Path(given).read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"{given}: cannot be read: give a text of one id a line") from error
     ids = [id for id in re.split(r"[,\s]+", text) if id]
