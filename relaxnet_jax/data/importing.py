@@ -25,7 +25,7 @@ from relaxnet_jax.data.import_tasks import (
 from relaxnet_jax.data.parts import Item, Mark, run_parts
 from relaxnet_jax.data.shards import SHARD_SIZE, is_sharded, write_shards
 from relaxnet_jax.data.sources import Source, find_sources
-from relaxnet_jax.data.store_write import write_store
+from relaxnet_jax.data.store_write import SUFFIXES, write_store
 from relaxnet_jax.data.trajectory import UNFINISHED, RelaxationTrajectory
 from relaxnet_jax.data.vasp.beside import Initial
 from relaxnet_jax.data.vasp.vasprun import Energy
@@ -77,7 +77,7 @@ def import_files(
     not of imports of up to 64 MB by one process).
 
     Args:
-      paths: files of ionic steps (see `read_relaxations`), and folders to search for them (see
+      paths: files of ionic steps and stores (see `read_relaxations`), and folders to search for them (see
         `find_sources`).
       out: the store to write, ending in .h5; an existing one is replaced. Without suffix, or
         where it is a folder, a folder of shards (see `write_shards`).
@@ -115,7 +115,10 @@ def import_files(
     if found.others:
         say(f"{found.others} files in the folders are no files of relaxations, or the OUTCAR of a "
             "run whose vasprun.xml is read")  # fmt: skip
-    if out.resolve() in [source.path.resolve() for source in found.sources]:
+    read = [source.path.resolve() for source in found.sources]
+    # Shards in the folder of the output are replaced while others are still to be read.
+    replaced = [path.parent for path in read if sharded and path.suffix in SUFFIXES]
+    if out.resolve() in (*read, *replaced):
         raise InputError(f"{out}: is also read: choose another output path")
     task = ReadTask(stamped(found.sources), energy, initial)
     total = sum(size_of(file) for file in task.files)
