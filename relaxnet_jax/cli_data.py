@@ -21,7 +21,7 @@ def add_data(commands) -> None:
         nargs="+",
         metavar="FILE",
         help="any file with energies and forces of every ionic step: vasprun.xml, OUTCAR, extxyz, "
-        "traj, db, the JSON of ALIGNN-FF and MPtrj, …, also compressed; zip and tar archives; "
+        "traj, db, the JSON of ALIGNN-FF, MPtrj and Alexandria, …, also compressed; zip and tar archives; "
         "folders, searched for all of these but JSON; stores (.h5)",
     )
     p.add_argument(
