@@ -32,8 +32,8 @@ Alexandria's relaxation paths (``geo_opt_paths``) are an object of materials, ea
 
 A run is a relaxation, named after material and place in the list, as "agm001-0". This is how public
 converters of these files read them, with energies in eV and forces in eV/Å; it has not been tried on a
-file of the collection. Stresses are left out: their unit and sign are not documented. A component of a
-force may be null: such a run is left out.
+file of the collection. Stresses are left out: the converters take them for VASP's, which nothing documents. A
+component of a force may be null: such a run is left out.
 """
 
 from __future__ import annotations
