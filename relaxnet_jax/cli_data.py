@@ -21,8 +21,8 @@ def add_data(commands) -> None:
         nargs="+",
         metavar="FILE",
         help="any file with energies and forces of every ionic step: vasprun.xml, OUTCAR, extxyz, "
-        "traj, db, the JSON of ALIGNN-FF and MPtrj, …, also compressed; zip and tar archives; "
-        "folders, searched for all of these but JSON",
+        "traj, db, the JSON of ALIGNN-FF, MPtrj and Alexandria, …, also compressed; zip and tar archives; "
+        "folders, searched for all of these but JSON; stores (.h5)",
     )
     p.add_argument(
         "--out",
@@ -94,6 +94,7 @@ def add_data(commands) -> None:
         default="DFT-SCF",
         help="of the index (default: DFT-SCF, the geometry optimisations)",
     )
+    _add_parallel(p)
     p = command(kinds, "info", "data_info", "say what a store holds")
     p.add_argument("store", metavar="SET.h5", help="a store, or a folder of stores")
     p.add_argument("--figure", metavar="PNG", help="draw the distributions")
@@ -220,7 +221,11 @@ def _add_check(kinds) -> None:
             help=f"{text} (default: {default})",
         )
     p.add_argument("--json", action="store_true", help="print JSON, with all findings")
-    p.add_argument("--out", metavar="CLEAN.h5", help="write the relaxations that --drop leaves")
+    p.add_argument(
+        "--out",
+        metavar="CLEAN.h5",
+        help="write the relaxations that --drop leaves; a name without suffix: a folder of shards",
+    )
     p.add_argument(
         "--drop",
         nargs="+",

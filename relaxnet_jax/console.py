@@ -14,14 +14,22 @@ def q(path: str | Path) -> str:
     return shlex.quote(str(path))
 
 
+def printable(text: str) -> str:
+    """Text that UTF-8 can hold: bytes of a file's name that it cannot come as ``\\xfc``."""
+    try:
+        return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    except UnicodeEncodeError:  # half a character, which no file name gives
+        return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 def say(line: str) -> None:
     """A line of the result."""
-    print(line, flush=True)
+    print(printable(line), flush=True)
 
 
 def note(line: str) -> None:
     """A remark."""
-    print(line, file=sys.stderr, flush=True)
+    print(printable(line), file=sys.stderr, flush=True)
 
 
 @contextmanager

@@ -83,7 +83,15 @@ def data_jarvis(args: argparse.Namespace) -> int:
 
     ids = read_ids(args.ids) if args.ids is not None else None
     result = fetch_jarvis(
-        args.out, ids, args.limit, args.downloads, args.index, args.category, note
+        args.out,
+        ids,
+        args.limit,
+        args.downloads,
+        args.index,
+        args.category,
+        note,
+        jobs=args.jobs,
+        scheduler=args.scheduler,
     )
     say(
         f"{args.out}: {result.imported.read} relaxations with {result.imported.frames} ionic "

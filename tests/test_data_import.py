@@ -6,6 +6,7 @@ import itertools
 from pathlib import Path
 
 import ase.io
+import h5py
 import numpy as np
 import pytest
 from ase import Atoms, units
@@ -16,6 +17,7 @@ from ase.constraints import FixAtoms, FixCartesian
 from ase.md.verlet import VelocityVerlet
 from ase.mep import NEB
 from ase.optimize import BFGS, FIRE, LBFGS, BFGSLineSearch, MDMin, QuasiNewton
+from test_data_store import assert_same, random_trajectory
 
 from relaxnet_jax.data import (
     RelaxationTrajectory,
@@ -24,7 +26,10 @@ from relaxnet_jax.data import (
     import_files,
     read_groups,
     read_relaxations,
+    write_store,
 )
+from relaxnet_jax.data.shards import write_shards
+from relaxnet_jax.data.trajectory import sound_and_unwrapped
 from relaxnet_jax.errors import InputError
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -407,11 +412,53 @@ def test_groups_from_csv(tmp_path):
         table.write_text("id,group\na,metal\n" + row)
         with pytest.raises(InputError, match=r"groups\.csv: line 3: no id or no group"):
             read_groups(table)
+    table.write_text("id,group\na,metal\nb,metal\na,metal\n", encoding="utf-8-sig")  # as Excel
+    assert read_groups(table) == {"a": "metal", "b": "metal"}
+    table.write_text("id,group\na,metal\na,other\n")
+    with pytest.raises(InputError, match=r"line 3: 'a' is in the groups 'metal' and 'other'"):
+        read_groups(table)
     table.write_text("id,x\n")
     with pytest.raises(InputError, match=r"groups\.csv: no column group: add it"):
         read_groups(table)
     with pytest.raises(InputError, match="cannot be read as CSV"):
         read_groups(tmp_path / "absent.csv")
+
+
+def test_stores_are_put_together(tmp_path):
+    """With all they hold; ids that meet are left out as of other files."""
+    given = [random_trajectory(k) for k in range(6)]
+    write_store(tmp_path / "a.h5", given[:4])
+    write_store(tmp_path / "b.h5", given[3:])
+    (tmp_path / "b.hdf5.gz").write_bytes(gzip.compress((tmp_path / "b.h5").read_bytes()))
+    more = save(tmp_path / "c.extxyz", frames("c"))
+    files = [tmp_path / "a.h5", tmp_path / "b.hdf5.gz", more]
+    report = import_files(files, tmp_path / "both.h5")
+    (skipped,) = report.skipped
+    assert skipped[1:] == (given[3].id, "id occurs in another file: rename it")
+    with TrajectoryStore(tmp_path / "both.h5") as store:
+        assert store.ids == [*(t.id for t in given), "c"]
+        for i, trajectory in enumerate(given):
+            assert_same(store[i], sound_and_unwrapped(trajectory))
+    # Shards are not replaced by what is read from them.
+    write_shards(tmp_path / "set", given, 2)
+    shards = sorted((tmp_path / "set").iterdir())
+    with pytest.raises(InputError, match="set: is also read: choose another output path"):
+        import_files(shards, tmp_path / "set")
+    assert import_files(shards, tmp_path / "other").read == 6
+
+
+def test_faults_of_stores(tmp_path):
+    good, short, other = random_trajectory(0), random_trajectory(1, n=1), random_trajectory(2)
+    write_store(tmp_path / "a.h5", [good, short, other])
+    with h5py.File(tmp_path / "a.h5", "a") as file:
+        file["frames/energies"][-1] = np.nan
+    one, single, unsound = read(tmp_path / "a.h5")
+    assert one.id == good.id and single == (short.id, "a single frame: a relaxation needs two or more")
+    assert unsound.id == other.id and unsound.reason.startswith("frame 3, energies: not a finite")
+    with h5py.File(tmp_path / "vaspout.h5", "w") as file:
+        file["x"] = 1
+    with pytest.raises(InputError, match=r"vaspout\.h5: HDF5, but no store of relaxations: give a sound"):
+        read(tmp_path / "vaspout.h5")
 
 
 @pytest.mark.parametrize("name", ["dft_slabs", "dft_adsorbates"])

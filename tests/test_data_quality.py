@@ -30,6 +30,7 @@ from relaxnet_jax.data.quality.checks import (
     write_clean,
 )
 from relaxnet_jax.data.quality.work import cell_jumps, displacements, step_works
+from relaxnet_jax.data.shards import write_shards
 from relaxnet_jax.errors import InputError
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -287,6 +288,25 @@ def test_dropping(store, tmp_path, capsys):
     assert (result["written"], result["dropped"]) == (10, 2)
     with TrajectoryStore(clean) as kept:
         assert check_store(kept, Limits()).findings == []
+
+
+def test_dropping_from_a_sharded_set(store, tmp_path, capsys):
+    """What is written is complete, as one file and as shards again."""
+    with TrajectoryStore(store) as whole:
+        write_shards(tmp_path / "set", [whole[i] for i in range(12)], 5, metadata={"files": ["x"]})
+    for name in ("clean.h5", "clean"):
+        command = ["data", "check", str(tmp_path / "set"), "--drop", "all", "--out"]
+        assert main([*command, str(tmp_path / name)]) == 0
+        assert "10 relaxations written, 2 dropped for all" in capsys.readouterr().out
+        with TrajectoryStore(tmp_path / name) as kept:
+            assert len(kept) == 10 and not kept.incomplete
+            assert kept.metadata["files"] == ["x"]
+            assert kept.metadata["dropped"]["relaxations"] == 2
+    assert [p.name for p in (tmp_path / "clean").iterdir()] == ["shard-00000.h5"]
+    assert main([*command, str(tmp_path / "set")]) == 2
+    assert "set: is also read: choose another output path" in capsys.readouterr().err
+    with TrajectoryStore(tmp_path / "set") as whole:
+        assert len(whole) == 12
 
 
 @pytest.mark.parametrize(

@@ -227,6 +227,15 @@ def test_unreadable_store(tmp_path, how, message):
     assert "\n" not in str(caught.value)
 
 
+def test_locked_store(tmp_path):
+    fcntl = pytest.importorskip("fcntl")
+    write_store(tmp_path / "a.h5", [random_trajectory(0)])
+    with open(tmp_path / "a.h5", "rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(InputError, match=r"a\.h5: cannot be opened \(.* unavailable\): check"):
+            TrajectoryStore(tmp_path / "a.h5")
+
+
 @pytest.mark.parametrize("name", ["frames/energies", "relaxations/pbc", "atoms/fixed_mask"])
 def test_verify_notices_a_changed_number(tmp_path, name):
     path = tmp_path / "a.h5"

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from relaxnet_jax.cli import main
-from relaxnet_jax.data import TrajectoryStore
+from relaxnet_jax.data import TrajectoryStore, import_files, jarvis
 from relaxnet_jax.data.download import Policy, fetch, verify_zip
 from relaxnet_jax.data.jarvis import Manifest, fetch_jarvis, read_ids, select
 from relaxnet_jax.errors import InputError
@@ -362,6 +362,16 @@ def test_command(server, tmp_path, capsys):
     assert not none.exists() and (tmp_path / "none.manifest.jsonl").is_file()
 
 
+def test_archives_are_read_by_as_many_processes_as_asked_for(server, tmp_path, monkeypatch):
+    """By those there are cores for, if nothing is said."""
+    read = []
+    monkeypatch.setattr(jarvis, "import_files", lambda *a, **k: read.append(k) or import_files(*a))
+    for k, (given, jobs) in enumerate((([], None), (["--jobs", "2"], 2))):
+        out = tmp_path / f"{k}.h5"
+        assert main(["data", "jarvis", "--out", str(out), "--index", server.index(3), *given]) == 0
+        assert read[-1] == {"jobs": jobs, "scheduler": None}
+
+
 @pytest.mark.parametrize(
     "content", [b"<html>", b"[]", b"{}", b'{"DFT-SCF": 3}', b"PK\x03\x04", b""]
 )
@@ -399,6 +409,8 @@ def test_ids(tmp_path):
     for nothing in (",", ""):
         with pytest.raises(InputError, match="no ids"):
             read_ids(nothing)
+    (tmp_path / "ids").write_text("JVASP-1\nJVASP-2\n", encoding="utf-8-sig")
+    assert read_ids(str(tmp_path / "ids")) == ["JVASP-1", "JVASP-2"]
     (tmp_path / "ids").write_bytes(b"\xff\xfe")
     with pytest.raises(InputError, match="ids: cannot be read"):
         read_ids(str(tmp_path / "ids"))

@@ -1,5 +1,6 @@
 """JSON of the ALIGNN-FF set and of MPtrj, as their files are laid out."""
 
+import dataclasses
 import functools
 import gzip
 import io
@@ -246,6 +247,50 @@ def test_bad_frame_of_mptrj(tmp_path, fault):
     same(kept, steps(2), "mp-3-0")
 
 
+def alexandria(images, **changes):
+    """A run, laid out as public converters read it; ``changes`` are of its second step."""
+    records = []
+    for k, atoms in enumerate(images):
+        record = {"structure": mptrj(atoms)["structure"], "energy": atoms.get_potential_energy(),
+                  "forces": atoms.get_forces().tolist(), "stress": kilobars(atoms)} | (
+                      changes if k == 1 else {})  # fmt: skip
+        records.append({key: value for key, value in record.items() if value is not ...})
+    return {"functional": "PBE", "steps": records}
+
+
+@pytest.mark.parametrize("name", ["pbe_0000.json", "pbe_0000.json.gz"])
+def test_alexandria(tmp_path, name):
+    """Each run of a material is a relaxation, without stresses."""
+    content = {"agm1": [alexandria(steps(1, 12)), alexandria(steps(2))], "agm2": [alexandria(steps(3))]}
+    found = read(save(tmp_path / name, content))
+    for trajectory, (id, images) in zip(
+        found, {"agm1-0": steps(1, 12), "agm1-1": steps(2), "agm2-0": steps(3)}.items(), strict=True
+    ):
+        assert trajectory.stresses is None and trajectory.source == f"{name} {id[:4]} PBE"
+        stresses = np.array([atoms.get_stress() for atoms in images])
+        same(dataclasses.replace(trajectory, stresses=stresses), images, id)
+
+
+ALEXANDRIA_FAULTS = {
+    "null": ({"forces": [[None, 0, 0]] * 4}, "frame 1, forces: not a finite number"),
+    "forces": ({"forces": ...}, "step 1: no forces: add it"),
+    "energy": ({"energy": None}, "step 1: float() argument"),
+}
+
+
+@pytest.mark.parametrize("fault", ALEXANDRIA_FAULTS)
+def test_bad_run_of_alexandria(tmp_path, fault):
+    changes, reason = ALEXANDRIA_FAULTS[fault]
+    bad = [alexandria(steps(1), **changes), {"functional": "PBE"}, 5, {"steps": 3}]
+    content = {"agm1": [alexandria(steps(0))], "agm2": bad, "agm3": [], "agm4": 7}
+    kept, *skipped = read(save(tmp_path / "a.json", content))
+    assert kept.id == "agm1-0" and skipped[0].id == "agm2-0" and reason in skipped[0].reason
+    assert [s.id for s in skipped[1:]] == ["agm2-1", "agm2-2", "agm2-3", "agm3", "agm4"]
+    unlabelled = {"agm1": [alexandria(steps(0), forces=...)]}
+    with pytest.raises(InputError, match=r"a\.json: no record has forces and energy: give a file"):
+        read(save(tmp_path / "a.json", unlabelled))
+
+
 def test_import(tmp_path):
     """Through the importer, beside a file of another kind, with what was left out."""
     records = [alignn(f"JVASP-{m}-{k}", a) for m in (1, 2) for k, a in enumerate(steps(m))]
@@ -319,6 +364,7 @@ def test_mutations(tmp_path):
     contents = (
         [alignn(f"JVASP-{m}-{k}", a) for m in range(2) for k, a in enumerate(steps(m, 2))],
         {f"mp-{m}": {f"mp-{m}-0-{k}": mptrj(a) for k, a in enumerate(steps(m, 2))} for m in (1, 2)},
+        {f"agm{m}": [alexandria(steps(m, 2))] for m in (1, 2)},
     )
     outcomes = set()
     for content in contents:

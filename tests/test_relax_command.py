@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 import subprocess
 import sys
@@ -265,6 +266,7 @@ def test_names_never_meet():
         "/z/two.vasp.gz": "two",
         "/POSCAR": "structure",
         "/CONTCAR": "structure-2",
+        os.fsdecode(b"/M\xfcller.cif"): r"M\xfcller",
     }
     names = distinct_stems([Path(path) for path in given])
     assert len({name.casefold() for name in names}) == len(names)

@@ -163,6 +163,15 @@ def test_bad_files_are_named(tmp_path):
         read_splits(tmp_path / "none.json", ids)
 
 
+@pytest.mark.parametrize("folds", [1, 3])
+def test_splits_that_training_refuses(path, capsys, folds):
+    command = ["data", "split", str(path), "--folds", str(folds), "--fractions", "0.8", "0", "0.2"]
+    assert main(command) == 2
+    error = capsys.readouterr().err
+    assert "--fractions 0.8 0 0.2: training needs relaxations in all three splits: give" in error
+    assert [p.name for p in path.parent.iterdir()] == ["set.h5"]
+
+
 def test_impossible_folds(path):
     with TrajectoryStore(path) as store:
         with pytest.raises(InputError, match="8 kinds of group: give 8 folds"):

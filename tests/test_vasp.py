@@ -4,6 +4,8 @@ import bz2
 import gzip
 import io
 import lzma
+import os
+import re
 import tarfile
 import warnings
 import zipfile
@@ -11,13 +13,16 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 import pytest
+from test_data_import import frames, save
 
 from relaxnet_jax.cli import main
+from relaxnet_jax.console import printable
 from relaxnet_jax.data import (
     SkippedRelaxation,
     TrajectoryStore,
     import_files,
     read_relaxations,
+    sources,
 )
 from relaxnet_jax.data.sources import find_sources, relaxation_id
 from relaxnet_jax.data.vasp import vasprun as reader
@@ -330,6 +335,55 @@ def test_failed_attempts(tmp_path):
         find_sources([tmp_path / "runs"])
 
 
+def test_links_are_followed_and_each_folder_searched_once(tmp_path):
+    fill(tmp_path / "away")
+    fill(tmp_path / "runs" / "own")
+    # To another place, to a folder of the tree, to one above, to itself, and to nothing.
+    for name, target in (("0link", "../away"), ("1again", "own"), ("own/up", "../../runs"),
+                         ("self", "self"), ("dangling", "gone")):  # fmt: skip
+        (tmp_path / "runs" / name).symlink_to(target)
+    found = find_sources([tmp_path / "runs"])
+    ids = ["a", "b/x/JVASP-1", "b/x/relax2"]
+    assert [s.id for s in found.sources] == [f"{top}/{id}" for top in ("0link", "own") for id in ids]
+    assert found.closed == []
+
+
+def test_folders_that_cannot_be_searched_are_named(tmp_path, monkeypatch):
+    fill(tmp_path / "runs")
+    real = os.scandir
+
+    def scandir(path):
+        if Path(path).name in closed:
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    closed, lines = {"x"}, []
+    reason = "cannot be searched (Permission denied): allow it, or name the files in it"
+    result = import_files([tmp_path / "runs"], tmp_path / "out.h5", lines.append)
+    assert (result.read, result.skipped) == (1, [(str(tmp_path / "runs/b/x"), "", reason)])
+    assert f"{tmp_path / 'runs/b/x'}: skipped: {reason}" in lines
+    closed = {"runs"}
+    with pytest.raises(InputError, match=r"runs: holds no vasprun.*runs: cannot be searched \(Perm"):
+        find_sources([tmp_path / "runs"])
+
+
+def test_no_run_is_compared_with_all_others():
+    """What there is beside each of ten thousands is looked up."""
+
+    class Unwalkable(dict):
+        def items(self):
+            raise AssertionError
+
+        __iter__ = keys = values = items
+
+    names = [PurePosixPath(f"{name}.vasprun.xml") for name in ("1/a", "1/b", "2/a")]
+    cif = PurePosixPath("2/start.cif")
+    companions = sources.Companions([*names, cif, PurePosixPath("1/start.cif")])
+    companions._found = {kind: Unwalkable(files) for kind, files in companions._found.items()}
+    assert [companions.of(name).cif for name in names] == [None, None, cif]
+
+
 @pytest.mark.parametrize(
     ("name", "id"),
     [("Au/run2/vasprun.xml.gz", "Au/run2"), ("JVASP-39.vasprun.xml", "JVASP-39"),
@@ -339,26 +393,115 @@ def test_ids(name, id):
     assert relaxation_id(PurePosixPath(name)) == id
 
 
-@pytest.mark.parametrize("suffix", [".zip", ".tar", ".tar.gz", ".tar.xz"])
+def test_names_that_are_not_utf8(tmp_path, capsys):
+    """Of a folder, of files and in an archive: they are told as bytes, and stored so."""
+    names = [os.fsdecode(name) for name in (b"M\xfcller", b"run\xe9.traj", b"bad\xe8.vasprun.xml")]
+    try:
+        (tmp_path / names[0]).mkdir()
+    except OSError:
+        pytest.skip("file names are UTF-8 here")
+    (tmp_path / names[0] / "vasprun.xml").write_bytes(vasprun())
+    (tmp_path / names[2]).write_bytes(b"<modeling>")
+    with tarfile.open(tmp_path / "set.tar", "w", encoding="latin-1", format=tarfile.GNU_FORMAT) as out:
+        out.add(tmp_path / names[0], arcname="Köln")
+    save(tmp_path / "run.traj", frames())
+    (tmp_path / "run.traj").rename(tmp_path / names[1])
+    assert main(["data", "import", str(tmp_path), "--out", str(tmp_path / "out.h5")]) == 0
+    said = capsys.readouterr()
+    assert r"bad\xe8.vasprun.xml: skipped" in said.err and r"/bad\xe8.vasprun.xml: " in said.out
+    with TrajectoryStore(tmp_path / "out.h5") as store:
+        assert sorted(store.ids) == [r"M\xfcller", r"run\xe9", r"set/K\xf6ln"]
+        assert r"run\xe9.traj" in [store[i].source for i in range(3)]
+        assert r"run\xe9.traj" in store.metadata["files"]
+        store.verify()
+    assert printable("half a character: \ud83d") == r"half a character: \ud83d"
+
+
+@pytest.mark.parametrize("suffix", [".zip", ".ZIP", ".tar", ".tar.gz", ".tar.xz", ".tgz", ".tbz2"])
 def test_archives(tmp_path, suffix):
     tree = tmp_path / "tree"
     fill(tree)
     (tree / "a/vasprun.xml").write_bytes(vasprun()[:2000])
     (tree / "a/OUTCAR").unlink()
     archive = tmp_path / f"runs{suffix}"
-    if suffix == ".zip":
+    if suffix.lower() == ".zip":
         with zipfile.ZipFile(archive, "w") as out:
             for file in tree.rglob("*"):
                 out.write(file, file.relative_to(tree))
     else:
-        with tarfile.open(archive, "w" + suffix[4:].replace(".", ":")) as out:
+        packing = {".tgz": ":gz", ".tbz2": ":bz2"}.get(suffix, suffix[4:].replace(".", ":"))
+        with tarfile.open(archive, "w" + packing) as out:
             out.add(tree, arcname=".")
     cut, *whole = read_relaxations(archive)
     assert isinstance(cut, SkippedRelaxation) and cut.id == "runs/a" and "ends inside" in cut.reason
     assert [found.id for found in whole] == ["runs/b/x/JVASP-1", "runs/b/x/relax2"]
     archive.write_bytes(archive.read_bytes()[:700])
-    with pytest.raises(InputError, match=r"damaged archive|holds no"):
+    with pytest.raises(InputError, match=r"damaged (archive|\w+ file)|holds no"):
         list(read_relaxations(archive))
+
+
+def test_a_compressed_tar_is_decompressed_once(tmp_path, monkeypatch):
+    """However its members lie: going back in it is beginning again."""
+    names = [f"{k}/{name}" for k in (3, 1, 2, 0) for name in ("OUTCAR", "vasprun.xml", "POSCAR")]
+    archive = archived(tmp_path / "runs.tgz", {name: vasprun() for name in names})
+    real, backwards = gzip.GzipFile.seek, []
+
+    def seek(file, offset, whence=0):
+        backwards.append(whence == 0 and offset < real(file, 0, 1))
+        return real(file, offset, whence)
+
+    monkeypatch.setattr(gzip.GzipFile, "seek", seek)
+    assert [found.id for found in read_relaxations(archive)] == [f"runs/{k}" for k in range(4)]
+    assert not any(backwards)
+
+
+@pytest.fixture
+def small_disk():
+    """No file may be longer than 64 kB."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def archived(archive, members):
+    """A zip of files, or a tar, compressed as its name says."""
+    if archive.suffix == ".zip":
+        with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as out:
+            for name, content in members.items():
+                out.writestr(name, content)
+    else:
+        with tarfile.open(archive, "w:gz") as out:
+            for name, content in members.items():
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                out.addfile(member, io.BytesIO(content))
+    return archive
+
+
+def test_no_room_is_no_damage(tmp_path, small_disk):
+    """Of the file, of the OUTCAR beside it, of the archive as a whole."""
+    big, reason = bytes(1 << 20), r"no room to unpack it in .*: set TMPDIR to a larger folder"
+    (tmp_path / "a.extxyz.gz").write_bytes(gzip.compress(big))
+    with pytest.raises(InputError, match=rf"a\.extxyz\.gz: {reason}"):
+        list(read_relaxations(tmp_path / "a.extxyz.gz"))
+    runs = {"a/vasprun.xml": vasprun(), "a/OUTCAR": big, "b/vasprun.xml": vasprun()}
+    skipped, whole = read_relaxations(archived(tmp_path / "runs.zip", runs))
+    assert (skipped.id, whole.id) == ("runs/a", "runs/b")
+    assert re.fullmatch(reason, skipped.reason)
+    with pytest.raises(InputError, match=rf"runs\.tgz: {reason}"):
+        list(read_relaxations(archived(tmp_path / "runs.tgz", runs)))
+
+
+def test_a_refusal_of_the_system_is_no_damage(tmp_path, monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied")
+
+    (tmp_path / "a.extxyz.gz").touch()
+    monkeypatch.setitem(sources._COMPRESSED, ".gz", refuse)
+    with pytest.raises(InputError, match=r"gz: cannot be read \(Permission denied\): check its perm"):
+        list(read_relaxations(tmp_path / "a.extxyz.gz"))
 
 
 def test_archives_in_archives_are_named(tmp_path):

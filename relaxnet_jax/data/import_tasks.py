@@ -12,7 +12,7 @@ from typing import NamedTuple
 from relaxnet_jax.data.files import one_line
 from relaxnet_jax.data.parts import Item, Mark
 from relaxnet_jax.data.reading import read_relaxations
-from relaxnet_jax.data.sources import Beside, Neighbours, Source
+from relaxnet_jax.data.sources import Beside, Source
 from relaxnet_jax.data.vasp.beside import Initial
 from relaxnet_jax.data.vasp.vasprun import Energy
 from relaxnet_jax.errors import InputError
@@ -50,10 +50,10 @@ class ReadTask(NamedTuple):
 
 def stamped(sources: Iterable[Source]) -> tuple[ReadFile, ...]:
     """Sources with what tells whether they, or what lies beside them, have changed."""
-    files, neighbours = [], Neighbours()
+    files = []
     for source in sources:
         path = source.path.absolute()
-        beside = [str(found) if found else None for found in neighbours.of(path)]
+        beside = [str(found.absolute()) if found else None for found in source.beside]
         stamps = tuple(_stamp(name) for name in (str(path), *beside))
         files.append(ReadFile(str(path), str(source.path), source.id, tuple(beside), stamps))
     return tuple(files)

@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from relaxnet_jax.console import printable
 from relaxnet_jax.data.ase_io import SkippedRelaxation
 from relaxnet_jax.data.files import remove_leftovers
 from relaxnet_jax.data.import_tasks import (
@@ -22,9 +23,9 @@ from relaxnet_jax.data.import_tasks import (
     stamped,
 )
 from relaxnet_jax.data.parts import Item, Mark, run_parts
-from relaxnet_jax.data.shards import SHARD_SIZE, write_shards
+from relaxnet_jax.data.shards import SHARD_SIZE, is_sharded, write_shards
 from relaxnet_jax.data.sources import Source, find_sources
-from relaxnet_jax.data.store_write import write_store
+from relaxnet_jax.data.store_write import SUFFIXES, write_store
 from relaxnet_jax.data.trajectory import AT_NELM, UNFINISHED, RelaxationTrajectory
 from relaxnet_jax.data.vasp.beside import Initial
 from relaxnet_jax.data.vasp.vasprun import Energy
@@ -42,7 +43,7 @@ class ImportReport:
     Attributes:
       read: number of relaxations in the store.
       skipped: (file, id, reason) of each relaxation left out; id is "" where the whole file
-        could not be read.
+        could not be read, or a folder not be searched.
       frames: number of ionic steps in the store.
       unfinished: number of relaxations in the store whose VASP run lacks its end (see
         `vasp.unfinished`).
@@ -75,11 +76,11 @@ def import_files(
     A relaxation that is unsound, and a file that cannot be read, is left out, reported, and
     the rest goes on. Whatever reads the files, and however often it was cut off and called
     again, the result is the same to the byte. What was read before a cut is kept beside ``out``
-    in the folder ``.NAME.parts`` until the import is complete (not of imports of up to 64 MB by
-    one process).
+    in the folder ``.NAME.parts`` until the import is complete (not of a single file or archive, and
+    not of imports of up to 64 MB by one process).
 
     Args:
-      paths: files of ionic steps (see `read_relaxations`), and folders to search for them (see
+      paths: files of ionic steps and stores (see `read_relaxations`), and folders to search for them (see
         `find_sources`).
       out: the store to write, ending in .h5; an existing one is replaced. Without suffix, or
         where it is a folder, a folder of shards (see `write_shards`).
@@ -100,9 +101,13 @@ def import_files(
       InputError: no relaxation could be read, or ``groups`` names none of them (nothing is left
         behind); ``out`` cannot be written; or see `run_parts`.
     """
-    say = report or (lambda _: None)
+
+    def say(line: str) -> None:
+        if report is not None:
+            report(printable(line))
+
     out = Path(out)
-    sharded = out.is_dir() or not out.suffix
+    sharded = is_sharded(out)
     if shard_size is not None and not sharded:
         raise InputError(f"{out}: shards need a folder: name one, without suffix")
     if jobs is not None and jobs < 1:
@@ -116,7 +121,10 @@ def import_files(
     if found.attempts:
         say(f"{found.attempts} archives of custodian's failed attempts (error.N.tar.gz) in the folders "
             "are left out: name them to read them")  # fmt: skip
-    if out.resolve() in [source.path.resolve() for source in found.sources]:
+    read = [source.path.resolve() for source in found.sources]
+    # Shards in the folder of the output are replaced while others are still to be read.
+    replaced = [path.parent for path in read if sharded and path.suffix in SUFFIXES]
+    if out.resolve() in (*read, *replaced):
         raise InputError(f"{out}: is also read: choose another output path")
     task = ReadTask(stamped(found.sources), energy, initial)
     total = sum(size_of(file) for file in task.files)
@@ -132,8 +140,11 @@ def import_files(
             remove_leftovers(out)
         items = _read_in_parts(split_task(task), folder, jobs, scheduler)
     merged = _Merged(found.sources, groups, say, progress)
+    for place, reason in found.closed:
+        merged.skipped.append((place, "", reason))
+        say(f"{place}: skipped: {reason}")
     size = SHARD_SIZE if shard_size is None else shard_size
-    metadata = {"files": [source.path.name for source in found.sources]}
+    metadata = {"files": [printable(source.path.name) for source in found.sources]}
     try:
         with contextlib.closing(merged.relaxations(items)) as relaxations:
             if sharded:
@@ -272,10 +283,12 @@ def read_groups(path: str | os.PathLike[str]) -> dict[str, str]:
     """Groups by id from a CSV file with the columns ``id`` and ``group``.
 
     Raises:
-      InputError: the file is missing, or lacks one of the columns, or a row an id or group.
+      InputError: the file is missing, or lacks one of the columns, or a row an id or group; an id
+        comes with two groups.
     """
     try:
-        with open(path, newline="", encoding="utf-8") as file:
+        # Excel writes a byte order mark, which would be part of the first column's name.
+        with open(path, newline="", encoding="utf-8-sig") as file:
             rows = csv.DictReader(file)
             missing = {"id", "group"} - set(rows.fieldnames or [])
             if missing:
@@ -284,7 +297,11 @@ def read_groups(path: str | os.PathLike[str]) -> dict[str, str]:
             for row in rows:
                 if not (row["id"] and row["group"]):
                     raise InputError(f"{path}: line {rows.line_num}: no id or no group: add it")
-                groups[row["id"]] = row["group"]
+                if groups.setdefault(row["id"], row["group"]) != row["group"]:
+                    both = f"{groups[row['id']]!r} and {row['group']!r}"
+                    raise InputError(
+                        f"{path}: line {rows.line_num}: {row['id']!r} is in the groups {both}: leave one"
+                    )
             return groups
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path}: cannot be read as CSV: check the path") from error

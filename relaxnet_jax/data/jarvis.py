@@ -114,6 +114,9 @@ def fetch_jarvis(
     category: str = RELAXATIONS,
     report: Callable[[str], None] | None = None,
     policy: Policy | None = None,
+    *,
+    jobs: int | None = 1,
+    scheduler: str | None = None,
 ) -> JarvisReport:
     """Downloads raw archives of JARVIS-DFT and imports their relaxations into a store.
 
@@ -130,6 +133,7 @@ def fetch_jarvis(
       category: of the index.
       report: called with a line for each archive that fails, and by the import.
       policy: how hard to try, see `Policy`.
+      jobs, scheduler: what reads the archives, see `import_files`.
 
     Raises:
       InputError: the index cannot be had or has no such category, no archive came, or none of
@@ -171,12 +175,11 @@ def fetch_jarvis(
                 f"{name}: {reasons.get(name, 'no archives in the index')}{others}: "
                 f"see {manifest.path}"
             )
-        imported = import_files(list(here.values()), out, say)
-        for name, path in here.items():
-            unread = [f"{id}: {why}" if id else why for file, id, why in imported.skipped
-                      if file == str(path)]  # fmt: skip
-            if unread:
-                manifest.lines[name]["not_read"] = unread
+        imported = import_files(list(here.values()), out, say, jobs=jobs, scheduler=scheduler)
+        names = {str(path): name for name, path in here.items()}
+        for file, id, why in imported.skipped:
+            line = manifest.lines[names[file]]
+            line.setdefault("not_read", []).append(f"{id}: {why}" if id else why)
     finally:
         manifest.compact()
     return JarvisReport(len(here), failed, skipped, manifest.path, imported)
@@ -294,7 +297,7 @@ def read_ids(text: str) -> list[str]:
     # Not Path.is_file: a list of ids is too long for a file name.
     if os.path.isfile(given):
         try:
-            text = Path(given).read_text(encoding="utf-8")
+            text = Path(given).read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"{given}: cannot be read: give a text of one id a line") from error
     ids = [id for id in re.split(r"[,\s]+", text) if id]

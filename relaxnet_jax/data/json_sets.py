@@ -1,4 +1,4 @@
-"""Relaxations from the JSON files of two collections: JARVIS's ALIGNN-FF set and MPtrj.
+"""Relaxations from the JSON files of three collections: JARVIS's ALIGNN-FF set, MPtrj, Alexandria.
 
 ALIGNN-FF (jarvis-tools' ``alignn_ff_db``, and files laid out like it) is a list of records::
 
@@ -24,10 +24,21 @@ matbench-discovery's conversion for ASE is the same times ASE's GPa: eV/Å³ = -
 
 Both sets are chosen ionic steps: of a relaxation some are missing, maybe the first or last, and
 those there are in order.
+
+Alexandria's relaxation paths (``geo_opt_paths``) are an object of materials, each a list of runs::
+
+    {"agm001": [{"functional": "PBE", "steps": [{"structure": …, "energy": …, "forces": …,
+     "stress": …}]}]}
+
+A run is a relaxation, named after material and place in the list, as "agm001-0". This is how public
+converters of these files read them, with energies in eV and forces in eV/Å; it has not been tried on a
+file of the collection. Stresses are left out: the converters take them for VASP's, which nothing documents. A
+component of a force may be null: such a run is left out.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import re
@@ -49,14 +60,15 @@ from relaxnet_jax.data.trajectory import (
 from relaxnet_jax.data.vasp.vasprun import stress_of
 from relaxnet_jax.errors import InputError
 
-Layout = Literal["alignn", "mptrj"]
+Layout = Literal["alignn", "mptrj", "alexandria"]
+_Relaxations = Iterator[RelaxationTrajectory | SkippedRelaxation]
 # eV/atom; DFT total energies with pseudopotentials are within 20.
 _LARGEST_PER_ATOM = 60.0
 _LOOKED_AT = 10  # values, to tell the layout
 _STEP = re.compile(r"(.+)[-_](\d+)")
 _MPTRJ_STEP = re.compile(r"(\w+-\d+-\d+)-(\d+)")
 _MATERIAL = re.compile(r"JVASP-\d+")
-_UNLABELLED = re.compile(r": no (forces?|total_energy|uncorrected_total_energy): ")
+_UNLABELLED = re.compile(r": no (forces?|(total_|uncorrected_total_)?energy): ")
 
 
 class _Frame(NamedTuple):
@@ -74,7 +86,7 @@ class _Frame(NamedTuple):
 
 
 def json_layout(path: Path) -> Layout | None:
-    """Which of the two layouts a JSON file has, by its first values; None if neither.
+    """Which of the layouts a JSON file has, by its first values; None if none of them.
 
     Raises:
       InputError: a compressed file is damaged.
@@ -83,6 +95,12 @@ def json_layout(path: Path) -> Layout | None:
         try:
             for item in itertools.islice(items(stream), _LOOKED_AT):
                 value = item.value
+                if (
+                    item.key
+                    and isinstance(value, list)
+                    and "steps" in _mapping(next(iter(value), 0))
+                ):
+                    return "alexandria"
                 if not isinstance(value, dict):
                     continue
                 if not item.key and "lattice_mat" in _mapping(value.get("atoms")):
@@ -94,9 +112,7 @@ def json_layout(path: Path) -> Layout | None:
     return None
 
 
-def read_json_set(
-    shown: Path, path: Path, layout: Layout
-) -> Iterator[RelaxationTrajectory | SkippedRelaxation]:
+def read_json_set(shown: Path, path: Path, layout: Layout) -> _Relaxations:
     """The relaxations of a JSON file, one in memory at a time.
 
     Args:
@@ -111,25 +127,34 @@ def read_json_set(
       InputError: nothing can be read, or no record has energy and forces.
     """
     labelled = False
-    for item in (_mptrj if layout == "mptrj" else _alignn)(shown, path):
+    read: dict[Layout, Callable[[Path, Path], _Relaxations]] = {
+        "alignn": _alignn,
+        "mptrj": functools.partial(_materials, _of_mptrj),
+        "alexandria": functools.partial(_materials, _of_alexandria),
+    }
+    for item in read[layout](shown, path):
         labelled |= isinstance(item, RelaxationTrajectory) or not _UNLABELLED.search(item.reason)
         yield item
     if not labelled:
         fields = {
             "mptrj": "force and uncorrected_total_energy",
             "alignn": "forces and total_energy",
+            "alexandria": "forces and energy",
         }
         raise InputError(f"{shown}: no record has {fields[layout]}: give a file of ionic steps")
 
 
-def _mptrj(shown: Path, path: Path) -> Iterator[RelaxationTrajectory | SkippedRelaxation]:
+def _materials(
+    relaxations_of: Callable[[Item, str], _Relaxations], shown: Path, path: Path
+) -> _Relaxations:
+    """The relaxations of an object of materials."""
     n_read = 0
     seen: set[str] = set()
     with decompressed(path) as stream:
         try:
             for material in items(stream):
                 n_read += 1
-                for built in _material(material, shown.name):
+                for built in relaxations_of(material, shown.name):
                     name = built.id
                     if name in seen:
                         built = SkippedRelaxation(name, "id occurs twice: remove one of them")
@@ -141,7 +166,7 @@ def _mptrj(shown: Path, path: Path) -> Iterator[RelaxationTrajectory | SkippedRe
             )
 
 
-def _material(material: Item, source: str) -> Iterator[RelaxationTrajectory | SkippedRelaxation]:
+def _of_mptrj(material: Item, source: str) -> _Relaxations:
     """The relaxations of one material of MPtrj."""
     runs: dict[str, list[tuple[int, str, Any]]] = {}
     for name, record in _mapping(material.value).items():
@@ -153,10 +178,27 @@ def _material(material: Item, source: str) -> Iterator[RelaxationTrajectory | Sk
     if not _mapping(material.value):
         yield SkippedRelaxation(material.key, "no frames: remove it")
     for run, records in runs.items():
-        yield _relaxation(run, records, _mptrj_frame, f"{source} {material.key}")
+        yield _relaxation(run, records, _pymatgen_frame, f"{source} {material.key}")
 
 
-def _alignn(shown: Path, path: Path) -> Iterator[RelaxationTrajectory | SkippedRelaxation]:
+def _of_alexandria(material: Item, source: str) -> _Relaxations:
+    """The relaxations of one material of Alexandria."""
+    parse = functools.partial(_pymatgen_frame, energy="energy", force="forces", stress=None)
+    runs = material.value if isinstance(material.value, list) else []
+    if not runs:
+        yield SkippedRelaxation(material.key, "no runs: remove it")
+    for place, run in enumerate(map(_mapping, runs)):
+        name = f"{material.key}-{place}"
+        steps = run.get("steps")
+        if not isinstance(steps, list):
+            yield SkippedRelaxation(name, "no steps: remove it")
+            continue
+        records = [(k, f"step {k}", step) for k, step in enumerate(steps)]
+        family = f"{source} {material.key} {run.get('functional', '')}".rstrip()
+        yield _relaxation(name, records, parse, family)
+
+
+def _alignn(shown: Path, path: Path) -> _Relaxations:
     """Records are looked up first, since those of a relaxation need not be neighbours."""
     runs: dict[str, list[tuple[int, str, int, int]]] = {}
     damage, last, n_read = "", "", 0
@@ -284,7 +326,14 @@ def _alignn_frame(step: int, record: Mapping[str, Any]) -> _Frame:
     )
 
 
-def _mptrj_frame(step: int, record: Mapping[str, Any]) -> _Frame:
+def _pymatgen_frame(
+    step: int,
+    record: Mapping[str, Any],
+    energy: str = "uncorrected_total_energy",
+    force: str = "force",
+    stress: str | None = "stress",
+) -> _Frame:
+    """A frame whose structure is one of pymatgen's; the labels are in the fields named."""
     structure = _mapping(record["structure"])
     lattice, sites = structure["lattice"], structure["sites"]
     if any(len(site["species"]) != 1 or site["species"][0]["occu"] != 1 for site in sites):
@@ -298,9 +347,9 @@ def _mptrj_frame(step: int, record: Mapping[str, Any]) -> _Frame:
         fractional @ cell,
         cell,
         np.array(lattice.get("pbc", (True, True, True)), dtype=bool),
-        float(record["uncorrected_total_energy"]),
-        _array("force", record["force"], (len(numbers), 3)),
-        _stress("stress", record.get("stress")),
+        float(record[energy]),
+        _array(force, record[force], (len(numbers), 3)),
+        _stress(stress, record.get(stress)) if stress else None,
     )
 
 

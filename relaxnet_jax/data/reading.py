@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from relaxnet_jax.data.archives import archive_members
 from relaxnet_jax.data.ase_io import SkippedRelaxation, read_frames
 from relaxnet_jax.data.json_sets import json_layout, read_json_set
 from relaxnet_jax.data.sources import (
     Beside,
     Neighbours,
-    archive_members,
     is_archive,
     is_json,
     is_outcar,
@@ -20,7 +21,9 @@ from relaxnet_jax.data.sources import (
     plain_name,
     relaxation_id,
 )
-from relaxnet_jax.data.trajectory import RelaxationTrajectory
+from relaxnet_jax.data.store import TrajectoryStore
+from relaxnet_jax.data.store_write import REMEDY, SUFFIXES
+from relaxnet_jax.data.trajectory import RelaxationTrajectory, sound_and_unwrapped
 from relaxnet_jax.data.vasp.beside import Initial
 from relaxnet_jax.data.vasp.run import VaspOptions, read_run
 from relaxnet_jax.data.vasp.vasprun import Energy
@@ -44,13 +47,15 @@ def read_relaxations(
     ``traj_id`` in their ``info`` are one relaxation, and their ``frame`` (if there) must ascend;
     without ``traj_id`` the whole file is one. A frame that cannot be parsed costs the relaxation
     its ``traj_id`` names, or those on both sides where it names none. JSON files of the ALIGNN-FF
-    set and of MPtrj are recognised by content (see `json_sets`). Of an archive every file of
-    relaxations is read. Forces are raw, ``FixAtoms`` and selective dynamics become ``fixed_mask``,
-    positions are unwrapped.
+    set, MPtrj and Alexandria are recognised by content (see `json_sets`). Of an archive every file of
+    relaxations is read. The relaxations of a store (`write_store`) come as they are.
+    Forces are raw, ``FixAtoms`` and selective dynamics become ``fixed_mask``, positions are
+    unwrapped.
 
     Args:
       path: vasprun.xml, OUTCAR, any file ASE reads as consecutive frames with energies and
-        forces (extxyz, traj, db, ...), plain or as .gz, .xz, .bz2, or a zip or tar archive.
+        forces (extxyz, traj, db, ...), a store, plain or as .gz, .xz, .bz2, or a zip or tar
+        archive.
       name: id of a relaxation the file does not name; by default the file's name without
         suffixes, and for VASP's own file names that of the folder.
       energy: which energy of a vasprun.xml or OUTCAR, see `vasprun.read_vasprun`; ASE's
@@ -104,4 +109,32 @@ def _read_file(
         yield from read_json_set(shown, path, layout)
         return
     with plain_copy(path) as plain:
-        yield from read_frames(shown, plain, name)
+        if plain.suffix.lower() in SUFFIXES:
+            yield from _read_store(shown, plain)
+        else:
+            yield from read_frames(shown, plain, name)
+
+
+def _read_store(shown: Path, path: Path) -> Iterator[RelaxationTrajectory | SkippedRelaxation]:
+    """The relaxations of a store of this package."""
+
+    def reason(error: InputError) -> str:
+        text = str(error).removeprefix(f"{path}: ")
+        return text.replace(REMEDY, "give a sound store of this package")
+
+    with contextlib.ExitStack() as stack:
+        try:
+            store = stack.enter_context(TrajectoryStore(path))
+            names = store.ids
+        except InputError as error:
+            raise InputError(f"{shown}: {reason(error)}") from error
+        for i, name in enumerate(names):
+            try:
+                found = sound_and_unwrapped(store[i])
+            except InputError as error:  # a damaged part costs the relaxations in it
+                yield SkippedRelaxation(name, reason(error))
+                continue
+            if found.n_frames > 1:
+                yield found
+            else:
+                yield SkippedRelaxation(name, "a single frame: a relaxation needs two or more")

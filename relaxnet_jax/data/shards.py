@@ -74,6 +74,11 @@ def write_shards(
     raise AssertionError
 
 
+def is_sharded(out: Path) -> bool:
+    """Whether a name for a new data set means a folder of shards: it has no suffix, or is one."""
+    return out.is_dir() or not out.suffix
+
+
 def incomplete(marks: Sequence[Mapping[str, Any] | None]) -> bool:
     """Whether shards are missing, by the ``shard`` of the metadata of all stores of a set."""
     shards = [mark for mark in marks if mark]

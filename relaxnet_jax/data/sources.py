@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import bz2
+import collections
 import contextlib
+import errno
 import gzip
 import lzma
 import os
@@ -14,20 +16,26 @@ import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path, PurePath, PurePosixPath
+from pathlib import Path, PurePath
 from typing import IO, Any, NamedTuple
 
+from relaxnet_jax.console import printable
 from relaxnet_jax.data.files import one_line
 from relaxnet_jax.errors import InputError
 
-_COMPRESSED = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
-_ARCHIVES = (".zip", ".tar", ".tgz", ".tar.gz", ".tar.xz", ".tar.bz2")
+_COMPRESSED: dict[str, Callable[..., Any]] = {
+    ".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open,
+}  # fmt: skip
+_TARS = {".tgz": ".gz", ".txz": ".xz", ".tbz": ".bz2", ".tbz2": ".bz2"}
+_ARCHIVES = (".zip", ".tar", *(f".tar{suffix}" for suffix in _COMPRESSED), *_TARS)
 # What a folder or an archive is searched for; a file named by the user is read whatever its name.
 _WANTED = (".extxyz", ".traj", ".db")
 _VASP = re.compile(r"(?i)[._-]?(vasprun|outcar)(?:[._-]?xml)?")
 _STRUCTURE = re.compile(r"(?i)[._-]?(poscar|contcar)(?:[._-]?vasp)?")
 # In these custodian keeps the files of attempts that failed, beside those of the one that did not.
 _ATTEMPT = re.compile(r"error\.\d+\.tar(\.gz)?")
+# What a write says where there is no room, and no read.
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 DAMAGE = (OSError, EOFError, zlib.error, lzma.LZMAError, tarfile.TarError, zipfile.BadZipFile)
 
 
@@ -63,13 +71,15 @@ class Found(NamedTuple):
     """What a search came upon.
 
     Attributes:
-      sources: files to read.
+      sources: files to read, in order.
       others: number of files left alone because they are none of relaxations.
+      closed: (folder, reason) of each that could not be searched.
       attempts: number of custodian's archives of failed attempts left alone.
     """
 
     sources: list[Source]
     others: int
+    closed: list[tuple[str, str]]
     attempts: int = 0
 
 
@@ -79,13 +89,14 @@ def find_sources(paths: Sequence[str | os.PathLike[str]]) -> Found:
     In a folder these are VASP's vasprun.xml and OUTCAR under any name that contains one of the
     words, extxyz, traj and db files, and archives of them, also compressed. Of a vasprun.xml and
     an OUTCAR of the same run the vasprun.xml is read. The archives in which custodian keeps failed
-    attempts (error.N.tar.gz) are read only where they are named.
+    attempts (error.N.tar.gz) are read only where they are named. Symbolic links are followed; a
+    folder that can be reached in several ways is searched once, as itself if it is in the folder named.
 
     Raises:
       InputError: nothing is there under one of the names, or a folder holds no such file.
     """
     sources: list[Source] = []
-    others = attempts = 0
+    others, attempts, closed = 0, 0, []
     named = [Path(path) for path in paths]
     root = Path(os.path.commonpath([p.absolute() if p.is_dir() else p.absolute().parent
                                     for p in named])) if named else Path()  # fmt: skip
@@ -100,17 +111,45 @@ def find_sources(paths: Sequence[str | os.PathLike[str]]) -> Found:
         if not path.is_dir():
             sources.append(source(path))
             continue
-        inside = [Path(folder) / name for folder, _, names in os.walk(path) for name in names]
+        inside, unread = _inside(path)
         failed = {file for file in inside if _ATTEMPT.fullmatch(file.name)}
         chosen = relaxation_files(file for file in sorted(inside) if file not in failed)
         if not chosen:
+            but = "".join(f" ({folder}: {reason})" for folder, reason in unread[:1])
             raise InputError(
-                f"{path}: holds no vasprun.xml, OUTCAR, extxyz, traj or db file: name the files"
+                f"{path}: holds no vasprun.xml, OUTCAR, extxyz, traj or db file{but}: name the files"
             )
         others += len(inside) - len(chosen) - len(failed)
         attempts += len(failed)
+        closed += unread
         sources += [source(file) for file in chosen]
-    return Found(sources, others, attempts)
+    return Found(sources, others, closed, attempts)
+
+
+def _inside(top: Path) -> tuple[list[Path], list[tuple[str, str]]]:
+    """(files in a folder and those below, (folder, reason) of each that cannot be listed)."""
+    files: list[Path] = []
+    closed: list[tuple[str, str]] = []
+    seen: set[tuple[int, int]] = set()
+    # Folders before links, or an id would depend on which of two ways to a folder comes first.
+    links = [top]
+
+    def left_out(error: OSError) -> None:
+        reason = f"cannot be searched ({error.strerror}): allow it, or name the files in it"
+        closed.append((str(error.filename), reason))
+
+    while links:
+        for place, folders, names in os.walk(links.pop(0), onerror=left_out):
+            stat = os.stat(place)
+            if (stat.st_dev, stat.st_ino) in seen:  # also a link to a folder above itself
+                folders.clear()
+                continue
+            seen.add((stat.st_dev, stat.st_ino))
+            folders.sort()
+            inside = [Path(place, folder) for folder in folders]
+            links += [folder for folder in inside if folder.is_symlink()]
+            files += [Path(place, name) for name in names]
+    return files, closed
 
 
 def relaxation_files(names: Iterable[PurePath]) -> list:
@@ -141,6 +180,13 @@ class Companions:
                 kind, key = "cif", (name.parent, plain[:-4])
             if kind in self._found and not plain.startswith("."):
                 self._found[kind].setdefault(key, name)
+        # By folder, once for all of its runs.
+        self._runs: dict[PurePath, set[str]] = collections.defaultdict(set)
+        self._cifs: dict[PurePath, list[Any]] = collections.defaultdict(list)
+        for folder, run in (*self._found["vasprun"], *self._found["outcar"]):
+            self._runs[folder].add(run)
+        for (folder, _), cif in self._found["cif"].items():
+            self._cifs[folder].append(cif)
 
     def of(self, name: PurePath) -> Beside:
         """What is of the same run as a vasprun.xml or OUTCAR; nothing for other files."""
@@ -150,9 +196,9 @@ class Companions:
         found = self._found
         cif = found["cif"].get(key)
         if cif is None:
-            cifs = [file for folder, file in found["cif"].items() if folder[0] == key[0]]
-            runs = {k for word in ("vasprun", "outcar") for k in found[word] if k[0] == key[0]}
-            cif = cifs[0] if len(cifs) == 1 and runs <= {key} else None
+            cifs = self._cifs.get(name.parent, [])
+            runs = self._runs.get(name.parent, set())
+            cif = cifs[0] if len(cifs) == 1 and runs <= {key[1]} else None
         structure = found["poscar"].get(key) or found["contcar"].get(key)
         return Beside(found["outcar"].get(key) if kind == "vasprun" else None, structure, cif)
 
@@ -212,7 +258,7 @@ def is_json(name: PurePath) -> bool:
 
 def plain_name(name: PurePath) -> str:
     """File name without the suffix of a compression."""
-    return name.stem if name.suffix in _COMPRESSED else name.name
+    return name.stem if name.suffix.lower() in _COMPRESSED else name.name
 
 
 def relaxation_id(relative: PurePath, root: Path | None = None) -> str:
@@ -230,7 +276,7 @@ def relaxation_id(relative: PurePath, root: Path | None = None) -> str:
         else _stem(plain)
     )
     parts = [*relative.parent.parts, *([last] if last else [])]
-    return "/".join(parts) or (root.name if root is not None else "") or plain
+    return printable("/".join(parts) or (root.name if root is not None else "") or plain)
 
 
 def _stem(plain: str) -> str:
@@ -240,19 +286,43 @@ def _stem(plain: str) -> str:
 @contextlib.contextmanager
 def decompressed(path: Path) -> Iterator[IO[bytes]]:
     """The file's content as a stream. Raises InputError where it is damaged or missing."""
-    opener = _COMPRESSED.get(path.suffix)
+    opener = _opener(path)
     try:
-        with opener(path) if opener else path.open("rb") as stream:  # type: ignore[operator]
+        with opener(path) if opener else path.open("rb") as stream:
             yield stream
     except DAMAGE as error:
         kind = f"damaged {path.suffix[1:]} file" if opener else "cannot be read"
-        raise InputError(f"{path}: {kind} ({one_line(error)}): fetch it again") from error
+        raise InputError(f"{path}: {fault(error, kind)}") from error
+
+
+def _opener(path: PurePath) -> Callable[[Path], Any] | None:
+    """What opens a compressed file; None for one that is not."""
+    suffix = path.suffix.lower()
+    return _COMPRESSED.get(_TARS.get(suffix, suffix))
+
+
+def fault(error: BaseException, damaged: str) -> str:
+    """Why a file could not be read: what is wrong here, or else that it is ``damaged``."""
+    return fault_of_machine(error) or f"{damaged} ({one_line(error)}): fetch it again"
+
+
+def fault_of_machine(error: BaseException) -> str:
+    """What kept a sound file from being read or unpacked; "" where it is the file's own fault."""
+    if not isinstance(error, OSError) or error.errno in (None, errno.EINVAL):  # a seek to nowhere
+        return ""
+    if error.errno in _NO_ROOM:
+        return f"no room to unpack it in {tempfile.gettempdir()}: set TMPDIR to a larger folder"
+    return f"cannot be read ({error.strerror}): check its permissions and the disk"
 
 
 @contextlib.contextmanager
 def plain_copy(path: Path) -> Iterator[Path]:
-    """The file itself, or a decompressed copy: ASE's seeks in a gzip file are quadratic."""
-    if path.suffix not in _COMPRESSED:
+    """The file itself, or a decompressed copy: going back in a gzip file is beginning again.
+
+    Raises:
+      InputError: the file is damaged, or there is no room for the copy.
+    """
+    if _opener(path) is None:
         yield path
         return
     with tempfile.TemporaryDirectory(prefix="relaxnet-jax-") as folder:
@@ -260,84 +330,3 @@ def plain_copy(path: Path) -> Iterator[Path]:
         with decompressed(path) as packed, copy.open("wb") as out:
             shutil.copyfileobj(packed, out, 1 << 20)
         yield copy
-
-
-class Member(NamedTuple):
-    """A file out of an archive: its ``name`` there, and a ``path`` to it while it lasts, or the
-    ``error`` that kept it from being unpacked; what lies ``beside`` it, empty where damaged."""
-
-    name: PurePosixPath
-    path: Path | None
-    error: str = ""
-    beside: Beside = Beside()
-
-
-def archive_members(archive: Path) -> Iterator[Member]:
-    """The files of relaxations in an archive, one unpacked at a time.
-
-    Raises:
-      InputError: the archive is damaged, or holds none.
-    """
-    with tempfile.TemporaryDirectory(prefix="relaxnet-jax-") as folder, _opened(archive) as opened:
-        names, open_member = opened
-        inside = sorted(PurePosixPath(name) for name in names)
-        companions = Companions(inside)
-        found = relaxation_files(inside)
-        chosen = [name for name in found if not is_archive(name)]
-        packed = [name for name in found if is_archive(name)]
-        # Data sets come as one JSON file in a zip; beside other files JSON is something else.
-        chosen = chosen or [name for name in inside if is_json(name)]
-        if not chosen and not packed:
-            raise InputError(
-                f"{archive}: holds no vasprun.xml, OUTCAR, extxyz, traj or db file: name the "
-                "archive that does"
-            )
-
-        def unpacked(name: PurePosixPath) -> tuple[Path, str]:
-            """(where it is now, why it is empty or "")."""
-            # Only the last part of the name is used: no member leaves this folder.
-            path = Path(folder) / name.name
-            try:
-                with open_member(names[str(name)]) as packed, path.open("wb") as out:
-                    shutil.copyfileobj(packed, out, 1 << 20)
-            except (*DAMAGE, RuntimeError, NotImplementedError) as error:
-                path.write_bytes(b"")
-                return path, f"damaged in the archive ({one_line(error)})"
-            return path, ""
-
-        for name in packed:
-            yield Member(name, None, "is an archive in an archive: unpack it and name it")
-        for name in chosen:
-            path, error = unpacked(name)
-            others = [
-                unpacked(PurePosixPath(other))[0] if other and not error else None
-                for other in companions.of(name)
-            ]
-            yield Member(name, None if error else path, error, Beside(*others))
-            for file in (path, *others):
-                if file is not None:
-                    file.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def _opened(archive: Path) -> Iterator[tuple[dict[str, Any], Callable[[Any], Any]]]:
-    """(members by name, a function that opens one) of an archive."""
-    try:
-        if archive.suffix == ".zip":
-            with zipfile.ZipFile(archive) as packed:
-                yield (
-                    {
-                        str(PurePosixPath(i.filename)): i
-                        for i in packed.infolist()
-                        if not i.is_dir()
-                    },
-                    packed.open,
-                )
-        else:
-            with tarfile.open(archive) as packed:
-                files = {str(PurePosixPath(i.name)): i for i in packed.getmembers() if i.isfile()}
-                yield files, packed.extractfile
-    except DAMAGE as error:
-        raise InputError(
-            f"{archive}: damaged archive ({one_line(error)}): fetch it again"
-        ) from error

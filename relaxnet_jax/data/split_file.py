@@ -36,15 +36,22 @@ def make_folds(
         1/k each, are disjoint and together everything (validation keeps its fraction).
       by: what belongs together: relaxations of one group as stored, of one reduced formula, of
         one set of elements, or of one prototype (see `prototypes`).
-      fractions: training, validation, test; used where ``folds`` is 1, else only validation.
+      fractions: training, validation, test, all above 0, as training needs each; used where
+        ``folds`` is 1, else only validation.
 
     Raises:
-      InputError: see `split_groups`; fewer than 2 folds that are not 1.
+      InputError: see `split_groups`; fewer than 2 folds that are not 1; a fraction that is not
+        above 0.
     """
     if by not in get_args(By):
         raise InputError(f"--by {by}: give one of {', '.join(get_args(By))}")
     if folds < 1:
         raise InputError(f"--folds {folds}: give 1 or more")
+    if min(fractions if folds == 1 else fractions[1:2]) <= 0:
+        raise InputError(
+            f"--fractions {' '.join(f'{f:g}' for f in fractions)}: training needs relaxations in all "
+            "three splits: give each a fraction above 0"
+        )
     if folds > 1:
         fractions = (1.0 - fractions[1] - 1.0 / folds, fractions[1], 1.0 / folds)
         if fractions[0] <= 0:

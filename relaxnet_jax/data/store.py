@@ -59,7 +59,15 @@ class _Shard:
             index.initial_size = index.min_size = index.max_size = _INDEX_CACHE
             self.file.id.set_mdc_config(index)
         except OSError as error:
-            raise InputError(f"{path}: not an HDF5 file or damaged: {REMEDY}") from error
+            # HDF5 keeps the number of what the system refused.
+            if error.errno:
+                raise InputError(
+                    f"{path}: cannot be opened ({os.strerror(error.errno)}): check its permissions, "
+                    "and that no process writes it"
+                ) from error
+            raise InputError(
+                f"{path}: not an HDF5 file or damaged ({one_line(error)}): {REMEDY}"
+            ) from error
         try:
             self._read_header()
         except InputError:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from relaxnet_jax.console import printable
 from relaxnet_jax.data.checks import MIN_VOLUME, check_geometry, check_numbers, check_shapes
 from relaxnet_jax.data.files import atomic_path, is_poscar, one_line
 from relaxnet_jax.errors import InputError
@@ -208,7 +209,7 @@ def output_form(path: Path) -> str:
 
 
 def sound_and_unwrapped(trajectory: RelaxationTrajectory) -> RelaxationTrajectory:
-    """A relaxation as it was read, validated and with unwrapped positions.
+    """A relaxation as it was read, validated, with unwrapped positions and texts of UTF-8.
 
     Raises:
       InputError: it is unsound; the message does not name it, which is for its reader to do.
@@ -219,7 +220,14 @@ def sound_and_unwrapped(trajectory: RelaxationTrajectory) -> RelaxationTrajector
         prefix = f"relaxation {trajectory.id!r}, "
         raise InputError(str(bad).removeprefix(prefix)) from None
     unwrapped = unwrap_positions(trajectory.positions, trajectory.cells, trajectory.pbc)
-    return dataclasses.replace(trajectory, positions=unwrapped)
+    # File names need not be UTF-8, and become ids and sources; a store holds nothing else.
+    return dataclasses.replace(
+        trajectory,
+        id=printable(trajectory.id),
+        group=printable(trajectory.group),
+        source=printable(trajectory.source),
+        positions=unwrapped,
+    )
 
 
 def reduced_formula(atomic_numbers: np.ndarray) -> str:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from relaxnet_jax.console import printable
 from relaxnet_jax.data.files import is_poscar
 from relaxnet_jax.data.sources import plain_name
 from relaxnet_jax.errors import InputError
@@ -217,7 +218,8 @@ def _parts(file: Path) -> list[str]:
     file = file.with_name(plain_name(file))
     whole = is_poscar(file) and file.suffix.lower() not in (".vasp", ".poscar")
     name = file.name if whole else file.stem  # the suffix of POSCAR.mp-1 is its name
-    found = [_WORDS.sub("-", part).strip("-") for part in (*file.absolute().parts[1:-1], name)]
+    parts = (*file.absolute().parts[1:-1], name)
+    found = [_WORDS.sub("-", printable(part)).strip("-") for part in parts]
     return [part for part in found if part] or ["structure"]
 
 

@@ -36,6 +36,7 @@ from relaxnet_jax.data.quality.charges import Charges
 from relaxnet_jax.data.quality.composition import Compositions
 from relaxnet_jax.data.quality.reasons import REASONS, chosen
 from relaxnet_jax.data.quality.work import cell_jumps, step_works
+from relaxnet_jax.data.shards import is_sharded, write_shards
 from relaxnet_jax.data.store import TrajectoryStore
 from relaxnet_jax.data.store_write import write_store
 from relaxnet_jax.data.trajectory import RelaxationTrajectory
@@ -196,15 +197,19 @@ def write_clean(
 
     The metadata of the new store say how many were dropped, and why.
 
+    Args:
+      out: a store, ending in .h5, or without suffix a folder of shards (see `write_shards`).
+
     Returns:
       Numbers of relaxations written and dropped.
 
     Raises:
-      InputError: an unknown reason, ``out`` is one of the store's own files or cannot be
-        written, or nothing would be left.
+      InputError: an unknown reason, ``out`` is one of the store's own files, or their folder, or
+        cannot be written, or nothing would be left.
     """
-    reasons = chosen(list(reasons))
-    if Path(out).resolve() in [path.resolve() for path in store.paths]:
+    reasons, out = chosen(list(reasons)), Path(out)
+    read = [path.resolve() for path in store.paths]
+    if out.resolve() in (*read, *(path.parent for path in read if out.is_dir())):
         raise InputError(f"{out}: is also read: choose another output path")
     dropped = report.ids(reasons)
     if len(dropped) == len(store):
@@ -218,7 +223,10 @@ def write_clean(
 
     counts = {reason: n for reason, n in report.counts().items() if n and reason in reasons}
     metadata = store.metadata | {"dropped": {"relaxations": len(dropped), "reasons": counts}}
-    return write_store(out, kept(), metadata=metadata), len(dropped)
+    # The place of the first file in its set, which is not that of the new one.
+    metadata.pop("shard", None)
+    write = write_shards if is_sharded(out) else write_store
+    return write(out, kept(), metadata=metadata), len(dropped)
 
 
 def _check_labels(t: RelaxationTrajectory, limits: Limits) -> list[Finding]:
