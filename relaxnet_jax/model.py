@@ -91,6 +91,12 @@ class RelaxNet:
     elements: tuple[int, ...] = flax.struct.field(pytree_node=False, default=())
     statistics: str = flax.struct.field(pytree_node=False, default="{}")
 
+    def __repr__(self) -> str:
+        sizes = [getattr(leaf, "size", 1) for leaf in jax.tree.leaves(self.params)]
+        elements = f"{len(self.elements)} elements" if self.elements else "untrained"
+        d = self.config.dynamics
+        return f"RelaxNet({d.latent}, {d.cell} cells, {elements}, {sum(sizes):,} parameters)"
+
     @property
     def network(self) -> RelaxNetwork:
         """The learned functions."""
@@ -264,7 +270,15 @@ def predict_trajectory(model: RelaxNet, graph: Graph, times: Times | None = None
 
     Returns:
       `Prediction`; what stands at padding atoms and structures has no meaning.
+
+    Raises:
+      InputError: something that is no graph.
     """
+    if not hasattr(graph, "nodes"):
+        raise InputError(
+            f"predict_trajectory: takes a graph, not {type(graph).__name__}: give model.graph(atoms), or call "
+            "relax(model, atoms)"
+        )
     times = None if times is None else jnp.asarray(times)
     result = solve_compiled(model.network, model.params, model.energy_scale, graph, times)
     per_atom = jnp.asarray(model.element_energies)[graph.nodes["atomic_numbers"]]

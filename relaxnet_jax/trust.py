@@ -52,14 +52,15 @@ class Flag(NamedTuple):
 
 
 def trust_flags(
-    path: RelaxationTrajectory, model: RelaxNet, skin: float | None, approached: float = 0.0
+    path: RelaxationTrajectory, model: RelaxNet, skin: float | None = None, approached: float = 0.0
 ) -> tuple[Flag, ...]:
     """All flags of a predicted path, the gravest first; empty where nothing speaks against it.
 
     Args:
       path: predicted, n frames.
       model: that predicted it.
-      skin: Å, of the neighbour list it was predicted with; None for the mean of several paths.
+      skin: Å, of the neighbour list it was predicted with; None where that is not known, as of a path that
+        `relax` has judged by it already, and of the mean of several paths.
       approached: Å, how much two atoms have approached, where that is known of more frames than the
         path's.
     """

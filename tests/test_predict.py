@@ -456,3 +456,11 @@ def test_models_of_charges_say_where_there_are_none():
     atoms.set_initial_charges([np.nan, 0.0, 0.0])
     with pytest.raises(InputError, match="charges are not finite"):
         charged.structure(atoms)
+
+
+def test_short_names_for_consoles(model):
+    assert repr(model).startswith("RelaxNet(explicit, fixed cells, untrained, ")
+    path = relax(model, crystal(), n_frames=3)
+    assert repr(path) == "RelaxationTrajectory('0-ClNaO', ClNaO, 3 frames, one cell)"
+    with pytest.raises(InputError, match=r"takes a graph, not Atoms: give model\.graph\(atoms\)"):
+        predict_trajectory(model, crystal())

@@ -70,9 +70,15 @@ def test_scripts_exist():
             assert (ROOT / name).exists() or (ROOT / f"{name}.sh").exists(), (page.name, name)
 
 
+def test_every_config_is_listed():
+    rows = re.findall(r"^\| (`\w+\.py`.*?) \|", TEXT, re.M)
+    listed = [name for row in rows for name in re.findall(r"`(\w+\.py)`", row)]
+    assert sorted(listed) == sorted(file.name for file in (ROOT / "configs").glob("*.py"))
+
+
 def test_config_table_has_every_field_and_default():
     documented = {}
-    for cell, defaults in re.findall(r"^\| (`.*?) \| (.*?) \|", TEXT, re.M):
+    for cell, defaults in re.findall(r"^\| (`\w+\.(?!py`).*?) \| (.*?) \|", TEXT, re.M):
         section, _, names = cell.replace("`", "").partition(".")
         values = defaults.strip()
         names = names.split(", ")

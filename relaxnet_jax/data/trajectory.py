@@ -68,6 +68,10 @@ class RelaxationTrajectory:
     times: np.ndarray | None = None
     source: str = ""
 
+    def __repr__(self) -> str:
+        cells = "changing" if self.variable_cell else "one"
+        return f"RelaxationTrajectory({self.id!r}, {self.formula}, {self.n_frames} frames, {cells} cell)"
+
     @property
     def n_frames(self) -> int:
         """Number n of ionic steps, the initial structure included."""

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from relaxnet_jax.config import Config, to_json
+from relaxnet_jax.config import Config, load_config, to_json
 from relaxnet_jax.data.buckets import pack_epoch
 from relaxnet_jax.data.dataset import Dataset, load_dataset
 from relaxnet_jax.data.pipeline import epoch_iterator
@@ -71,7 +71,7 @@ class Result:
 
 
 def train(
-    config: Config,
+    config: Config | str,
     workdir: str | Path,
     resume: bool = False,
     report: ConsoleReport | None = None,
@@ -84,7 +84,7 @@ def train(
     devices, and only process 0 writes, prints and reads checkpoints.
 
     Args:
-      config: everything the run is determined by.
+      config: everything the run is determined by, or the name of a config (`load_config`).
       workdir: holds config.json, splits.json, metrics.jsonl, checkpoints/ and model/.
       resume: continue the run in ``workdir`` from its latest checkpoint, exactly; on another
         number of devices too, each relaxation still coming once in an epoch.
@@ -97,6 +97,7 @@ def train(
         ``resume`` is off, or a run of another configuration although it is on; processes with
         different configurations or data.
     """
+    config = config if isinstance(config, Config) else load_config(config)
     hosts = Hosts()
     report = (report or ConsoleReport()) if hosts.first else ConsoleReport.silent()
     workdir = Path(workdir)
