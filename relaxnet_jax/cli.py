@@ -83,6 +83,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_predict(commands)
     add_relax(commands)
     _add_demo(commands)
+    _add_info(commands)
     add_benchmark(commands)
     add_reproduce(commands)
     return parser
@@ -96,14 +97,7 @@ def _add_train(commands) -> None:
         help="a config file, or a shipped one's name: "
         "explicit.py, implicit.py, explicit_cell.py, … (with --resume by default that of the run)",
     )
-    p.add_argument(
-        "--set",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="KEY=VALUE",
-        help="change fields of the config, e.g. train.epochs=50 data.path=mine.h5",
-    )
+    _add_set(p)
     p.add_argument("--workdir", metavar="DIR", help="where the run lives (default: runs/CONFIG)")
     p.add_argument("--resume", action="store_true", help="continue the run in the workdir")
     p.add_argument(
@@ -128,6 +122,31 @@ def _add_train(commands) -> None:
         metavar="S",
         help="how long to wait for all to come (default: 300)",
     )
+
+
+def _add_set(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="change fields of the config, e.g. train.epochs=50 data.path=mine.h5",
+    )
+
+
+def _add_info(commands) -> None:
+    p = command(commands, "info", "info", "tell what a model is: elements, data, errors, versions")
+    p.add_argument(
+        "model",
+        nargs="?",
+        default=PRETRAINED,
+        metavar="DIR",
+        help="a training run or a model folder (default: the committee that comes with the package)",
+    )
+    p = command(commands, "config", "config", "print a whole configuration, defaults included")
+    p.add_argument("config", metavar="FILE", help="a config file, or a shipped one's name")
+    _add_set(p)
 
 
 def _add_eval(commands) -> None:

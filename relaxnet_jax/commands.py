@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from relaxnet_jax.config import PRETRAINED, Config, from_json, load_config, to_dict
+from relaxnet_jax.config import PRETRAINED, Config, from_json, load_config, to_dict, to_json
 from relaxnet_jax.console import bar, note, q, say, status
 from relaxnet_jax.errors import InputError
 from relaxnet_jax.runtime import batch_shares, check_devices, enable_compilation_cache
@@ -202,6 +202,29 @@ def relax(args: argparse.Namespace) -> int:
     from relaxnet_jax.relaxation.command import relax as run
 
     return run(args, _load_members)
+
+
+def info(args: argparse.Namespace) -> int:
+    """``relaxnet-jax info``."""
+    import json
+
+    from relaxnet_jax.model import load_model, member_folders
+    from relaxnet_jax.model_facts import facts
+
+    for folder in member_folders(args.model):
+        config = load_model(folder).config  # complains of what is missing or damaged
+        say(str(folder))
+        told = facts(config, json.loads((folder / "model.json").read_text(encoding="utf-8")))
+        width = max(map(len, told))
+        for name, text in told.items():
+            say(f"  {name:{width}}  {text}")
+    return 0
+
+
+def config(args: argparse.Namespace) -> int:
+    """``relaxnet-jax config``: a whole configuration, as a run's config.json has it."""
+    say(to_json(load_config(args.config, args.set)))
+    return 0
 
 
 def reproduce(args: argparse.Namespace) -> int:

@@ -393,3 +393,14 @@ def test_devices_that_do_not_start(fail, monkeypatch, error):
 
     monkeypatch.setattr("jax.local_device_count", broken)
     fail("eval", "--workdir", "run", words=["JAX cannot start", "unset JAX_PLATFORMS"])
+
+
+def test_info_and_config(tmp_path, capsys):
+    assert cli.main(["info"]) == 0
+    told = capsys.readouterr().out
+    assert told.count("83: H Li Be") == 3 and "2981 relaxations" in told and "relax\n" in told
+    assert cli.main(["config", "explicit.py", "--set", "train.seed=7"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["train"]["seed"] == 7 and told["loss"]["errors"] == "norm"
+    assert cli.main(["info", str(tmp_path)]) == 2
+    assert "not a model folder" in capsys.readouterr().err

@@ -1,0 +1,43 @@
+"""What a saved model is, from the text files of its folder: for people to read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from relaxnet_jax.config import Config
+
+_KINDS = {
+    "explicit": "paths by an ODE, features encoded once (explicit)",
+    "implicit": "paths by an ODE, features encoded all along (implicit); a potential",
+    "static": "a potential; paths by L-BFGS",
+    "direct": "the final structure and energy at once",
+}
+
+
+def facts(config: Config, model: Mapping[str, Any]) -> dict[str, str]:
+    """Lines about a model, by what they tell.
+
+    Args:
+      model: contents of its model.json.
+    """
+    d, told = config.dynamics, model["statistics"]
+    elements = model["elements"]
+    found = {
+        "predicts": _KINDS[d.latent],
+        "cells": "relax" if d.cell == "variable" else "stay as they are",
+        "elements": f"{len(elements)}: {' '.join(elements)}" if elements else "untrained: any",
+        "trained on": str(told.get("data", "nothing")),
+    }
+    if count := told.get("training_relaxations"):
+        found["trained on"] += f", {count} relaxations"
+    if start := told.get("started_from"):
+        found["started from"] = f"another model (sha256 {str(start)[:12]}…)"
+    for name, (low, high) in told.get("surroundings", {}).items():
+        found[f"neighbours ({name})"] = f"{low:.0f} to {high:.0f} an atom in the training data"
+    if check := told.get("validation"):
+        found["on its validation split"] = ", ".join(f"{k} {v:.3g}" for k, v in check.items())
+    found["cutoffs"] = f"pairs {config.graph.cutoff:g} Å, bonds {config.graph.triplet_cutoff:g} Å"
+    found["parameters"] = f"{model['parameters']:,}"
+    found["made by"] = ", ".join(f"{name} {number}" for name, number in model["versions"].items())
+    return found
