@@ -24,6 +24,7 @@ from relaxnet_jax.config import TrainConfig, load_config, to_json
 from relaxnet_jax.data.dataset import read_trajectories
 from relaxnet_jax.data.sample_file import SampleView
 from relaxnet_jax.errors import InputError
+from relaxnet_jax.losses import TERMS, Term
 from relaxnet_jax.model import create_model, load_model
 from relaxnet_jax.predict import relax
 from relaxnet_jax.runtime import usable_cores
@@ -33,6 +34,7 @@ from relaxnet_jax.train.checkpoint import Checkpoints, has_checkpoint
 from relaxnet_jax.train.loop import train
 from relaxnet_jax.train.report import ConsoleReport
 from relaxnet_jax.train.state import Plateau, initial_train_state, make_optimizer
+from relaxnet_jax.train.tally import ValidationTally
 from relaxnet_jax.trust import surroundings
 
 CHANGES = {
@@ -259,13 +261,14 @@ def test_sigterm_writes_a_checkpoint(run, folder):
 
 
 def test_bad_structures_are_skipped_and_named(folder, monkeypatch):
-    """A batch whose loss is not finite changes nothing, is counted, and its ids are told."""
+    """A batch whose loss is not finite changes nothing, is counted, and its ids are told; one of
+    validation is no part of its loss."""
     bad = []
 
     class Poisoned(SampleView):
         def __getitem__(self, k):
             sample = super().__getitem__(k)
-            if k == 0:
+            if k in (0, len(self) - 1):  # of training, and of validation
                 sample.forces[:] = np.nan
                 bad.append(sample.id)
             return sample
@@ -280,6 +283,9 @@ def test_bad_structures_are_skipped_and_named(folder, monkeypatch):
     skips = [line for line in text.getvalue().splitlines() if "step skipped" in line]
     assert len(skips) == 2 and all(bad[0] in line and "?" not in line for line in skips)
     assert 1 <= len(skips[0].split("structures: ")[1].split(", ")) <= 4
+    assert [r["validation_skipped"] for r in found] == [1, 1]
+    (told,) = (line for line in text.getvalue().splitlines() if "left out of the validation" in line)
+    assert bad[1] in told
     leaves = jax.tree.leaves(load_model(result.model_folder).params)
     assert all(np.isfinite(leaf).all() for leaf in leaves)
     state, _ = final_state(result.workdir, config)
@@ -475,7 +481,27 @@ def test_plateau():
     assert best == [True, True, False, False, False, False, False, False, True]
     assert scales == [1, 1, 1, 1, 0.5, 0.5, 0.5, 0.25, 0.25]
     never = Plateau()
-    assert not never.update(math.nan, 0, config) and not never.exhausted(100, config)
+    assert not any(never.update(math.nan, epoch, config) for epoch in range(3))
+    assert not never.exhausted(6, config) and never.exhausted(7, config)
+    # A loss over fewer batches says less: it is no better than one over more of them.
+    partly = Plateau()
+    found = [partly.update(loss, k, config, skipped) for k, (loss, skipped) in enumerate(
+        [(3.0, 1), (2.0, 2), (4.0, 0), (1.0, 1), (3.5, 0)])]  # fmt: skip
+    assert found == [True, False, True, False, True] and partly.best == 3.5
+
+
+def test_validation_without_what_is_not_finite():
+    config = config_of().loss
+    tally, whole = ValidationTally(), ValidationTally()
+    good = [{name: Term(np.float32(k), np.float32(2)) for name in TERMS} for k in (3, 5)]
+    assert all(tally.add(terms) and whole.add(terms) for terms in good)
+    assert not tally.add(good[0] | {"forces": Term(np.float32(np.nan), np.float32(2))})
+    assert tally.means(config) == whole.means(config) and (tally.batches, tally.skipped) == (3, 1)
+    assert tally.means(config)["forces"] == 2.0
+    nothing = ValidationTally()
+    assert not nothing.add(good[0] | {"energy": Term(np.float32(np.inf), np.float32(2))})
+    means = nothing.means(config)
+    assert set(means) == {"loss", *TERMS} and all(map(math.isnan, means.values()))
 
 
 TWO_DEVICES = """

@@ -22,7 +22,6 @@ from relaxnet_jax.data.dataset import Dataset, load_dataset
 from relaxnet_jax.data.pipeline import epoch_iterator
 from relaxnet_jax.data.split_file import RECORD
 from relaxnet_jax.errors import InputError
-from relaxnet_jax.losses import Term, weighted_loss
 from relaxnet_jax.model import RelaxNet, save_model
 from relaxnet_jax.train.checkpoint import Checkpoints
 from relaxnet_jax.train.checks import (
@@ -45,7 +44,7 @@ from relaxnet_jax.train.start import (
 )
 from relaxnet_jax.train.state import Plateau, TrainState, initial_train_state
 from relaxnet_jax.train.step import make_eval_step, make_train_step
-from relaxnet_jax.train.tally import Tally
+from relaxnet_jax.train.tally import Tally, ValidationTally
 
 # A run that cools down to its deadline ends with a model that has settled. It is kept, unless its
 # validation loss, mostly noise of a few structures from epoch to epoch, is worse than the best by
@@ -146,6 +145,7 @@ class _Run:
         self.start_facts = start_facts(config) | seen_by_start(config, dataset.ids(), report)
         self.data = prepare(config, dataset, report, self.start, shares, self.hosts)
         self.data.tell(report)
+        self.unfit: set[int] = set()  # validation samples that were told to be in batches left out
         check_same_data(self.data, config, self.hosts)
         self.train_step, self.static_step = (
             self.devices.compile(
@@ -185,6 +185,10 @@ class _Run:
         """Writes the model with these (replicated) parameters to ``workdir/model``."""
         save_model(self.model(jax.device_get(self.devices.first(params))), workdir / "model")
 
+    def _finite(self, params: Any) -> bool:
+        leaves = jax.tree.leaves(jax.device_get(self.devices.first(params)))
+        return all(np.isfinite(leaf).all() for leaf in leaves)
+
     def batches(
         self, split: str, seed: tuple[int, int] | None, done: list[list[int]]
     ) -> tuple[Iterator[tuple[list[int], Any]], int]:
@@ -212,23 +216,22 @@ class _Run:
 
         return iterate(), len(runs)
 
-    def validate(self, params: Any) -> dict[str, float]:
-        """Means of every loss term, the loss, and coordinate errors on the validation split.
+    def validate(self, params: Any) -> tuple[dict[str, float], int]:
+        """Means of the loss, its terms and the coordinate errors on the validation split, and how many
+        batches were left out of them since they were not finite; their structures are told once.
 
         Process 0's numbers on all: what depends on them must be the same everywhere.
         """
-        totals: dict[str, list[float]] = {}
+        tally, unfit = ValidationTally(), []
         iterator, _ = self.batches("validation", None, [])
-        for _, batch in iterator:
-            terms = jax.device_get(self.devices.first(self.eval_step(params, batch)))
-            for name, term in terms.items():
-                total = totals.setdefault(name, [0.0, 0.0])
-                total[0] += float(term.total)
-                total[1] += float(term.number)
-        terms = {name: Term(np.float64(a), np.float64(b)) for name, (a, b) in totals.items()}
-        loss, _ = weighted_loss(terms, self.config.loss)
-        means = {name: float(term.mean()) for name, term in terms.items()}
-        return self.hosts.share({"loss": float(loss)} | means)
+        for indices, batch in iterator:
+            if not tally.add(jax.device_get(self.devices.first(self.eval_step(params, batch)))):
+                unfit += [i for i in indices if i not in self.unfit]
+        if unfit:
+            self.unfit.update(unfit)
+            names = ", ".join(self.data.samples.id(i) for i in unfit)
+            self.report(f"left out of the validation loss: not finite with one of {names}")
+        return self.hosts.share((tally.means(self.config.loss), tally.skipped))
 
     def execute(self, workdir: Path, resume: bool) -> Result:
         """Runs until an end is reached."""
@@ -293,15 +296,18 @@ class _Run:
                     break
                 unfinished, tally = tally, Tally()
                 averaged = state.ema if t.ema else state.params
-                record["validation"] = self.validate(averaged)
+                record["validation"], unfit = self.validate(averaged)
+                record["validation_skipped"] = unfit
                 clock.tick()
                 if (
                     epoch < t.static_epochs
                 ):  # another loss: what it reaches is no mark for the solution
                     plateau = Plateau()
-                record["best"] = plateau.update(record["validation"]["loss"], epoch, t)
+                record["best"] = plateau.update(record["validation"]["loss"], epoch, t, unfit)
                 record["seconds"] = clock.seconds
-                if first_host and (record["best"] or not (workdir / "model").exists()):
+                # Without a best one, the last that can be used is the best there is.
+                wanted = record["best"] or (plateau.best_epoch < 0 and self._finite(averaged))
+                if first_host and (wanted or not (workdir / "model").exists()):
                     self.export(averaged, workdir)
                 due = (epoch + 1) % t.checkpoint_every == 0 or epoch + 1 == t.epochs
                 if record["partial"]:  # by the deadline; what is best now must be known later
@@ -318,7 +324,8 @@ class _Run:
                 if late or epoch + 1 == t.epochs:
                     reason = f"train.max_minutes={t.max_minutes:g}" if late else reason
                     loss, cooled = record["validation"]["loss"], t.max_minutes and t.cooldown
-                    if cooled and not record["best"] and loss <= KEEP_LAST * plateau.best:
+                    near = loss <= KEEP_LAST * plateau.best and unfit <= plateau.skipped
+                    if cooled and not record["best"] and near:
                         if first_host:
                             self.export(averaged, workdir)
                         self.report(f"the last model is kept (validation loss {loss:.4f})")
@@ -330,9 +337,11 @@ class _Run:
             if checkpoints is not None:
                 checkpoints.close()
         self.hosts.wait()
+        best = f"best validation loss {plateau.best:.4f} at epoch {plateau.best_epoch}"
+        if plateau.best_epoch < 0:
+            best = "no validation loss was finite: kept is the last model whose parameters are"
         self.report(
-            f"ended after epoch {epoch}: {reason}; best validation loss {plateau.best:.4f} at epoch "
-            f"{plateau.best_epoch}; model in {workdir / 'model'}"
+            f"ended after epoch {epoch}: {reason}; {best}; model in {workdir / 'model'}"
             if not stopped
             else f"stopped within epoch {epoch}: {reason}"
         )

@@ -57,7 +57,7 @@ class Plateau:
 
     Attributes:
       scale: current factor on the learning rate.
-      best: lowest validation loss so far. best_epoch: when.
+      best: lowest validation loss so far. best_epoch: when. skipped: validation batches left out of it.
       waited: epochs since the last improvement or reduction.
     """
 
@@ -65,11 +65,16 @@ class Plateau:
     best: float = math.inf
     best_epoch: int = -1
     waited: int = 0
+    skipped: int = 0
 
-    def update(self, loss: float, epoch: int, config: TrainConfig) -> bool:
-        """Takes one epoch's loss in; True if it is the best so far. NaN never is."""
-        if loss < self.best:
-            self.best, self.best_epoch, self.waited = loss, epoch, 0
+    def update(self, loss: float, epoch: int, config: TrainConfig, skipped: int = 0) -> bool:
+        """Takes one epoch's loss in; True if it is the best so far. NaN never is.
+
+        Losses over fewer batches are lower for it: first counts how many were ``skipped``.
+        """
+        first = self.best_epoch < 0
+        if math.isfinite(loss) and (first or (skipped, loss) < (self.skipped, self.best)):
+            self.best, self.best_epoch, self.waited, self.skipped = loss, epoch, 0, skipped
             return True
         self.waited += 1
         if self.waited > config.plateau_patience:
@@ -78,5 +83,5 @@ class Plateau:
         return False
 
     def exhausted(self, epoch: int, config: TrainConfig) -> bool:
-        """Whether early stopping is due."""
-        return self.best_epoch >= 0 and epoch - self.best_epoch >= config.early_stop_patience
+        """Whether early stopping is due; where nothing was ever best, counted from epoch 0."""
+        return epoch - max(self.best_epoch, 0) >= config.early_stop_patience

@@ -1,4 +1,4 @@
-"""What an epoch has added up so far; goes into a checkpoint, so an epoch can be taken up again."""
+"""What the batches of an epoch, and of a validation, add up to."""
 
 from __future__ import annotations
 
@@ -6,10 +6,15 @@ import dataclasses
 import math
 from typing import Any
 
+import numpy as np
+
+from relaxnet_jax.config import LossConfig
+from relaxnet_jax.losses import Term, weighted_loss
+
 
 @dataclasses.dataclass
 class Tally:
-    """Sums over the batches of an epoch.
+    """Sums over the batches of an epoch; goes into a checkpoint, so that it can be taken up again.
 
     Attributes:
       batches: done. structures: in them.
@@ -56,3 +61,34 @@ class Tally:
             "structures_per_second": self.structures / spent,
             "waiting": self.waited / spent,
         }
+
+
+class ValidationTally:
+    """Sums of loss terms over validation batches. Those that are not finite are left out: one
+    structure beyond the model would make every mean of the run a NaN.
+
+    Attributes:
+      batches: done. skipped: of them, left out.
+    """
+
+    def __init__(self) -> None:
+        self.batches = self.skipped = 0
+        self._sums: dict[str, np.ndarray] = {}
+
+    def add(self, terms: dict[str, Term]) -> bool:
+        """Takes a batch in; returns whether it counts."""
+        values = {name: np.array([t.total, t.number], np.float64) for name, t in terms.items()}
+        finite = all(np.isfinite(v).all() for v in values.values())
+        self.batches, self.skipped = self.batches + 1, self.skipped + (not finite)
+        for name, value in values.items():
+            before = self._sums.get(name, np.zeros(2))
+            self._sums[name] = before + value if finite else before
+        return finite
+
+    def means(self, config: LossConfig) -> dict[str, float]:
+        """The loss and every term; NaN where no batch counts."""
+        if self.batches == self.skipped:
+            return {"loss": math.nan} | dict.fromkeys(self._sums, math.nan)
+        terms = {name: Term(total, number) for name, (total, number) in self._sums.items()}
+        loss, _ = weighted_loss(terms, config)
+        return {"loss": float(loss)} | {name: float(t.mean()) for name, t in terms.items()}
