@@ -11,7 +11,6 @@ import subprocess
 import sys
 import textwrap
 import time
-from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -29,11 +28,16 @@ from relaxnet_jax.model import create_model, load_model
 from relaxnet_jax.predict import relax
 from relaxnet_jax.runtime import usable_cores
 from relaxnet_jax.train import data as training_data
-from relaxnet_jax.train import loop
 from relaxnet_jax.train.checkpoint import Checkpoints, has_checkpoint
 from relaxnet_jax.train.loop import train
 from relaxnet_jax.train.report import ConsoleReport
-from relaxnet_jax.train.state import Plateau, initial_train_state, make_optimizer
+from relaxnet_jax.train.state import (
+    Cooling,
+    Plateau,
+    cooling_factor,
+    initial_train_state,
+    make_optimizer,
+)
 from relaxnet_jax.train.tally import ValidationTally
 from relaxnet_jax.trust import surroundings
 
@@ -176,6 +180,7 @@ def test_exact_resume(run, folder):
         file.write(json.dumps(records(workdir)[0] | {"epoch": 3}) + '\n{"epoch": 4, "tr')
     train(config_of(), workdir, resume=True, report=report, devices=1)
     assert "resuming after epoch 2" in text.getvalue()
+    assert (workdir / "config.json").read_text() == to_json(config_of())  # not its first end
     same_run(result.workdir, workdir, config_of())
 
 
@@ -419,14 +424,22 @@ def test_cooling_ends_with_the_time_or_the_epochs():
     """Whichever is nearer; without a time limit there is none."""
 
     def factor(seconds, epochs, **changes):
-        cooled = config_of(**{"max_minutes": 10.0, "cooldown": 0.5, "epochs": 100} | changes)
-        limit = 60 * cooled.train.max_minutes or math.inf
-        return loop._Run._cooling(SimpleNamespace(config=cooled), seconds, limit, epochs)
+        cooled = TrainConfig(**{"max_minutes": 10.0, "cooldown": 0.5, "epochs": 100} | changes)
+        return cooling_factor(cooled, seconds, 60 * cooled.max_minutes or math.inf, epochs)
 
     assert factor(0, 0) == factor(299, 49) == 1.0
     assert factor(450, 0) == pytest.approx(0.5) and factor(600, 1) == factor(700, 1) == 0.0
     assert factor(0, 75) == pytest.approx(0.5) and factor(0, 100) == 0.0
     assert factor(0, 75, max_minutes=0.0) == factor(0, 75, cooldown=0.0) == 1.0
+
+
+def test_a_run_taken_up_after_its_end_has_not_cooled():
+    """Its last model is no better than where it was: only one whose rate fell has settled."""
+    ended, whole = Cooling(), Cooling()
+    assert not ended.annealed
+    assert [ended.take(0.0) for _ in range(2)] == [0.0, 0.0] and not ended.annealed
+    assert whole.take(1.0) == 1.0 and not whole.annealed
+    assert whole.take(0.1) == whole.last == 0.1 and whole.annealed
 
 
 def test_mixed_energies_are_told(folder, monkeypatch):

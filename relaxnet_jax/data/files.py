@@ -43,6 +43,12 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Writes a text file, whole or not at all; raises as `atomic_path` does."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text)
+
+
 def is_poscar(path: str | os.PathLike[str]) -> bool:
     """Whether the name is one of VASP's for structures: POSCAR*, CONTCAR*, *.vasp, *.poscar."""
     upper = Path(path).name.upper()

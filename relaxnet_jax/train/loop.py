@@ -19,6 +19,7 @@ import numpy as np
 from relaxnet_jax.config import Config, load_config, to_json
 from relaxnet_jax.data.buckets import pack_epoch
 from relaxnet_jax.data.dataset import Dataset, load_dataset
+from relaxnet_jax.data.files import write_text
 from relaxnet_jax.data.pipeline import epoch_iterator
 from relaxnet_jax.data.split_file import RECORD
 from relaxnet_jax.errors import InputError
@@ -42,7 +43,13 @@ from relaxnet_jax.train.start import (
     start_facts,
     start_parameters,
 )
-from relaxnet_jax.train.state import Plateau, TrainState, initial_train_state
+from relaxnet_jax.train.state import (
+    Cooling,
+    Plateau,
+    TrainState,
+    cooling_factor,
+    initial_train_state,
+)
 from relaxnet_jax.train.step import make_eval_step, make_train_step
 from relaxnet_jax.train.tally import Tally, ValidationTally
 
@@ -112,10 +119,10 @@ def train(
         check_same_splits(config, dataset, workdir / RECORD)
     run = _Run(config, dataset, report, Devices(devices, report, hosts), shares)
     if hosts.first:
-        workdir.mkdir(parents=True, exist_ok=True)
+        # Also of a resumed run: gone on with again, it has the limits it was last given.
+        write_text(workdir / "config.json", to_json(config))
         if not resume:
-            (workdir / "config.json").write_text(to_json(config))
-            (workdir / RECORD).write_text(json.dumps(dataset.ids(), indent=1))
+            write_text(workdir / RECORD, json.dumps(dataset.ids(), indent=1))
     return run.execute(workdir, resume)
 
 
@@ -145,6 +152,7 @@ class _Run:
         self.start_facts = start_facts(config) | seen_by_start(config, dataset.ids(), report)
         self.data = prepare(config, dataset, report, self.start, shares, self.hosts)
         self.data.tell(report)
+        self.cooling = Cooling()
         self.unfit: set[int] = set()  # validation samples that were told to be in batches left out
         check_same_data(self.data, config, self.hosts)
         self.train_step, self.static_step = (
@@ -323,7 +331,7 @@ class _Run:
                 late = clock.seconds >= limit
                 if late or epoch + 1 == t.epochs:
                     reason = f"train.max_minutes={t.max_minutes:g}" if late else reason
-                    loss, cooled = record["validation"]["loss"], t.max_minutes and t.cooldown
+                    loss, cooled = record["validation"]["loss"], self.cooling.annealed
                     near = loss <= KEEP_LAST * plateau.best and unfit <= plateau.skipped
                     if cooled and not record["best"] and near:
                         if first_host:
@@ -390,8 +398,8 @@ class _Run:
             for indices, batch in iterator:
                 tally.waited += time.perf_counter() - asked
                 done = epoch + tally.batches / count
-                now = np.float32(rate * self._cooling(clock.seconds, limit, done))
-                state, metrics = step(state, batch, now, key)
+                now = rate * self.cooling.take(cooling_factor(t, clock.seconds, limit, done))
+                state, metrics = step(state, batch, np.float32(now), key)
                 metrics = {
                     k: float(v) for k, v in jax.device_get(self.devices.first(metrics)).items()
                 }
@@ -416,19 +424,10 @@ class _Run:
         return state, {
             "epoch": epoch,
             "partial": tally.batches < count,
-            "learning_rate": rate,
+            "learning_rate": rate * self.cooling.last,
             "compile_seconds": self.devices.compile_seconds,
             **tally.record(),
         }
-
-    def _cooling(self, seconds: float, limit: float, epochs: float) -> float:
-        """Factor on the learning rate towards the end of a run with a time limit (s): the end of its
-        time or of its epochs, whichever is nearer."""
-        t = self.config.train
-        if not t.max_minutes or not t.cooldown:
-            return 1.0
-        left = min((limit - seconds) / (60 * t.max_minutes), 1.0 - epochs / t.epochs) / t.cooldown
-        return min(1.0, max(left, 0.0))
 
 
 def _jsonable(plateau: Plateau) -> dict[str, Any]:

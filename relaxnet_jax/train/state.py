@@ -85,3 +85,39 @@ class Plateau:
     def exhausted(self, epoch: int, config: TrainConfig) -> bool:
         """Whether early stopping is due; where nothing was ever best, counted from epoch 0."""
         return epoch - max(self.best_epoch, 0) >= config.early_stop_patience
+
+
+@dataclasses.dataclass
+class Cooling:
+    """Factors on the learning rate towards the end of a run, as this process has applied them.
+
+    Attributes:
+      first: None before there is one. last: the newest.
+    """
+
+    first: float | None = None
+    last: float = 1.0
+
+    def take(self, factor: float) -> float:
+        """Notes a factor, and returns it."""
+        self.first = factor if self.first is None else self.first
+        self.last = factor
+        return factor
+
+    @property
+    def annealed(self) -> bool:
+        """Whether the rate has fallen. A run taken up after its end has a rate of zero at once."""
+        return self.first is not None and self.last < self.first
+
+
+def cooling_factor(t: TrainConfig, seconds: float, limit: float, epochs: float) -> float:
+    """Factor on the learning rate towards the end of a run with a time limit (s): the end of its time
+    or of its epochs, whichever is nearer.
+
+    Args:
+      seconds, epochs: done. limit: seconds.
+    """
+    if not t.max_minutes or not t.cooldown:
+        return 1.0
+    left = min((limit - seconds) / (60 * t.max_minutes), 1.0 - epochs / t.epochs) / t.cooldown
+    return min(1.0, max(left, 0.0))
