@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -11,10 +12,12 @@ from test_training import config_of, quiet
 from tiny import TINY, molecule, tiny_config, tiny_model
 
 from relaxnet_jax.config import load_config, to_dict
+from relaxnet_jax.data.generate import default_dataset
 from relaxnet_jax.errors import InputError
 from relaxnet_jax.evaluate.run import evaluate_workdir, write_evaluation
 from relaxnet_jax.model import create_model, load_model, save_model
 from relaxnet_jax.predict import relax
+from relaxnet_jax.train.beginning import FILE
 from relaxnet_jax.train.loop import train
 from relaxnet_jax.train.start import SEEN, energy_scale, read_start, seen_by_start, start_parameters
 
@@ -108,7 +111,7 @@ def test_other_layers_are_refused(tmp_path, change, named):
 
 def test_no_such_model(tmp_path):
     config = load_config(TINY, {"train.start_from": str(tmp_path / "nothing")})
-    with pytest.raises(InputError, match="no such folder"):
+    with pytest.raises(InputError, match=r"train\.start_from: .*no such folder"):
         read_start(config)
 
 
@@ -192,3 +195,31 @@ def test_a_fold_of_its_own_is_told_and_recorded(tmp_path):
     result = train(same, tmp_path / "same", report=report)
     assert "was trained on" not in text.getvalue()
     assert evaluate_workdir(result.workdir, report=notes.append).seen == 0
+
+
+def test_a_resumed_run_does_not_need_its_start(tmp_path):
+    """It keeps the scale and facts it began with: by then the start may have moved, as may the data."""
+    _, folder = saved(config_of(), tmp_path)
+    changes = {"start_from": folder, "max_buckets": 1}
+    report, _ = quiet()
+    first = train(config_of(epochs=1, **changes), tmp_path / "run", report=report, devices=1)
+    before = load_model(first.model_folder)
+    Path(folder).rename(tmp_path / "elsewhere")
+    staged = shutil.copy(default_dataset(24), tmp_path / "staged.h5")
+    longer = config_of(epochs=2, **changes)
+    longer = load_config(to_dict(longer), {"data.path": str(staged)})
+    result = train(longer, first.workdir, resume=True, report=report, devices=1)
+    after = load_model(result.model_folder)
+    assert after.energy_scale == before.energy_scale == np.float32(0.37)
+    np.testing.assert_array_equal(after.element_energies, before.element_energies)
+    facts = [json.loads(m.statistics)["started_from"] for m in (before, after)]
+    assert facts[0] == facts[1]
+    # The same relaxations with other energies are other data, which only the checksum tells.
+    file = first.workdir / FILE
+    kept = json.loads(file.read_text())
+    file.write_text(json.dumps(kept | {"checksum": "0" * 64}))
+    with pytest.raises(InputError, match=r"staged\.h5: its content has changed since the run began"):
+        train(longer, first.workdir, resume=True, report=report, devices=1)
+    file.write_text("{")
+    with pytest.raises(InputError, match=r"beginning\.json: damaged"):
+        train(longer, first.workdir, resume=True, report=report, devices=1)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -20,7 +21,7 @@ from rich.console import Console
 from tiny import TINY
 
 from relaxnet_jax.config import TrainConfig, load_config, to_json
-from relaxnet_jax.data.dataset import read_trajectories
+from relaxnet_jax.data.dataset import load_dataset, read_trajectories
 from relaxnet_jax.data.sample_file import SampleView
 from relaxnet_jax.errors import InputError
 from relaxnet_jax.losses import TERMS, Term
@@ -451,9 +452,13 @@ def test_mixed_energies_are_told(folder, monkeypatch):
         return fit(rows, n)
 
     monkeypatch.setattr(training_data, "fit_element_energies", mixed)
-    report, text = quiet()
-    train(config_of(epochs=1, max_buckets=1), folder / "mixed", report=report, devices=1)
-    assert "of several codes, functionals or settings?" in text.getvalue()
+    config = config_of(max_buckets=1)
+    # Also where the scale is that of a start, whose own data were of one.
+    for start in (None, SimpleNamespace(energy_scale=0.1)):
+        told = []
+        data = training_data.prepare(config, load_dataset(config), told.append, start)
+        assert sum("of several codes, functionals or settings?" in line for line in told) == 1
+        assert (data.scale == 0.1) == (start is not None)
 
 
 def test_adaptive_solver_runs_on_one_device(folder):

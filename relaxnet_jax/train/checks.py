@@ -9,6 +9,7 @@ from typing import Any
 from relaxnet_jax.config import Config, from_json, to_dict, to_json
 from relaxnet_jax.data.dataset import Dataset
 from relaxnet_jax.errors import InputError
+from relaxnet_jax.train.beginning import FILE, Beginning
 from relaxnet_jax.train.checkpoint import has_checkpoint
 from relaxnet_jax.train.data import TrainingData
 from relaxnet_jax.train.hosts import Hosts
@@ -23,6 +24,8 @@ RESUMABLE = (
     "checkpoint_every",
     "checkpoint_minutes",
 )
+# Likewise of the data, which are known by their checksum and the record of the splits.
+MOVABLE = ("path", "split_file")
 
 
 def check_workdir(config: Config, workdir: Path, resume: bool) -> None:
@@ -43,6 +46,9 @@ def check_workdir(config: Config, workdir: Path, resume: bool) -> None:
     for part in (theirs, ours):
         for field in RESUMABLE:
             part["train"].pop(field)
+        if (workdir / FILE).exists():
+            for field in MOVABLE:
+                part["data"].pop(field)
     if difference := _difference(theirs, ours):
         raise InputError(
             f"{workdir}: is a run of another config ({difference}); resume with its own config or "
@@ -67,6 +73,15 @@ def check_same_splits(config: Config, dataset: Dataset, file: Path) -> None:
                 f"({i} was in {before.get(i, 'none')} by {file}, is in {now.get(i, 'none')}): resume with the "
                 "data it had, or start in another --workdir (train.start_from takes its parameters)"
             )
+
+
+def check_same_content(config: Config, dataset: Dataset, began: Beginning) -> None:
+    """Relaxations of the same ids may have other energies by now."""
+    if dataset.trajectories.store.checksum != began.checksum:
+        raise InputError(
+            f"{config.data.path}: its content has changed since the run began (by its checksum): resume "
+            "with the data it had, or start in another --workdir (train.start_from takes its parameters)"
+        )
 
 
 def _difference(theirs: dict[str, Any], ours: dict[str, Any]) -> str:

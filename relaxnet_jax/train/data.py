@@ -16,6 +16,7 @@ from relaxnet_jax.data.sample_file import SampleFile, SampleView, prepare_sample
 from relaxnet_jax.errors import InputError
 from relaxnet_jax.graph import MAX_ATOMIC_NUMBER
 from relaxnet_jax.model import RelaxNet
+from relaxnet_jax.train.beginning import Beginning
 from relaxnet_jax.train.hosts import Hosts
 from relaxnet_jax.train.start import energy_scale
 
@@ -86,12 +87,14 @@ def prepare(
     start: RelaxNet | None = None,
     shares: int = 1,
     hosts: Hosts | None = None,
+    began: Beginning | None = None,
 ) -> TrainingData:
     """Samples and buckets of the training and validation splits; ``report`` is told what is left out.
 
     Args:
       start: what the run starts from: its energy scale stays. shares: in how many parts a batch of
         ``train.batch_size`` is divided. hosts: the processes that train together.
+      began: of a run that goes on: its composition energies and scale stay.
 
     Raises:
       InputError: a split without a usable relaxation; model.charges where none has charges.
@@ -101,11 +104,14 @@ def prepare(
     energies, spread, seen = fit_element_energies(
         (found.store.energies(int(found.rows[i])) for i in splits["train"]), MAX_ATOMIC_NUMBER + 1
     )
+    kept = energies.tolist(), energy_scale(start, spread)
+    if began is not None:
+        kept = began.element_energies, began.scale
     # The last bits of a fit depend on the processor.
-    energies, scale = hosts.share([energies.tolist(), energy_scale(start, spread)])
-    if scale > MIXED:
+    energies, scale, spread = hosts.share([*kept, spread])
+    if spread > MIXED:
         report(
-            f"{config.data.path}: energies spread by {scale:.3g} eV/atom about what their "
+            f"{config.data.path}: energies spread by {spread:.3g} eV/atom about what their "
             "compositions say: of several codes, functionals or settings? Absolute energies of "
             "different ones do not belong in one training set; relaxnet-jax data info tells the sources"
         )

@@ -24,9 +24,11 @@ from relaxnet_jax.data.pipeline import epoch_iterator
 from relaxnet_jax.data.split_file import RECORD
 from relaxnet_jax.errors import InputError
 from relaxnet_jax.model import RelaxNet, save_model
+from relaxnet_jax.train.beginning import Beginning, read_beginning
 from relaxnet_jax.train.checkpoint import Checkpoints
 from relaxnet_jax.train.checks import (
     check_same_config,
+    check_same_content,
     check_same_data,
     check_same_splits,
     check_workdir,
@@ -100,8 +102,8 @@ def train(
 
     Raises:
       InputError: unusable data or configuration; a workdir that holds a run although
-        ``resume`` is off, or a run of another configuration although it is on; processes with
-        different configurations or data.
+        ``resume`` is off, or a run of another configuration or other data although it is on;
+        processes with different configurations or data.
     """
     config = config if isinstance(config, Config) else load_config(config)
     hosts = Hosts()
@@ -115,14 +117,20 @@ def train(
             "train.tensorboard: tensorboardX is not installed; pip install 'relaxnet-jax[tensorboard]'"
         )
     dataset = hosts.in_turn(lambda: load_dataset(config, report))
+    began = read_beginning(workdir) if resume and hosts.first else None
     if resume and hosts.first:
         check_same_splits(config, dataset, workdir / RECORD)
-    run = _Run(config, dataset, report, Devices(devices, report, hosts), shares)
+        if began is not None:
+            check_same_content(config, dataset, began)
+    kept = hosts.share(began and dataclasses.asdict(began))
+    began = kept and Beginning(**kept)
+    run = _Run(config, dataset, report, Devices(devices, report, hosts), shares, began)
     if hosts.first:
         # Also of a resumed run: gone on with again, it has the limits it was last given.
         write_text(workdir / "config.json", to_json(config))
         if not resume:
             write_text(workdir / RECORD, json.dumps(dataset.ids(), indent=1))
+            run.beginning().write(workdir)
     return run.execute(workdir, resume)
 
 
@@ -136,6 +144,7 @@ class _Run:
         report: ConsoleReport,
         devices: Devices,
         shares: int = 1,
+        began: Beginning | None = None,
     ) -> None:
         self.config, self.report = config, report
         self.devices, self.hosts, self.shares = devices, devices.hosts, shares
@@ -148,9 +157,12 @@ class _Run:
             report(f"{shares} cores share each batch")
         for reason, count in dataset.left_out.items():
             report(f"{count} relaxations left out: {reason}")
-        self.start = read_start(config)
-        self.start_facts = start_facts(config) | seen_by_start(config, dataset.ids(), report)
-        self.data = prepare(config, dataset, report, self.start, shares, self.hosts)
+        if began is None:
+            self.start = read_start(config)
+            self.start_facts = start_facts(config) | seen_by_start(config, dataset.ids(), report)
+        else:  # the start's folder may have moved, or hold another model by now
+            self.start, self.start_facts = None, began.start
+        self.data = prepare(config, dataset, report, self.start, shares, self.hosts, began)
         self.data.tell(report)
         self.cooling = Cooling()
         self.unfit: set[int] = set()  # validation samples that were told to be in batches left out
@@ -168,6 +180,16 @@ class _Run:
             make_eval_step(config, self.data.scale, self.devices.axis, stored=True),
             "validation step",
             (True, True),
+        )
+
+    def beginning(self) -> Beginning:
+        """What the run goes on with when it is resumed."""
+        data = self.data
+        return Beginning(
+            data.dataset.trajectories.store.checksum,
+            data.element_energies.tolist(),
+            data.scale,
+            self.start_facts,
         )
 
     def model(self, params: Any) -> RelaxNet:

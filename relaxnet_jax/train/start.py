@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,8 +32,9 @@ def read_start(config: Config) -> RelaxNet | None:
     """
     if not config.train.start_from:
         return None
-    folder = model_folder(config.train.start_from)
-    model = load_model(folder)
+    with _named():
+        folder = model_folder(config.train.start_from)
+        model = load_model(folder)
     theirs, ours = model.config, config
     pairs = [(f"graph.{k}", getattr(theirs.graph, k), getattr(ours.graph, k)) for k in _GRAPH]
     pairs += [
@@ -47,6 +49,15 @@ def read_start(config: Config) -> RelaxNet | None:
                 "or start from another model"
             )
     return model
+
+
+@contextlib.contextmanager
+def _named() -> Iterator[None]:
+    """Errors of the start's files say which field asked for them."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"train.start_from: {error}") from error
 
 
 def start_parameters(
@@ -105,10 +116,11 @@ def seen_by_start(
         return {}
     trained: set[str] = set()
     file = None
-    for place, ids in trained_on(config.train.start_from):
-        if not ids.isdisjoint([*splits["validation"], *splits["test"]]):
-            file = file or place
-            trained |= ids
+    with _named():
+        for place, ids in trained_on(config.train.start_from):
+            if not ids.isdisjoint([*splits["validation"], *splits["test"]]):
+                file = file or place
+                trained |= ids
     if file is None:
         return {}
     counts = {name: len(trained.intersection(splits[name])) for name in ("validation", "test")}
