@@ -16,12 +16,13 @@ import pytest
 
 from relaxnet_jax import cli
 from relaxnet_jax.config import load_config
-from relaxnet_jax.data.buckets import pack_epoch, plan_buckets
+from relaxnet_jax.data.buckets import Sizes, pack_epoch, plan_buckets
 from relaxnet_jax.data.dataset import load_dataset
 from relaxnet_jax.data.sample_file import SampleView, prepare_samples
 from relaxnet_jax.errors import InputError
 from relaxnet_jax.train.hosts import Place, find_place
 from relaxnet_jax.train.plan import remaining_runs
+from relaxnet_jax.train.tally import Tally
 
 ROOT = Path(__file__).parents[1]
 SMALL = [
@@ -282,7 +283,7 @@ def test_every_relaxation_comes_once_however_often_the_epoch_was_resumed():
     members = rng.permutation(100)[:47]
     members.sort()
 
-    def pack(some, n):
+    def pack(some, n, shares):
         order = np.random.default_rng((3, 1)).permutation(some).tolist()
         batches = [(0, order[k : k + 4]) for k in range(0, len(order), 4)]
         return batches + [(0, [])] * (-len(batches) % n)
@@ -305,6 +306,38 @@ def test_every_relaxation_comes_once_however_often_the_epoch_was_resumed():
     for a, b in zip(*parts):
         assert len(a.mine) == len(b.mine) == 2
         assert [i for _, batch in a.mine + b.mine for i in batch] == a.indices
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [((2, 2), (1, 1)), ((1, 1), (2, 2)), ((4, 4), (2, 2)), ((2, 1), (2, 2))]
+)
+def test_another_number_of_cores_plans_other_buckets(before, after):
+    """What of an epoch was done is known by the buckets it was done with: (devices, shares)."""
+    rng = np.random.default_rng(0)
+    atoms = rng.integers(4, 40, 300)
+    edges, bonds = atoms * 40 + rng.integers(0, 50, 300), atoms * 12
+    sizes = Sizes(atoms, edges, bonds, np.ones_like(atoms), edges + bonds)
+
+    def pack(members, n, shares):
+        buckets = plan_buckets(sizes, 16 // shares, 3, 0.2)
+        return pack_epoch(buckets, sizes, np.random.default_rng((0, 3)), members, n)
+
+    def runs(n, shares, done):
+        return remaining_runs(pack, np.arange(300), n, slice(None), done, shares)
+
+    whole = runs(*before, [])
+    tally = Tally()
+    half = whole[: len(whole) // 2]
+    for run in half:
+        tally.add({"finite": False}, len(run.indices), *before)
+    assert tally.done == [[before[0], len(half), before[1]]]
+    rest = runs(*after, tally.done)
+    assert sorted(i for run in half + rest for i in run.indices) == list(range(300))
+    old = [[before[0], len(half)]]  # as once written: with the shares of whoever goes on
+    assert runs(*before, old) == whole[len(half) :]
+    followed = Tally(done=old)
+    followed.add({"finite": False}, 1, *before)
+    assert followed.done == [[before[0], len(half) + 1, before[1]]]
 
 
 # Finding each other

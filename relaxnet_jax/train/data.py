@@ -32,7 +32,7 @@ class TrainingData:
       dataset: they are of.
       samples: all of them, energies relative to ``element_energies``.
       members: indices into ``samples``, by split; those of "train" hold the later starts.
-      buckets: batch shapes for them.
+      buckets: batch shapes for them. shares: parts of a batch of ``train.batch_size`` they hold.
       element_energies: (119,) eV, fitted to the training split. scale: eV/atom, the spread about
         them, or that of the model the run starts from.
       seen: (119,) bool, elements of the training split.
@@ -43,11 +43,16 @@ class TrainingData:
     samples: SampleView
     members: dict[str, np.ndarray]
     buckets: Buckets
+    shares: int
     element_energies: np.ndarray
     scale: float
     seen: np.ndarray
     relaxations: int
     later_starts: int
+
+    def buckets_of(self, shares: int, config: Config) -> Buckets:
+        """Those of another number of shares, for what of an epoch was done with it."""
+        return self.buckets if shares == self.shares else _plan(self.samples, shares, config)
 
     @property
     def digest(self) -> str:
@@ -129,19 +134,24 @@ def prepare(
                 f"{config.data.path}: no usable relaxation in the {name} split; import more data "
                 "or change data.splits"
             )
-    t = config.train
-    batch = max(1, t.batch_size // shares)
     return TrainingData(
         dataset,
         samples,
         members,
-        plan_buckets(samples.sizes, batch, t.max_buckets, t.max_padding),
+        _plan(samples, shares, config),
+        shares,
         samples.element_energies,
         scale,
         seen,
         relaxations=int(np.isin(used, splits["train"]).sum()),
         later_starts=int(np.isin(used, later).sum()),
     )
+
+
+def _plan(samples: SampleView, shares: int, config: Config) -> Buckets:
+    t = config.train
+    batch = max(1, t.batch_size // shares)
+    return plan_buckets(samples.sizes, batch, t.max_buckets, t.max_padding)
 
 
 def _check_charges(config: Config, dataset: Dataset, report: Callable[[str], None]) -> None:

@@ -231,11 +231,13 @@ class _Run:
 
         data, devices = self.data, self.devices
 
-        def pack(members: np.ndarray, n: int) -> Batches:
+        def pack(members: np.ndarray, n: int, shares: int) -> Batches:
             rng = None if seed is None else np.random.default_rng(seed)
-            return pack_epoch(data.buckets, data.samples.sizes, rng, members, n)
+            buckets = data.buckets_of(shares, self.config)
+            return pack_epoch(buckets, data.samples.sizes, rng, members, n)
 
-        runs = remaining_runs(pack, data.members[split], devices.n, devices.mine, done)
+        members = data.members[split]
+        runs = remaining_runs(pack, members, devices.n, devices.mine, done, self.shares)
 
         def iterate() -> Iterator[tuple[list[int], Any]]:
             mine = [batch for run in runs for batch in run.mine]
@@ -282,11 +284,7 @@ class _Run:
             if tally.batches:
                 after = f"within epoch {first}, after {tally.batches} batches"
             self.report(f"resuming {after}")
-            if progress["devices"] != self.devices.n and self.shares == 1:
-                self.report(
-                    f"on {self.devices.n} device(s) instead of {progress['devices']}: a step is now "
-                    f"over {self.devices.n} batch(es)"
-                )
+            self._tell_devices(progress["devices"], progress.get("shares", self.shares))
         log = MetricsLog(workdir, first - 1, t.tensorboard) if first_host else None
         parameters = sum(x.size for x in jax.tree.leaves(state.params))
         others = f" of {self.hosts.count} processes" if self.hosts.count > 1 else ""
@@ -304,6 +302,7 @@ class _Run:
                 "plateau": _jsonable(plateau),
                 "tally": dataclasses.asdict(tally),
                 "devices": self.devices.n,
+                "shares": self.shares,
             }
             if checkpoints is not None:
                 checkpoints.save(self.devices.first(state), progress)
@@ -385,6 +384,15 @@ class _Run:
             stopped,
         )
 
+    def _tell_devices(self, devices: int, shares: int) -> None:
+        """What it means that there were so many before; nothing where there still are."""
+        n = self.devices.n
+        if (devices, shares) != (n, self.shares):
+            self.report(
+                f"on {n} device(s) instead of {devices}: a step is now over {n / self.shares:g} batch(es) "
+                f"instead of {devices / shares:g}"
+            )
+
     def _restore(
         self, like: TrainState, checkpoints: Checkpoints | None
     ) -> tuple[TrainState, dict[str, Any]]:
@@ -425,7 +433,7 @@ class _Run:
                 metrics = {
                     k: float(v) for k, v in jax.device_get(self.devices.first(metrics)).items()
                 }
-                if not tally.add(metrics, len(indices), self.devices.n):
+                if not tally.add(metrics, len(indices), self.devices.n, self.shares):
                     names = ", ".join(self.data.samples.id(i) for i in indices)
                     report(f"step skipped: loss or gradient not finite; structures: {names}")
                 clock.tick()

@@ -18,8 +18,8 @@ class Tally:
 
     Attributes:
       batches: done. structures: in them.
-      done: [devices, batches], one for each number of devices the epoch has run on in turn: the
-        position in its plan, see `plan.remaining_runs`.
+      done: [devices, batches, shares], one for each number of devices and shares of a batch the epoch
+        has run with in turn: the position in its plan, see `plan.remaining_runs`.
       skipped: batches without an update, their loss or gradient not being finite.
       seconds: spent on them without compiling. waited: of these, until a batch was there.
       sums: of each metric over the batches that were not skipped.
@@ -33,11 +33,15 @@ class Tally:
     sums: dict[str, float] = dataclasses.field(default_factory=dict)
     done: list[list[int]] = dataclasses.field(default_factory=list)
 
-    def add(self, metrics: dict[str, float], structures: int, devices: int) -> bool:
+    def add(
+        self, metrics: dict[str, float], structures: int, devices: int, shares: int = 1
+    ) -> bool:
         """Takes a batch (one step, of all devices) in; returns whether it was an update."""
-        if not self.done or self.done[-1][0] != devices:
-            self.done.append([devices, 0])
-        self.done[-1][1] += 1
+        last = self.done[-1] if self.done else None
+        # Of two numbers, as once written, it was with the shares of whoever goes on.
+        if last is None or (last[0], *last[2:]) not in ((devices,), (devices, shares)):
+            self.done.append(last := [devices, 0, shares])
+        last[1:] = [last[1] + 1, shares]
         self.batches, self.structures = self.batches + 1, self.structures + structures
         if not metrics["finite"]:
             self.skipped += 1
