@@ -98,7 +98,7 @@ def loss_terms(
     )
     node = graph.nodes["graph"]
     free = graph.nodes["mask"] & ~graph.nodes["fixed"]
-    atom_mask = mask[:, node] & free
+    atom_mask = _free_atoms(targets, graph)
 
     energy = jnp.abs(prediction.energies - targets.energies) / size
     rise = jnp.maximum(prediction.energies[1:] - prediction.energies[:-1], 0.0) / size
@@ -146,6 +146,12 @@ def loss_terms(
     }
 
 
+def _free_atoms(targets: Targets, graph: Graph) -> Array:
+    """(n, N) bool: free atoms of frames that exist."""
+    mask = targets.frame_mask & graph.globals["mask"]
+    return mask[:, graph.nodes["graph"]] & graph.nodes["mask"] & ~graph.nodes["fixed"]
+
+
 def _square(vectors: Array) -> Array:
     return jnp.sum(vectors**2, -1)
 
@@ -165,6 +171,14 @@ def weighted_loss(terms: dict[str, Term], config: LossConfig) -> tuple[Array, di
     means = {name: term.mean() for name, term in terms.items()}
     counted = (name for name in (*TERMS, *CELL_TERMS) if name in means)
     return sum(getattr(config, name) * means[name] for name in counted), means
+
+
+def force_error(prediction: Trajectory, targets: Targets, graph: Graph) -> Term:
+    """|F - F̂| per component of free atoms over all frames, eV/Å, whatever the loss makes of forces."""
+    where = _free_atoms(targets, graph)
+    off = jnp.sum(jnp.abs(prediction.forces - targets.forces), -1)
+    off = jnp.where(where, off, 0.0)
+    return Term(jnp.sum(off), 3 * jnp.sum(where).astype(off.dtype))
 
 
 def coordinate_error(prediction: Trajectory, targets: Targets, graph: Graph) -> tuple[Term, Term]:

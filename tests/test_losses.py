@@ -13,6 +13,7 @@ from relaxnet_jax.losses import (
     TERMS,
     Targets,
     coordinate_error,
+    force_error,
     loss_terms,
     weighted_loss,
 )
@@ -166,6 +167,11 @@ def test_empty_batch(graph, targets, prediction):
     terms = loss_terms(prediction, targets, empty, LossConfig())
     loss, means = weighted_loss(terms, LossConfig())
     assert loss == 0 and all(value == 0 for value in means.values())
+
+
+def test_force_error(graph, targets, prediction):
+    """Per component, of the atoms and frames of the force term."""
+    np.testing.assert_allclose(force_error(prediction, targets, graph), (3.0 + 2.0, 24), rtol=1e-6)
 
 
 def test_coordinate_error(graph, targets, prediction):

@@ -122,7 +122,7 @@ def test_loss_goes_down(run):
     assert result.epochs == 6 and result.reason == "epochs"
     assert result.best == min(r["validation"]["loss"] for r in found)
     assert found[0]["best"] and all(r["skipped"] == 0 and not r["partial"] for r in found)
-    for name in ("energy", "monotonicity", "forces", "positions", "direction", "coordinates"):
+    for name in ("energy", "monotonicity", "forces", "positions", "direction", "coordinates", "force_error"):
         assert all(
             math.isfinite(r[split][name]) for r in found for split in ("train", "validation")
         )
@@ -441,6 +441,16 @@ def test_a_run_taken_up_after_its_end_has_not_cooled():
     assert [ended.take(0.0) for _ in range(2)] == [0.0, 0.0] and not ended.annealed
     assert whole.take(1.0) == 1.0 and not whole.annealed
     assert whole.take(0.1) == whole.last == 0.1 and whole.annealed
+
+
+def test_the_console_tells_force_errors_of_their_own():
+    """Whatever the loss makes of them: a pseudo-Huber value is smaller."""
+    report, text = quiet()
+    validation = {"loss": 2.0, "energy": 0.01, "forces": 0.004, "force_error": 0.0523}
+    record = {"epoch": 3, "train": {"loss": 1.0}, "validation": validation, "best": True,
+              "structures_per_second": 5.0}  # fmt: skip
+    report.epoch(record, "1 min left")
+    assert "F 52 meV/Å" in text.getvalue() and text.getvalue().rstrip().endswith("*")
 
 
 def test_mixed_energies_are_told(folder, monkeypatch):

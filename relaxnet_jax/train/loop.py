@@ -346,7 +346,7 @@ class _Run:
                 if log is not None:
                     log.write(record)
                 left = _time_left(limit, record, epoch, t.epochs)
-                self.report.epoch(record, left, self.config.loss.errors == "squared")
+                self.report.epoch(record, left)
                 if not math.isfinite(record["validation"]["loss"]):
                     self.report("validation loss is not finite; it counts as no improvement")
                 late = clock.seconds >= limit

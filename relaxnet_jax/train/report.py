@@ -70,12 +70,6 @@ def _strain(validation: dict[str, float]) -> str:
     return f"strain {1e2 * validation['strain']:.2f} % ({ratio:.2f})  "
 
 
-def _forces(error: float, squared: bool) -> str:
-    if squared:
-        return f"{1e3 * math.sqrt(error):.0f} meV/Å rms"
-    return f"{1e3 * error:.0f} meV/Å"
-
-
 class ConsoleReport:
     """Progress on the terminal: a bar within the epoch, a line per epoch."""
 
@@ -120,12 +114,12 @@ class ConsoleReport:
             self._bar.stop()
             self._bar = None
 
-    def epoch(self, record: dict[str, Any], left: str, squared: bool) -> None:
-        """The epoch's line; ``squared`` says what the loss takes of force errors."""
+    def epoch(self, record: dict[str, Any], left: str) -> None:
+        """The epoch's line."""
         train, validation = record["train"], record["validation"]
         self(
             f"epoch {record['epoch']:4d}  loss {train['loss']:.4f}/{validation['loss']:.4f}  "
-            f"E {1e3 * validation['energy']:.1f} m  F {_forces(validation['forces'], squared)}  "
+            f"E {1e3 * validation['energy']:.1f} m  F {1e3 * validation['force_error']:.0f} meV/Å  "
             f"{_coordinates(validation)}{_strain(validation)}"
             f"{record['structures_per_second']:.1f} structures/s  {left}{'  *' if record['best'] else ''}"
         )

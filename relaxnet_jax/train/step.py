@@ -16,6 +16,7 @@ from relaxnet_jax.losses import (
     Targets,
     Term,
     coordinate_error,
+    force_error,
     loss_terms,
     strain_error,
     weighted_loss,
@@ -51,7 +52,8 @@ class Objective(NamedTuple):
 @Program
 @in_float32
 def batch_terms(objective: Objective, params: Params, unit: Array, batch: Batch) -> dict[str, Term]:
-    """Sums and counts of the loss terms, and along a path of the coordinate errors, on one device.
+    """Sums and counts of the loss terms on one device; along a path of the coordinate errors, and but
+    at a single frame of the force errors, too.
 
     Args:
       unit: energy scale, eV/atom.
@@ -117,13 +119,15 @@ def _compare(prediction: Trajectory, batch: Batch, objective: Objective) -> dict
         return terms | _errors(prediction, targets, graph)
     if objective.kind == "frame":
         return terms
-    return {name: terms[name] for name in STATIC_TERMS if name in terms}
+    static = {name: terms[name] for name in STATIC_TERMS if name in terms}
+    return static | {"force_error": force_error(prediction, targets, graph)}
 
 
 def _errors(prediction: Trajectory, targets: Targets, graph: Graph) -> dict[str, Term]:
-    """Final-frame errors, and those of doing nothing."""
+    """Of forces; of final frames, and those of doing nothing."""
     ours, nothing = coordinate_error(prediction, targets, graph)
-    errors = {"coordinates": ours, "nothing": nothing}
+    errors = {"force_error": force_error(prediction, targets, graph)}
+    errors |= {"coordinates": ours, "nothing": nothing}
     if targets.cells is None:
         return errors
     ours, nothing = strain_error(prediction, targets, graph)
@@ -246,9 +250,9 @@ def make_train_step(
 def make_eval_step(
     config: Config, scale: float, axis: str | None = None, stored: bool = False
 ) -> Callable:
-    """step(params, batch) -> sums and counts of the loss terms and coordinate errors.
+    """step(params, batch) -> sums and counts of the loss terms, force and coordinate errors.
 
-    Of static models, `STATIC_TERMS` at all true frames instead. The other arguments are those of
+    Of static models, `STATIC_TERMS` and the force errors at all true frames instead. The other arguments are those of
     `make_train_step`.
     """
     static = config.dynamics.latent == "static"
