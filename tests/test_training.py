@@ -29,6 +29,7 @@ from relaxnet_jax.model import create_model, load_model
 from relaxnet_jax.predict import relax
 from relaxnet_jax.runtime import usable_cores
 from relaxnet_jax.train import data as training_data
+from relaxnet_jax.train import loop
 from relaxnet_jax.train.checkpoint import Checkpoints, has_checkpoint
 from relaxnet_jax.train.loop import train
 from relaxnet_jax.train.report import ConsoleReport
@@ -382,6 +383,26 @@ def test_a_new_run_keeps_no_older_checkpoints(run, folder):
     unfinished = folder / "unfinished" / "checkpoints" / "latest" / "12.orbax-checkpoint-tmp"
     unfinished.mkdir(parents=True)
     assert not has_checkpoint(folder / "unfinished")
+
+
+def test_killed_before_the_first_model(folder, monkeypatch):
+    """There is a checkpoint then: the run can be gone on with, though nothing is left to do."""
+    workdir, config = folder / "modelless", config_of(epochs=1, max_buckets=1, checkpoint_every=9)
+
+    def killed(*_):
+        raise RuntimeError("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop._Run, "export", killed)
+        with pytest.raises(RuntimeError, match="killed"):
+            train(config, workdir, report=quiet()[0], devices=1)
+    assert has_checkpoint(workdir) and not (workdir / "model").exists()
+    result = train(config, workdir, resume=True, report=quiet()[0], devices=1)
+    states, _ = final_state(workdir, config)
+    parameters = jax.tree.leaves(load_model(result.model_folder).params)
+    n = len(parameters)
+    for ours, average in zip(parameters, states[n : 2 * n]):
+        np.testing.assert_array_equal(ours, average)
 
 
 @pytest.mark.parametrize("devices", [None, 2])

@@ -292,6 +292,11 @@ class _Run:
             f"{parameters:,} parameters, {self.devices.n} device(s){others}: {jax.devices()[0].platform}"
         )
         state = self.devices.replicate(state)
+        validated = first > 0 or plateau.best_epoch >= 0
+        if (
+            first_host and validated and not (workdir / "model").exists()
+        ):  # killed before it was there
+            self.export(state.ema if t.ema else state.params, workdir)
         clock, limit = Clock(self.devices, elapsed), 60 * t.max_minutes or math.inf
         reason, epoch, stopped = "epochs", first - 1, False
 
@@ -336,13 +341,18 @@ class _Run:
                 record["seconds"] = clock.seconds
                 # Without a best one, the last that can be used is the best there is.
                 wanted = record["best"] or (plateau.best_epoch < 0 and self._finite(averaged))
-                if first_host and (wanted or not (workdir / "model").exists()):
+                new = checkpoints is not None and not (workdir / "model").exists()
+                if first_host and wanted and not new:
                     self.export(averaged, workdir)
-                due = (epoch + 1) % t.checkpoint_every == 0 or epoch + 1 == t.epochs
+                due = (epoch + 1) % t.checkpoint_every == 0 or epoch + 1 == t.epochs or new
                 if record["partial"]:  # by the deadline; what is best now must be known later
                     keep(state, unfinished, epoch - 1)
                 elif due or record["best"]:
                     keep(state, tally, epoch)
+                if checkpoints is not None and new:
+                    # A model without a checkpoint: such a run could neither begin again nor go on.
+                    checkpoints.wait()
+                    self.export(averaged, workdir)
                 if log is not None:
                     log.write(record)
                 left = _time_left(limit, record, epoch, t.epochs)
