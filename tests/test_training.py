@@ -1,6 +1,7 @@
 """Training: it learns, resumes exactly, survives what goes wrong, and means the same on two devices."""
 
 import dataclasses
+import errno
 import io
 import json
 import math
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -22,6 +24,7 @@ from tiny import TINY
 
 from relaxnet_jax.config import TrainConfig, load_config, to_json
 from relaxnet_jax.data.dataset import load_dataset, read_trajectories
+from relaxnet_jax.data.files import no_space
 from relaxnet_jax.data.sample_file import SampleView
 from relaxnet_jax.errors import InputError
 from relaxnet_jax.losses import TERMS, Term
@@ -32,7 +35,7 @@ from relaxnet_jax.train import data as training_data
 from relaxnet_jax.train import loop
 from relaxnet_jax.train.checkpoint import Checkpoints, has_checkpoint
 from relaxnet_jax.train.loop import train
-from relaxnet_jax.train.report import ConsoleReport
+from relaxnet_jax.train.report import ConsoleReport, MetricsLog
 from relaxnet_jax.train.state import (
     Cooling,
     Plateau,
@@ -403,6 +406,45 @@ def test_killed_before_the_first_model(folder, monkeypatch):
     n = len(parameters)
     for ours, average in zip(parameters, states[n : 2 * n]):
         np.testing.assert_array_equal(ours, average)
+
+
+def test_a_full_disk_is_told(folder, monkeypatch):
+    """With the way out, whoever says so: the system, or tensorstore in the background."""
+    assert no_space(ValueError("RESOURCE_EXHAUSTED: Error writing local file"))
+    assert not no_space(RuntimeError("RESOURCE_EXHAUSTED: Out of memory"))
+    assert not no_space(OSError(errno.EACCES, "denied")) and not no_space(ValueError("other"))
+
+    def execute(*_):
+        raise RuntimeError("of a thread") from None
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    config = config_of(epochs=1, max_buckets=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop._Run, "execute", full)
+        with pytest.raises(InputError, match=r"full: no space left; free some and start again"):
+            train(config, folder / "full", report=quiet()[0], devices=1)
+        patch.setattr(loop._Run, "execute", execute)
+        with pytest.raises(RuntimeError, match="of a thread"):
+            train(config, folder / "full", report=quiet()[0], devices=1)
+
+
+def test_records_survive_a_full_disk(tmp_path, monkeypatch):
+    lines = "".join(json.dumps({"epoch": k, "partial": False}) + "\n" for k in range(3))
+    (tmp_path / "metrics.jsonl").write_text(lines)
+
+    def full(path, _):
+        path.open("w").close()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", full)
+        with pytest.raises(OSError, match="No space left"):
+            MetricsLog(tmp_path, 1, tensorboard=False)
+    assert (tmp_path / "metrics.jsonl").read_text() == lines
+    MetricsLog(tmp_path, 1, tensorboard=False)
+    assert [r["epoch"] for r in records(tmp_path)] == [0, 1]
 
 
 @pytest.mark.parametrize("devices", [None, 2])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import glob
 import os
 import secrets
@@ -11,6 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from relaxnet_jax.errors import InputError
+
+# EFBIG is of a limit on the size of files.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextlib.contextmanager
@@ -69,6 +73,19 @@ def one_line(error: BaseException) -> str:
     """The message of an exception of another library, on one line of at most 200 characters."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 200 else text[:197] + "..."
+
+
+def no_space(error: BaseException | None) -> bool:
+    """Whether an error, or what it came from, is that of a full disk: as the system says it, or
+    tensorstore, which checkpoints are written with."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _FULL:
+            return True
+        # Of a device's memory it is a RuntimeError.
+        if isinstance(error, ValueError) and "RESOURCE_EXHAUSTED" in str(error):
+            return True
+        error = error.__cause__
+    return False
 
 
 @contextlib.contextmanager

@@ -19,13 +19,13 @@ import numpy as np
 from relaxnet_jax.config import Config, load_config, to_json
 from relaxnet_jax.data.buckets import pack_epoch
 from relaxnet_jax.data.dataset import Dataset, load_dataset
-from relaxnet_jax.data.files import write_text
+from relaxnet_jax.data.files import no_space, write_text
 from relaxnet_jax.data.pipeline import epoch_iterator
 from relaxnet_jax.data.split_file import RECORD
 from relaxnet_jax.errors import InputError
 from relaxnet_jax.model import RelaxNet, save_model
 from relaxnet_jax.train.beginning import Beginning, read_beginning
-from relaxnet_jax.train.checkpoint import Checkpoints
+from relaxnet_jax.train.checkpoint import Checkpoints, has_checkpoint
 from relaxnet_jax.train.checks import (
     check_same_config,
     check_same_content,
@@ -125,13 +125,24 @@ def train(
     kept = hosts.share(began and dataclasses.asdict(began))
     began = kept and Beginning(**kept)
     run = _Run(config, dataset, report, Devices(devices, report, hosts), shares, began)
-    if hosts.first:
-        # Also of a resumed run: gone on with again, it has the limits it was last given.
-        write_text(workdir / "config.json", to_json(config))
-        if not resume:
-            write_text(workdir / RECORD, json.dumps(dataset.ids(), indent=1))
-            run.beginning().write(workdir)
-    return run.execute(workdir, resume)
+    try:
+        if hosts.first:
+            _record(run, workdir, resume)
+        return run.execute(workdir, resume)
+    except (OSError, ValueError) as error:
+        if not no_space(error):
+            raise
+        then = "give --resume" if has_checkpoint(workdir) else "start again"
+        raise InputError(f"{workdir}: no space left; free some and {then}") from error
+
+
+def _record(run: _Run, workdir: Path, resume: bool) -> None:
+    """What the run is of, in its folder."""
+    # Also of a resumed run: gone on with again, it has the limits it was last given.
+    write_text(workdir / "config.json", to_json(run.config))
+    if not resume:
+        write_text(workdir / RECORD, json.dumps(run.data.dataset.ids(), indent=1))
+        run.beginning().write(workdir)
 
 
 class _Run:

@@ -10,6 +10,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from relaxnet_jax.data.files import write_text
+
 
 class MetricsLog:
     """Appends one JSON object per epoch to ``metrics.jsonl``; optionally TensorBoard events.
@@ -28,7 +30,7 @@ class MetricsLog:
                     continue
                 if record["epoch"] <= keep_until and not record["partial"]:
                     kept.append(line)
-        self.path.write_text("".join(line + "\n" for line in kept))
+        write_text(self.path, "".join(line + "\n" for line in kept))
         self._events = None
         if tensorboard:
             from tensorboardX import SummaryWriter
