@@ -11,6 +11,7 @@ import ast
 import dataclasses
 import difflib
 import json
+import math
 import runpy
 import types
 import typing
@@ -433,6 +434,9 @@ def check_config(config: Config) -> Config:
         "dynamics.mass='learned' is a function of the latent that only dynamics.latent='explicit' has",
     )
     require(config.loss.huber_forces >= 0, "loss.huber_forces must not be negative")
+    for field in ("energy", "monotonicity", "forces", "positions", "direction", "stress", "cell"):
+        weight = getattr(config.loss, field)
+        require(0 <= weight < math.inf, f"loss.{field} must be finite and not negative")
     require(m.envelope_power >= 3, "model.envelope_power must be at least 3")
     require(
         d.max_speed >= 0 and d.max_strain_rate >= 0,
@@ -440,16 +444,31 @@ def check_config(config: Config) -> Config:
     )
     require(d.frames >= 2, "dynamics.frames must be at least 2")
     require(d.substeps >= 1, "dynamics.substeps must be at least 1")
+    require(d.rtol > 0 and d.atol > 0, "dynamics.rtol and dynamics.atol must be positive")
+    require(d.max_steps >= 1, "dynamics.max_steps must be at least 1")
     require(
         len(data.splits) == 3 and abs(sum(data.splits) - 1) < 1e-6 and min(data.splits) > 0,
         "data.splits must be three positive fractions that add up to 1",
     )
+    require(data.limit >= 0, "data.limit must not be negative (0: all)")
+    require(data.seed >= 0 and t.seed >= 0, "data.seed and train.seed must not be negative")
     require(data.max_frames >= 2, "data.max_frames must be at least 2")
     require(0 <= data.later_starts <= 16, "data.later_starts must lie in 0..16")
     require(t.batch_size >= 1, "train.batch_size must be at least 1")
     require(
-        t.learning_rate > 0 and t.clip_norm > 0,
-        "train.learning_rate and train.clip_norm must be positive",
+        0 < t.learning_rate < math.inf and t.clip_norm > 0,
+        "train.learning_rate and train.clip_norm must be positive, the former finite",
+    )
+    require(0 <= t.weight_decay < math.inf, "train.weight_decay must be finite and not negative")
+    require(
+        0 <= t.max_minutes < math.inf,
+        "train.max_minutes must be finite and not negative (0: no limit)",
+    )
+    require(0 < t.plateau_factor <= 1, "train.plateau_factor must lie in (0, 1]")
+    require(t.plateau_patience >= 0, "train.plateau_patience must not be negative")
+    require(
+        t.early_stop_patience >= 1,
+        "train.early_stop_patience must be at least 1: as many as train.epochs never stop early",
     )
     require(
         t.static_epochs == 0 or (t.static_epochs > 0 and d.latent == "implicit"),
@@ -486,10 +505,15 @@ def _nest(items: Iterable[tuple[str, Any]], origin: str) -> dict[str, Any]:
     for key, value in items:
         *parents, leaf = str(key).split(".")
         node = nested
-        for parent in parents:
+        section = isinstance(value, Mapping)
+        for parent in (*parents, leaf) if section else parents:
             node = node.setdefault(parent, {})
-        if isinstance(value, Mapping):
-            node.setdefault(leaf, {}).update(value)
+            if not isinstance(node, dict):
+                raise InputError(
+                    f"{origin}: {key}: {parent!r} is given as the value {node!r} too; give only its fields"
+                )
+        if section:
+            node.update(value)
         else:
             node[leaf] = value
     return nested

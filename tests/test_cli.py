@@ -16,7 +16,9 @@ from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 
 from relaxnet_jax import __version__, cli, structure_files
+from relaxnet_jax.config import load_config
 from relaxnet_jax.data import read_relaxations
+from relaxnet_jax.errors import InputError
 
 ROOT = Path(__file__).parents[1]
 MODEL_FILES = ("config.json", "model.json", "parameters.npz")
@@ -404,3 +406,30 @@ def test_info_and_config(tmp_path, capsys):
     assert told["train"]["seed"] == 7 and told["loss"]["errors"] == "norm"
     assert cli.main(["info", str(tmp_path)]) == 2
     assert "not a model folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("settings", "field"),
+    [
+        ("train.seed=-1", "train.seed"),
+        ("data.seed=-1", "data.seed"),
+        ("data.limit=-5", "data.limit"),
+        ("train.plateau_factor=0.0", "train.plateau_factor"),
+        ("train.plateau_factor=2.0", "train.plateau_factor"),
+        ("train.plateau_patience=-1", "train.plateau_patience"),
+        ("train.weight_decay=-1.0", "train.weight_decay"),
+        ("train.learning_rate=1e999", "train.learning_rate"),
+        ("train.max_minutes=-1.0", "train.max_minutes"),
+        ("train.early_stop_patience=0", "train.early_stop_patience"),
+        ("loss.forces=-3.0", "loss.forces"),
+        ("loss.stress=1e999", "loss.stress"),
+        ("dynamics.rtol=0.0", "dynamics.rtol"),
+        ("dynamics.atol=-1.0", "dynamics.atol"),
+        ("dynamics.max_steps=0", "dynamics.max_steps"),
+        ("train=5 train.epochs=3", "train.epochs: 'train' is given as the value 5"),
+        ("train.epochs=3 train.epochs={'x':1}", "train.epochs: 'epochs' is given as the value 3"),
+    ],
+)
+def test_values_that_make_no_sense(settings, field):
+    with pytest.raises(InputError, match=re.escape(field)):
+        load_config("explicit.py", settings.split())

@@ -22,7 +22,7 @@ from ase.build import bulk
 from rich.console import Console
 from tiny import TINY
 
-from relaxnet_jax.config import TrainConfig, load_config, to_json
+from relaxnet_jax.config import TrainConfig, load_config, to_dict, to_json
 from relaxnet_jax.data.dataset import load_dataset, read_trajectories
 from relaxnet_jax.data.files import no_space
 from relaxnet_jax.data.sample_file import SampleView
@@ -428,6 +428,16 @@ def test_a_full_disk_is_told(folder, monkeypatch):
         patch.setattr(loop._Run, "execute", execute)
         with pytest.raises(RuntimeError, match="of a thread"):
             train(config, folder / "full", report=quiet()[0], devices=1)
+
+
+def test_an_ode_that_is_never_trained_is_told(folder, monkeypatch):
+    monkeypatch.setattr(loop._Run, "execute", lambda *_: None)
+    changes = {"dynamics.latent": "implicit", "train.max_buckets": 1, "train.epochs": 2}
+    for static, told in ((1, False), (2, True)):
+        config = load_config(to_dict(config_of()), changes | {"train.static_epochs": static})
+        report, text = quiet()
+        train(config, folder / f"static-{static}", report=report, devices=1)
+        assert ("the ODE is never trained" in text.getvalue()) == told
 
 
 def test_records_survive_a_full_disk(tmp_path, monkeypatch):

@@ -166,6 +166,12 @@ class _Run:
             )
         if shares > 1:
             report(f"{shares} cores share each batch")
+        t = config.train
+        if t.static_epochs >= t.epochs:
+            report(
+                f"train.static_epochs={t.static_epochs} of train.epochs={t.epochs}: the ODE is never "
+                "trained; give more epochs, or fewer static ones"
+            )
         for reason, count in dataset.left_out.items():
             report(f"{count} relaxations left out: {reason}")
         if began is None:
