@@ -101,7 +101,8 @@ def test_pack_epoch(structures, group):
     assert (empty > 0) == (group > 1)
 
 
-def test_epoch_iterator():
+@pytest.mark.parametrize("threads", [1, 3])
+def test_epoch_iterator(threads):
     """Batches in the plan's order, empty ones included, as `collate_samples` makes them."""
     relaxations = [relaxation(a, name=str(k), seed=k) for k, a in enumerate(systems() * 2)]
     samples = [make_sample(t, CONFIG) for t in relaxations]
@@ -110,7 +111,7 @@ def test_epoch_iterator():
     plan = pack_epoch(buckets, sizes_of(found), np.random.default_rng(0), group=2)
     count = 0
     for (bucket, indices), (b, i, (graph, targets)) in zip(
-        plan, epoch_iterator(plan, samples, buckets, CONFIG), strict=True
+        plan, epoch_iterator(plan, samples, buckets, CONFIG, threads), strict=True
     ):
         assert (bucket, indices) == (b, i)
         assert graph.globals["mask"].sum() == len(indices)

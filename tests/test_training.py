@@ -270,6 +270,27 @@ def test_sigterm_writes_a_checkpoint(run, folder):
     same_run(result.workdir, workdir, config_of())
 
 
+def test_sigterm_while_validating(folder, monkeypatch):
+    """No step of the next epoch is waited for; there is a checkpoint, though none was due."""
+    original, called = loop._Run.validate, []
+
+    def told(self, params):
+        called.append(params)
+        if len(called) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, params)
+
+    config = config_of(epochs=4, max_buckets=1, checkpoint_every=9, learning_rate=1e-30)
+    report, text = quiet()
+    with monkeypatch.context() as patch:
+        patch.setattr(loop._Run, "validate", told)
+        stopped = train(config, folder / "validating", report=report, devices=1)
+    assert stopped.stopped and stopped.epochs == 2
+    assert "stopped after epoch 1: told to stop (SIGTERM)" in text.getvalue()
+    assert [r["best"] for r in records(stopped.workdir)] == [True, False]
+    assert final_state(stopped.workdir, config)[1] == 1
+
+
 def test_bad_structures_are_skipped_and_named(folder, monkeypatch):
     """A batch whose loss is not finite changes nothing, is counted, and its ids are told; one of
     validation is no part of its loss."""

@@ -24,6 +24,7 @@ from relaxnet_jax.data.pipeline import epoch_iterator
 from relaxnet_jax.data.split_file import RECORD
 from relaxnet_jax.errors import InputError
 from relaxnet_jax.model import RelaxNet, save_model
+from relaxnet_jax.runtime import usable_cores
 from relaxnet_jax.train.beginning import Beginning, read_beginning
 from relaxnet_jax.train.checkpoint import Checkpoints, has_checkpoint
 from relaxnet_jax.train.checks import (
@@ -122,8 +123,8 @@ def train(
         check_same_splits(config, dataset, workdir / RECORD)
         if began is not None:
             check_same_content(config, dataset, began)
-    kept = hosts.share(began and dataclasses.asdict(began))
-    began = kept and Beginning(**kept)
+    kept = hosts.share(None if began is None else dataclasses.asdict(began))
+    began = None if kept is None else Beginning(**kept)
     run = _Run(config, dataset, report, Devices(devices, report, hosts), shares, began)
     try:
         if hosts.first:
@@ -258,7 +259,8 @@ class _Run:
 
         def iterate() -> Iterator[tuple[list[int], Any]]:
             mine = [batch for run in runs for batch in run.mine]
-            loaded = epoch_iterator(mine, data.samples, data.buckets, self.config)
+            threads = min(devices.local, usable_cores())
+            loaded = epoch_iterator(mine, data.samples, data.buckets, self.config, threads)
             for run in runs:
                 parts = [batch for _, _, batch in itertools.islice(loaded, devices.local)]
                 yield run.indices, devices.stack(parts)
@@ -310,12 +312,11 @@ class _Run:
         )
         state = self.devices.replicate(state)
         validated = first > 0 or plateau.best_epoch >= 0
-        if (
-            first_host and validated and not (workdir / "model").exists()
-        ):  # killed before it was there
+        missing = not (workdir / "model").exists()
+        if first_host and validated and missing:  # killed before it was there
             self.export(state.ema if t.ema else state.params, workdir)
         clock, limit = Clock(self.devices, elapsed), 60 * t.max_minutes or math.inf
-        reason, epoch, stopped = "epochs", first - 1, False
+        reason, epoch, ended = "epochs", first - 1, ""
 
         def keep(state: TrainState, tally: Tally, epoch: int) -> None:
             progress = {
@@ -343,7 +344,7 @@ class _Run:
                     functools.partial(keep, epoch=epoch - 1),
                 )
                 if clock.stop:
-                    stopped, reason = True, "told to stop (SIGTERM)"
+                    ended = f"stopped within epoch {epoch}"
                     break
                 unfinished, tally = tally, Tally()
                 averaged = state.ema if t.ema else state.params
@@ -362,6 +363,7 @@ class _Run:
                 if first_host and wanted and not new:
                     self.export(averaged, workdir)
                 due = (epoch + 1) % t.checkpoint_every == 0 or epoch + 1 == t.epochs or new
+                due = due or clock.stop
                 if record["partial"]:  # by the deadline; what is best now must be known later
                     keep(state, unfinished, epoch - 1)
                 elif due or record["best"]:
@@ -390,16 +392,21 @@ class _Run:
                 if not (t.max_minutes and t.cooldown) and plateau.exhausted(epoch, t):
                     reason = f"no better validation loss for {t.early_stop_patience} epochs"
                     break
+                if clock.stop:  # during validation: the next step may compile for minutes first
+                    ended = f"stopped after epoch {epoch}"
+                    break
             if checkpoints is not None:
                 checkpoints.close()
         self.hosts.wait()
+        if ended:
+            reason = "told to stop (SIGTERM)"
         best = f"best validation loss {plateau.best:.4f} at epoch {plateau.best_epoch}"
         if plateau.best_epoch < 0:
             best = "no validation loss was finite: kept is the last model whose parameters are"
         self.report(
             f"ended after epoch {epoch}: {reason}; {best}; model in {workdir / 'model'}"
-            if not stopped
-            else f"stopped within epoch {epoch}: {reason}"
+            if not ended
+            else f"{ended}: {reason}"
         )
         return Result(
             workdir,
@@ -408,7 +415,7 @@ class _Run:
             plateau.best,
             reason,
             self.devices.compilations,
-            stopped,
+            bool(ended),
         )
 
     def _tell_devices(self, devices: int, shares: int) -> None:
