@@ -547,6 +547,18 @@ def test_the_console_tells_force_errors_of_their_own():
     assert "F 52 meV/Å" in text.getvalue() and text.getvalue().rstrip().endswith("*")
 
 
+def test_tensorboard_has_the_learning_rate(tmp_path, monkeypatch):
+    told = []
+    writer = SimpleNamespace(add_scalar=lambda *a: told.append(a), flush=lambda: None)
+    module = SimpleNamespace(SummaryWriter=lambda _: writer)
+    monkeypatch.setitem(sys.modules, "tensorboardX", module)
+    log = MetricsLog(tmp_path, -1, tensorboard=True)
+    record = {"epoch": 2, "train": {"loss": 1.0}, "validation": {"loss": math.nan}}
+    log.write(record | {"learning_rate": 1e-4, "partial": False})
+    assert told == [("learning_rate", 1e-4, 2), ("train/loss", 1.0, 2)]
+    assert records(tmp_path)[0]["validation"] == {"loss": None}
+
+
 def test_mixed_energies_are_told(folder, monkeypatch):
     """Half of the relaxations 40 eV/atom off, as another code's would be."""
     fit = training_data.fit_element_energies

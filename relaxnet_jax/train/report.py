@@ -43,6 +43,8 @@ class MetricsLog:
         with self.path.open("a") as file:
             file.write(json.dumps(clean) + "\n")
         if self._events is not None:
+            rate = clean["learning_rate"]
+            self._events.add_scalar("learning_rate", rate, record["epoch"])
             for group in ("train", "validation"):
                 for name, value in clean[group].items():
                     if value is not None:
