@@ -432,6 +432,7 @@ def test_killed_before_the_first_model(folder, monkeypatch):
 def test_a_full_disk_is_told(folder, monkeypatch):
     """With the way out, whoever says so: the system, or tensorstore in the background."""
     assert no_space(ValueError("RESOURCE_EXHAUSTED: Error writing local file"))
+    assert no_space(ValueError("OUT_OF_RANGE: Error writing: File too large [os_error_code='27']"))
     assert not no_space(RuntimeError("RESOURCE_EXHAUSTED: Out of memory"))
     assert not no_space(OSError(errno.EACCES, "denied")) and not no_space(ValueError("other"))
 

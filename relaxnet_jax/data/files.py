@@ -81,9 +81,10 @@ def no_space(error: BaseException | None) -> bool:
     while error is not None:
         if isinstance(error, OSError) and error.errno in _FULL:
             return True
-        # Of a device's memory it is a RuntimeError.
-        if isinstance(error, ValueError) and "RESOURCE_EXHAUSTED" in str(error):
-            return True
+        if isinstance(error, ValueError):  # of a device's memory it is a RuntimeError
+            words = ["RESOURCE_EXHAUSTED", *(f"os_error_code='{code}'" for code in _FULL)]
+            if any(word in str(error) for word in words):
+                return True
         error = error.__cause__
     return False
 
