@@ -32,6 +32,7 @@ MARGIN = 0.1
 MAX_STRETCH = 2.0  # of a cell along any direction, or its inverse; training strains by far less
 VACUUM = 6.0  # Å without an atom along a lattice direction
 AT_REST = 0.05  # eV/Å; forces below need not fall any more
+NOTHING = 0.95  # of doing nothing; errors of positions above have taught a model nothing about them
 
 
 class Flag(NamedTuple):
@@ -41,7 +42,8 @@ class Flag(NamedTuple):
       name: one of "untrained", "unseen element", "not finite", "skin exceeded",
         "cell strained too far", "atoms too close", "energy rises", "forces do not fall", "density", "coordination",
         "all atoms fixed", "vacuum strained", "constraints ignored", "constraints fail", "no forces",
-        "cell force unknown", "no charges", "not converged"; of a committee "members disagree", "member lost".
+        "cell force unknown", "no charges", "not converged",
+        "no better than nothing"; of a committee "members disagree", "member lost".
       detail: one line with the numbers.
       unusable: the final geometry should not be used, not even as a start.
     """
@@ -64,7 +66,7 @@ def trust_flags(
       approached: Å, how much two atoms have approached, where that is known of more frames than the
         path's.
     """
-    flags = list(_elements(path, model))
+    flags = [*_elements(path, model), *_score(model)]
     values = (path.positions, path.energies, path.forces)
     if not all(np.isfinite(v).all() for v in values):
         text = "positions, energies or forces of the path are not finite"
@@ -131,6 +133,16 @@ def constraint_flags(atoms: Atoms, path: RelaxationTrajectory) -> tuple[Flag, ..
 def unusable(flags: tuple[Flag, ...]) -> bool:
     """Whether one of them forbids using the final geometry."""
     return any(flag.unusable for flag in flags)
+
+
+def _score(model: RelaxNet) -> Iterator[Flag]:
+    """A flag of models that on their own validation split do no better than the initial structures."""
+    score = json.loads(model.statistics).get("validation", {}).get("positions_over_nothing", 0.0)
+    if score >= NOTHING:
+        text = (
+            f"on its validation split the model's positions were {score:.2f} of doing nothing off"
+        )
+        yield Flag("no better than nothing", text)
 
 
 def _elements(path: RelaxationTrajectory, model: RelaxNet) -> Iterator[Flag]:

@@ -161,6 +161,11 @@ def test_the_model_that_is_left(run):
     splits = json.loads((result.workdir / "splits.json").read_text())
     ids = [i for split in splits.values() for i in split]
     assert len(ids) == len(set(ids)) == 24
+    mean = next(r["validation"] for r in records(result.workdir) if r["epoch"] == best)
+    score = facts["validation"]
+    assert score["positions_over_nothing"] == pytest.approx(mean["coordinates"] / mean["nothing"], 1e-3)
+    assert score["energy_mae_eV_per_atom"] == pytest.approx(mean["energy"], 1e-3)
+    assert score["forces_mae_eV_per_angstrom"] == pytest.approx(mean["force_error"], 1e-3)
     known = facts["surroundings"]
     data, _ = read_trajectories("emt", model.config, lambda _: None)
     trained = [
@@ -544,8 +549,9 @@ def test_the_console_tells_force_errors_of_their_own():
     validation = {"loss": 2.0, "energy": 0.01, "forces": 0.004, "force_error": 0.0523}
     record = {"epoch": 3, "train": {"loss": 1.0}, "validation": validation, "best": True,
               "structures_per_second": 5.0}  # fmt: skip
-    report.epoch(record, "1 min left")
-    assert "F 52 meV/Å" in text.getvalue() and text.getvalue().rstrip().endswith("*")
+    report.epoch(record, "1 min left", "atom")
+    assert "1.0000, validation 2.0000  E 10.0 meV/atom  F 52 meV/Å" in text.getvalue()
+    assert text.getvalue().rstrip().endswith("*")
 
 
 def test_tensorboard_has_the_learning_rate(tmp_path, monkeypatch):

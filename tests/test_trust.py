@@ -79,6 +79,13 @@ def test_flags(model):
     assert flag.name == "not finite" and unusable((flag,))
 
 
+def test_models_that_learned_nothing_say_so(model):
+    """By their own validation split: what they predict at rest looks relaxed."""
+    for score, expected in ((0.94, []), (0.99, ["no better than nothing"])):
+        statistics = json.dumps({"validation": {"positions_over_nothing": score}})
+        assert names(path(), model.replace(elements=(29,), statistics=statistics)) == expected
+
+
 def test_cells_that_run_away(model):
     """A direction that ends at half or twice its length is no relaxation; vacuum is named once."""
     copper = model.replace(elements=(29,))

@@ -9,7 +9,7 @@ import itertools
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ from relaxnet_jax.train.data import prepare
 from relaxnet_jax.train.hosts import Hosts
 from relaxnet_jax.train.parallel import Devices
 from relaxnet_jax.train.plan import Batches, remaining_runs
-from relaxnet_jax.train.report import ConsoleReport, MetricsLog
+from relaxnet_jax.train.report import ConsoleReport, MetricsLog, model_score
 from relaxnet_jax.train.start import (
     read_start,
     seen_by_start,
@@ -210,8 +210,8 @@ class _Run:
             self.start_facts,
         )
 
-    def model(self, params: Any) -> RelaxNet:
-        """The model with these parameters."""
+    def model(self, params: Any, validation: Mapping[str, float]) -> RelaxNet:
+        """The model with these parameters, which came to these means on the validation split."""
         data = self.data
         statistics = {
             "data": data.dataset.name,
@@ -219,6 +219,7 @@ class _Run:
             "later_starts": data.later_starts,
             "energy_scale_eV_per_atom": data.scale,
             "surroundings": data.surroundings(),
+            "validation": model_score(validation, self.config),
         }
         return RelaxNet(
             params,
@@ -229,9 +230,10 @@ class _Run:
             json.dumps(statistics | self.start_facts),
         )
 
-    def export(self, params: Any, workdir: Path) -> None:
-        """Writes the model with these (replicated) parameters to ``workdir/model``."""
-        save_model(self.model(jax.device_get(self.devices.first(params))), workdir / "model")
+    def export(self, params: Any, workdir: Path, validation: Mapping[str, float]) -> None:
+        """Writes the model with these (replicated) parameters to ``workdir/model``; see `model`."""
+        own = jax.device_get(self.devices.first(params))
+        save_model(self.model(own, validation), workdir / "model")
 
     def _finite(self, params: Any) -> bool:
         leaves = jax.tree.leaves(jax.device_get(self.devices.first(params)))
@@ -314,7 +316,7 @@ class _Run:
         validated = first > 0 or plateau.best_epoch >= 0
         missing = not (workdir / "model").exists()
         if first_host and validated and missing:  # killed before it was there
-            self.export(state.ema if t.ema else state.params, workdir)
+            self.export(state.ema if t.ema else state.params, workdir, {})
         clock, limit = Clock(self.devices, elapsed), 60 * t.max_minutes or math.inf
         reason, epoch, ended = "epochs", first - 1, ""
 
@@ -361,7 +363,7 @@ class _Run:
                 wanted = record["best"] or (plateau.best_epoch < 0 and self._finite(averaged))
                 new = checkpoints is not None and not (workdir / "model").exists()
                 if first_host and wanted and not new:
-                    self.export(averaged, workdir)
+                    self.export(averaged, workdir, record["validation"])
                 due = (epoch + 1) % t.checkpoint_every == 0 or epoch + 1 == t.epochs or new
                 due = due or clock.stop
                 if record["partial"]:  # by the deadline; what is best now must be known later
@@ -371,11 +373,11 @@ class _Run:
                 if checkpoints is not None and new:
                     # A model without a checkpoint: such a run could neither begin again nor go on.
                     checkpoints.wait()
-                    self.export(averaged, workdir)
+                    self.export(averaged, workdir, record["validation"])
                 if log is not None:
                     log.write(record)
                 left = _time_left(limit, record, epoch, t.epochs)
-                self.report.epoch(record, left)
+                self.report.epoch(record, left, config.loss.energy_per)
                 if not math.isfinite(record["validation"]["loss"]):
                     self.report("validation loss is not finite; it counts as no improvement")
                 late = clock.seconds >= limit
@@ -385,7 +387,7 @@ class _Run:
                     near = loss <= KEEP_LAST * plateau.best and unfit <= plateau.skipped
                     if cooled and not record["best"] and near:
                         if first_host:
-                            self.export(averaged, workdir)
+                            self.export(averaged, workdir, record["validation"])
                         self.report(f"the last model is kept (validation loss {loss:.4f})")
                     break
                 # A run that cools down to a deadline is at its best then, and not before.

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from relaxnet_jax.config import Config
 from relaxnet_jax.data.files import write_text
 
 
@@ -56,6 +58,30 @@ def _finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: _finite(v) for k, v in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def model_score(validation: Mapping[str, float], config: Config) -> dict[str, float]:
+    """What an exported model says of its errors on the validation split; what is not finite is left out.
+
+    Args:
+      validation: means of an epoch's record.
+
+    Returns:
+      positions_over_nothing, strain_over_nothing: errors at the end of the path, of those of doing
+      nothing. forces_mae_eV_per_angstrom, energy_mae_eV_per_atom: on all frames.
+    """
+    found = {}
+    for ours, nothing, name in (
+        ("coordinates", "nothing", "positions_over_nothing"),
+        ("strain", "nothing_strain", "strain_over_nothing"),
+    ):
+        if validation.get(nothing):
+            found[name] = validation[ours] / validation[nothing]
+    if config.loss.energy_per == "atom" and "energy" in validation:
+        found["energy_mae_eV_per_atom"] = validation["energy"]
+    if "force_error" in validation and config.dynamics.latent != "direct":
+        found["forces_mae_eV_per_angstrom"] = validation["force_error"]
+    return {name: float(f"{value:.4g}") for name, value in found.items() if math.isfinite(value)}
 
 
 def _coordinates(validation: dict[str, float]) -> str:
@@ -118,12 +144,12 @@ class ConsoleReport:
             self._bar.stop()
             self._bar = None
 
-    def epoch(self, record: dict[str, Any], left: str) -> None:
+    def epoch(self, record: dict[str, Any], left: str, energy_per: str) -> None:
         """The epoch's line."""
         train, validation = record["train"], record["validation"]
         self(
-            f"epoch {record['epoch']:4d}  loss {train['loss']:.4f}/{validation['loss']:.4f}  "
-            f"E {1e3 * validation['energy']:.1f} m  F {1e3 * validation['force_error']:.0f} meV/Å  "
+            f"epoch {record['epoch']:4d}  loss {train['loss']:.4f}, validation {validation['loss']:.4f}  "
+            f"E {1e3 * validation['energy']:.1f} meV/{energy_per}  F {1e3 * validation['force_error']:.0f} meV/Å  "
             f"{_coordinates(validation)}{_strain(validation)}"
             f"{record['structures_per_second']:.1f} structures/s  {left}{'  *' if record['best'] else ''}"
         )
