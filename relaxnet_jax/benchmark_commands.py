@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from relaxnet_jax.config import Config, load_config, shipped_configs
-from relaxnet_jax.console import note, say
+from relaxnet_jax.console import note, result_console, say
 from relaxnet_jax.errors import InputError
 from relaxnet_jax.runtime import batch_shares, check_devices, enable_compilation_cache
 
@@ -19,15 +19,13 @@ def benchmark_speed(args: argparse.Namespace) -> int:
     _check_minutes(args)
     enable_compilation_cache()
     check_devices(None)
-    from rich.console import Console
-
     from relaxnet_jax.benchmark import report
     from relaxnet_jax.benchmark.speed import PARTS, run_speed
 
     folder = Path(args.out)
     path = Path(args.json or folder / "speed.json")
     document = run_speed(configs, path, note, args.fast, args.only or PARTS, args.minutes)
-    console = Console(highlight=False)
+    console = result_console()
     say(report.device_line(document))
     ceilings = report.ceilings_line(document)
     if ceilings:
@@ -48,15 +46,13 @@ def benchmark_peers(args: argparse.Namespace) -> int:
     _check_minutes(args)
     enable_compilation_cache()
     batch_shares(config)
-    from rich.console import Console
-
     from relaxnet_jax.benchmark import report
     from relaxnet_jax.benchmark.peers import run_peers
 
     path = Path(args.json or Path(args.out) / "peers.json")
     document = run_peers(config, path, note, args.fast, args.only, args.minutes)
     say(report.device_line(document))
-    Console(highlight=False).print(report.peers_table(document))
+    result_console().print(report.peers_table(document))
     for line in report.remarks(document):
         note(line)
     say(str(path))

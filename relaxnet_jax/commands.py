@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from relaxnet_jax.config import PRETRAINED, Config, from_json, load_config, to_dict, to_json
-from relaxnet_jax.console import bar, note, q, say, status
+from relaxnet_jax.console import COMPILING, bar, note, q, result_console, say, status
 from relaxnet_jax.errors import InputError
 from relaxnet_jax.runtime import batch_shares, check_devices, enable_compilation_cache
 
@@ -81,8 +81,6 @@ def evaluate(args: argparse.Namespace) -> int:
     """``relaxnet-jax eval``."""
     enable_compilation_cache()
     check_devices(None)
-    from rich.console import Console
-
     from relaxnet_jax.evaluate.run import (
         evaluate_workdir,
         mean_evaluation,
@@ -120,7 +118,7 @@ def evaluate(args: argparse.Namespace) -> int:
     what = Path(args.data).stem if args.data else args.split
     committee = "-committee" if len(runs) > 1 else ""
     out = Path(args.out or Path(args.workdir, f"eval-{what}{committee}"))
-    console = Console(highlight=False)
+    console = result_console()
     if committee:
         result = mean_evaluation(members)
     console.print(metrics_table(result.results, result.name, result.costs))
@@ -175,7 +173,7 @@ def predict(args: argparse.Namespace) -> int:
     found, unreadable = files.read_structures(source, note)
     if len(found) > 1 and not files.holds_many(out):
         raise InputError(f"{out}: takes one structure, {source} has {len(found)}; write .extxyz")
-    with bar("structures", len(found)) as advance:
+    with bar("structures", len(found), COMPILING) as advance:
         predicted, failed = predict_members(models, found, args.frames, advance, options)
     results, useless = files.sorted_out(predicted)
     for failure in (*failed, *useless):

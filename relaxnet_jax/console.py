@@ -7,6 +7,13 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+WIDE = 200  # columns: a file or a pipe is as wide as tables need, not as wide as rich's default
+COMPILING = "compiling (first time for this size)…"
 
 
 def q(path: str | Path) -> str:
@@ -32,6 +39,14 @@ def note(line: str) -> None:
     print(printable(line), file=sys.stderr, flush=True)
 
 
+def result_console() -> Console:
+    """For tables on stdout: as wide as the terminal, `WIDE` where there is none (pipes, SLURM logs)."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=WIDE)
+
+
 @contextmanager
 def status(text: str) -> Iterator[None]:
     """A spinner while something of unknown length happens; nothing where stderr is no terminal."""
@@ -42,8 +57,12 @@ def status(text: str) -> Iterator[None]:
 
 
 @contextmanager
-def bar(text: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar on stderr; yields a function to call with the number done."""
+def bar(text: str, total: int, first: str = "") -> Iterator[Callable[[int], None]]:
+    """A progress bar on stderr; yields a function to call with the number done.
+
+    Args:
+      first: in place of the text until something is done, if that takes longer than the rest.
+    """
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -53,12 +72,19 @@ def bar(text: str, total: int) -> Iterator[Callable[[int], None]]:
         TimeRemainingColumn,
     )
 
-    columns = (TextColumn(text), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
     console = Console(stderr=True)
     hidden = not console.is_terminal
     with Progress(*columns, console=console, transient=True, disable=hidden) as bar:
-        task = bar.add_task("", total=total)
-        yield lambda done: bar.update(task, completed=done)
+        task = bar.add_task(first or text, total=total)
+        yield lambda done: bar.update(
+            task, completed=done, description=text if done else first or text
+        )
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """``relaxnet-jax relax``: what goes in, what comes out, and what is said when something fails."""
 
 import dataclasses
+import io
 import json
 import os
 import re
@@ -15,9 +16,12 @@ from ase import Atoms
 from ase.build import bulk, fcc111
 from ase.calculators.emt import EMT
 from ase.constraints import FixAtoms, FixScaled
+from rich.console import Console
 from tiny import alloy, tiny_config, tiny_model
 
 from relaxnet_jax import cli, structure_files
+from relaxnet_jax.committee import Spread
+from relaxnet_jax.console import WIDE, bar, result_console
 from relaxnet_jax.data.files import is_poscar
 from relaxnet_jax.data.generation.calculators import load_calculator
 from relaxnet_jax.data.trajectory import RelaxationTrajectory
@@ -511,7 +515,9 @@ def test_record_and_tables():
     first, second = tables(many, 0.05, "emt")
     assert first.row_count == second.row_count == MAX_ROWS
     assert len(tables(many, 0.05, None)) == 1
+    assert all(column.header != "seconds" for column in first.columns)
     lines = totals(many, 2, 3.0)
+    assert "(0.10 s each to predict)" in lines[0]
     assert "2 failed" in lines[0] and "7 of them not shown" in lines[0]
     unrefined = [values, {k: v for k, v in values.items() if k != "refined"}]
     assert "1 of them could not be refined; 1 failed" in totals(unrefined, 2, 3.0, True)[0]
@@ -520,6 +526,48 @@ def test_record_and_tables():
     assert "wrong minima: 0" in lines[1]
     assert flag_lines(many) == [f"{n} structures: energy rises: by 3 meV/atom"]
     assert flag_lines(many[:1]) == ["s0: energy rises: by 3 meV/atom"]
+
+
+@pytest.mark.parametrize("committee", [False, True])
+@pytest.mark.parametrize("width", [80, 100, 200])
+def test_tables_keep_names_and_flags(width, committee):
+    """Of a terminal of 80 columns, too, where flags go below names."""
+    flags = tuple(Flag(name, "so") for name in ("forces do not fall", "constraints ignored", "density"))
+    path = dataclasses.replace(trajectory(), energies=np.array([0.0, -1.0, -2000.0]))
+    spread = Spread(3, 0.0041, 0.012, 0.1, 0.01) if committee else None
+    long = "candidate-of-a-screening-with-a-name-of-many-words"
+    records = [
+        record(Predicted(path, found, spread), 0.05, 0.1, None)
+        | {"name": name, "cell_relaxed": True, "volume_first": 9.0, "volume_last": 10.0}
+        for name, found in (("mp-1234567-slab-111", flags), ("mp-1234567-slab-100", flags[:1]), ("b", ()))
+    ]
+    console = Console(file=io.StringIO(), width=width, highlight=False)
+    console.print(*tables(records, 0.05, None, width))
+    text = console.file.getvalue()
+    assert max(map(len, text.splitlines())) <= width and "…" not in text
+    for word, count in (("mp-1234567-slab-111", 1), ("mp-1234567-slab-100", 1), ("density", 1),
+                        ("constraints ignored", 1), ("forces do not fall", 2)):  # fmt: skip
+        assert text.count(word) == count, text
+    assert "+11.1" in text and "yes" in text and "-500000.0" in text
+    assert ("± 4.1" in text or "± E" in text) == committee
+    # A name too long for that is on several lines, whole.
+    console = Console(file=io.StringIO(), width=width, highlight=False)
+    console.print(*tables([records[0] | {"name": long}], 0.05, None, width))
+    assert long in "".join(line.split()[0] for line in console.file.getvalue().splitlines() if line.strip())
+
+
+def test_pipes_are_wide(capsys):
+    """In a SLURM log no column loses its numbers."""
+    assert result_console().width == WIDE
+
+
+def test_the_bar_says_what_it_waits_for(capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    with bar("structures", 3, "compiling…") as advance:
+        before = capsys.readouterr().err
+        advance(1)
+    assert "compiling…" in before and "structures" not in before
+    assert "structures" in capsys.readouterr().err
 
 
 def test_path_curves():

@@ -104,7 +104,7 @@ def test_totals_count_what_saves_nothing():
         return {"wrong_minimum": wrong, "with_head_start": leg, "without_head_start": without}
 
     several = [refined(5, False), refined(2, True), refined(20, None, False), refined(7, False)]
-    records = [{"converged": True, "flags": [], "refined": r} for r in several]
+    records = [{"converged": True, "flags": [], "seconds": 0.1, "refined": r} for r in several]
     told = totals(records, 0, 1.0, True)[1]
     assert told.startswith("ionic steps: 40 without and 32 with the head start (+20 % saved, 4 structures")
     assert told.endswith("wrong minima: 1; failed or unconverged from the prediction: 1")

@@ -8,15 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from relaxnet_jax.benchmark import machine, starts, steps_report
 from relaxnet_jax.benchmark.cases import find_cases
 from relaxnet_jax.benchmark.ledger import Ledger
 from relaxnet_jax.benchmark.oracles import load_oracle
 from relaxnet_jax.benchmark.starts import INITIAL, Kind
 from relaxnet_jax.benchmark.steps import Limits, run_steps
-from relaxnet_jax.console import bar, note, say
+from relaxnet_jax.console import bar, note, result_console, say
 from relaxnet_jax.data.files import atomic_path
 from relaxnet_jax.data.generation.calculators import Calculator
 from relaxnet_jax.errors import InputError
@@ -66,10 +64,7 @@ def benchmark_steps(args: argparse.Namespace) -> int:
         temporary.write_text(text, encoding="utf-8")
     steps_report.write_rows(rows, files[1])
     steps_report.write_markdown(found, caption, files[2])
-    console = Console(highlight=False)
-    if not console.is_terminal:  # a file or a pipe is as wide as the table needs
-        console = Console(highlight=False, width=200)
-    console.print(steps_report.table(found, caption))
+    result_console().print(steps_report.table(found, caption))
     for file in files:
         say(str(file))
     if not found[0]["n"]:

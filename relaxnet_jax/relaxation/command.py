@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from relaxnet_jax.config import PRETRAINED
-from relaxnet_jax.console import bar, note, say
+from relaxnet_jax.console import COMPILING, bar, note, result_console, say
 from relaxnet_jax.errors import InputError
 from relaxnet_jax.relaxation import inputs as reading
 from relaxnet_jax.relaxation import outputs as writing
@@ -172,7 +172,7 @@ def _predict(
     by_place = {one.place: one for one in found}
     named = [(i.place, i.atoms) for i in found]
     begin = time.perf_counter()
-    with bar("structures", len(named)) as advance:
+    with bar("structures", len(named), COMPILING) as advance:
         results, failed = predict_members(models, named, frames, advance, options)
     seconds = (time.perf_counter() - begin) / max(len(results), 1)
     failures.add(failed)
@@ -302,14 +302,10 @@ def _print(
     out: Path,
     html: Path | None,
 ) -> None:
-    from rich.console import Console
-
     from relaxnet_jax.relaxation.report import flag_lines, tables, totals
 
-    console = Console(highlight=False)
-    if not console.is_terminal:  # a file or a pipe is as wide as the table needs
-        console = Console(highlight=False, width=200)
-    for table in tables(records, args.fmax, args.refine):
+    console = result_console()
+    for table in tables(records, args.fmax, args.refine, console.width):
         console.print(table)
     for line in flag_lines(records):
         note(line)

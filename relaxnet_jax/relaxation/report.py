@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich import box
+from rich.cells import cell_len
+from rich.console import Console
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.table import Table
 
+from relaxnet_jax.console import WIDE
 from relaxnet_jax.relaxation.refine import WRONG_MINIMUM, Refined
 
 if TYPE_CHECKING:
@@ -91,66 +95,106 @@ def cell_force(stress: np.ndarray, volume: float, atoms: int) -> float:
     return float(np.linalg.norm(from_voigt(stress), axis=-1).max()) * volume / atoms
 
 
-def tables(records: Sequence[dict[str, Any]], fmax: float, refine: str | None) -> list[Table]:
-    """The records for ``rich.console.Console().print``: at most `MAX_ROWS` rows in each table."""
+def tables(
+    records: Sequence[dict[str, Any]], fmax: float, refine: str | None, width: int = WIDE
+) -> list[Table]:
+    """The records for ``rich.console.Console().print``: at most `MAX_ROWS` rows in each table.
+
+    Args:
+      width: columns there are. Where a row does not fit, flags go below the structure's name, spreads
+        beside what they are of, and of fmax only the last is shown: no name or flag is cut off.
+    """
     shown = records[:MAX_ROWS]
     caption = (
         f"by the model's own energies and forces; converged: fmax below {fmax:g} eV/Å (of the cell too "
-        "where it relaxes);\n"
-        "seconds: of all structures together, compiling included, by their number"
+        "where it relaxes)"
     )
-    headings = ["atoms", "ΔE\nmeV/atom", "fmax\neV/Å", "moved\nÅ", "converged", "seconds"]
-    cells_relax = any(r["cell_relaxed"] for r in records)
-    if cells_relax:
-        headings[2:2] = ["ΔV\n%"]
     committee = next((r["spread"]["members"] for r in records if r["spread"]), 0)
     if committee:
-        headings[-2:-2] = ["± E\nmeV/atom", "± positions\nÅ"]
         caption += f";\n±: spread of {committee} models, of the final energy and positions"
-    predicted = _table("predicted", headings, caption)
-    predicted.add_column("flags", overflow="fold")
-    for r in shown:
-        cells = [
-            r["name"],
-            str(r["atoms"]),
-            f"{1e3 * r['energy_change_per_atom']:+.1f}",
-            f"{r['fmax_first']:.3f} → {r['fmax_last']:.3f}",
-            f"{r['largest_displacement']:.3f}",
-            "yes" if r["converged"] else "no",
-            f"{r['seconds']:.2f}",
-            ", ".join(f["name"] for f in r["flags"]),
-        ]
-        if cells_relax:
-            before, after = r["volume_first"], r["volume_last"]
-            known = r["cell_relaxed"] and before > 0
-            cells[3:3] = [f"{100 * (after / before - 1):+.1f}" if known else "–"]
-        if committee:
-            s = r["spread"]
-            shown_spread = ["–", "–"]
-            if s is not None:
-                shown_spread = [f"{1e3 * s['energy_per_atom']:.1f}", f"{s['positions']:.3f}"]
-            cells[-3:-3] = shown_spread
-        predicted.add_row(*map(escape, cells))
+    predicted = _predicted(shown, caption, bool(committee), narrow=False)
+    if _width(predicted) > width:
+        predicted = _predicted(shown, caption, bool(committee), narrow=True)
     if not refine:
         return [predicted]
     caption = (
         f"LBFGS to {fmax:g} eV/Å from the initial structure → from the prediction; wrong minimum: "
         f"the latter ends higher\nby more than {1e3 * WRONG_MINIMUM:g} meV/atom, and the former is kept"
     )
-    headings = ["ionic\nsteps", "energy\neV", "seconds", "result"]
-    refined = _table(f"refined with {refine}", headings, caption)
+    refined = _table(f"refined with {refine}", caption)
+    refined.add_column("structure", overflow="fold", min_width=_longest(r["name"] for r in shown))
+    for heading in ("ionic\nsteps", "energy\neV", "seconds"):
+        refined.add_column(heading, justify="right", no_wrap=True)
+    refined.add_column("result")
     for r in shown:
         refined.add_row(escape(r["name"]), *_refined_cells(r.get("refined")))
     return [predicted, refined]
 
 
-def _table(title: str, headings: Sequence[str], caption: str) -> Table:
+def _predicted(
+    records: Sequence[dict[str, Any]], caption: str, committee: bool, narrow: bool
+) -> Table:
+    """A row per record; ``narrow`` as where `tables` has too few columns."""
+    cells_relax = any(r["cell_relaxed"] for r in records)
+    rows = [_row(r, cells_relax, committee, narrow) for r in records]
+    table = _table("predicted", caption)
+    if narrow:
+        table.padding, table.show_edge, table.pad_edge = (0, 1, 0, 0), False, False
+    names = _longest(r["name"] for r in records)
+    # Below a terminal's 80 columns numbers are what gives way.
+    table.add_column("structure", overflow="fold", min_width=min(names, 24) if narrow else names)
+    for heading in rows[0] if rows else ():
+        table.add_column(heading, justify="right", no_wrap=True)
+    if not narrow:
+        flags = [flag["name"] for r in records for flag in r["flags"]]
+        table.add_column("flags", min_width=_longest(flags))
+    for r, row in zip(records, rows):
+        flags = [escape(flag["name"]) for flag in r["flags"]]
+        name, numbers = escape(r["name"]), map(escape, row.values())
+        if narrow:
+            table.add_row("\n".join([name, *(f"  {flag}" for flag in flags)]), *numbers)
+        else:
+            table.add_row(name, *numbers, "\n".join(flags))
+    return table
+
+
+def _row(r: dict[str, Any], cells_relax: bool, committee: bool, narrow: bool) -> dict[str, str]:
+    """What is shown of a record, by heading."""
+    energy, moved = f"{1e3 * r['energy_change_per_atom']:+.1f}", f"{r['largest_displacement']:.3f}"
+    spread = r["spread"]
+    spread_energy = "–" if spread is None else f"{1e3 * spread['energy_per_atom']:.1f}"
+    spread_positions = "–" if spread is None else f"{spread['positions']:.3f}"
+    if narrow and spread is not None:
+        energy += f" ± {spread_energy}"
+        moved = f"{r['largest_displacement']:.2f} ± {spread['positions']:.2f}"
+    row = {"atoms": str(r["atoms"]), "ΔE\nmeV/atom": energy}
+    if cells_relax:
+        before, after = r["volume_first"], r["volume_last"]
+        known = r["cell_relaxed"] and before > 0
+        row["ΔV\n%"] = f"{100 * (after / before - 1):+.1f}" if known else "–"
+    last = f"{r['fmax_last']:.3f}"
+    row["fmax\neV/Å"] = last if narrow else f"{r['fmax_first']:.3f} → {last}"
+    row["moved\nÅ"] = moved
+    if committee and not narrow:
+        row |= {"± E\nmeV/atom": spread_energy, "± positions\nÅ": spread_positions}
+    row["con-\nverged" if narrow else "converged"] = "yes" if r["converged"] else "no"
+    return row
+
+
+def _table(title: str, caption: str) -> Table:
     result = Table(title=escape(title), caption=caption, box=box.SIMPLE_HEAD)
     result.title_justify = result.caption_justify = "left"
-    result.add_column("structure", overflow="fold")
-    for heading in headings:
-        result.add_column(heading, justify="right", no_wrap=True)
     return result
+
+
+def _longest(texts: Iterable[str]) -> int:
+    return max(map(cell_len, texts), default=0)
+
+
+def _width(table: Table) -> int:
+    """Columns it takes when nothing in it is wrapped."""
+    console = Console(width=10 * WIDE)
+    return Measurement.get(console, console.options, table).maximum
 
 
 def _refined_cells(refined: dict[str, Any] | None) -> list[str]:
@@ -199,8 +243,9 @@ def totals(
     unrefined = sum(refined and r.get("refined") is None for r in records)
     failed -= unrefined
     more = f"; {len(records) - MAX_ROWS} of them not shown (--json shows all)"
+    each = f" ({records[0]['seconds']:.2f} s each to predict)" if records else ""
     lines = [
-        f"{len(records)} relaxed in {seconds:.1f} s, {converged} converged, {flagged} flagged"
+        f"{len(records)} relaxed in {seconds:.1f} s{each}, {converged} converged, {flagged} flagged"
         + (f"; {unrefined} of them could not be refined" if unrefined else "")
         + (f"; {failed} failed" if failed else "")
         + (more if len(records) > MAX_ROWS else "")

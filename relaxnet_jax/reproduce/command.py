@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from relaxnet_jax.console import note, say
+from relaxnet_jax.console import note, result_console, say
 from relaxnet_jax.errors import InputError
 from relaxnet_jax.runtime import check_devices, enable_compilation_cache
 
@@ -31,8 +31,6 @@ def reproduce(args: argparse.Namespace) -> int:
     enable_compilation_cache()
     check_devices(None)
     _check_jobs(args.jobs)
-    from rich.console import Console
-
     from relaxnet_jax.reproduce.budget import RULE, clock
     from relaxnet_jax.reproduce.plan import keep_plan, make_plan
     from relaxnet_jax.reproduce.registry import EXPERIMENTS
@@ -66,7 +64,7 @@ def reproduce(args: argparse.Namespace) -> int:
         # Runs of different lengths do not fill all cores to the end.
         plan = make_plan(needs, out, budget * args.budget / span, identity)
     if plan.entries:
-        console = Console(highlight=False)
+        console = result_console()
         console.width = max(console.width, TABLE_WIDTH)
         console.print(plan.table())
     minutes = clock([e.left for e in plan.left], args.jobs)

@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from rich.console import Console
 from rich.markdown import Markdown
 
-from relaxnet_jax.console import note, say
+from relaxnet_jax.console import note, result_console, say
 from relaxnet_jax.data.files import atomic_path, one_line
 from relaxnet_jax.errors import InputError
 from relaxnet_jax.reproduce import paper
@@ -72,8 +71,8 @@ def write_section(experiment: Experiment, setting: Setting, plan: Plan, command:
     if runs:
         files.append(_write_runs(setting, runs))
     _keep_claims(made, setting)
-    console = Console(highlight=False)
-    console.print(Markdown(claims_table(made.claims).markdown() if made.claims else made.title))
+    claims = Markdown(claims_table(made.claims).markdown() if made.claims else made.title)
+    result_console().print(claims)
     for file in files:
         say(str(file))
     return True
