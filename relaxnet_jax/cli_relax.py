@@ -36,9 +36,16 @@ def add_relax(commands) -> None:
     p.add_argument(
         "--refine",
         metavar="NAME",
-        help="go on with ASE's LBFGS and the calculator emt, chgnet or MODULE:FACTORY, a function "
-        "of yours that returns one; also from the initial structure, to compare ionic steps "
-        "(geometries whose forces were computed) and final energies",
+        help="go on from the prediction with ASE's LBFGS and the calculator emt, chgnet or "
+        "MODULE:FACTORY, a function of yours that returns one; from the initial structure where that "
+        "fails or does not converge",
+    )
+    p.add_argument(
+        "--compare",
+        action="store_true",
+        help="with --refine: also relax the initial structure, at twice the cost, and say what was "
+        "saved in ionic steps (geometries whose forces were computed) and whether the prediction "
+        "led to a higher minimum",
     )
     p.add_argument(
         "--fmax",

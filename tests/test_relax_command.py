@@ -132,13 +132,13 @@ def test_many_files_some_bad(run, model):
 
 
 def test_json_refine_and_fixed_atoms(run, tmp_path):
-    """JSON says what the table says; --refine runs both ways; --fixed and --fix-below add up."""
+    """JSON says what the table says; --compare runs both ways; --fixed and --fix-below add up."""
     atoms = slab()
     atoms.set_constraint(FixAtoms([5]))
     ase.io.write("a.traj", atoms)
     z = np.sort(atoms.positions[:, 2])
     below = (z[1] + z[2]) / 2
-    options = ("--fixed", "2", "--fix-below", below, "--format", "traj", "--refine", "emt")
+    options = ("--fixed", "2", "--fix-below", below, "--format", "traj", "--refine", "emt", "--compare")
     code, out, err = run("a.traj", *options, "--fmax", "0.1", "--json")
     assert code == 0, err
     document = json.loads(out)
@@ -171,7 +171,7 @@ def test_json_refine_and_fixed_atoms(run, tmp_path):
     code, out, err = run("a.traj", *options)
     assert code == 2 and "exists" in err and "--overwrite" in err
     assert {p: p.read_bytes() for p in Path("relaxed").iterdir()} == before
-    again = ("--format", "traj", "--overwrite", "--refine", "emt", "--html", "a.html")
+    again = ("--format", "traj", "--overwrite", *options[-3:], "--html", "a.html")
     code, out, err = run("a.traj", *again)
     assert code == 0 and "a.html" in out and "held fixed" in Path("a.html").read_text()
     assert "refined with emt" in out and "ionic steps" in out
@@ -203,6 +203,7 @@ def test_formats_that_cannot_hold_everything(run):
         (["a.cif", "--steps", "0"], ["--steps 0"]),
         (["a.cif", "--fixed", "0,x"], ["--fixed 0,x", "0,3,8-11"]),
         (["a.cif", "--refine", "dft"], ["--refine dft", "emt, chgnet"]),
+        (["a.cif", "--compare"], ["--compare", "--refine NAME"]),
         (["a.cif", "--out", "a.cif"], ["--out a.cif", "is a file"]),
         (["a.cif", "--html", "."], ["folder"]),
         (["two.extxyz", "--html", "x.html"], ["--html", "one structure", "2 were"]),
@@ -443,7 +444,7 @@ def test_wrong_minimum(lift, wrong):
     """4 atoms: 5 meV/atom are 20 meV. Then the other end is kept."""
     atoms = alloy()
     calculator = load_calculator("emt")._replace(make=Double(lift))
-    result = refine(atoms, atoms, calculator, 0.05, 100)
+    result = refine(atoms, atoms, calculator, 0.05, 100, True)
     assert result.wrong_minimum is wrong and result.kept == ("without" if wrong else "with")
     assert result.without.steps == result.with_start.steps > 1
     assert result.with_start.energy - result.without.energy == pytest.approx(lift, abs=1e-9)
@@ -455,12 +456,12 @@ def test_refining_counts_what_it_computes():
     """From a minimum one step is needed; a limit that is too low is not called converged."""
     emt = load_calculator("emt")
     atoms = alloy()
-    done = refine(atoms, atoms, emt, 0.05, 200)
-    again = refine(atoms, done.atoms, emt, 0.05, 200)
+    done = refine(atoms, atoms, emt, 0.05, 200, True)
+    again = refine(atoms, done.atoms, emt, 0.05, 200, True)
     assert again.with_start.steps == 1 and again.without == done.without._replace(
         seconds=again.without.seconds
     )
-    short = refine(atoms, done.atoms, emt, 0.05, 2)
+    short = refine(atoms, done.atoms, emt, 0.05, 2, True)
     assert not short.without.converged and short.without.steps == 3
     assert short.wrong_minimum is None and short.kept == "with"
     with pytest.raises(InputError, match="does not know O"):
@@ -470,17 +471,39 @@ def test_refining_counts_what_it_computes():
         refine(atoms, atoms, broken, 0.05, 2)
 
 
+def test_the_initial_structure_is_relaxed_only_to_compare():
+    """A user's DFT is not paid for twice; where it does not converge, it begins anew as before."""
+    atoms, emt = alloy(), load_calculator("emt")
+    end = refine(atoms, atoms, emt, 0.05, 200).atoms
+    result = refine(atoms, end, emt, 0.05, 200)
+    assert result.without is None and result.kept == "with" and result.failure == ""
+    assert result.wrong_minimum is None and result.with_start.converged
+    values = record(Predicted(trajectory(), ()), 0.05, 0.1, result)
+    assert values["refined"]["without_head_start"] is None
+    again = refine(atoms, atoms, emt, 1e-6, 2)
+    assert again.without is not None and not again.with_start.converged
+    begun_again = record(Predicted(trajectory("b"), ()), 0.05, 0.1, again)
+    console = Console(file=io.StringIO(), width=80)
+    console.print(tables([values, begun_again], 0.05, "emt", 80)[1])
+    one, other = [line for line in console.file.getvalue().splitlines() if line.strip()[:2] in ("a ", "b ")]
+    assert "→" not in one and "failed" not in one and one.rstrip().endswith(" converged")
+    assert "3 → 3" in other and other.rstrip().endswith("not converged")
+    assert totals([values, begun_again], 0, 1.0, True)[1] == (
+        "ionic steps: 4 from 2 predictions, 3 more from 1 initial structures where the prediction "
+        "failed or did not converge")  # fmt: skip
+
+
 def test_refining_the_cell_where_the_prediction_changed_it():
     """Both ways relax the cell and come to the same one; otherwise it stays."""
     emt, atoms = load_calculator("emt"), alloy()
     strained = atoms.copy()
     strained.set_cell(1.02 * atoms.cell.array, scale_atoms=True)
-    result = refine(atoms, strained, emt, 0.01, 200)
+    result = refine(atoms, strained, emt, 0.01, 200, True)
     assert result.wrong_minimum is False and result.without.fmax < 0.01
     assert result.with_start.energy == pytest.approx(result.without.energy, abs=1e-3)
     assert np.abs(result.atoms.get_stress()).max() * atoms.get_volume() < 0.02
     assert np.abs(result.atoms.cell.array - atoms.cell.array).max() > 0.01
-    kept = refine(atoms, atoms, emt, 0.05, 200)
+    kept = refine(atoms, atoms, emt, 0.05, 200, True)
     np.testing.assert_array_equal(kept.atoms.cell.array, atoms.cell.array)
     assert kept.without.energy > result.without.energy + 1e-3
 
@@ -516,7 +539,7 @@ def test_record_and_tables():
     assert first.row_count == second.row_count == MAX_ROWS
     assert len(tables(many, 0.05, None)) == 1
     assert all(column.header != "seconds" for column in first.columns)
-    lines = totals(many, 2, 3.0)
+    lines = totals(many, 2, 3.0, True, True)
     assert "(0.10 s each to predict)" in lines[0]
     assert "2 failed" in lines[0] and "7 of them not shown" in lines[0]
     unrefined = [values, {k: v for k, v in values.items() if k != "refined"}]

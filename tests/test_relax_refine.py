@@ -76,7 +76,7 @@ BROKEN = ValueError("no convergence")
 def test_a_relaxation_that_fails_leaves_the_other(lost, model):
     errors = {"with": (BROKEN,), "without": (None, BROKEN)}[lost]
     emt = load_calculator("emt")._replace(make=Makes(*errors))
-    result = refine(alloy(), alloy(), emt, 0.05, 200)
+    result = refine(alloy(), alloy(), emt, 0.05, 200, compare=True)
     assert result.kept == {"with": "without", "without": "with"}[lost]
     assert result.wrong_minimum is None and result.atoms.get_potential_energy() < 1.0
     assert (result.with_start is None) == (lost == "with") != (result.without is None)
@@ -85,10 +85,10 @@ def test_a_relaxation_that_fails_leaves_the_other(lost, model):
     values = record(Predicted(relax(model[0], alloy(), 3), ()), 0.05, 0.1, result)
     assert values["refined"]["failure"] == result.failure
     console = Console(file=io.StringIO(), width=200)
-    console.print(tables([values], 0.05, "emt")[1])
+    console.print(tables([values], 0.05, "emt", compare=True)[1])
     other = {"with": "initial structure", "without": "prediction"}[lost]
     assert f"converged only from the {other}" in console.file.getvalue()
-    lines = totals([values], 0, 1.0, True)
+    lines = totals([values], 0, 1.0, True, True)
     if lost == "without":
         assert len(lines) == 1  # nothing to compare
     else:
@@ -105,7 +105,7 @@ def test_totals_count_what_saves_nothing():
 
     several = [refined(5, False), refined(2, True), refined(20, None, False), refined(7, False)]
     records = [{"converged": True, "flags": [], "seconds": 0.1, "refined": r} for r in several]
-    told = totals(records, 0, 1.0, True)[1]
+    told = totals(records, 0, 1.0, True, True)[1]
     assert told.startswith("ionic steps: 40 without and 32 with the head start (+20 % saved, 4 structures")
     assert told.endswith("wrong minima: 1; failed or unconverged from the prediction: 1")
 
@@ -118,7 +118,7 @@ def test_an_interruption_leaves_predictions_and_what_is_refined(run, monkeypatch
     makes = Makes(None, None, None, None, KeyboardInterrupt())
     emt = load_calculator("emt")._replace(make=makes)
     monkeypatch.setattr(command, "_calculator", lambda name: emt)
-    assert run("many.extxyz", "b.cif", "c.cif", "--refine", "emt")[0] == 130
+    assert run("many.extxyz", "b.cif", "c.cif", "--refine", "emt", "--compare")[0] == 130
     images = ase.io.read("relaxed/many-relaxed.extxyz", ":")
     sources = [atoms.info["source"] for atoms in images]
     assert ["refined" in text for text in sources] == [True, True, False]

@@ -108,6 +108,8 @@ def _check(args: argparse.Namespace) -> None:
         raise InputError(f"--fmax {args.fmax}: give a positive force in eV/Å")
     if args.steps < 1:
         raise InputError(f"--steps {args.steps}: give at least 1")
+    if args.compare and args.refine is None:
+        raise InputError("--compare: compares refinements; give --refine NAME too")
     if Path(args.out).is_file():
         raise InputError(f"--out {args.out}: is a file; give a folder")
 
@@ -253,8 +255,9 @@ def _refine(
                 for one in members:
                     start = one.input.atoms.copy()
                     move_to_end(start, one.result.path)
+                    settings = calculator, args.fmax, args.steps, args.compare
                     try:
-                        found = refine(one.input.atoms, start, calculator, args.fmax, args.steps)
+                        found = refine(one.input.atoms, start, *settings)
                     except InputError as error:
                         failures.add([Failure(one.input.place, str(error))])
                     else:
@@ -285,6 +288,7 @@ def _json(
         "models": members,
         "fmax": args.fmax,
         "refine": args.refine,
+        "compare": args.compare,
         "wrong_minimum_per_atom": WRONG_MINIMUM,
         "units": UNITS,
         "seconds": seconds,
@@ -305,11 +309,11 @@ def _print(
     from relaxnet_jax.relaxation.report import flag_lines, tables, totals
 
     console = result_console()
-    for table in tables(records, args.fmax, args.refine, console.width):
+    for table in tables(records, args.fmax, args.refine, console.width, args.compare):
         console.print(table)
     for line in flag_lines(records):
         note(line)
-    for line in totals(records, len(failures.all), seconds, args.refine is not None):
+    for line in totals(records, len(failures.all), seconds, args.refine is not None, args.compare):
         say(line)
     kinds = ("relaxed_file", "path_file", "figure_file")
     files = {r[kind] for r in records for kind in kinds if kind in r}

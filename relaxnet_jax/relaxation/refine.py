@@ -1,4 +1,4 @@
-"""On with ASE: LBFGS with a calculator, from the prediction and, to compare, from the start."""
+"""On with ASE: LBFGS with a calculator, from the prediction or, to compare, also from the start."""
 
 from __future__ import annotations
 
@@ -40,16 +40,17 @@ class Leg(NamedTuple):
 
 
 class Refined(NamedTuple):
-    """LBFGS from the initial structure and from the predicted one.
+    """LBFGS from the predicted structure and, to compare or to replace that, the initial one.
 
     Attributes:
-      without, with_start: the two relaxations; None for one that failed.
+      without, with_start: from the initial and from the predicted structure; None for one that
+        failed, or, where ``failure`` is empty, was not needed.
       wrong_minimum: whether the head start ended higher by more than `WRONG_MINIMUM` per atom;
-        None where one of the two failed or did not converge.
+        None where one of the two failed, did not converge or was not needed.
       atoms: what is kept, with its calculator: the end of the relaxation with the head start, or
         of the other where that is a wrong minimum, or failed or did not converge and the other did not.
       kept: "with" or "without".
-      failure: why one of the two failed; empty if neither did.
+      failure: why one of the two failed; empty if none did.
     """
 
     without: Leg | None
@@ -66,9 +67,15 @@ def load(name: str) -> Calculator:
 
 
 def refine(
-    initial: Atoms, predicted: Atoms, calculator: Calculator, fmax: float, steps: int
+    initial: Atoms,
+    predicted: Atoms,
+    calculator: Calculator,
+    fmax: float,
+    steps: int,
+    compare: bool = False,
 ) -> Refined:
-    """Relaxes with LBFGS from the initial structure and from the predicted one.
+    """Relaxes with LBFGS from the predicted structure; where that fails or does not converge, or to
+    compare, also from the initial one.
 
     Where the prediction has another cell, both relax the cell too (ASE's `FrechetCellFilter`);
     fmax then holds for the stress times the volume as well.
@@ -76,6 +83,7 @@ def refine(
     Args:
       initial, predicted: with constraints; not changed.
       fmax: eV/Å. steps: most optimiser steps of each.
+      compare: relax from the initial structure in any case, which costs as much as no head start.
 
     Raises:
       InputError: the calculator does not know an element, or fails from both.
@@ -85,13 +93,16 @@ def refine(
     legs: dict[str, Leg | None] = {}
     failures = {}
     for name, atoms in ends.items():
+        first = legs.get("with")
+        if name == "without" and first is not None and first.converged and not compare:
+            break
         try:
             legs[name] = descend(atoms, calculator, fmax, steps, cell_too)
         except InputError as error:
             legs[name], failures[name] = None, str(error)
     if len(failures) == len(ends):
         raise InputError(f"--refine: {failures['with']}")
-    without, with_start = legs["without"], legs["with"]
+    without, with_start = legs.get("without"), legs["with"]
     wrong: bool | None = None
     if without and with_start and without.converged and with_start.converged:
         wrong = (with_start.energy - without.energy) / len(initial) > WRONG_MINIMUM

@@ -96,13 +96,18 @@ def cell_force(stress: np.ndarray, volume: float, atoms: int) -> float:
 
 
 def tables(
-    records: Sequence[dict[str, Any]], fmax: float, refine: str | None, width: int = WIDE
+    records: Sequence[dict[str, Any]],
+    fmax: float,
+    refine: str | None,
+    width: int = WIDE,
+    compare: bool = False,
 ) -> list[Table]:
     """The records for ``rich.console.Console().print``: at most `MAX_ROWS` rows in each table.
 
     Args:
       width: columns there are. Where a row does not fit, flags go below the structure's name, spreads
         beside what they are of, and of fmax only the last is shown: no name or flag is cut off.
+      compare: whether all were refined from the initial structure, too.
     """
     shown = records[:MAX_ROWS]
     caption = (
@@ -117,18 +122,27 @@ def tables(
         predicted = _predicted(shown, caption, bool(committee), narrow=True)
     if not refine:
         return [predicted]
-    caption = (
-        f"LBFGS to {fmax:g} eV/Å from the initial structure → from the prediction; wrong minimum: "
-        f"the latter ends higher\nby more than {1e3 * WRONG_MINIMUM:g} meV/atom, and the former is kept"
-    )
-    refined = _table(f"refined with {refine}", caption)
-    refined.add_column("structure", overflow="fold", min_width=_longest(r["name"] for r in shown))
+    refined = _table(f"refined with {refine}", _refined_caption(fmax, compare))
+    names = min(_longest(r["name"] for r in shown), 24)
+    refined.add_column("structure", overflow="fold", min_width=names)
     for heading in ("ionic\nsteps", "energy\neV", "seconds"):
         refined.add_column(heading, justify="right", no_wrap=True)
     refined.add_column("result")
     for r in shown:
         refined.add_row(escape(r["name"]), *_refined_cells(r.get("refined")))
     return [predicted, refined]
+
+
+def _refined_caption(fmax: float, compare: bool) -> str:
+    if not compare:
+        return (
+            f"LBFGS to {fmax:g} eV/Å from the prediction; where that fails or does not converge, from "
+            "the initial\nstructure → from the prediction; --compare shows what is saved"
+        )
+    return (
+        f"LBFGS to {fmax:g} eV/Å from the initial structure → from the prediction; wrong minimum: "
+        f"the latter ends higher\nby more than {1e3 * WRONG_MINIMUM:g} meV/atom, and the former is kept"
+    )
 
 
 def _predicted(
@@ -200,7 +214,9 @@ def _width(table: Table) -> int:
 def _refined_cells(refined: dict[str, Any] | None) -> list[str]:
     if refined is None:
         return ["–", "–", "–", "failed"]
-    legs = refined["without_head_start"], refined["with_head_start"]
+    legs = [refined["without_head_start"], refined["with_head_start"]]
+    if legs[0] is None and not refined["failure"]:
+        legs = legs[1:]  # the other was not needed
     converged = [leg is not None and leg["converged"] for leg in legs]
     if all(converged):
         verdict = "wrong minimum" if refined["wrong_minimum"] else "converged"
@@ -230,13 +246,17 @@ def flag_lines(records: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def totals(
-    records: Sequence[dict[str, Any]], failed: int, seconds: float, refined: bool = False
+    records: Sequence[dict[str, Any]],
+    failed: int,
+    seconds: float,
+    refined: bool = False,
+    compare: bool = False,
 ) -> list[str]:
-    """Closing lines: counts, time, and what the head start saved over all structures.
+    """Closing lines: counts, time, ionic steps, and what the head start saved over all structures.
 
     Args:
       failed: failures, those to refine what was predicted among them. refined: whether that was
-        asked for.
+        asked for. compare: whether also from the initial structures.
     """
     converged = sum(r["converged"] for r in records)
     flagged = sum(bool(r["flags"]) for r in records)
@@ -250,20 +270,40 @@ def totals(
         + (f"; {failed} failed" if failed else "")
         + (more if len(records) > MAX_ROWS else "")
     ]
-    both = [r["refined"] for r in records if r.get("refined") is not None]
-    known = [r for r in both if (leg := r["without_head_start"]) and leg["converged"]]
-    if known:
-        # Where the head start leads elsewhere or nowhere, the other relaxation is needed as well.
-        good = [r for r in known if r["wrong_minimum"] is False]
-        before = sum(r["without_head_start"]["steps"] for r in known)
-        saved = sum(r["without_head_start"]["steps"] - r["with_head_start"]["steps"] for r in good)
-        wrong = sum(r["wrong_minimum"] is True for r in known)
-        nowhere = len(known) - len(good) - wrong
-        lines.append(
-            f"ionic steps: {before} without and {before - saved} with the head start "
-            f"({100 * saved / before:+.0f} % saved, {len(known)} structures"
-            + (", none where it fails or ends in a wrong minimum" if len(good) < len(known) else "")
-            + f"); wrong minima: {wrong}"
-            + (f"; failed or unconverged from the prediction: {nowhere}" if nowhere else "")
-        )
-    return lines
+    found = [r["refined"] for r in records if r.get("refined") is not None]
+    line = (_saved if compare else _spent)(found)
+    return [*lines, line] if line else lines
+
+
+def _spent(found: Sequence[dict[str, Any]]) -> str:
+    """Ionic steps of refinements from predictions, and of those that had to begin again."""
+    keys = ("with_head_start", "without_head_start")
+    first, again = ([r[key] for r in found if r[key] is not None] for key in keys)
+    if not found:
+        return ""
+    return f"ionic steps: {sum(leg['steps'] for leg in first)} from {len(first)} predictions" + (
+        f", {sum(leg['steps'] for leg in again)} more from {len(again)} initial structures where the "
+        "prediction failed or did not converge"
+        if again
+        else ""
+    )
+
+
+def _saved(found: Sequence[dict[str, Any]]) -> str:
+    """Ionic steps without and with the head start; empty where nothing can be compared."""
+    known = [r for r in found if (leg := r["without_head_start"]) and leg["converged"]]
+    if not known:
+        return ""
+    # Where the head start leads elsewhere or nowhere, the other relaxation is needed as well.
+    good = [r for r in known if r["wrong_minimum"] is False]
+    before = sum(r["without_head_start"]["steps"] for r in known)
+    saved = sum(r["without_head_start"]["steps"] - r["with_head_start"]["steps"] for r in good)
+    wrong = sum(r["wrong_minimum"] is True for r in known)
+    nowhere = len(known) - len(good) - wrong
+    return (
+        f"ionic steps: {before} without and {before - saved} with the head start "
+        f"({100 * saved / before:+.0f} % saved, {len(known)} structures"
+        + (", none where it fails or ends in a wrong minimum" if len(good) < len(known) else "")
+        + f"); wrong minima: {wrong}"
+        + (f"; failed or unconverged from the prediction: {nowhere}" if nowhere else "")
+    )
