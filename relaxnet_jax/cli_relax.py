@@ -89,6 +89,12 @@ def add_relax(commands) -> None:
     )
     p.add_argument("--overwrite", action="store_true", help="replace files that exist")
     p.add_argument(
+        "--skip-existing",
+        action="store_true",
+        help="leave out inputs whose relaxed structure and path are in --out already: to go on with "
+        "what was interrupted",
+    )
+    p.add_argument(
         "--plot", action="store_true", help="draw energy, fmax and displacement along each path"
     )
     p.add_argument(

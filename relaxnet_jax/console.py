@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 WIDE = 200  # columns: a file or a pipe is as wide as tables need, not as wide as rich's default
+PERIOD = 30.0  # s, between lines on progress in a log
 COMPILING = "compiling (first time for this size)…"
 
 
@@ -58,7 +60,8 @@ def status(text: str) -> Iterator[None]:
 
 @contextmanager
 def bar(text: str, total: int, first: str = "") -> Iterator[Callable[[int], None]]:
-    """A progress bar on stderr; yields a function to call with the number done.
+    """A progress bar on stderr; yields a function to call with the number done. Where stderr is no
+    terminal, a line every `PERIOD` seconds says how many are done, and how long the others take.
 
     Args:
       first: in place of the text until something is done, if that takes longer than the rest.
@@ -79,12 +82,29 @@ def bar(text: str, total: int, first: str = "") -> Iterator[Callable[[int], None
         TimeRemainingColumn(),
     )
     console = Console(stderr=True)
-    hidden = not console.is_terminal
-    with Progress(*columns, console=console, transient=True, disable=hidden) as bar:
+    if not console.is_terminal:
+        yield _lines(text, total)
+        return
+    with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task(first or text, total=total)
         yield lambda done: bar.update(
             task, completed=done, description=text if done else first or text
         )
+
+
+def _lines(text: str, total: int) -> Callable[[int], None]:
+    """What `bar` yields for a log."""
+    begin = last = time.monotonic()
+
+    def advance(done: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if 0 < done < total and now - last >= PERIOD:
+            last = now
+            left = (now - begin) / done * (total - done) / 60
+            note(f"{done}/{total} {text}, {left:.{int(left < 10)}f} min left")
+
+    return advance
 
 
 @contextmanager

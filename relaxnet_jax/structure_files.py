@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -177,16 +178,57 @@ def sorted_out(results: Sequence[Predicted]) -> tuple[list[Predicted], list[Fail
     return kept, bad
 
 
-def write_trajectories(results: Sequence[RelaxationTrajectory], out: Path) -> None:
-    """Writes all frames of all trajectories, told apart by ``traj_id`` and ``frame``."""
-    if len(results) == 1 or not holds_many(out):
+def write_trajectories(
+    results: Sequence[RelaxationTrajectory],
+    out: Path,
+    append: bool = False,
+    before: Sequence[Atoms] = (),
+) -> None:
+    """Writes all frames of all trajectories, told apart by ``traj_id`` and ``frame``.
+
+    Args:
+      append, before: see `write_frames`; of formats that hold many.
+
+    Raises:
+      InputError: it cannot be written.
+    """
+    if not holds_many(out):
         results[0].write(out)
         return
+    frames = [r.atoms(k) for r in results for k in range(r.n_frames)]
+    write_frames([*before, *frames], out, out.suffix[1:], append)
+
+
+def write_frames(frames: Sequence[Atoms], file: Path, form: str, append: bool = False) -> None:
+    """Writes frames, whole or not at all.
+
+    Args:
+      form: ASE's name of the format. append: to the frames the file has (extxyz, traj).
+
+    Raises:
+      InputError: the disk or folder does not take it, or the format cannot hold them.
+    """
     import ase.io
 
-    with atomic_path(out) as temporary:
-        frames = [r.atoms(k) for r in results for k in range(r.n_frames)]
-        ase.io.write(temporary, frames, format=out.suffix[1:])
+    with atomic_path(file) as temporary:
+        try:
+            if append:
+                shutil.copyfile(file, temporary)
+            if append and form == "traj":  # which ase.io.write does not append to
+                with ase.io.Trajectory(str(temporary), "a") as trajectory:
+                    for atoms in frames:
+                        trajectory.write(atoms)
+            else:
+                ase.io.write(temporary, list(frames), format=form, append=append)
+        except OSError as error:
+            raise InputError(
+                f"{file}: cannot be written ({error.strerror or one_line(error)}); free space there, or "
+                "choose another output folder"
+            ) from error
+        except Exception as error:  # ASE's writers raise many kinds
+            raise InputError(
+                f"{file}: ASE cannot write it ({one_line(error)}); give --format extxyz"
+            ) from error
 
 
 def summary(result: RelaxationTrajectory, flags: Sequence[Flag] = ()) -> str:

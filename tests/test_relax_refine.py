@@ -1,6 +1,7 @@
 """``relaxnet-jax relax`` when something goes wrong on the way: nothing that is known is lost."""
 
 import dataclasses
+import errno
 import io
 import os
 from pathlib import Path
@@ -16,8 +17,10 @@ from rich.console import Console
 from tiny import alloy, tiny_config, tiny_model
 
 from relaxnet_jax import cli
+from relaxnet_jax.console import bar
 from relaxnet_jax.constraints import move_to_end
 from relaxnet_jax.data.generation.calculators import load_calculator
+from relaxnet_jax.data.trajectory import PREDICTED, RelaxationTrajectory
 from relaxnet_jax.model import save_model
 from relaxnet_jax.predict import as_trajectory, predict_structures, relax
 from relaxnet_jax.relaxation import command
@@ -126,6 +129,118 @@ def test_an_interruption_leaves_predictions_and_what_is_refined(run, monkeypatch
     assert sorted(p.name for p in Path("relaxed").iterdir()) == [
         "b-path.extxyz", "b-relaxed.cif", "c-path.extxyz", "c-relaxed.cif",
         "many-path.extxyz", "many-relaxed.extxyz"]  # fmt: skip
+
+
+class Predicts:
+    """In place of `command._predict`: paths of two frames, without a model; interrupted at a chunk."""
+
+    def __init__(self, stop=None):
+        self.stop, self.chunks = stop, []
+
+    def __call__(self, models, part, frames, options, failures, progress):
+        if len(self.chunks) == self.stop:
+            raise KeyboardInterrupt
+        self.chunks.append([one.name for one in part])
+        progress(len(part))
+        return [(one, Predicted(still(one), ())) for one in part], 0.1
+
+
+def still(one):
+    n = len(one.atoms)
+    return RelaxationTrajectory(
+        id=one.name,
+        atomic_numbers=one.atoms.numbers,
+        positions=np.repeat(one.atoms.positions[None], 2, 0),
+        cells=np.repeat(one.atoms.cell.array[None], 2, 0),
+        pbc=one.atoms.pbc,
+        energies=np.array([0.0, -1.0]),
+        forces=np.zeros((2, n, 3)),
+        fixed_mask=np.zeros(n, bool),
+        source=PREDICTED,
+    )
+
+
+@pytest.fixture
+def screen(tmp_path, monkeypatch, capsys):
+    """Runs relax with `Predicts` in chunks of two: (exit code, the chunks it predicted, stderr)."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(command, "CHUNK", 2)
+
+    def call(*argv, stop=None):
+        predicts = Predicts(stop)
+        monkeypatch.setattr(command, "_predict", predicts)
+        monkeypatch.setattr("relaxnet_jax.commands._load_members", lambda _: {"m": None})
+        code = cli.main(["relax", *map(str, argv)])
+        return code, predicts.chunks, capsys.readouterr().err
+
+    return call
+
+
+def ids(file):
+    return [atoms.info["traj_id"] for atoms in ase.io.read(file, ":")]
+
+
+@pytest.mark.parametrize("form", ["extxyz", "traj"])
+def test_an_interrupted_screening_goes_on(screen, form):
+    """What was predicted is there, in whole files, and only the rest is done the next time."""
+    ase.io.write("m.extxyz", [alloy(seed=k) for k in range(5)])
+    ase.io.write("z.cif", alloy())
+    argv = "m.extxyz", "z.cif", "--format", form
+    code, chunks, _ = screen(*argv, stop=2)
+    assert code == 130 and chunks == [["m-0", "m-1"], ["m-2", "m-3"]]
+    relaxed, path = f"relaxed/m-relaxed.{form}", f"relaxed/m-path.{form}"
+    assert ids(relaxed) == ["m-0", "m-1", "m-2", "m-3"]
+    assert ids(path) == [name for name in ids(relaxed) for _ in range(2)]
+    # Killed between the two files of a chunk: it is done again, not twice in a file.
+    ase.io.write(path, ase.io.read(path, ":")[:6])
+    assert screen(*argv)[0] == 2  # exists
+    code, chunks, err = screen(*argv, "--skip-existing")
+    assert code == 0 and chunks == [["m-3", "m-4"], ["z"]] and "3 inputs skipped" in err
+    assert ids(relaxed) == [f"m-{k}" for k in range(5)]
+    frames = ase.io.read(path, ":")
+    assert [a.info["traj_id"] for a in frames] == [f"m-{k}" for k in range(5) for _ in range(2)]
+    assert [a.get_potential_energy() for a in frames] == [0.0, -1.0] * 5
+    assert ids(f"relaxed/z-relaxed.{form}") == ["z"]
+    assert screen(*argv, "--skip-existing")[:2] == (0, [])
+    assert screen(*argv, "--skip-existing", "--overwrite")[0] == 2
+
+
+def test_refining_the_rest_keeps_what_was_there(screen, monkeypatch):
+    """The images an earlier command left in a file are in it when what is new is refined."""
+    ase.io.write("m.extxyz", [alloy(seed=k) for k in range(3)])
+    assert screen("m.extxyz", stop=1)[0] == 130
+    code, chunks, _ = screen("m.extxyz", "--skip-existing", "--refine", "emt")
+    assert code == 0 and chunks == [["m-2"]]
+    images = ase.io.read("relaxed/m-relaxed.extxyz", ":")
+    assert [a.info["traj_id"] for a in images] == ["m-0", "m-1", "m-2"]
+    assert ["refined" in a.info["source"] for a in images] == [False, False, True]
+
+
+def test_a_full_disk_costs_what_does_not_fit(screen, monkeypatch):
+    """A path that cannot be written is a failure, named; the others go on."""
+    for name in ("a", "b"):
+        ase.io.write(f"{name}.cif", alloy())
+    original = ase.io.write
+
+    def write(file, *args, **kwargs):
+        if ".a-path" in str(file):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        original(file, *args, **kwargs)
+
+    monkeypatch.setattr(ase.io, "write", write)
+    code, _, err = screen("a.cif", "b.cif")
+    assert code == 1 and "failed: a.cif: relaxed/a-path.extxyz: cannot be written (No space left" in err
+    assert "free space" in err and ids("relaxed/b-path.extxyz") == ["b", "b"]
+
+
+def test_progress_in_a_log(capsys, monkeypatch):
+    clock = iter([0.0, 10.0, 31.0, 40.0, 90.0, 1000.0])
+    monkeypatch.setattr("relaxnet_jax.console.time.monotonic", lambda: next(clock))
+    with bar("structures", 100) as advance:
+        for done in (10, 20, 30, 60, 100):
+            advance(done)
+    assert capsys.readouterr().err.splitlines() == [
+        "20/100 structures, 2.1 min left", "60/100 structures, 1.0 min left"]  # fmt: skip
 
 
 def test_what_cannot_be_written_is_told_before_anything_is_computed(run, monkeypatch):

@@ -15,6 +15,7 @@ from relaxnet_jax.console import COMPILING, bar, note, result_console, say
 from relaxnet_jax.errors import InputError
 from relaxnet_jax.relaxation import inputs as reading
 from relaxnet_jax.relaxation import outputs as writing
+from relaxnet_jax.relaxation.existing import Existing, existing
 from relaxnet_jax.relaxation.inputs import Hold, Input
 from relaxnet_jax.relaxation.outputs import Target
 from relaxnet_jax.runtime import check_devices, enable_compilation_cache
@@ -30,12 +31,12 @@ if TYPE_CHECKING:
     from ase import Atoms
 
     from relaxnet_jax.data.generation.calculators import Calculator
-    from relaxnet_jax.data.trajectory import RelaxationTrajectory
     from relaxnet_jax.model import RelaxNet
     from relaxnet_jax.relaxation.refine import Refined
 
 SOME_FAILED = 1
 PAUSE = 60.0  # s
+CHUNK = 200  # structures predicted and written together: what an interruption costs at most
 
 
 def relax(args: argparse.Namespace, load_members: Callable[[str], dict[str, RelaxNet]]) -> int:
@@ -61,15 +62,12 @@ def relax(args: argparse.Namespace, load_members: Callable[[str], dict[str, Rela
     if args.html and len(found) > 1:
         raise InputError(f"--html {args.html}: shows one structure, {len(found)} were given")
     html = Path(args.html) if args.html else None
-    targets = writing.plan(found, out, args.format, args.plot)
-    unfit = [writing.without_cell(t, i.atoms) for t, i in zip(targets, found)]
-    failures.add([Failure(i.place, reason) for i, reason in zip(found, unfit) if reason])
-    found = [i for i, reason in zip(found, unfit) if not reason]
-    targets = [t for t, reason in zip(targets, unfit) if not reason]
+    found, targets, before = _planned(found, args, failures)
     if not found and not args.json:
+        if before.names:
+            return SOME_FAILED if failures.all else 0
         raise _nothing(failures)
-    taken = [file for t in targets for file in (t.relaxed, t.path, t.figure)]
-    writing.check_free([*dict.fromkeys(taken), html], args.overwrite)
+    writing.check_free([html], args.overwrite)
     calculator = _calculator(args.refine)
     enable_compilation_cache()
     check_devices(None)
@@ -79,21 +77,65 @@ def relax(args: argparse.Namespace, load_members: Callable[[str], dict[str, Rela
     if len(named) > 1:
         check_members([model for _, model in named])
     models = dict(named)
-    options = Options(not args.keep_cell, args.fmax, args.steps)
-    predicted, seconds = _predict(models, found, args.frames, options, failures)
-    done = [_Done(one, result, args.fmax, seconds) for one, result in predicted]
-    groups = _write(done, dict(zip((i.name for i in found), targets)), html, args.fmax, failures)
+    results = _Results(dict(zip((i.name for i in found), targets)), before.frames, html, failures)
+    done = _relaxed(found, results, models, args, failures)
     if calculator is not None:
-        _refine(groups, calculator, args, failures)
+        _refine(results, calculator, args, failures)
     records = [one.record for one in done if one.written]
     total = time.perf_counter() - begin
     if args.json:
-        say(_json(records, failures.all, args, total, list(models)))
-    if not records:
+        say(_json(records, failures.all, args, total, list(models), len(before.names)))
+    if not records and not before.names:
         raise _nothing(failures)
-    if not args.json:
+    if records and not args.json:
         _print(records, failures, args, total, out, html)
     return SOME_FAILED if failures.all else 0
+
+
+def _planned(
+    found: Sequence[Input], args: argparse.Namespace, failures: _Failures
+) -> tuple[list[Input], list[Target], Existing]:
+    """The inputs to relax, their files, and what is there already of ``--skip-existing``.
+
+    Raises:
+      InputError: a file exists or cannot be written.
+    """
+    out = Path(args.out)
+    targets = writing.plan(found, out, args.format, args.plot)
+    unfit = [writing.without_cell(t, i.atoms) for t, i in zip(targets, found)]
+    failures.add([Failure(i.place, reason) for i, reason in zip(found, unfit) if reason])
+    left = [(i, t) for i, t, reason in zip(found, targets, unfit) if not reason]
+    before = existing(left) if args.skip_existing else Existing(set(), {})
+    left = [(one, target) for one, target in left if one.name not in before.names]
+    if before.names:
+        note(f"{len(before.names)} inputs skipped: their results are in {out} (--skip-existing)")
+    taken = [file for _, t in left for file in (t.relaxed, t.path, t.figure)]
+    writing.check_free(list(dict.fromkeys(taken)), args.overwrite or args.skip_existing)
+    return [one for one, _ in left], [target for _, target in left], before
+
+
+def _relaxed(
+    found: Sequence[Input],
+    results: _Results,
+    models: Mapping[str, RelaxNet],
+    args: argparse.Namespace,
+    failures: _Failures,
+) -> list[_Done]:
+    """Predicts and writes, `CHUNK` by `CHUNK`; what has a usable prediction."""
+    options = Options(not args.keep_cell, args.fmax, args.steps)
+    done: list[_Done] = []
+    with bar("structures", len(found), COMPILING) as advance:
+        for first in range(0, len(found), CHUNK):
+            part = found[first : first + CHUNK]
+
+            def progress(count: int, first: int = first) -> None:
+                advance(first + count)
+
+            predicted, seconds = _predict(models, part, args.frames, options, failures, progress)
+            chunk = [_Done(one, result, args.fmax, seconds) for one, result in predicted]
+            results.write(chunk)
+            done += chunk
+    return done
 
 
 def _nothing(failures: _Failures) -> InputError:
@@ -110,6 +152,8 @@ def _check(args: argparse.Namespace) -> None:
         raise InputError(f"--steps {args.steps}: give at least 1")
     if args.compare and args.refine is None:
         raise InputError("--compare: compares refinements; give --refine NAME too")
+    if args.skip_existing and args.overwrite:
+        raise InputError("--skip-existing, --overwrite: give one of them")
     if Path(args.out).is_file():
         raise InputError(f"--out {args.out}: is a file; give a folder")
 
@@ -163,19 +207,20 @@ def _predict(
     frames: int,
     options: Options,
     failures: _Failures,
+    progress: Callable[[int], None],
 ) -> tuple[list[tuple[Input, Predicted]], float]:
     """The inputs with a usable prediction, and seconds of prediction per structure.
 
     Args:
       models: by name; of several, the mean predicts.
+      progress: called with the number of structures done.
     """
     from relaxnet_jax.committee import predict_members
 
     by_place = {one.place: one for one in found}
     named = [(i.place, i.atoms) for i in found]
     begin = time.perf_counter()
-    with bar("structures", len(named), COMPILING) as advance:
-        results, failed = predict_members(models, named, frames, advance, options)
+    results, failed = predict_members(models, named, frames, progress, options)
     seconds = (time.perf_counter() - begin) / max(len(results), 1)
     failures.add(failed)
     results, useless = sorted_out(results)
@@ -188,56 +233,99 @@ def _predict(
     return kept, seconds
 
 
-def _write(
-    done: Sequence[_Done],
-    targets: dict[str, Target],
-    html: Path | None,
-    fmax: float,
-    failures: _Failures,
-) -> dict[Path, tuple[str, list[_Done]]]:
-    """Writes all predictions; a structure whose file cannot be written is a failure.
+class _Results:
+    """The files that are written, chunk by chunk.
 
-    Returns:
-      The files of relaxed structures: their formats, and the structures in them.
+    Attributes:
+      groups: the files of relaxed structures: their formats, and the structures in them.
     """
-    groups: dict[Path, tuple[str, list[_Done]]] = {}
-    paths: dict[Path, list[RelaxationTrajectory]] = {}
-    for one in done:
-        target = targets[one.input.name]
-        lost = writing.lost_constraints(one.input.atoms, target.form)
-        if lost:
-            note(f"{one.input.place}: {target.form} cannot hold {', '.join(lost)}; left out")
-        groups.setdefault(target.relaxed, (target.form, []))[1].append(one)
-        one.files |= {"relaxed_file": str(target.relaxed), "path_file": str(target.path)}
-    for file, (form, members) in list(groups.items()):
+
+    def __init__(
+        self,
+        targets: Mapping[str, Target],
+        before: Mapping[Path, list[Atoms]],
+        html: Path | None,
+        failures: _Failures,
+    ) -> None:
+        """Args: targets: by names of inputs. before: frames that stay in a file with what is new."""
+        self.targets, self.before, self.html, self.failures = targets, before, html, failures
+        self.groups: dict[Path, tuple[str, list[_Done]]] = {}
+        self.paths: set[Path] = set()
+
+    def write(self, chunk: Sequence[_Done]) -> None:
+        """Writes predictions; a structure of which a file cannot be written is a failure."""
+        by_file: dict[Path, list[_Done]] = {}
+        for one in chunk:
+            target = self.targets[one.input.name]
+            lost = writing.lost_constraints(one.input.atoms, target.form)
+            if lost:
+                note(f"{one.input.place}: {target.form} cannot hold {', '.join(lost)}; left out")
+            by_file.setdefault(target.relaxed, []).append(one)
+            one.files |= {"relaxed_file": str(target.relaxed), "path_file": str(target.path)}
+        paths: dict[Path, list[_Done]] = {}
+        for file, members in by_file.items():
+            if self._tried(members, self._write_relaxed, file):
+                for one in members:
+                    paths.setdefault(self.targets[one.input.name].path, []).append(one)
+        for file, members in paths.items():
+            if self._tried(members, self._write_paths, file):
+                for one in members:
+                    form, relaxed = self._of(one)
+                    self.groups.setdefault(relaxed, (form, []))[1].append(one)
+                    one.written = True
+                    self._draw(one)
+
+    def rewrite(self, file: Path) -> None:
+        """The relaxed structures of a file again, with what is refined. Raises InputError."""
+        form, members = self.groups[file]
+        images = [*self.before.get(file, ()), *(one.atoms() for one in members)]
+        writing.write_relaxed(images, file, form)
+
+    def _of(self, one: _Done) -> tuple[str, Path]:
+        target = self.targets[one.input.name]
+        return target.form, target.relaxed
+
+    def _tried(
+        self,
+        members: Sequence[_Done],
+        write: Callable[[Sequence[_Done], Path], None],
+        file: Path,
+    ) -> bool:
         try:
-            writing.write_relaxed([one.atoms() for one in members], file, form)
+            write(members, file)
         except InputError as error:
-            failures.add([Failure(one.input.place, str(error)) for one in members])
-            del groups[file]
-            continue
-        for one in members:
-            one.written = True
-            paths.setdefault(targets[one.input.name].path, []).append(one.result.path)
-    for file, many in paths.items():
-        write_trajectories(many, file)
-    for one in done:
-        figure = targets[one.input.name].figure
-        if one.written and figure is not None:
+            self.failures.add([Failure(one.input.place, str(error)) for one in members])
+            return False
+        return True
+
+    def _write_relaxed(self, members: Sequence[_Done], file: Path) -> None:
+        images, form = [one.atoms() for one in members], self._of(members[0])[0]
+        if file in self.groups:
+            writing.write_relaxed(images, file, form, append=True)
+        else:
+            writing.write_relaxed([*self.before.get(file, ()), *images], file, form)
+
+    def _write_paths(self, members: Sequence[_Done], file: Path) -> None:
+        found, known = [one.result.path for one in members], file in self.paths
+        write_trajectories(found, file, known, () if known else self.before.get(file, ()))
+        self.paths.add(file)
+
+    def _draw(self, one: _Done) -> None:
+        figure = self.targets[one.input.name].figure
+        if figure is not None:
             from relaxnet_jax.evaluate.path_figure import path_figure
 
-            path_figure(one.result.path, figure, fmax)
+            path_figure(one.result.path, figure, one.fmax)
             one.files["figure_file"] = str(figure)
-        if one.written and html is not None:
+        if self.html is not None:
             from relaxnet_jax.evaluate.viewer import write_viewer
 
-            write_viewer(one.result.path, html, one.result.flags)
-            one.files["html_file"] = str(html)
-    return groups
+            write_viewer(one.result.path, self.html, one.result.flags)
+            one.files["html_file"] = str(self.html)
 
 
 def _refine(
-    groups: Mapping[Path, tuple[str, list[_Done]]],
+    results: _Results,
     calculator: Calculator,
     args: argparse.Namespace,
     failures: _Failures,
@@ -248,8 +336,8 @@ def _refine(
     from relaxnet_jax.relaxation.refine import refine
 
     count = 0
-    with bar("refining", sum(len(members) for _, members in groups.values())) as advance:
-        for file, (form, members) in groups.items():
+    with bar("refined", sum(len(members) for _, members in results.groups.values())) as advance:
+        for file, (_, members) in results.groups.items():
             written, changed = time.monotonic(), False
             try:
                 for one in members:
@@ -267,11 +355,11 @@ def _refine(
                     count += 1
                     advance(count)
                     if changed and time.monotonic() - written > PAUSE:
-                        writing.write_relaxed([m.atoms() for m in members], file, form)
+                        results.rewrite(file)
                         written, changed = time.monotonic(), False
             finally:
                 if changed:
-                    writing.write_relaxed([m.atoms() for m in members], file, form)
+                    results.rewrite(file)
 
 
 def _json(
@@ -280,6 +368,7 @@ def _json(
     args: argparse.Namespace,
     seconds: float,
     members: Sequence[str],
+    skipped: int,
 ) -> str:
     from relaxnet_jax.relaxation.refine import WRONG_MINIMUM
     from relaxnet_jax.relaxation.report import UNITS
@@ -293,6 +382,7 @@ def _json(
         "units": UNITS,
         "seconds": seconds,
         "structures": records,
+        "skipped": skipped,
         "failed": [{"input": f.name, "reason": f.reason} for f in failures],
     }
     return json.dumps(document, indent=2, allow_nan=False, ensure_ascii=False)

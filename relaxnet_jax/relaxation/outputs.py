@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from relaxnet_jax.constraints import move_to_end
-from relaxnet_jax.data.files import atomic_path, is_poscar, one_line
+from relaxnet_jax.data.files import is_poscar
 from relaxnet_jax.data.sources import plain_name
 from relaxnet_jax.data.trajectory import RelaxationTrajectory
 from relaxnet_jax.errors import InputError
 from relaxnet_jax.relaxation.inputs import Input
+from relaxnet_jax.structure_files import write_frames
 
 if TYPE_CHECKING:
     from ase import Atoms
@@ -142,14 +143,10 @@ def lost_constraints(atoms: Atoms, form: str) -> list[str]:
     return [] if kept is None else sorted(kinds - set(kept))
 
 
-def write_relaxed(images: Sequence[Atoms], file: Path, form: str) -> None:
-    """Writes the final structures of one file, whole or not at all. Raises InputError."""
-    import ase.io
+def write_relaxed(images: Sequence[Atoms], file: Path, form: str, append: bool = False) -> None:
+    """Writes the final structures of one file, whole or not at all. Raises InputError.
 
-    with atomic_path(file) as temporary:
-        try:
-            ase.io.write(temporary, list(images), format=_ASE[form])
-        except Exception as error:  # ASE's writers raise many kinds
-            raise InputError(
-                f"{file}: ASE cannot write it ({one_line(error)}); give --format extxyz"
-            ) from error
+    Args:
+      append: to those that are in it, of a format that holds several.
+    """
+    write_frames(images, file, _ASE[form], append)

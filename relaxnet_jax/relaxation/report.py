@@ -263,7 +263,8 @@ def totals(
     unrefined = sum(refined and r.get("refined") is None for r in records)
     failed -= unrefined
     more = f"; {len(records) - MAX_ROWS} of them not shown (--json shows all)"
-    each = f" ({records[0]['seconds']:.2f} s each to predict)" if records else ""
+    mean = sum(r["seconds"] for r in records) / max(len(records), 1)
+    each = f" ({mean:.2f} s each to predict)" if records else ""
     lines = [
         f"{len(records)} relaxed in {seconds:.1f} s{each}, {converged} converged, {flagged} flagged"
         + (f"; {unrefined} of them could not be refined" if unrefined else "")
