@@ -78,7 +78,7 @@ def add_relax(commands) -> None:
         "--out",
         default="relaxed",
         metavar="DIR",
-        help="for all results, NAME-relaxed.* and NAME-path.* of each file, NAME being the file's "
+        help="for all results, summary.csv, and NAME-relaxed.* and NAME-path.* of each file, NAME being the file's "
         "or, where that says nothing (POSCAR), the folder's (default: relaxed)",
     )
     p.add_argument(
@@ -91,8 +91,8 @@ def add_relax(commands) -> None:
     p.add_argument(
         "--skip-existing",
         action="store_true",
-        help="leave out inputs whose relaxed structure and path are in --out already: to go on with "
-        "what was interrupted",
+        help="leave out inputs whose relaxed structure and path are in --out already (and, with "
+        "--refine, refined): to go on with what was interrupted",
     )
     p.add_argument(
         "--plot", action="store_true", help="draw energy, fmax and displacement along each path"

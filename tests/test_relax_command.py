@@ -102,7 +102,7 @@ def test_many_files_some_bad(run, model):
     assert "5 relaxed" in out and "3 failed" in out
     expected = {f"{n}-relaxed.{s}" for n, s in (
         ("in", "vasp"), ("sub", "vasp"), ("cell", "cif"), ("many", "extxyz"))}  # fmt: skip
-    expected |= {f"{n}-path.extxyz" for n in ("in", "sub", "cell", "many")}
+    expected |= {f"{n}-path.extxyz" for n in ("in", "sub", "cell", "many")} | {"summary.csv"}
     drawn = {f"{n}-path.png" for n in ("in", "sub", "cell", "many-0", "many-2")}
     assert {p.name for p in Path("relaxed").iterdir()} == expected | drawn
     assert all(Path("relaxed", n).read_bytes().startswith(b"\x89PNG") for n in drawn)
@@ -186,7 +186,7 @@ def test_formats_that_cannot_hold_everything(run):
     code, _, err = run("pair.xyz", "cell.cif", "--format", "poscar")
     assert code == 1 and "failed: pair.xyz" in err and "no cell" in err
     assert {p.name for p in Path("relaxed").iterdir()} == {
-        "cell-relaxed.vasp", "cell-path.extxyz"}  # fmt: skip
+        "cell-relaxed.vasp", "cell-path.extxyz", "summary.csv"}  # fmt: skip
     code, _, err = run("cell.cif", "--fixed", "0", "--format", "cif", "--out", "other")
     assert code == 0 and "cif cannot hold FixAtoms" in err
     atoms = slab()

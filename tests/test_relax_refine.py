@@ -1,5 +1,6 @@
 """``relaxnet-jax relax`` when something goes wrong on the way: nothing that is known is lost."""
 
+import csv
 import dataclasses
 import errno
 import io
@@ -17,6 +18,7 @@ from rich.console import Console
 from tiny import alloy, tiny_config, tiny_model
 
 from relaxnet_jax import cli
+from relaxnet_jax.committee import Spread
 from relaxnet_jax.console import bar
 from relaxnet_jax.constraints import move_to_end
 from relaxnet_jax.data.generation.calculators import load_calculator
@@ -26,9 +28,10 @@ from relaxnet_jax.predict import as_trajectory, predict_structures, relax
 from relaxnet_jax.relaxation import command
 from relaxnet_jax.relaxation.refine import refine
 from relaxnet_jax.relaxation.report import record, tables, totals
+from relaxnet_jax.relaxation.summary import COLUMNS, row
 from relaxnet_jax.starting import head_start
 from relaxnet_jax.structure_files import Predicted
-from relaxnet_jax.trust import constraint_flags
+from relaxnet_jax.trust import Flag, constraint_flags
 
 pytestmark = pytest.mark.usefixtures("quick_compilation", "own_cache")
 SYMBOLS = (29, 46, 78, 79)
@@ -128,7 +131,10 @@ def test_an_interruption_leaves_predictions_and_what_is_refined(run, monkeypatch
     assert len({round(a.get_potential_energy(), 6) for a in images[:2]}) == 1
     assert sorted(p.name for p in Path("relaxed").iterdir()) == [
         "b-path.extxyz", "b-relaxed.cif", "c-path.extxyz", "c-relaxed.cif",
-        "many-path.extxyz", "many-relaxed.extxyz"]  # fmt: skip
+        "many-path.extxyz", "many-relaxed.extxyz", "summary.csv"]  # fmt: skip
+    # What is left to refine is known, also where the format does not say it.
+    said = {row["name"]: row["refined"] for row in rows()}
+    assert said == {"many-0": "emt", "many-1": "emt", "many-2": "", "b": "", "c": ""}
 
 
 class Predicts:
@@ -180,6 +186,51 @@ def ids(file):
     return [atoms.info["traj_id"] for atoms in ase.io.read(file, ":")]
 
 
+def rows(folder="relaxed"):
+    with Path(folder, "summary.csv").open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_summary_says_how_far_to_trust_results(screen):
+    """Of formats that cannot; what earlier commands said of others stays, of the same is replaced."""
+    ase.io.write("m.extxyz", [alloy(seed=k) for k in range(3)])
+    ase.io.write("z.cif", alloy())
+    Path("bad.cif").write_text("nothing")
+    assert screen("bad.cif", "m.extxyz", "--format", "cif", stop=1)[0] == 130
+    first, _, bad = found = rows()
+    assert [row["name"] for row in found] == ["m-0", "m-1", ""]
+    assert bad["input"] == "bad.cif" and "cannot be read" in bad["failure"] and not bad["relaxed file"]
+    assert first["input"] == "m.extxyz, image 0" and first["path file"] == "relaxed/m-path.extxyz"
+    assert first["energy change (meV/atom)"] == "-250" and first["volume change (%)"] == ""
+    assert first["converged"] == "yes" and first["failure"] == first["refined"] == ""
+    ase.io.write("bad.cif", alloy())
+    assert screen("z.cif", "bad.cif", "m.extxyz@0", "--refine", "emt", "--format", "cif", "--overwrite")[0] == 0
+    assert [(row["name"], row["refined"]) for row in rows()] == [
+        ("m-0", "emt"), ("m-1", ""), ("z", "emt"), ("bad", "emt")]  # fmt: skip
+    # What is predicted, but not refined, is to be done where that is asked for.
+    argv = "z.cif", "m.extxyz", "--format", "cif", "--skip-existing"
+    assert screen(*argv, "--refine", "emt")[1] == [["m-1", "m-2"]]
+    Path("mine").mkdir()
+    Path("mine/summary.csv").write_text("x,y\n1,2\n")
+    code, chunks, err = screen("z.cif", "--out", "mine")
+    assert code == 2 and not chunks and "mine/summary.csv: is no summary of this command" in err
+
+
+def test_the_summary_has_spreads_and_flags():
+    one = command.reading.Input("a", "a.cif", Path("a.cif"), "a", alloy())
+    spread = Spread(3, 0.0041, 0.012, 0.1, 0.01)
+    flags = Flag("density", "low"), Flag("energy rises", "by 3")
+    values = record(Predicted(still(one), flags, spread), 0.05, 0.1, None)
+    files = {"input": "a.cif", "relaxed_file": "r", "path_file": "p"}
+    changed = {"cell_relaxed": True, "volume_first": 8.0, "volume_last": 10.0, "converged": False}
+    found = row(values | files | changed, "emt", "--refine: broken")
+    assert list(found) == list(COLUMNS)
+    assert found["spread of energy (meV/atom)"] == "4.1" and found["spread of positions (Å)"] == "0.012"
+    assert found["flags"] == "density, energy rises" and found["volume change (%)"] == "25"
+    assert found["converged"] == "no" and found["refined"] == ""
+    assert found["failure"] == "--refine: broken"
+
+
 @pytest.mark.parametrize("form", ["extxyz", "traj"])
 def test_an_interrupted_screening_goes_on(screen, form):
     """What was predicted is there, in whole files, and only the rest is done the next time."""
@@ -205,15 +256,15 @@ def test_an_interrupted_screening_goes_on(screen, form):
     assert screen(*argv, "--skip-existing", "--overwrite")[0] == 2
 
 
-def test_refining_the_rest_keeps_what_was_there(screen, monkeypatch):
+def test_refining_the_rest_keeps_what_was_there(screen):
     """The images an earlier command left in a file are in it when what is new is refined."""
     ase.io.write("m.extxyz", [alloy(seed=k) for k in range(3)])
-    assert screen("m.extxyz", stop=1)[0] == 130
+    assert screen("m.extxyz@:2", "--refine", "emt")[0] == 0
     code, chunks, _ = screen("m.extxyz", "--skip-existing", "--refine", "emt")
     assert code == 0 and chunks == [["m-2"]]
     images = ase.io.read("relaxed/m-relaxed.extxyz", ":")
     assert [a.info["traj_id"] for a in images] == ["m-0", "m-1", "m-2"]
-    assert ["refined" in a.info["source"] for a in images] == [False, False, True]
+    assert all("refined" in a.info["source"] and a.get_forces().any() for a in images)
 
 
 def test_a_full_disk_costs_what_does_not_fit(screen, monkeypatch):

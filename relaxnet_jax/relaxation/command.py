@@ -15,6 +15,7 @@ from relaxnet_jax.console import COMPILING, bar, note, result_console, say
 from relaxnet_jax.errors import InputError
 from relaxnet_jax.relaxation import inputs as reading
 from relaxnet_jax.relaxation import outputs as writing
+from relaxnet_jax.relaxation import summary
 from relaxnet_jax.relaxation.existing import Existing, existing
 from relaxnet_jax.relaxation.inputs import Hold, Input
 from relaxnet_jax.relaxation.outputs import Target
@@ -62,6 +63,7 @@ def relax(args: argparse.Namespace, load_members: Callable[[str], dict[str, Rela
     if args.html and len(found) > 1:
         raise InputError(f"--html {args.html}: shows one structure, {len(found)} were given")
     html = Path(args.html) if args.html else None
+    told = _Told(summary.Summary(out), {i.place: i.name for i in found}, args.refine, failures)
     found, targets, before = _planned(found, args, failures)
     if not found and not args.json:
         if before.names:
@@ -77,7 +79,8 @@ def relax(args: argparse.Namespace, load_members: Callable[[str], dict[str, Rela
     if len(named) > 1:
         check_members([model for _, model in named])
     models = dict(named)
-    results = _Results(dict(zip((i.name for i in found), targets)), before.frames, html, failures)
+    by_name = dict(zip((i.name for i in found), targets))
+    results = _Results(by_name, before.frames, html, failures, told)
     done = _relaxed(found, results, models, args, failures)
     if calculator is not None:
         _refine(results, calculator, args, failures)
@@ -105,7 +108,11 @@ def _planned(
     unfit = [writing.without_cell(t, i.atoms) for t, i in zip(targets, found)]
     failures.add([Failure(i.place, reason) for i, reason in zip(found, unfit) if reason])
     left = [(i, t) for i, t, reason in zip(found, targets, unfit) if not reason]
-    before = existing(left) if args.skip_existing else Existing(set(), {})
+    before = Existing(set(), {})
+    if args.skip_existing:
+        known = summary.read(out)
+        refined = {r["name"] for r in known if r["refined"] == args.refine} if args.refine else None
+        before = existing(left, refined)
     left = [(one, target) for one, target in left if one.name not in before.names]
     if before.names:
         note(f"{len(before.names)} inputs skipped: their results are in {out} (--skip-existing)")
@@ -233,6 +240,39 @@ def _predict(
     return kept, seconds
 
 
+class _Told:
+    """What stands in the summary of the folder."""
+
+    def __init__(
+        self,
+        file: summary.Summary,
+        names: Mapping[str, str],
+        refine: str | None,
+        failures: _Failures,
+    ) -> None:
+        """Args: names: of the inputs, by what messages call them."""
+        self.file, self.names, self.refine, self.failures = file, names, refine, failures
+        self.count = 0  # of the failures that were told
+
+    def tell(self, members: Sequence[_Done]) -> None:
+        """Writes what became of these, and all failures so far; one that cannot is no reason to stop."""
+        news = {f.name: f.reason for f in self.failures.all[self.count :]}
+        self.count = len(self.failures.all)
+        rows = []
+        for one in members:
+            if one.written:
+                reason = news.pop(one.input.place, "")
+                rows.append(summary.row(one.record, self.refine, reason))
+        rows += [
+            summary.failed(self.names.get(place, ""), place, reason)
+            for place, reason in news.items()
+        ]
+        try:
+            self.file.add(rows)
+        except InputError as error:
+            note(str(error))
+
+
 class _Results:
     """The files that are written, chunk by chunk.
 
@@ -246,9 +286,11 @@ class _Results:
         before: Mapping[Path, list[Atoms]],
         html: Path | None,
         failures: _Failures,
+        told: _Told,
     ) -> None:
         """Args: targets: by names of inputs. before: frames that stay in a file with what is new."""
         self.targets, self.before, self.html, self.failures = targets, before, html, failures
+        self.told = told
         self.groups: dict[Path, tuple[str, list[_Done]]] = {}
         self.paths: set[Path] = set()
 
@@ -270,10 +312,11 @@ class _Results:
         for file, members in paths.items():
             if self._tried(members, self._write_paths, file):
                 for one in members:
-                    form, relaxed = self._of(one)
-                    self.groups.setdefault(relaxed, (form, []))[1].append(one)
+                    form = self.targets[one.input.name].form
+                    self.groups.setdefault(self.file_of(one), (form, []))[1].append(one)
                     one.written = True
                     self._draw(one)
+        self.told.tell(chunk)
 
     def rewrite(self, file: Path) -> None:
         """The relaxed structures of a file again, with what is refined. Raises InputError."""
@@ -281,9 +324,9 @@ class _Results:
         images = [*self.before.get(file, ()), *(one.atoms() for one in members)]
         writing.write_relaxed(images, file, form)
 
-    def _of(self, one: _Done) -> tuple[str, Path]:
-        target = self.targets[one.input.name]
-        return target.form, target.relaxed
+    def file_of(self, one: _Done) -> Path:
+        """Of its relaxed structure."""
+        return self.targets[one.input.name].relaxed
 
     def _tried(
         self,
@@ -299,7 +342,8 @@ class _Results:
         return True
 
     def _write_relaxed(self, members: Sequence[_Done], file: Path) -> None:
-        images, form = [one.atoms() for one in members], self._of(members[0])[0]
+        images = [one.atoms() for one in members]
+        form = self.targets[members[0].input.name].form
         if file in self.groups:
             writing.write_relaxed(images, file, form, append=True)
         else:
@@ -330,36 +374,48 @@ def _refine(
     args: argparse.Namespace,
     failures: _Failures,
 ) -> None:
-    """Refines the predictions, and writes each file again with what is refined: at its end, every
-    `PAUSE` seconds until then, and when all this is interrupted."""
+    """Refines the predictions, and writes what is refined every `PAUSE` seconds, at the end, and when
+    all this is interrupted."""
+    fresh: list[_Done] = []
+    saved = time.monotonic()
+
+    def save() -> None:
+        for file in dict.fromkeys(results.file_of(one) for one in fresh if one.refined):
+            results.rewrite(file)
+        results.told.tell(fresh)
+        fresh.clear()
+
+    waiting = [one for _, members in results.groups.values() for one in members]
+    with bar("refined", len(waiting)) as advance:
+        try:
+            for count, one in enumerate(waiting, 1):
+                _refine_one(one, calculator, args, failures)
+                fresh.append(one)
+                advance(count)
+                if time.monotonic() - saved > PAUSE:
+                    save()
+                    saved = time.monotonic()
+        finally:
+            save()
+
+
+def _refine_one(
+    one: _Done, calculator: Calculator, args: argparse.Namespace, failures: _Failures
+) -> None:
     from relaxnet_jax.constraints import move_to_end
     from relaxnet_jax.relaxation.refine import refine
 
-    count = 0
-    with bar("refined", sum(len(members) for _, members in results.groups.values())) as advance:
-        for file, (_, members) in results.groups.items():
-            written, changed = time.monotonic(), False
-            try:
-                for one in members:
-                    start = one.input.atoms.copy()
-                    move_to_end(start, one.result.path)
-                    settings = calculator, args.fmax, args.steps, args.compare
-                    try:
-                        found = refine(one.input.atoms, start, *settings)
-                    except InputError as error:
-                        failures.add([Failure(one.input.place, str(error))])
-                    else:
-                        one.refined, changed = found, True
-                        if found.failure:
-                            note(f"{one.input.place}: --refine: {found.failure}")
-                    count += 1
-                    advance(count)
-                    if changed and time.monotonic() - written > PAUSE:
-                        results.rewrite(file)
-                        written, changed = time.monotonic(), False
-            finally:
-                if changed:
-                    results.rewrite(file)
+    start = one.input.atoms.copy()
+    move_to_end(start, one.result.path)
+    try:
+        one.refined = refine(
+            one.input.atoms, start, calculator, args.fmax, args.steps, args.compare
+        )
+    except InputError as error:
+        failures.add([Failure(one.input.place, str(error))])
+    else:
+        if one.refined.failure:
+            note(f"{one.input.place}: --refine: {one.refined.failure}")
 
 
 def _json(
@@ -407,4 +463,5 @@ def _print(
         say(line)
     kinds = ("relaxed_file", "path_file", "figure_file")
     files = {r[kind] for r in records for kind in kinds if kind in r}
+    files.add(str(out / summary.NAME))
     say(f"{out}: {len(files)} files" + (f"; {html}" if html else ""))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -28,9 +28,14 @@ class Existing(NamedTuple):
     frames: dict[Path, list[Atoms]]
 
 
-def existing(planned: Sequence[tuple[Input, Target]]) -> Existing:
+def existing(
+    planned: Sequence[tuple[Input, Target]], refined: Collection[str] | None = None
+) -> Existing:
     """What need not be done again. A file of one input's is whole if it is there, since it is written
     so; of a file with the images of several the frames are read.
+
+    Args:
+      refined: names of the structures that need not be refined any more; None where none need be.
 
     Raises:
       InputError: a file that has to be read cannot be.
@@ -53,7 +58,7 @@ def existing(planned: Sequence[tuple[Input, Target]]) -> Existing:
         single = one.name == one.stem
         relaxed = holds(target.relaxed, single or target.form in ("poscar", "cif"), one.name)
         path = holds(target.path, single, one.name)
-        if relaxed and path:
+        if relaxed and path and (refined is None or one.name in refined):
             names.add(one.name)
         else:
             todo.add(one.name)

@@ -1,0 +1,112 @@
+"""``summary.csv``: how far to trust each result, beside those whose format cannot say it."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from relaxnet_jax.data.files import atomic_path
+from relaxnet_jax.errors import InputError
+
+NAME = "summary.csv"
+COLUMNS = (
+    *("name", "input", "relaxed file", "path file"),
+    *("energy change (meV/atom)", "volume change (%)", "fmax first (eV/Å)", "fmax last (eV/Å)"),
+    *("spread of energy (meV/atom)", "spread of positions (Å)", "converged", "flags"),
+    *("refined", "failure"),
+)
+
+
+def row(record: Mapping[str, Any], refine: str | None, failure: str = "") -> dict[str, str]:
+    """What is said of a structure, by `COLUMNS`: numbers are the model's.
+
+    Args:
+      record: of `report.record`, with its input and files. refine: the calculator that refined it if
+        the record says so. failure: why that could not be done.
+    """
+    before, after = record["volume_first"], record["volume_last"]
+    relaxes = record["cell_relaxed"] and before > 0
+    spread = record["spread"] or {"energy_per_atom": None, "positions": None}
+    values = (
+        *(record["name"], record["input"], record["relaxed_file"], record["path_file"]),
+        _number(record["energy_change_per_atom"], 1e3),
+        _number(after / before - 1 if relaxes else None, 1e2),
+        _number(record["fmax_first"]),
+        _number(record["fmax_last"]),
+        _number(spread["energy_per_atom"], 1e3),
+        _number(spread["positions"]),
+        "yes" if record["converged"] else "no",
+        ", ".join(flag["name"] for flag in record["flags"]),
+        (refine or "") if record.get("refined") is not None else "",
+        failure,
+    )
+    return dict(zip(COLUMNS, values))
+
+
+def failed(name: str, place: str, failure: str) -> dict[str, str]:
+    """The row of an input without results; ``name`` is empty where it has none yet."""
+    return dict.fromkeys(COLUMNS, "") | {"name": name, "input": place, "failure": failure}
+
+
+def _number(value: float | None, factor: float = 1.0) -> str:
+    return "" if value is None else f"{factor * value:.6g}"
+
+
+def read(folder: Path) -> list[dict[str, str]]:
+    """The rows in the folder's summary, none where it has none.
+
+    Raises:
+      InputError: a file of that name is another's.
+    """
+    file = folder / NAME
+    if not file.exists():
+        return []
+    try:
+        with file.open(newline="", encoding="utf-8") as lines:
+            reader = csv.DictReader(lines)
+            rows = [{key: found.get(key) or "" for key in COLUMNS} for found in reader]
+            known = {"name", "input"} <= set(reader.fieldnames or ())
+    except (OSError, UnicodeDecodeError, csv.Error):
+        known = False
+    if not known:
+        raise InputError(f"{file}: is no summary of this command; rename it, or give another --out")
+    return rows
+
+
+class Summary:
+    """The summary of a folder while results come."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises InputError: see `read`."""
+        self.folder, self.pending = folder, list[dict[str, str]]()
+        read(folder)
+
+    def add(self, rows: list[dict[str, str]]) -> None:
+        """Writes the rows beside those that are there, and in place of those of the same name or, where
+        these have none, input. Only where something was relaxed, ever: failures alone make no folder.
+
+        Raises:
+          InputError: it cannot be written.
+        """
+        self.pending += rows
+        if not (self.folder / NAME).exists() and not any(r["relaxed file"] for r in self.pending):
+            return
+        kept: dict[tuple[str, str], dict[str, str]] = {}
+        for found in [*read(self.folder), *self.pending]:
+            name, place = found["name"], found["input"]
+            kept.pop(("", place), None)
+            kept[(name, "") if name else ("", place)] = found
+        file = self.folder / NAME
+        try:
+            with (
+                atomic_path(file) as temporary,
+                temporary.open("w", newline="", encoding="utf-8") as out,
+            ):
+                writer = csv.DictWriter(out, COLUMNS)
+                writer.writeheader()
+                writer.writerows(kept.values())
+        except OSError as error:
+            raise InputError(f"{file}: cannot be written ({error.strerror}); free space") from error
+        self.pending = []
