@@ -209,7 +209,7 @@ def _add_predict(commands) -> None:
         "--out",
         metavar="FILE",
         help=".extxyz or .traj: all frames of all structures; "
-        ".cif, .vasp, POSCAR: the final frame of one (default: NAME-relaxed.extxyz)",
+        ".cif, .vasp, POSCAR: the final frame of one (default: NAME-path.extxyz)",
     )
     p.add_argument("--overwrite", action="store_true", help="replace a file that exists")
     p.add_argument(

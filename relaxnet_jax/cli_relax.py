@@ -22,7 +22,7 @@ def add_relax(commands) -> None:
         metavar="FILE",
         help="structures in any format ASE reads, all images of each or, as FILE@-1 or FILE@0:5, "
         "some; folders, searched for POSCAR*, vasp, poscar, cif, xyz, extxyz and traj files that are "
-        "no results of this command",
+        "no results of this package",
     )
     p.add_argument(
         "--model",

@@ -162,8 +162,7 @@ def predict(args: argparse.Namespace) -> int:
     from relaxnet_jax.committee import predict_members
     from relaxnet_jax.relaxation.inputs import distinct_stems
 
-    out = Path(args.out or f"{distinct_stems([source])[0]}-relaxed.extxyz")
-
+    out = Path(args.out or f"{distinct_stems([source])[0]}-path.extxyz")
     files.check_output(out, source)
     if out.exists() and not args.overwrite:
         raise InputError(f"{out}: exists; give another --out, or --overwrite")

@@ -155,16 +155,16 @@ def test_predict_goes_on_past_bad_structures(workdir, tmp_path, monkeypatch, cap
     captured = capsys.readouterr()
     assert "mixed-1" in captured.err and "never saw O" in captured.err
     assert "1 structures left out" in captured.out
-    frames = ase.io.read("mixed-relaxed.extxyz", index=":")
+    frames = ase.io.read("mixed-path.extxyz", index=":")
     assert [(f.info["traj_id"], f.info["frame"]) for f in frames] == [
         (name, k) for name in ("mixed-0", "mixed-2") for k in range(4)
     ]
     np.testing.assert_allclose(frames[0].positions, good.positions, atol=1e-7)
     assert np.isfinite(frames[-1].get_potential_energy())
     assert cli.main(command) == 2
-    assert "mixed-relaxed.extxyz: exists" in capsys.readouterr().err
+    assert "mixed-path.extxyz: exists" in capsys.readouterr().err
     # A prediction is no label: nobody trains on it by mistake.
-    assert cli.main(["data", "import", "mixed-relaxed.extxyz", "--out", "a.h5"]) == 2
+    assert cli.main(["data", "import", "mixed-path.extxyz", "--out", "a.h5"]) == 2
     assert "predicted by this package" in capsys.readouterr().err and not Path("a.h5").exists()
 
 

@@ -334,9 +334,19 @@ def test_results_are_no_inputs(tmp_path, monkeypatch):
                  "mine/dft-relaxed.vasp", "mine/y-path.cif"):  # fmt: skip
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         Path(name).touch()
-    files, failures = find_files(["."], Path("relaxed"))
+    predicted = alloy()
+    predicted.info["source"] = "RelaxNet"  # as predict --out says it
+    for name in ("mine/guess.extxyz", "mine/guess.traj", "mine/guess.xyz"):
+        ase.io.write(name, [predicted, predicted], format="traj" if name.endswith("j") else "extxyz")
+    predicted.info["source"] = "RelaxNet, refined"
+    ase.io.write("mine/good.extxyz", predicted)
+    said = []
+    files, failures = find_files([".", "mine/guess.xyz"], Path("relaxed"), said.append)
     assert not failures
-    assert [str(f) for f in files] == ["POSCAR", "mine/dft-relaxed.vasp", "mine/y-path.cif"]
+    assert [str(f) for f in files] == [
+        "POSCAR", "mine/dft-relaxed.vasp", "mine/good.extxyz", "mine/y-path.cif", "mine/guess.xyz"]  # fmt: skip
+    (line,) = said
+    assert line.startswith(".: 6 results of this package passed over")
 
 
 def test_cells_that_relax(tmp_path, monkeypatch, capsys):
@@ -610,7 +620,7 @@ def test_predict_names_the_flags(model, tmp_path, monkeypatch, capsys):
     ase.io.write("a.extxyz", alloy())
     monkeypatch.setattr("relaxnet_jax.trust.MIN_CONTACT", 1.2)
     command = ["predict", "a.extxyz", "--model", str(model[1]), "--frames", "3"]
-    assert cli.main(command) == 2 and not Path("a-relaxed.extxyz").exists()
+    assert cli.main(command) == 2 and not Path("a-path.extxyz").exists()
     assert "unusable, atoms too close: " in capsys.readouterr().err
     monkeypatch.setattr("relaxnet_jax.trust.MIN_CONTACT", 0.1)
     monkeypatch.setattr("relaxnet_jax.trust.MAX_RISE", -10.0)
@@ -619,5 +629,5 @@ def test_predict_names_the_flags(model, tmp_path, monkeypatch, capsys):
     # ASE would read POSCAR-relaxed.extxyz as a POSCAR: the path is called by its folder.
     ase.io.write("POSCAR", alloy(), format="vasp")
     assert cli.main(["predict", "POSCAR", *command[2:]]) == 0
-    assert len(ase.io.read(f"{tmp_path.name}-relaxed.extxyz", ":")) == 3
+    assert len(ase.io.read(f"{tmp_path.name}-path.extxyz", ":")) == 3
     assert is_poscar(Path("x/CONTCAR-3")) and not is_poscar(Path("a"))

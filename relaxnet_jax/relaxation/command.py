@@ -54,7 +54,7 @@ def relax(args: argparse.Namespace, load_members: Callable[[str], dict[str, Rela
     _check(args)
     out, failures = Path(args.out), _Failures()
     hold = Hold(reading.parse_indices(args.fixed) if args.fixed else (), args.fix_below)
-    files, missing = reading.find_files(args.files, out)
+    files, missing = reading.find_files(args.files, out, note)
     failures.add(missing)
     found, unreadable = reading.read_inputs(files, hold)
     failures.add(unreadable)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +14,7 @@ import numpy as np
 from relaxnet_jax.console import printable
 from relaxnet_jax.data.files import is_poscar
 from relaxnet_jax.data.sources import plain_name
+from relaxnet_jax.data.trajectory import PREDICTED
 from relaxnet_jax.errors import InputError
 from relaxnet_jax.structure_files import Failure, read_images
 
@@ -28,6 +29,7 @@ _INDEX = re.compile(r"-?\d+|-?\d*:-?\d*(:-?\d*)?")
 # What this command writes: a path, and beside it the relaxed structures.
 _PATH = re.compile(r"-path\.(extxyz|traj)$")
 _RESULT = re.compile(r"-(path\.(extxyz|traj)|relaxed\.(vasp|cif|extxyz|traj))$")
+_SOURCE = re.compile(rf"""(?:^|\s)source=(["']?){PREDICTED}\1(?:\s|$)""")
 _RANGE = re.compile(r"\s*(\d+)(?:\s*-\s*(\d+))?\s*")
 
 
@@ -74,20 +76,29 @@ def parse_indices(text: str) -> tuple[int, ...]:
 
 
 def find_files(
-    named: Sequence[str], exclude: Path
+    named: Sequence[str], exclude: Path, note: Callable[[str], None] = lambda _: None
 ) -> tuple[dict[Path, list[slice]], list[Failure]]:
     """Files to read, each once, in order, with the images wanted: those named, as FILE or
     FILE@INDEX (ASE's: -1, 0:5), several times perhaps, and those in the folders named.
 
     Folders are searched recursively for POSCAR* and the suffixes `SEARCHED`, without hidden ones
-    and without ``exclude``, and results of this command, elsewhere too.
+    and without ``exclude``, and results of this command, elsewhere too, as well as what says of
+    itself that it was predicted.
+
+    Args:
+      note: called with one line for each folder in which results are passed over.
     """
     files: dict[Path, tuple[Path, list[slice]]] = {}
     failures: list[Failure] = []
     for text in named:
         path, images = _selected(text)
         if path.is_dir():
-            inside = list(_inside(path, exclude.resolve()))
+            passed: list[Path] = []
+            inside = list(_inside(path, exclude.resolve(), passed))
+            if passed:
+                note(
+                    f"{text}: {len(passed)} results of this package passed over; name them to take them"
+                )
             if not inside:
                 kinds = ", ".join(SEARCHED)
                 failures.append(Failure(text, f"holds no POSCAR, {kinds} file; name the files"))
@@ -113,7 +124,8 @@ def _selected(text: str) -> tuple[Path, slice]:
     return Path(file), slice(*(int(part) if part else None for part in index.split(":")))
 
 
-def _inside(folder: Path, exclude: Path) -> Iterable[Path]:
+def _inside(folder: Path, exclude: Path, passed: list[Path]) -> Iterable[Path]:
+    """The files to read in a folder; the results in it are added to ``passed``."""
     for root, folders, names in os.walk(folder):
         folders[:] = sorted(
             f for f in folders if not f.startswith(".") and Path(root, f).resolve() != exclude
@@ -121,11 +133,31 @@ def _inside(folder: Path, exclude: Path) -> Iterable[Path]:
         ours = {name[: match.start()] for name in names if (match := _PATH.search(name))}
         for name in sorted(names):
             wanted = name.upper().startswith("POSCAR") or name.lower().endswith(SEARCHED)
-            result = _RESULT.search(name)
-            if result and any(name[: result.start()].startswith(stem) for stem in ours):
+            if not wanted or name.startswith("."):
                 continue
-            if wanted and not name.startswith("."):
-                yield Path(root, name)
+            result, file = _RESULT.search(name), Path(root, name)
+            ours_too = result and any(name[: result.start()].startswith(stem) for stem in ours)
+            if ours_too or _predicted(file):
+                passed.append(file)
+            else:
+                yield file
+
+
+def _predicted(file: Path) -> bool:
+    """Whether the first frame of an extxyz or traj file says that it was predicted."""
+    try:
+        if file.suffix.lower() in (".xyz", ".extxyz"):
+            with file.open(encoding="utf-8") as lines:
+                _, comment = next(lines), next(lines)
+            return _SOURCE.search(comment) is not None
+        if file.suffix.lower() == ".traj":
+            from ase.io import Trajectory
+
+            with Trajectory(str(file)) as frames:
+                return bool(frames[0].info.get("source") == PREDICTED)
+    except Exception:  # what cannot be read is named where it is read
+        pass
+    return False
 
 
 def read_inputs(
