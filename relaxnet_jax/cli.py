@@ -38,9 +38,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
       argv: the arguments after the program's name; those of the process by default.
     """
+    given = list(sys.argv[1:] if argv is None else argv)
+    if not given:
+        build_parser().print_help(sys.stderr)
+        return BAD_INPUT
     try:
-        args = build_parser().parse_args(argv)
-        args.argv = list(sys.argv[1:] if argv is None else argv)
+        args = build_parser().parse_args(given)
+        args.argv = given
         return getattr(_module(args.run), args.run)(args)
     except InputError as error:
         return _fail(str(error))

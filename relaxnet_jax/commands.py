@@ -175,9 +175,10 @@ def predict(args: argparse.Namespace) -> int:
     with bar("structures", len(found), COMPILING) as advance:
         predicted, failed = predict_members(models, found, args.frames, advance, options)
     results, useless = files.sorted_out(predicted)
-    for failure in (*failed, *useless):
-        note(f"left out: {failure}")
     left_out = unreadable + failed + useless
+    for failure in (*failed, *useless):
+        if results or failure is not left_out[0]:  # or the error says it
+            note(f"left out: {failure}")
     if not results:
         more = f" (and {len(left_out) - 1} more left out)" if len(left_out) > 1 else ""
         raise InputError(f"{source}: no structure could be predicted: {left_out[0]}{more}")

@@ -89,6 +89,11 @@ def read_images(path: Path) -> list[Atoms | str]:
       InputError: nothing in the file can be read.
     """
     images: list[Atoms | str] = []
+    if path.suffix.lower() in (".h5", ".hdf5"):
+        raise InputError(
+            f"{path}: is a data store, no structure file: train on it as data.path, look at it with "
+            "relaxnet-jax data info"
+        )
     try:
         for item in images_of(path):
             images.append(item if isinstance(item, str) else disorder(item) or item)
@@ -97,11 +102,27 @@ def read_images(path: Path) -> list[Atoms | str]:
             remedy = "give a structure file ASE reads: POSCAR, CIF, extxyz, …"
             if is_poscar(path):
                 remedy = "it must be whole, with a line of element symbols above that of their numbers (VASP 5)"
-            raise InputError(f"{path}: cannot be read ({one_line(error)}); {remedy}") from error
+            raise InputError(
+                f"{path}: cannot be read ({_reason(path, error)}); {remedy}"
+            ) from error
         images.append(f"file damaged after {len(images)} structures ({one_line(error)})")
     if not images:
         raise InputError(f"{path}: holds no structure; give a file with at least one")
     return images
+
+
+def _reason(path: Path, error: Exception) -> str:
+    """What an exception of ASE's readers means, on one line: some are bare."""
+    from ase.io.formats import UnknownFileTypeError
+
+    suffix = path.suffix.lower().lstrip(".")
+    if isinstance(error, UnknownFileTypeError) and str(error).lower() in ("", suffix):
+        return "unknown format"
+    if suffix in ("xyz", "extxyz") and isinstance(error, ValueError):
+        return f"not a valid {suffix}: it begins with no number of atoms"
+    if isinstance(error, AssertionError | AttributeError | IndexError | KeyError | StopIteration):
+        return f"not a valid {suffix.upper()}" if suffix == "cif" else "unknown or damaged format"
+    return one_line(error)
 
 
 def disorder(atoms: Atoms) -> str:

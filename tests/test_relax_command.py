@@ -224,8 +224,33 @@ def test_bad_arguments(run, argv, words):
     code, out, err = run(*argv)
     lines = [line for line in err.splitlines() if line.startswith("relaxnet-jax: error: ")]
     assert code == 2 and len(lines) == 1 and not out and "Traceback" not in err
-    assert all(word in lines[0] for word in words), lines
+    assert all(word in err for word in words), err
+    assert all(err.count(word) == 1 for word in words[1:]), err  # the reason is not told twice
     assert not Path("relaxed").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("notes.txt", "hello\nworld\n", "(unknown format); give a structure file"),
+        ("bad.cif", "nothing\n", "(not a valid CIF)"),
+        ("x.dat", "1 2 3\n", "(unknown or damaged format)"),
+        ("e.extxyz", "nonsense\n", "(not a valid extxyz: it begins with no number of atoms)"),
+        ("empty.cif", "", "(Empty file"),
+        ("gen.h5", "", "gen.h5: is a data store, no structure file: train on it as data.path"),
+    ],
+)
+def test_unreadable_files_say_what_is_wrong(tmp_path, name, content, words):
+    """ASE says AssertionError, or the suffix alone."""
+    (tmp_path / name).write_text(content)
+    with pytest.raises(InputError) as error:
+        structure_files.read_images(tmp_path / name)
+    assert words in str(error.value)
+
+
+def test_without_arguments_there_is_help(capsys):
+    assert cli.main([]) == 2
+    assert "usage: relaxnet-jax" in (err := capsys.readouterr().err) and "relax structure files" in err
 
 
 def test_arguments_and_files_are_looked_at_before_jax_starts():

@@ -146,8 +146,8 @@ def _relaxed(
 
 
 def _nothing(failures: _Failures) -> InputError:
-    first = failures.all[0] if failures.all else "no file given"
-    return InputError(f"relax: nothing could be relaxed; {len(failures.all)} failed: {first}")
+    count = len(failures.all)
+    return InputError(f"relax: nothing could be relaxed; {count} failed, the reasons are above")
 
 
 def _check(args: argparse.Namespace) -> None:
