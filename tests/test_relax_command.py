@@ -575,7 +575,7 @@ def test_record_and_tables():
     assert len(tables(many, 0.05, None)) == 1
     assert all(column.header != "seconds" for column in first.columns)
     lines = totals(many, 2, 3.0, True, True)
-    assert "(0.10 s each to predict)" in lines[0]
+    assert "(0.10 s each to predict, compiling included)" in lines[0]
     assert "2 failed" in lines[0] and "7 of them not shown" in lines[0]
     unrefined = [values, {k: v for k, v in values.items() if k != "refined"}]
     assert "1 of them could not be refined; 1 failed" in totals(unrefined, 2, 3.0, True)[0]

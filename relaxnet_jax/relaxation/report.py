@@ -264,7 +264,7 @@ def totals(
     failed -= unrefined
     more = f"; {len(records) - MAX_ROWS} of them not shown (--json shows all)"
     mean = sum(r["seconds"] for r in records) / max(len(records), 1)
-    each = f" ({mean:.2f} s each to predict)" if records else ""
+    each = f" ({mean:.2f} s each to predict, compiling included)" if records else ""
     lines = [
         f"{len(records)} relaxed in {seconds:.1f} s{each}, {converged} converged, {flagged} flagged"
         + (f"; {unrefined} of them could not be refined" if unrefined else "")
