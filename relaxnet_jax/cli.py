@@ -15,7 +15,7 @@ from typing import NoReturn
 
 from relaxnet_jax import __version__
 from relaxnet_jax.cli_benchmark import add_benchmark
-from relaxnet_jax.cli_data import add_data, command
+from relaxnet_jax.cli_data import add_data, add_set, command
 from relaxnet_jax.cli_relax import add_relax
 from relaxnet_jax.cli_reproduce import add_reproduce
 from relaxnet_jax.config import PRETRAINED
@@ -23,6 +23,7 @@ from relaxnet_jax.errors import InputError
 
 BAD_INPUT = 2
 INTERRUPTED = 130
+CHANGES = "change fields of the config, e.g. train.epochs=50 data.path=mine.h5"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -101,7 +102,7 @@ def _add_train(commands) -> None:
         help="a config file, or a shipped one's name: "
         "explicit.py, implicit.py, explicit_cell.py, … (with --resume by default that of the run)",
     )
-    _add_set(p)
+    add_set(p, CHANGES)
     p.add_argument("--workdir", metavar="DIR", help="where the run lives (default: runs/CONFIG)")
     p.add_argument("--resume", action="store_true", help="continue the run in the workdir")
     p.add_argument(
@@ -128,17 +129,6 @@ def _add_train(commands) -> None:
     )
 
 
-def _add_set(p: argparse.ArgumentParser) -> None:
-    p.add_argument(
-        "--set",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="KEY=VALUE",
-        help="change fields of the config, e.g. train.epochs=50 data.path=mine.h5",
-    )
-
-
 def _add_info(commands) -> None:
     p = command(commands, "info", "info", "tell what a model is: elements, data, errors, versions")
     p.add_argument(
@@ -150,7 +140,7 @@ def _add_info(commands) -> None:
     )
     p = command(commands, "config", "config", "print a whole configuration, defaults included")
     p.add_argument("config", metavar="FILE", help="a config file, or a shipped one's name")
-    _add_set(p)
+    add_set(p, CHANGES)
 
 
 def _add_eval(commands) -> None:

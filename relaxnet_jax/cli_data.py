@@ -11,6 +11,10 @@ def command(commands, name: str, run: str, text: str) -> argparse.ArgumentParser
     return parser
 
 
+def add_set(p: argparse.ArgumentParser, text: str) -> None:
+    p.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help=text)
+
+
 def add_data(commands) -> None:
     text = "make or import training data"
     data = commands.add_parser("data", help=text, description=text[0].upper() + text[1:] + ".")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from relaxnet_jax.cli_data import command
+from relaxnet_jax.cli_data import add_set, command
 
 # The names of `reproduce.registry`, which is not imported here: it starts JAX.
 NAMES = (
@@ -74,11 +74,4 @@ def add_reproduce(commands) -> None:
         metavar="NAME=FILE",
         help="instead of a shipped config: explicit, implicit, static, egnn or static_final",
     )
-    p.add_argument(
-        "--set",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="KEY=VALUE",
-        help="change fields of all configs, e.g. data.limit=200 model.features=32",
-    )
+    add_set(p, "change fields of all configs, e.g. data.limit=200 model.features=32")
