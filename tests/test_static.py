@@ -134,7 +134,7 @@ def test_static_models_solve_nothing(tmp_path, monkeypatch):
     weights = config.loss
     for record in records:
         found = record["validation"]
-        assert set(found) == {"loss", "energy", "forces"}
+        assert set(found) == {"loss", "energy", "forces", "force_error"}
         expected = weights.energy * found["energy"] + weights.forces * found["forces"]
         assert found["loss"] == pytest.approx(expected, rel=1e-6)
     assert "doing nothing" not in text.getvalue()
