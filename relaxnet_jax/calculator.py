@@ -92,8 +92,7 @@ class RelaxNetCalculator(Calculator):
         super().__init__()
         self.model = model
         self.skin = model.config.graph.skin if skin is None else float(skin)
-        if not 0 <= self.skin < np.inf:
-            raise InputError(f"skin={skin}: give a length in Å, at least 0")
+        self._config = model.config.with_skin(self.skin)
         if model.config.dynamics.cell == "variable":
             self.implemented_properties = [*self.implemented_properties, "stress"]
         if model.config.dynamics.latent == "direct":
@@ -183,9 +182,7 @@ class RelaxNetCalculator(Calculator):
         model = self.model
         name = atoms.get_chemical_formula()
         model.check_elements(atoms.numbers, name)
-        graph_config = dataclasses.replace(model.config.graph, skin=self.skin)
-        config = dataclasses.replace(model.config, graph=graph_config)
-        structure = structure_from_atoms(atoms, config, name)
+        structure = structure_from_atoms(atoms, self._config, name)
         needed = dataclasses.astuple(fitting_shape([structure], rounded=True))
         before = needed if self._shape is None else dataclasses.astuple(self._shape)
         self._shape = BatchShape(*map(max, needed, before))

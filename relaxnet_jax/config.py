@@ -295,6 +295,12 @@ class Config:
         moves = self.is_potential or self.model.update_positions
         return self.graph.skin if moves else 0.0
 
+    def with_skin(self, skin: float) -> Config:
+        """The same with another ``graph.skin`` (Å). Raises InputError for one that is none."""
+        if not 0 <= skin < math.inf:
+            raise InputError(f"skin={skin}: give a length in Å, at least 0")
+        return dataclasses.replace(self, graph=dataclasses.replace(self.graph, skin=float(skin)))
+
 
 def load_config(
     source: str | Path | Mapping[str, Any], overrides: Iterable[str] | Mapping = ()

@@ -302,6 +302,10 @@ def inverse_hessian_times(
     return z
 
 
+def _cost(members: Sequence[_Descent]) -> int:
+    return sum(structure_cost(d.structure) for d in members)
+
+
 class _Batch:
     """Evaluates structures together; the graph stays on the device while it serves.
 
@@ -321,7 +325,7 @@ class _Batch:
 
     def has_room(self, members: Sequence[_Descent]) -> bool:
         """Whether as much has not failed to fit in memory."""
-        return sum(structure_cost(d.structure) for d in members) < self.too_much
+        return self.too_much == np.inf or _cost(members) < self.too_much
 
     def evaluate(self, members: Sequence[_Descent]) -> list[tuple[Any, ...]] | None:
         """(energy, forces, virial or None) of each; None where they do not fit in memory together."""
@@ -332,7 +336,7 @@ class _Batch:
                 raise
         # Out here the exception, and the arrays its traceback holds, are gone.
         self.shape, self.graph, self.listed = None, None, []
-        self.too_much = sum(structure_cost(d.structure) for d in members)
+        self.too_much = _cost(members)
         return None
 
     def _evaluate(self, members: Sequence[_Descent]) -> Iterator[tuple[Any, ...]]:

@@ -134,7 +134,9 @@ class RelaxNet:
           InputError: as `structure`; no structure at all; no room in the shape of ``like``, a
             negative skin.
         """
-        model = self if skin is None else self._with_skin(skin)
+        model = self
+        if skin is not None:
+            model = dataclasses.replace(self, config=self.config.with_skin(skin))
         structures = [model.structure(a, relax_cell=relax_cell) for a in atoms_list(atoms)]
         if not structures:
             raise InputError("graph: no structure given")
@@ -146,12 +148,6 @@ class RelaxNet:
                     f"like: a graph of {shape} has no room for {needed}; give a larger one, or leave it out"
                 )
         return jax.tree.map(jnp.asarray, collate(structures, shape, dtype_of(self.params)))
-
-    def _with_skin(self, skin: float) -> RelaxNet:
-        if not 0 <= skin < np.inf:
-            raise InputError(f"skin={skin}: give a length in Å, at least 0")
-        graph = dataclasses.replace(self.config.graph, skin=float(skin))
-        return dataclasses.replace(self, config=dataclasses.replace(self.config, graph=graph))
 
     def graphs(self, atoms: Sequence[Atoms], relax_cell: bool = True) -> Graph:
         """A padded graph of each structure by itself, all of one shape and stacked: for `jax.vmap`.
@@ -220,7 +216,7 @@ class RelaxNet:
         x = unwrap_positions(np.stack([reference.positions, atoms.positions]), cells, reference.pbc)
         needed = approach(x, cells, structure.neighbors.reach)
         if needed > self.config.graph.skin:
-            structure = self._with_skin(needed).structure(reference)
+            structure = structure_from_atoms(reference, self.config.with_skin(needed))
         deformation = deformations(cells)[1]
         return structure, to_reference(x[1], deformation), deformation
 

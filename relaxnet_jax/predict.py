@@ -192,15 +192,12 @@ def minimised_path(found: Minimisation, times: np.ndarray) -> Path:
 
 
 def _with_skin(model: RelaxNet, s: Structure, skin: float) -> Structure:
-    config = dataclasses.replace(
-        model.config, graph=dataclasses.replace(model.config.graph, skin=skin)
-    )
     return build_structure(
         s.atomic_numbers,
         s.positions,
         s.cell,
         s.pbc,
-        config,
+        model.config.with_skin(skin),
         s.fixed_mask,
         s.charges,
         relax_cell=bool(s.strain.any()),

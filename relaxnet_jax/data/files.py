@@ -13,8 +13,8 @@ from pathlib import Path
 
 from relaxnet_jax.errors import InputError
 
-# EFBIG is of a limit on the size of files.
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# What a write says where there is no room, and no read; EFBIG is of a limit on the size of files.
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextlib.contextmanager
@@ -79,10 +79,10 @@ def no_space(error: BaseException | None) -> bool:
     """Whether an error, or what it came from, is that of a full disk: as the system says it, or
     tensorstore, which checkpoints are written with."""
     while error is not None:
-        if isinstance(error, OSError) and error.errno in _FULL:
+        if isinstance(error, OSError) and error.errno in NO_ROOM:
             return True
         if isinstance(error, ValueError):  # of a device's memory it is a RuntimeError
-            words = ["RESOURCE_EXHAUSTED", *(f"os_error_code='{code}'" for code in _FULL)]
+            words = ["RESOURCE_EXHAUSTED", *(f"os_error_code='{code}'" for code in NO_ROOM)]
             if any(word in str(error) for word in words):
                 return True
         error = error.__cause__

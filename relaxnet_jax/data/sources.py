@@ -20,7 +20,7 @@ from pathlib import Path, PurePath
 from typing import IO, Any, NamedTuple
 
 from relaxnet_jax.console import printable
-from relaxnet_jax.data.files import one_line
+from relaxnet_jax.data.files import NO_ROOM, one_line
 from relaxnet_jax.errors import InputError
 
 _COMPRESSED: dict[str, Callable[..., Any]] = {
@@ -34,8 +34,6 @@ _VASP = re.compile(r"(?i)[._-]?(vasprun|outcar)(?:[._-]?xml)?")
 _STRUCTURE = re.compile(r"(?i)[._-]?(poscar|contcar)(?:[._-]?vasp)?")
 # In these custodian keeps the files of attempts that failed, beside those of the one that did not.
 _ATTEMPT = re.compile(r"error\.\d+\.tar(\.gz)?")
-# What a write says where there is no room, and no read.
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 DAMAGE = (OSError, EOFError, zlib.error, lzma.LZMAError, tarfile.TarError, zipfile.BadZipFile)
 
 
@@ -310,7 +308,7 @@ def fault_of_machine(error: BaseException) -> str:
     """What kept a sound file from being read or unpacked; "" where it is the file's own fault."""
     if not isinstance(error, OSError) or error.errno in (None, errno.EINVAL):  # a seek to nowhere
         return ""
-    if error.errno in _NO_ROOM:
+    if error.errno in NO_ROOM:
         return f"no room to unpack it in {tempfile.gettempdir()}: set TMPDIR to a larger folder"
     return f"cannot be read ({error.strerror}): check its permissions and the disk"
 

@@ -33,8 +33,7 @@ class TrainingData:
       samples: all of them, energies relative to ``element_energies``.
       members: indices into ``samples``, by split; those of "train" hold the later starts.
       buckets: batch shapes for them. shares: parts of a batch of ``train.batch_size`` they hold.
-      element_energies: (119,) eV, fitted to the training split. scale: eV/atom, the spread about
-        them, or that of the model the run starts from.
+      scale: eV/atom, the spread about ``element_energies``, or that of the model the run starts from.
       seen: (119,) bool, elements of the training split.
       relaxations, later_starts: how many the training members are.
     """
@@ -44,11 +43,15 @@ class TrainingData:
     members: dict[str, np.ndarray]
     buckets: Buckets
     shares: int
-    element_energies: np.ndarray
     scale: float
     seen: np.ndarray
     relaxations: int
     later_starts: int
+
+    @property
+    def element_energies(self) -> np.ndarray:
+        """(119,) eV, fitted to the training split."""
+        return self.samples.element_energies
 
     def buckets_of(self, shares: int, config: Config) -> Buckets:
         """Those of another number of shares, for what of an epoch was done with it."""
@@ -140,7 +143,6 @@ def prepare(
         members,
         _plan(samples, shares, config),
         shares,
-        samples.element_energies,
         scale,
         seen,
         relaxations=int(np.isin(used, splits["train"]).sum()),
