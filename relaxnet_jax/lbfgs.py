@@ -85,6 +85,15 @@ class Minimisations:
     evaluations: int
 
 
+def check_potential(model: RelaxNet) -> None:
+    """InputError of a model whose energy cannot be minimised."""
+    if not model.config.is_potential:
+        raise InputError(
+            f"dynamics.latent={model.config.dynamics.latent!r}: its energy is no function of the "
+            "positions alone and cannot be minimised; use a static or implicit model"
+        )
+
+
 def minimise(
     model: RelaxNet,
     structures: Sequence[Structure],
@@ -109,11 +118,7 @@ def minimise(
     Raises:
       InputError: a model that is no potential.
     """
-    if not model.config.is_potential:
-        raise InputError(
-            f"dynamics.latent={model.config.dynamics.latent!r}: its energy is no function of the "
-            "positions alone and cannot be minimised; use a static or implicit model"
-        )
+    check_potential(model)
     start = time.perf_counter()
     # The largest first: shapes shrink rather than grow.
     order = sorted(range(len(structures)), key=lambda i: -structures[i].neighbors.n_edges)

@@ -219,6 +219,8 @@ class FrameMetrics:
     Attributes:
       energy_mae: eV/structure.
       energy_mae_per_atom: meV/atom.
+      relaxation_energy_mae_per_atom: meV/atom, of E(t) - E(0): what is left of the error where the
+        first frame's energy is known, e.g. from DFT; of doing nothing it is `energy_mae_per_atom`.
       forces_mae: meV/Å, per component, free atoms.
       positions_mae: Å, per coordinate, free atoms, before alignment.
       rmsd: Å, ``aligned_rmsd``, free atoms.
@@ -230,6 +232,7 @@ class FrameMetrics:
 
     energy_mae: float | None
     energy_mae_per_atom: float | None
+    relaxation_energy_mae_per_atom: float | None
     forces_mae: float | None
     positions_mae: float | None
     rmsd: float | None
@@ -464,10 +467,11 @@ def structure_errors(c: Comparison, predictor: Predictor = "model") -> dict[str,
     """Errors (m,) of one structure's frames, by the names and in the units of ``FrameMetrics``; NaN
     where the predictor predicts nothing."""
     positions, energies, forces = c.prediction(predictor)
-    d_energy = np.abs(energies - c.true_energies)
+    off, per_atom = energies - c.true_energies, 1e3 / len(c.atomic_numbers)
     found = {
-        "energy_mae": d_energy,
-        "energy_mae_per_atom": 1e3 * d_energy / len(c.atomic_numbers),
+        "energy_mae": np.abs(off),
+        "energy_mae_per_atom": per_atom * np.abs(off),
+        "relaxation_energy_mae_per_atom": per_atom * np.abs(off - off[0]),
         "forces_mae": 1e3 * coordinate_errors(forces, c.true_forces, c.free_mask),
         "positions_mae": coordinate_errors(positions, c.true_positions, c.free_mask),
         "rmsd": _rmsd(c, positions),

@@ -5,6 +5,7 @@ import dataclasses
 import io
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import ase.io
 import numpy as np
@@ -449,14 +450,37 @@ def test_columns_of_minimised_energies_are_over_the_same_structures(tmp_path, mo
 
     monkeypatch.setattr(run, "compare", compare)
     monkeypatch.setattr(run, "_Minimiser", Minimiser)
-    monkeypatch.setattr(run, "read_any", lambda *_: [])
+    monkeypatch.setattr(run, "read_any", lambda *_: [SimpleNamespace(id="x")])
     monkeypatch.setattr(run, "_seen", lambda *_: 0)
+    monkeypatch.setattr(run, "graph_seconds", lambda *_: 0.0)
     model = tiny_model(tiny_config("implicit", **LIGHT), dtype=np.float32)
     found = run.evaluate_workdir(tmp_path, data="x", report=lambda _: None, fmax=0.1, model=model)
     assert list(found.results) == ["model", "lbfgs", "nothing", "composition"]
     assert {m.n_averaged for m in found.results.values()} == {1}
     assert found.results["model"].final.energy_mae == pytest.approx(1.0)
     assert found.results["lbfgs"].n_nonfinite == 1
+
+
+def test_eval_reads_some_relaxations_at_a_time(tmp_path, monkeypatch):
+    """Every one once; and what cannot be minimised is said before anything is predicted."""
+    shift, seen = np.full((4, 3), 0.1), []
+
+    def compare(model, trajectories, report, predict=None):
+        seen.append([t.id for t in trajectories])
+        left_out = [t.id for t in trajectories if t.id == "1"]
+        return [comparison(t.id, shift, shift, 1.0) for t in trajectories if t.id != "1"], left_out
+
+    monkeypatch.setattr(run, "BLOCK", 2)
+    monkeypatch.setattr(run, "compare", compare)
+    monkeypatch.setattr(run, "read_any", lambda *_: [SimpleNamespace(id=str(k)) for k in range(5)])
+    monkeypatch.setattr(run, "_seen", lambda *_: 0)
+    model = tiny_model(tiny_config(**LIGHT), dtype=np.float32)
+    found = run.evaluate_workdir(tmp_path, data="x", report=lambda _: None, model=model)
+    assert seen == [["0", "1"], ["2", "3"], ["4"]]
+    assert [c.id for c in found.comparisons] == ["0", "2", "3", "4"] and found.left_out == ["1"]
+    with pytest.raises(InputError, match="cannot be minimised"):
+        run.evaluate_workdir(tmp_path, data="x", report=lambda _: None, model=model, fmax=0.1)
+    assert len(seen) == 3
 
 
 def test_nothing_finite_is_a_table_without_parity(tmp_path):
@@ -466,11 +490,11 @@ def test_nothing_finite_is_a_table_without_parity(tmp_path):
     lost = dataclasses.replace(good, pred_energies=np.array([0.0, np.nan]))
     told = []
     files = run.write_evaluation(evaluation(good), tmp_path, told.append)
-    assert [f.name for f in files] == ["metrics.json", "per_frame.png", "parity.png"] and not told
+    names = ["metrics.json", "structures.csv", "per_frame.png", "parity.png"]
+    assert [f.name for f in files] == names and not told
     files = run.write_evaluation(evaluation(lost), tmp_path, told.append)
-    names = ("per_frame.png", "parity.png")
-    assert told == [f"{tmp_path / name}: not drawn, no prediction is finite" for name in names]
-    assert files == list(tmp_path.iterdir()) == [tmp_path / "metrics.json"]
+    assert told == [f"{tmp_path / name}: not drawn, no prediction is finite" for name in names[2:]]
+    assert sorted(files) == sorted(tmp_path.iterdir()) == [tmp_path / name for name in names[:2]]
 
 
 def test_eval_of_nothing_finite_prints_its_table(models, tmp_path, monkeypatch, capsys):
@@ -490,7 +514,7 @@ def test_eval_of_nothing_finite_prints_its_table(models, tmp_path, monkeypatch, 
         assert "coordinate MAE (Å), final frame" in out and "parity.png" not in out
         assert "parity.png: not drawn" in err
     assert "no calibration: no structure with free atoms" in err
-    assert [f.name for f in Path("out").iterdir()] == ["metrics.json"]
+    assert sorted(f.name for f in Path("out").iterdir()) == ["metrics.json", "structures.csv"]
 
 
 def test_eval_command(models, tmp_path, monkeypatch, capsys):

@@ -1,5 +1,6 @@
 """The metrics against values worked out by hand."""
 
+import csv
 import dataclasses
 import io
 import itertools
@@ -10,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from relaxnet_jax.errors import InputError
-from relaxnet_jax.evaluate.tables import metrics_table, write_metrics
+from relaxnet_jax.evaluate.tables import metrics_table, write_metrics, write_structures
 from relaxnet_jax.metrics import (
     AT_REST,
     Comparison,
@@ -57,6 +58,8 @@ def test_model_by_hand():
     assert m.final.energy_mae_per_atom == pytest.approx(200)
     assert m.all_frames.energy_mae == pytest.approx(0.3)
     assert m.all_frames.energy_mae_per_atom == pytest.approx(150)
+    assert m.final.relaxation_energy_mae_per_atom == pytest.approx(300)  # -0.4 for -1 eV
+    assert m.all_frames.relaxation_energy_mae_per_atom == pytest.approx(150)
     assert m.final.forces_mae == 0
     assert m.all_frames.forces_mae == pytest.approx(1000 * 0.3 / 6 / 2)
     assert m.final.positions_mae == pytest.approx(0.3 / 6)
@@ -74,6 +77,7 @@ def test_baselines_by_hand():
     assert nothing.all_frames.energy_mae == pytest.approx(0.5)
     assert nothing.per_frame.forces_mae == pytest.approx([0, 100])
     assert nothing.final.positions_mae == pytest.approx(0.1)
+    assert nothing.final.relaxation_energy_mae_per_atom == nothing.final.energy_mae_per_atom
     assert (nothing.final_ratio, nothing.improved_fraction) == (1, 0)
     composition = evaluate([comparison()], "composition")
     assert composition.per_frame.energy_mae_per_atom == pytest.approx([250, 250])
@@ -239,11 +243,32 @@ def test_direct_models_predict_no_energies_on_the_way():
     for name in (
         "energy MAE (meV/atom), all frames", "energy/atom, Pearson r, all frames",
         "force MAE (meV/Å), final frame", "force MAE (meV/Å), all frames",
-        "structures with falling energy",
+        "structures with falling energy", "E(t) - E(0) MAE (meV/atom), final frame",
     ):  # fmt: skip
         assert rows[name] == "–", name
     assert rows["energy MAE (meV/atom), final frame"] == "200"
     json.dumps(m.to_dict(), allow_nan=False)
+
+
+def test_structures_by_hand(tmp_path):
+    """A row for each, in the units of the means; empty where there is nothing to say."""
+    found = [
+        comparison(id="a, b"),
+        comparison(id="c", pred_energies=[np.nan, 0.0], usable=False),
+        comparison(id="d", fixed_mask=[True, True], atomic_numbers=[8, 12]),
+    ]
+    write_structures(tmp_path / "structures.csv", found)
+    with (tmp_path / "structures.csv").open(newline="") as file:
+        a, c, d = csv.DictReader(file)
+    assert (a["structure"], a["formula"], a["atoms"]) == ("a, b", "Cu2", "2")
+    assert (a["finite"], a["usable"], c["finite"], c["usable"]) == ("True", "True", "False", "False")
+    assert float(a["energy_mae_per_atom"]) == pytest.approx(200)
+    assert float(a["relaxation_energy_mae_per_atom"]) == pytest.approx(300)
+    assert float(a["nothing_energy_mae_per_atom"]) == pytest.approx(500)
+    assert float(a["positions_mae"]) == pytest.approx(0.05)
+    assert float(a["nothing_positions_mae"]) == pytest.approx(0.1)
+    assert a["volume"] == "" and c["positions_mae"] == "" and c["nothing_positions_mae"] == "0.1"
+    assert d["formula"] == "MgO" and d["positions_mae"] == "" and d["energy_mae_per_atom"] == "200"
 
 
 def test_bad_input_is_named():

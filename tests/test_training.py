@@ -35,6 +35,7 @@ from relaxnet_jax.train import data as training_data
 from relaxnet_jax.train import loop
 from relaxnet_jax.train.checkpoint import Checkpoints, has_checkpoint
 from relaxnet_jax.train.loop import train
+from relaxnet_jax.train.parallel import Devices
 from relaxnet_jax.train.report import ConsoleReport, MetricsLog
 from relaxnet_jax.train.state import (
     Cooling,
@@ -230,10 +231,24 @@ def test_resume_after_a_kill(run, folder):
     same_run(result.workdir, workdir, config_of())
 
 
-def test_resume_within_an_epoch(run, folder, monkeypatch):
+@pytest.fixture(params=[0, 1])
+def ahead(request, monkeypatch):
+    """Steps that are begun before the last one's metrics are read: none on a CPU, one elsewhere."""
+    original = Devices.__init__
+
+    def patched(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        assert self.ahead == 0
+        self.ahead = request.param
+
+    monkeypatch.setattr(Devices, "__init__", patched)
+    return request.param
+
+
+def test_resume_within_an_epoch(run, folder, monkeypatch, ahead):
     """Killed after a checkpoint in the middle of an epoch: taken up at the next batch."""
     result, _ = run
-    workdir = folder / "within"
+    workdir = folder / f"within-{ahead}"
     original = Checkpoints.save
 
     def save(self, state, progress):
@@ -254,10 +269,10 @@ def test_resume_within_an_epoch(run, folder, monkeypatch):
     same_run(result.workdir, workdir, config_of())
 
 
-def test_sigterm_writes_a_checkpoint(run, folder):
-    """Told to stop within an epoch: it ends after the step, and goes on there."""
+def test_sigterm_writes_a_checkpoint(run, folder, ahead):
+    """Told to stop within an epoch: it ends after the steps it has begun, and goes on there."""
     result, _ = run
-    workdir = folder / "told"
+    workdir = folder / f"told-{ahead}"
     report, text = quiet()
     before = signal.getsignal(signal.SIGTERM)
 
@@ -271,8 +286,33 @@ def test_sigterm_writes_a_checkpoint(run, folder):
     assert "stopped within epoch 1: told to stop (SIGTERM)" in text.getvalue()
     assert len(records(workdir)) == 1 and signal.getsignal(signal.SIGTERM) is before
     train(config_of(), workdir, resume=True, report=report, devices=1)
-    assert "resuming within epoch 1, after 2 batches" in text.getvalue()
+    assert f"resuming within epoch 1, after {2 + ahead} batches" in text.getvalue()
     same_run(result.workdir, workdir, config_of())
+
+
+HOLDING = """
+import sys
+from relaxnet_jax.data.files import held
+with held(sys.argv[1], "train", "--workdir"):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_one_process_at_a_time(folder):
+    """A second job on a workdir is told so, and leaves it as it is; the first one's death frees it."""
+    workdir = folder / "twice"
+    command = [sys.executable, "-c", HOLDING, str(workdir)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        for resume in (False, True):
+            with pytest.raises(InputError, match=r"twice: another process is at work there \(train\)"):
+                train(config_of(), workdir, resume=resume, report=quiet()[0])
+        assert [file.name for file in workdir.iterdir()] == [".lock"]
+        other.kill()
+    with pytest.raises(InputError, match="holds no run to resume"):
+        train(config_of(), workdir, resume=True, report=quiet()[0])
+    assert not workdir.exists()
 
 
 def test_sigterm_while_validating(folder, monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import glob
 import os
 import secrets
@@ -57,6 +58,46 @@ def is_poscar(path: str | os.PathLike[str]) -> bool:
     """Whether the name is one of VASP's for structures: POSCAR*, CONTCAR*, *.vasp, *.poscar."""
     upper = Path(path).name.upper()
     return upper.startswith(("POSCAR", "CONTCAR")) or upper.endswith((".VASP", ".POSCAR"))
+
+
+@contextlib.contextmanager
+def held(folder: str | os.PathLike[str], work: str, option: str) -> Iterator[None]:
+    """Holds a folder, made if need be, so that no other process does the same work there meanwhile.
+
+    On file systems that know no locks nobody is held off. A folder in which nothing was left is
+    removed again.
+
+    Args:
+      work: what is done there, for the error. option: that which names the folder.
+
+    Raises:
+      InputError: another process holds it, or it cannot be written to.
+    """
+    path = Path(folder) / ".lock"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = path.open("w")
+    except OSError as error:
+        raise InputError(
+            f"{folder}: cannot be written ({error.strerror}): choose another {option}"
+        ) from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                f"{folder}: another process is at work there ({work}); wait for it, or give another "
+                f"{option}"
+            ) from None
+        except OSError:
+            pass
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                if list(path.parent.iterdir()) == [path]:
+                    path.unlink()
+                    path.parent.rmdir()
 
 
 def remove_leftovers(path: str | os.PathLike[str]) -> None:

@@ -20,9 +20,9 @@ from relaxnet_jax.data.split_file import split_of_run
 from relaxnet_jax.data.trajectory import RelaxationTrajectory
 from relaxnet_jax.errors import InputError
 from relaxnet_jax.evaluate.figures import parity_figure, per_frame_figure
-from relaxnet_jax.evaluate.tables import write_metrics
+from relaxnet_jax.evaluate.tables import write_metrics, write_structures
 from relaxnet_jax.graph import Structure, build_structure
-from relaxnet_jax.lbfgs import FMAX, minimise
+from relaxnet_jax.lbfgs import FMAX, check_potential, minimise
 from relaxnet_jax.metrics import (
     Comparison,
     Metrics,
@@ -41,6 +41,7 @@ from relaxnet_jax.train.start import SEEN, trained_ids
 from relaxnet_jax.trust import trust_flags
 
 _NOT_UNSEEN = ": their errors are not those of unseen structures"
+BLOCK = 1024  # relaxations that are read, and have graphs, at a time
 PREDICTORS: tuple[Predictor, ...] = ("model", "nothing", "composition")
 
 
@@ -191,7 +192,7 @@ def evaluate_workdir(
             raise InputError(f"split {split!r}: must be one of {', '.join(SPLITS)}")
         ids = set(split_of_run(workdir, split, ", or evaluate a file with --data"))
         found, _ = read_trajectories(model.config.data.path, model.config, report)
-        trajectories = list(found.named(ids))
+        trajectories: Sequence[RelaxationTrajectory] = found.named(ids)
         name = f"{found.name}, {split} split"
         if len(trajectories) < len(ids):
             report(
@@ -213,9 +214,11 @@ def evaluate_workdir(
                 f"started from (by their ids){_NOT_UNSEEN}"
             )
     static = model.config.dynamics.latent == "static"
+    if fmax is not None:
+        check_potential(model)
     minimiser = _Minimiser(model, FMAX if fmax is None else fmax)
-    comparisons, left_out = compare(
-        model, trajectories, report, predict=minimiser if static else None
+    comparisons, left_out = _compare_blocks(
+        model, trajectories, report, minimiser if static else None
     )
     if not comparisons:
         raise InputError(f"{name}: nothing left to evaluate; use data with the model's elements")
@@ -223,17 +226,33 @@ def evaluate_workdir(
     costs = {}
     if fmax is not None and not static:
         clock = _Clock(model)
-        compare(model, trajectories, lambda _: None, predict=clock)
-        costs["model"] = {"seconds": clock.seconds}
-        columns["lbfgs"], _ = compare(model, trajectories, lambda _: None, predict=minimiser)
+        _compare_blocks(model, trajectories, lambda _: None, clock)
+        costs["model"] = {"seconds": clock.seconds / max(clock.structures, 1)}
+        columns["lbfgs"], _ = _compare_blocks(model, trajectories, lambda _: None, minimiser)
     results = _results(columns)
     if "lbfgs" in results:
-        costs["lbfgs"] = dict(minimiser.costs)
+        costs["lbfgs"] = minimiser.costs
     if costs:
         graphs = graph_seconds(model, trajectories)
         for cost in costs.values():
             cost["seconds"] += graphs
     return Evaluation(results, comparisons, left_out, name, costs, seen)
+
+
+def _compare_blocks(
+    model: RelaxNet,
+    trajectories: Sequence[RelaxationTrajectory],
+    report: Callable[[str], None],
+    predict: Callable[[Sequence[Structure]], list[PredictedPath]] | None,
+) -> tuple[list[Comparison], list[str]]:
+    """`compare`, of so many relaxations at a time that memory does not grow with whole relaxations."""
+    comparisons, left_out = [], []
+    for begin in range(0, len(trajectories), BLOCK):
+        block = list(trajectories[begin : begin + BLOCK])
+        made, out = compare(model, block, report, predict=predict)
+        comparisons += made
+        left_out += out
+    return comparisons, left_out
 
 
 def _seen(workdir: Path, ids: Sequence[str]) -> int:
@@ -271,30 +290,41 @@ class _Minimiser:
 
     def __init__(self, model: RelaxNet, fmax: float) -> None:
         self.model, self.fmax = model, fmax
-        self.costs: dict[str, float] = {}
+        self._steps: list[int] = []
+        self._converged: list[bool] = []
+        self._seconds = 0.0
 
     def __call__(self, structures: Sequence[Structure]) -> list[PredictedPath]:
         found = minimise(self.model, structures, self.fmax)
-        if found.paths:
-            self.costs = {
-                "fmax": self.fmax,
-                "steps": float(np.mean([m.steps for m in found.paths])),
-                "converged": float(np.mean([m.converged for m in found.paths])),
-                "seconds": found.seconds / len(found.paths),
-            }
+        self._steps += [m.steps for m in found.paths]
+        self._converged += [m.converged for m in found.paths]
+        self._seconds += found.seconds
         return [minimised_path(m, frame_grid(self.model.config.dynamics)) for m in found.paths]
+
+    @property
+    def costs(self) -> dict[str, float]:
+        """Means over all structures so far; empty without any."""
+        if not self._steps:
+            return {}
+        return {
+            "fmax": self.fmax,
+            "steps": float(np.mean(self._steps)),
+            "converged": float(np.mean(self._converged)),
+            "seconds": self._seconds / len(self._steps),
+        }
 
 
 class _Clock:
-    """The model's own paths; ``seconds`` for each, of programs that are compiled already."""
+    """The model's own paths; ``seconds`` of all ``structures``, of programs that are compiled already."""
 
     def __init__(self, model: RelaxNet) -> None:
-        self.model, self.seconds = model, 0.0
+        self.model, self.seconds, self.structures = model, 0.0, 0
 
     def __call__(self, structures: Sequence[Structure]) -> list[PredictedPath]:
         begin = time.perf_counter()
         paths = predict_structures(self.model, structures)
-        self.seconds = (time.perf_counter() - begin) / max(len(structures), 1)
+        self.seconds += time.perf_counter() - begin
+        self.structures += len(structures)
         return paths
 
 
@@ -332,14 +362,15 @@ def read_any(
 def write_evaluation(
     evaluation: Evaluation, folder: str | Path, report: Callable[[str], None] = print
 ) -> list[Path]:
-    """metrics.json, per_frame.png and parity.png; returns their paths.
+    """metrics.json, structures.csv, per_frame.png and parity.png; returns their paths.
 
     A figure of which no prediction is finite is not drawn; that is reported, and an older one removed.
     """
     folder = Path(folder)
-    files = [folder / name for name in ("metrics.json", "per_frame.png", "parity.png")]
+    names = ("metrics.json", "structures.csv", "per_frame.png", "parity.png")
+    metrics_file, table_file, *figures = files = [folder / name for name in names]
     write_metrics(
-        files[0],
+        metrics_file,
         evaluation.results,
         {
             "data": evaluation.name,
@@ -348,17 +379,16 @@ def write_evaluation(
             "trained_on": evaluation.seen,
         },
     )
+    write_structures(table_file, evaluation.comparisons)
     averaged_over = any(metrics.n_averaged for metrics in evaluation.results.values())
     if averaged_over:
-        per_frame_figure(evaluation.results, files[1], evaluation.name)
+        per_frame_figure(evaluation.results, figures[0], evaluation.name)
     finite = any(c.finite for c in evaluation.comparisons)
     if finite:
-        parity_figure(evaluation.comparisons, files[2], evaluation.name)
-    made = []
-    for file, drawn in zip(files, (True, averaged_over, finite)):
-        if drawn:
-            made.append(file)
-        else:
+        parity_figure(evaluation.comparisons, figures[1], evaluation.name)
+    for file, drawn in zip(figures, (averaged_over, finite)):
+        if not drawn:
+            files.remove(file)
             file.unlink(missing_ok=True)
             report(f"{file}: not drawn, no prediction is finite")
-    return made
+    return files

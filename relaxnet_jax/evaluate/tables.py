@@ -1,20 +1,23 @@
-"""The table a person reads and the JSON a program reads, from the same ``Metrics``."""
+"""The table a person reads, and the JSON and the CSV a program reads, from the same numbers."""
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ase.data import chemical_symbols
+from ase.formula import Formula
 from rich import box
 from rich.markup import escape
 from rich.table import Table
 
 from relaxnet_jax.data.files import atomic_path
 from relaxnet_jax.errors import InputError
-from relaxnet_jax.metrics import Metrics, plain
+from relaxnet_jax.metrics import Comparison, Metrics, plain, structure_errors
 
 LABELS = {
     "model": "RelaxNet",
@@ -25,6 +28,7 @@ LABELS = {
 UNITS = {
     "energy_mae": "eV/structure",
     "energy_mae_per_atom": "meV/atom",
+    "relaxation_energy_mae_per_atom": "meV/atom",
     "forces_mae": "meV/Å",
     "positions_mae": "Å",
     "rmsd": "Å",
@@ -44,6 +48,7 @@ _ROWS = (
         for name, field, predictors in (
             ("energy MAE (eV/structure)", "energy_mae", _EVERY),
             ("energy MAE (meV/atom)", "energy_mae_per_atom", _EVERY),
+            ("E(t) - E(0) MAE (meV/atom)", "relaxation_energy_mae_per_atom", _MOVING),
             ("energy/atom, Pearson r", "pearson", _EVERY),
             ("force MAE (meV/Å)", "forces_mae", _EVERY),
             ("coordinate MAE (Å)", "positions_mae", _MOVING),
@@ -146,6 +151,40 @@ def write_metrics(
     text = json.dumps(document, indent=2, allow_nan=False, ensure_ascii=False, default=str) + "\n"
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+# Of a final frame, as `structure_errors` has them.
+_OF_STRUCTURES = (
+    "energy_mae_per_atom",
+    "relaxation_energy_mae_per_atom",
+    "forces_mae",
+    "positions_mae",
+    "rmsd",
+    *_OF_CELLS,
+)
+
+
+def write_structures(path: str | os.PathLike[str], comparisons: Sequence[Comparison]) -> None:
+    """A CSV with the errors of every structure's final frame, those of doing nothing beside them.
+
+    Names and units are those of ``metrics.json``. Empty: undefined, or no finite prediction.
+    """
+    head = ["structure", "formula", "atoms", "finite", "usable"]
+    head += [f"{who}{name}" for name in _OF_STRUCTURES for who in ("", "nothing_")]
+    with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(head)
+        for c in comparisons:
+            formula = Formula.from_list([chemical_symbols[z] for z in c.atomic_numbers])
+            row: list[Any] = [c.id, format(formula, "hill"), len(c.atomic_numbers)]
+            row += [c.finite, c.usable]
+            own = structure_errors(c) if c.finite else {}
+            still = structure_errors(c, "nothing")
+            for name in _OF_STRUCTURES:
+                for errors in (own, still):
+                    value = float(errors[name][-1]) if name in errors else math.nan
+                    row.append(f"{value:.6g}" if math.isfinite(value) else "")
+            writer.writerow(row)
 
 
 def _lookup(metrics: Metrics, path: str) -> float | None:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import fcntl
 import shlex
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from relaxnet_jax.console import note, result_console, say
+from relaxnet_jax.data.files import held
 from relaxnet_jax.errors import InputError
 from relaxnet_jax.runtime import check_devices, enable_compilation_cache
 
@@ -80,7 +78,7 @@ def reproduce(args: argparse.Namespace) -> int:
             f"--budget: {len(plan.left)} runs are to be trained; give the minutes for them together"
         )
     command = shlex.join(["relaxnet-jax", *args.argv])
-    with _alone(out):
+    with held(out, "reproduce", "--out"):
         keep_plan(plan, out, identity)
         try:
             if args.jobs > 1:  # what fails here is tried once more, alone, by its section
@@ -142,23 +140,3 @@ def _sources(items: list[str]) -> dict[str, str]:
         # A role that cannot be had may be left out: not so a typo.
         found[role] = str(find_config(file))
     return found
-
-
-@contextlib.contextmanager
-def _alone(out: Path) -> Iterator[None]:
-    """Holds the report's folder; InputError where another process does."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock = (out / ".lock").open("w")
-    except OSError as error:
-        raise InputError(
-            f"{out}: cannot be written ({error.strerror}): choose another --out"
-        ) from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise InputError(
-                f"{out}: another reproduce command is at work there; wait for it, or give another --out"
-            ) from None
-        yield

@@ -42,11 +42,23 @@ class Clock:
 
     def tick(self) -> None:
         """Reads the clock; all processes together."""
-        seconds, hosts = time.perf_counter() - self._start, self._devices.hosts
-        if hosts.count == 1:
-            self.seconds, self.stop = seconds, self._told
-            return
+        self.read(self.ask())
+
+    def ask(self) -> Any:
+        """What `read` takes, so that processes need not wait for one another in between."""
+        if self._devices.hosts.count == 1:
+            return None
         # Integers, since sums of them are exact; 32 bits of milliseconds are 24 days.
-        mine = np.array([1000 * seconds if hosts.first else 0, self._told], np.int32)
-        total = self._devices.total(mine)
+        mine = [1000 * self._now() if self._devices.hosts.first else 0, self._told]
+        return self._devices.add(np.array(mine, np.int32))
+
+    def read(self, asked: Any) -> None:
+        """Sets what all processes said when they asked; of one process, what it says now."""
+        if self._devices.hosts.count == 1:
+            self.seconds, self.stop = self._now(), self._told
+            return
+        total = self._devices.first(asked)
         self.seconds, self.stop = float(total[0]) / 1000, bool(total[1])
+
+    def _now(self) -> float:
+        return time.perf_counter() - self._start

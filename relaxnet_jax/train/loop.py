@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import dataclasses
 import functools
 import importlib.util
@@ -19,7 +21,7 @@ import numpy as np
 from relaxnet_jax.config import Config, load_config, to_json
 from relaxnet_jax.data.buckets import pack_epoch
 from relaxnet_jax.data.dataset import Dataset, load_dataset
-from relaxnet_jax.data.files import no_space, write_text
+from relaxnet_jax.data.files import held, no_space, write_text
 from relaxnet_jax.data.pipeline import epoch_iterator
 from relaxnet_jax.data.split_file import RECORD
 from relaxnet_jax.errors import InputError
@@ -103,13 +105,27 @@ def train(
 
     Raises:
       InputError: unusable data or configuration; a workdir that holds a run although
-        ``resume`` is off, or a run of another configuration or other data although it is on;
-        processes with different configurations or data.
+        ``resume`` is off, or a run of another configuration or other data although it is on, or in
+        which another process trains; processes with different configurations or data.
     """
     config = config if isinstance(config, Config) else load_config(config)
     hosts = Hosts()
     report = (report or ConsoleReport()) if hosts.first else ConsoleReport.silent()
     workdir = Path(workdir)
+    with held(workdir, "train", "--workdir") if hosts.first else contextlib.nullcontext():
+        return _train(config, workdir, resume, report, devices, shares, hosts)
+
+
+def _train(
+    config: Config,
+    workdir: Path,
+    resume: bool,
+    report: ConsoleReport,
+    devices: int | None,
+    shares: int,
+    hosts: Hosts,
+) -> Result:
+    """`train` in a folder that is this process's."""
     if hosts.first:
         check_workdir(config, workdir, resume)
     check_same_config(config, hosts)
@@ -460,31 +476,43 @@ class _Run:
         before = tally.seconds + self.devices.compile_seconds
         begin = asked = time.perf_counter()
         saved = clock.seconds
-        try:
-            for indices, batch in iterator:
-                tally.waited += time.perf_counter() - asked
-                done = epoch + tally.batches / count
-                now = rate * self.cooling.take(cooling_factor(t, clock.seconds, limit, done))
-                state, metrics = step(state, batch, np.float32(now), key)
-                metrics = {
-                    k: float(v) for k, v in jax.device_get(self.devices.first(metrics)).items()
-                }
+        begun: collections.deque[tuple[list[int], Any, Any]] = collections.deque()
+
+        def settle(ahead: int) -> None:
+            """Takes in the steps that were begun, but the last ``ahead`` of them."""
+            while len(begun) > ahead:
+                indices, metrics, tick = begun.popleft()
+                values = jax.device_get(self.devices.first(metrics))
+                metrics = {k: float(v) for k, v in values.items()}
                 if not tally.add(metrics, len(indices), self.devices.n, self.shares):
                     names = ", ".join(self.data.samples.id(i) for i in indices)
                     report(f"step skipped: loss or gradient not finite; structures: {names}")
-                clock.tick()
-                asked = time.perf_counter()
-                tally.seconds = before + asked - begin - self.devices.compile_seconds
+                clock.read(tick)
+                spent = time.perf_counter() - begin
+                tally.seconds = before + spent - self.devices.compile_seconds
                 speed = tally.structures / max(tally.seconds, 1e-9)
                 report.batch(tally.batches, metrics["loss"], speed)
-                if clock.stop:
-                    keep(state, tally)
+
+        try:
+            for indices, batch in iterator:
+                tally.waited += time.perf_counter() - asked
+                done = epoch + (tally.batches + len(begun)) / count
+                now = rate * self.cooling.take(cooling_factor(t, clock.seconds, limit, done))
+                state, metrics = step(state, batch, np.float32(now), key)
+                begun.append((indices, metrics, clock.ask()))
+                settle(self.devices.ahead)
+                asked = time.perf_counter()
+                due = clock.seconds - saved >= 60 * t.checkpoint_minutes
+                if clock.stop or clock.seconds >= limit or due:
+                    settle(0)  # the state is of all that were begun
+                if clock.stop or clock.seconds >= limit:
                     break
-                if clock.seconds >= limit:
-                    break
-                if clock.seconds - saved >= 60 * t.checkpoint_minutes and tally.batches < count:
+                if due and tally.batches < count:
                     keep(state, tally)
                     saved = clock.seconds
+            settle(0)
+            if clock.stop:
+                keep(state, tally)
         finally:
             report.end_epoch()
         return state, {

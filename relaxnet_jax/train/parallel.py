@@ -30,6 +30,8 @@ class Devices:
       mine: slice of the n devices that are this process's. hosts: the processes.
       axis: axis name the step must add over, None on one device.
       compilations: how many step functions were compiled, by kind.
+      ahead: how many steps may be begun before the last one's metrics are there. An accelerator would
+        wait for the host between two steps; a CPU is the host.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class Devices:
         # Devices of a CPU are its cores: a program that also spreads its operations over threads would
         # have them wait for each other.
         cores = self.local > 1 and self._devices[0].platform == "cpu"
+        self.ahead = 0 if self._devices[0].platform == "cpu" else 1
         self._options = {"xla_cpu_multi_thread_eigen": False} if cores else None
         self.compilations: dict[str, int] = {}
         self.compile_seconds = 0.0
@@ -129,15 +132,17 @@ class Devices:
 
     def total(self, tree: Any) -> Any:
         """Sums over the processes of arrays every one of them gives (NumPy)."""
-        if self.hosts.count == 1:
-            return tree
+        return tree if self.hosts.count == 1 else self.first(self.add(tree))
+
+    def add(self, tree: Any) -> Any:
+        """`total` on the devices: begun, and not waited for."""
 
         def on_first(x):
             rows = np.zeros((self.local, *np.shape(x)), np.asarray(x).dtype)
             rows[0] = x
             return rows
 
-        return jax.tree.map(lambda x: np.asarray(x)[0], self._total(jax.tree.map(on_first, tree)))
+        return self._total(jax.tree.map(on_first, tree))
 
     def _put(self, tree: Any) -> Any:
         """Arrays of this process's devices as parts of arrays over all devices."""
