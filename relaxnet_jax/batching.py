@@ -174,6 +174,7 @@ def collate(structures: Sequence[Structure], shape: BatchShape, dtype=np.float32
     return jraph.GraphsTuple(
         nodes=nodes,
         edges={name: edges[name] for name in ("offsets", "mask", "reverse")}
+        | _pairs(edges["reverse"])
         | {"bonds": bonds.arrays},
         senders=edges["senders"],
         receivers=edges["receivers"],
@@ -204,6 +205,18 @@ class _PaddedEdges:
         self.arrays["offsets"][rows] = offsets
         self.arrays["mask"][rows] = True
         self.used = rows.stop
+
+
+def _pairs(reverse: np.ndarray) -> dict[str, np.ndarray]:
+    """The map of edges to pairs (`ops.PairMap`), by their reverses: P = E/2, and at least one."""
+    size = len(reverse)
+    count = max(size // 2, 1)
+    first = np.flatnonzero(np.arange(size) < reverse)
+    both = np.stack([first, reverse[first]], axis=1)
+    index, edges = np.full(size, count, np.int32), np.full((count, 2), size, np.int32)
+    index[both] = np.arange(len(both))[:, None]
+    edges[: len(both)] = both
+    return {"pair_index": index, "pair_edges": edges}
 
 
 def _bond_slots(receivers: np.ndarray, n_atoms: int, n_slots: int) -> dict[str, np.ndarray]:

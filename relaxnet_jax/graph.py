@@ -7,8 +7,9 @@ A batch is one `jraph.GraphsTuple` of G structures, the last of which is padding
            bond_slots (N, K) index of each atom's bonds, bond_slot_mask (N, K): the bonds
            again, in equal numbers for every atom; K = 0 where triplets are not listed.
   edges:   offsets (E, 3) Å, lattice shift of the sender, mask (E,) bool, reverse (E,) index of the
-           reversed edge; and ``bonds``, the nodes of the bond graph: those edges that are within
-           the triplet range, with receivers, senders, offsets, mask and reverse of their own.
+           reversed edge; pair_index (E,) and pair_edges (P, 2), see `ops.PairMap`; and
+           ``bonds``, the nodes of the bond graph: those edges that are within the triplet
+           range, with receivers, senders, offsets, mask and reverse of their own.
   globals: cell (G, 3, 3) Å, mask (G,) bool, strain (G, 3, 3) projector on the directions in
            which the cell may be strained: the identity, a plane, or zero for a fixed cell.
 
@@ -30,7 +31,7 @@ from relaxnet_jax.config import Config
 from relaxnet_jax.constraints import held_atoms
 from relaxnet_jax.errors import InputError
 from relaxnet_jax.neighbors import Frames, Neighbors, build_neighbors
-from relaxnet_jax.ops import EdgeList, gather_senders, spread
+from relaxnet_jax.ops import EdgeList, PairMap, first_way, gather_senders, spread
 from relaxnet_jax.typing import AnyArray, Graph, Positions
 
 if TYPE_CHECKING:
@@ -184,6 +185,11 @@ def pair_list(graph: Graph) -> EdgeList:
     return EdgeList(graph.receivers, graph.senders, graph.edges["reverse"])
 
 
+def pair_map(graph: Graph) -> PairMap:
+    """Which two edges are a pair."""
+    return PairMap(graph.edges["pair_index"], graph.edges["pair_edges"])
+
+
 def bond_list(graph: Graph) -> EdgeList:
     """The nodes of the bond graph, as edges between atoms."""
     bonds = graph.edges["bonds"]
@@ -202,6 +208,13 @@ def pair_vectors(graph: Graph, positions: Positions) -> Array:
     """The vectors of all edges: (E, 3) Å."""
     edges = graph.edges
     return edge_vectors(pair_list(graph), edges["offsets"], edges["mask"], positions)
+
+
+def once_per_pair(graph: Graph, vectors: Array) -> Array:
+    """Of the vectors (E, 3) Å of all edges those of each pair's first one: (P, 3); FAR in padding."""
+    pairs = pair_map(graph)
+    real = pairs.edges[:, :1] < vectors.shape[0]
+    return jnp.where(real, first_way(vectors, pairs), jnp.array([FAR, 0.0, 0.0], vectors.dtype))
 
 
 def bond_vectors(graph: Graph, positions: Positions) -> Array:

@@ -5,11 +5,13 @@ the gather from senders would be an unsorted scatter; with the index of each edg
 is a gather and a sorted segment sum too: the gradient of a pair convolution's forces took 2.1 ms
 so, 2.5 ms by plain indexing, and 2.9 ms with every atom's neighbours padded to equal
 numbers and summed as a dense axis (5,632 edges, 2 cores, jax 0.10.1).
+
+Functions of the distance are computed once for the two edges of a pair (`PairMap`).
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -92,3 +94,62 @@ def _scatter_bwd(edges, cotangent):
 
 gather_senders.defvjp(_gather_fwd, _gather_bwd)
 _scatter_senders.defvjp(_scatter_fwd, _scatter_bwd)
+
+
+class PairMap(NamedTuple):
+    """An edge and its reverse are one pair: what depends on the distance alone is the same for both.
+
+    Attributes:
+      index: (E,) pair of each edge; of a padding edge P, which is none.
+      edges: (P, 2) the two edges of each pair, the lower one first; of a padding pair E, which is none.
+    """
+
+    index: AnyArray
+    edges: AnyArray
+
+
+def _rows(values: Array, index: AnyArray) -> Array:
+    """values[index], zeros where there is no such row."""
+    return values.at[index].get(mode="fill", fill_value=0)
+
+
+@jax.custom_vjp
+def both_ways(pair_values: Array, pairs: PairMap) -> Array:
+    """Each pair's value on its two edges, zeros on padding edges: (P, ...) -> (E, ...).
+
+    Reverse-mode differentiable to any order, as the three maps after it: all are gathers.
+    """
+    return _rows(pair_values, pairs.index)
+
+
+@jax.custom_vjp
+def _sum_ways(edge_values: Array, pairs: PairMap) -> Array:
+    """Transpose of `both_ways`: the sum over each pair's two edges, (E, ...) -> (P, ...)."""
+    return _rows(edge_values, pairs.edges[:, 0]) + _rows(edge_values, pairs.edges[:, 1])
+
+
+@jax.custom_vjp
+def first_way(edge_values: Array, pairs: PairMap) -> Array:
+    """The value of each pair's first edge, zeros of padding pairs: (E, ...) -> (P, ...)."""
+    return _rows(edge_values, pairs.edges[:, 0])
+
+
+@jax.custom_vjp
+def _on_first_way(pair_values: Array, pairs: PairMap) -> Array:
+    """Transpose of `first_way`: each pair's value on its first edge, else zero, (P, ...) -> (E, ...)."""
+    edge = jnp.arange(pairs.index.shape[0])
+    first = pairs.edges[:, 0].at[pairs.index].get(mode="fill", fill_value=-1) == edge
+    return _rows(pair_values, jnp.where(first, pairs.index, pair_values.shape[0]))
+
+
+def _transposes(one: Any, other: Any) -> None:
+    """Says that two linear maps are each other's transposes."""
+    for own, transpose in ((one, other), (other, one)):
+        own.defvjp(
+            lambda values, pairs, own=own: (own(values, pairs), pairs),
+            lambda pairs, cotangent, transpose=transpose: (transpose(cotangent, pairs), None),
+        )
+
+
+_transposes(both_ways, _sum_ways)
+_transposes(first_way, _on_first_way)

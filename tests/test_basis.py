@@ -7,7 +7,7 @@ import pytest
 from scipy.integrate import fixed_quad
 from scipy.special import eval_legendre, spherical_jn
 
-from relaxnet_jax.basis.angular import edge_expansion, real_spherical_harmonics, zonal_harmonics
+from relaxnet_jax.basis.angular import EdgeExpansion, real_spherical_harmonics, zonal_harmonics
 from relaxnet_jax.basis.radial import (
     bessel_basis,
     bessel_roots,
@@ -177,7 +177,9 @@ def test_edge_expansion():
     vectors = (radii[:, None, None] * points).reshape(-1, 3)
     measure = (wr * radii**2)[:, None] * weights
     r = np.linalg.norm(vectors, axis=-1)
-    expansion = edge_expansion(jnp.asarray(vectors), jnp.asarray(r), c, n, l_max).product()
+    radial = spherical_bessel_basis(jnp.asarray(r), c, n, l_max)
+    harmonics = real_spherical_harmonics(jnp.asarray(vectors), l_max)
+    expansion = EdgeExpansion(radial, harmonics).product()
     assert str(expansion.irreps) == "1x0e+1x1o+1x2e"
     f = np.asarray(expansion.array)
     overlap = np.einsum("p,pna,pmb->namb", measure.reshape(-1), f, f)

@@ -10,9 +10,19 @@ from tiny import perfect, systems, tiny_config
 
 from relaxnet_jax.batching import collate, fitting_shape
 from relaxnet_jax.errors import InputError
-from relaxnet_jax.graph import FAR, bond_vectors, build_structure, pair_list, pair_vectors
+from relaxnet_jax.graph import (
+    FAR,
+    bond_vectors,
+    build_structure,
+    once_per_pair,
+    pair_list,
+    pair_map,
+    pair_vectors,
+)
 from relaxnet_jax.neighbors import build_neighbors
 from relaxnet_jax.ops import (
+    both_ways,
+    first_way,
     gather_senders,
     safe_divide,
     safe_norm,
@@ -210,6 +220,50 @@ def test_gather_senders(graph):
     for a, b in zip(ours, plain):
         assert np.abs(b).max() > 0.1
         np.testing.assert_allclose(a, b, atol=1e-10)
+
+
+def test_pairs(graph):
+    """Every real edge is in one pair, with its reverse; their maps and all derivatives are those of
+    plain indexing, and what stands in padding reaches nothing."""
+    pairs, x = pair_map(graph), graph.nodes["positions"]
+    used, n = np.asarray(graph.edges["mask"]), len(graph.senders)
+    both = np.asarray(pairs.edges)
+    real = both[:, 0] < n
+    assert real.any() and not real.all() and (both[~real] == n).all()
+    assert sorted(both[real].ravel()) == np.flatnonzero(used).tolist()
+    assert (both[real, 1] == np.asarray(graph.edges["reverse"])[both[real, 0]]).all()
+    vectors = pair_vectors(graph, x)
+    once = once_per_pair(graph, vectors)
+    np.testing.assert_array_equal(once[real], vectors[both[real, 0]])
+    assert (np.linalg.norm(once[~real], axis=1) == FAR).all()
+
+    rng = np.random.default_rng(0)
+    index = np.where(used, np.asarray(pairs.index), 0)
+    first = np.where(real, both[:, 0], 0)
+    for map_, plain_index, kept, rows in (
+        (both_ways, index, used, len(both)), (first_way, first, real, n)
+    ):  # fmt: skip
+        y, v = (jnp.asarray(rng.normal(size=(rows, 2))) for _ in range(2))
+        w = jnp.asarray(rng.normal(size=(len(kept), 2)))
+
+        def results(gather, y=y, v=v, w=w):
+            def f(y):
+                z = gather(y)
+                return jnp.sum(w * z**3) + jnp.sum(jnp.sin(z[:, 0]) * z[:, 1] ** 2)
+
+            def second(y):
+                return jnp.vdot(jax.grad(f)(y), v)
+
+            def third(y):
+                return jnp.vdot(jax.grad(second)(y), v)
+
+            return jax.jit(lambda y: (gather(y), *(jax.grad(g)(y) for g in (f, second, third))))(y)
+
+        ours = results(lambda y, map_=map_: map_(y, pairs))
+        plain = results(lambda y, i=plain_index, k=kept: jnp.where(k[:, None], y[i], 0.0))
+        for a, b in zip(ours, plain):
+            assert np.abs(b).max() > 0.1
+            np.testing.assert_allclose(a, b, atol=1e-10)
 
 
 def test_edge_sums():

@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING, NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
-from relaxnet_jax.basis.radial import spherical_bessel_basis
-
 if TYPE_CHECKING:
     import e3nn_jax as e3nn
 
@@ -54,6 +52,8 @@ def real_spherical_harmonics(vectors: Array, l_max: int) -> e3nn.IrrepsArray:
 class EdgeExpansion(NamedTuple):
     """f_nlm = radial_nl(r) Y_lm(direction), equation (6b), kept as its two factors.
 
+    With radial_nl = j_l(z_ln r/c), see `basis.radial.spherical_bessel_basis`.
+
     A map that treats all n of a degree alike, as every equivariant linear map does, acts on the
     radial factor alone: with 6 roots and degrees to 3, on 24 numbers per edge instead of 96.
 
@@ -72,13 +72,3 @@ class EdgeExpansion(NamedTuple):
         repeats = jnp.array([2 * l + 1 for l in range(degrees)])
         radial = jnp.repeat(self.radial, repeats, axis=-1, total_repeat_length=degrees**2)
         return e3nn.IrrepsArray(self.harmonics.irreps, radial * self.harmonics.array[:, None, :])
-
-
-def edge_expansion(vectors: Array, r: Array, cutoff: float, n: int, l_max: int) -> EdgeExpansion:
-    """f_nlm = j_l(z_ln r/c) Y_lm(direction), equation (6b), without the envelope.
-
-    Args:
-      vectors: (E, 3) Å. r: (E,) Å, their lengths. cutoff: c in Å.
-    """
-    radial = spherical_bessel_basis(r, cutoff, n, l_max)
-    return EdgeExpansion(radial, real_spherical_harmonics(vectors, l_max))

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 from jax import Array
 
 from relaxnet_jax.config import GraphConfig, ModelConfig
-from relaxnet_jax.graph import pair_list, pair_vectors
+from relaxnet_jax.graph import pair_list, pair_map, pair_vectors
 from relaxnet_jax.models.encoder import Encoding, embed_atoms, expand_edges
 from relaxnet_jax.models.layers import MLP, PAIR_NORM, Geometry, VectorFeatures, geometry
-from relaxnet_jax.ops import gather_senders, spread, sum_edges
+from relaxnet_jax.ops import both_ways, gather_senders, spread, sum_edges
 from relaxnet_jax.typing import Graph, Positions
 
 
@@ -37,7 +37,7 @@ class EGNNLayer(nn.Module):
         # Padding edges are FAR long: nothing of them may enter a product.
         vectors = jnp.where(graph.edges["mask"][:, None], pair_vectors(graph, positions), 0.0)
         squares = jnp.sum(vectors**2, -1, keepdims=True) / self.graph_config.cutoff**2
-        known = jnp.concatenate([squares, geo.radial], -1)
+        known = jnp.concatenate([squares, both_ways(geo.radial, pair_map(graph))], -1)
 
         # The first layer of phi_e acts on the parts of its input before they are gathered.
         hidden = nn.Dense(width, name="edges")(known)
@@ -71,7 +71,7 @@ class EGNNEncoder(nn.Module):
     def __call__(self, graph: Graph, positions: Positions) -> Encoding:
         g, m = self.graph_config, self.config
         geo = geometry(graph, positions, g, m)
-        expansion = expand_edges(geo, g, m)
+        expansion = expand_edges(geo, graph, g, m)
         h = embed_atoms(expansion, graph, m)
         layers = nn.scan(
             EGNNLayer,

@@ -8,9 +8,10 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
-from relaxnet_jax.basis.angular import EdgeExpansion, edge_expansion
+from relaxnet_jax.basis.angular import EdgeExpansion, real_spherical_harmonics
+from relaxnet_jax.basis.radial import spherical_bessel_basis
 from relaxnet_jax.config import GraphConfig, ModelConfig
-from relaxnet_jax.graph import MAX_ATOMIC_NUMBER, pair_list
+from relaxnet_jax.graph import MAX_ATOMIC_NUMBER, pair_list, pair_map
 from relaxnet_jax.models.layers import (
     MLP,
     PAIR_NORM,
@@ -21,7 +22,7 @@ from relaxnet_jax.models.layers import (
 )
 from relaxnet_jax.models.moments import MomentMPNN
 from relaxnet_jax.models.triplets import TripletMPNN
-from relaxnet_jax.ops import gather_senders, sum_edges
+from relaxnet_jax.ops import both_ways, gather_senders, sum_edges
 from relaxnet_jax.typing import Graph, Latent, Positions
 
 
@@ -98,11 +99,12 @@ def three_body(m: ModelConfig) -> nn.Module:
     return MomentMPNN(moments=m.moment_channels, **shared)
 
 
-def expand_edges(geo: Geometry, g: GraphConfig, m: ModelConfig) -> EdgeExpansion:
+def expand_edges(geo: Geometry, graph: Graph, g: GraphConfig, m: ModelConfig) -> EdgeExpansion:
     """The edge expansion, dimensionless and times the envelope."""
-    expansion = edge_expansion(geo.vectors, geo.lengths, g.cutoff, m.n_bessel, m.l_max)
-    unit = g.cutoff**1.5 * geo.envelope[:, None, None]
-    return expansion._replace(radial=expansion.radial * unit)
+    radial = spherical_bessel_basis(geo.pair_lengths, g.cutoff, m.n_bessel, m.l_max)
+    radial = radial * (g.cutoff**1.5 * geo.pair_envelope[:, None, None])
+    harmonics = real_spherical_harmonics(geo.vectors, m.l_max)
+    return EdgeExpansion(both_ways(radial, pair_map(graph)), harmonics)
 
 
 def embed_atoms(expansion: EdgeExpansion, graph: Graph, m: ModelConfig) -> Latent:
@@ -127,7 +129,7 @@ class Encoder(nn.Module):
         n_atoms = positions.shape[0]
         geo = geometry(graph, positions, g, m)
 
-        expansion = expand_edges(geo, g, m)
+        expansion = expand_edges(geo, graph, g, m)
         h = embed_atoms(expansion, graph, m)
 
         zeros = jnp.zeros((n_atoms, m.vector_features, 3), h.dtype)

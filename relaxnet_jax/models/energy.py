@@ -10,12 +10,12 @@ import jraph
 from jax import Array
 
 from relaxnet_jax.config import DynamicsConfig, GraphConfig, ModelConfig
-from relaxnet_jax.graph import pair_list
+from relaxnet_jax.graph import pair_list, pair_map, pair_vectors
 from relaxnet_jax.models.egnn import EGNNEncoder
 from relaxnet_jax.models.encoder import Encoder, Encoding
 from relaxnet_jax.models.layers import MLP, PAIR_NORM, AttentionBlock, pair_geometry
 from relaxnet_jax.models.precision import matmul_precision
-from relaxnet_jax.ops import gather_senders, spread, sum_edges
+from relaxnet_jax.ops import both_ways, gather_senders, spread, sum_edges
 from relaxnet_jax.typing import Energies, Graph, Latent, Params, Positions, Velocities
 
 # Å; velocities are learned in this unit, so that training starts near doing nothing.
@@ -71,9 +71,10 @@ class RelaxNetwork(nn.Module):
 
     def pair_pass(self, h: Latent, graph: Graph, positions: Positions) -> Array:
         """p_i = sum_j W(r_ij) * (V h_j): (N, P), the explicit scheme's cheap look at x."""
-        _, _, radial, _ = pair_geometry(graph, positions, self.graph_config, self.config)
-        edges = pair_list(graph)
-        messages = self.pair_filter(radial) * gather_senders(self.pair_send(h), edges)
+        vectors, edges = pair_vectors(graph, positions), pair_list(graph)
+        radial = pair_geometry(graph, vectors, self.graph_config, self.config).radial
+        filters = both_ways(self.pair_filter(radial), pair_map(graph))
+        messages = filters * gather_senders(self.pair_send(h), edges)
         return sum_edges(messages, edges.receivers, h.shape[0]) / PAIR_NORM
 
     def explicit_energy(
@@ -186,6 +187,7 @@ class _VelocityHead(nn.Module):
         sent = nn.Dense(m.features, use_bias=False, name="senders")(h)
         own = nn.Dense(m.features, name="receiver")(h)
         radial = nn.Dense(m.features, use_bias=False, name="radial")(geo.radial)
+        radial = both_ways(radial, pair_map(graph))
         hidden = nn.silu(gather_senders(sent, edges) + spread(own, edges.receivers) + radial)
         gates = nn.Dense(m.n_bessel, name="small_gates")(hidden)
         radial, harmonics = encoding.expansion  # envelope included
@@ -217,7 +219,8 @@ class _StrainHead(nn.Module):
         own = nn.Dense(width, name="receiver")(h)
         hidden = gather_senders(nn.Dense(width, use_bias=False, name="senders")(h), edges)
         hidden = hidden + spread(own, edges.receivers)
-        hidden = nn.silu(hidden + nn.Dense(width, use_bias=False, name="radial")(geo.radial))
+        radial = nn.Dense(width, use_bias=False, name="radial")(geo.radial)
+        hidden = nn.silu(hidden + both_ways(radial, pair_map(graph)))
         gates = nn.Dense(2 * m.n_bessel, name="small_gates")(hidden)
         radial = encoding.expansion.radial  # envelope included
         even = jnp.sum(gates[:, : m.n_bessel] * radial[:, :, 0], 1)

@@ -20,8 +20,8 @@ from jax import Array
 
 from relaxnet_jax.basis.radial import envelope, radial_features
 from relaxnet_jax.config import GraphConfig, ModelConfig
-from relaxnet_jax.graph import bond_vectors, pair_list, pair_vectors
-from relaxnet_jax.ops import gather_senders, safe_norm, sum_edges
+from relaxnet_jax.graph import bond_vectors, once_per_pair, pair_list, pair_map, pair_vectors
+from relaxnet_jax.ops import both_ways, gather_senders, safe_norm, sum_edges
 from relaxnet_jax.typing import Graph, Positions
 
 # Sums over neighbours are divided by this, a typical count in crystals weighted by the envelope,
@@ -51,9 +51,9 @@ class Geometry:
     """What the layers know of the positions.
 
     Attributes:
-      vectors: (E, 3) Å. lengths: (E,) Å.
-      radial: (E, R) both radial bases times the envelope.
-      envelope: (E,) at the cutoff.
+      vectors: (E, 3) Å. lengths: (E,) Å. envelope: (E,) at the cutoff.
+      pair_lengths: (P,) Å, of the pairs of edges. pair_envelope: (P,).
+      radial: (P, R) both radial bases times the envelope.
       directions: (B, 3) unit vectors of the bonds.
       bond_radial: (B, R) both radial bases at the triplet cutoff.
       bond_envelope: (B,) at the triplet cutoff; zero in padding.
@@ -61,8 +61,10 @@ class Geometry:
 
     vectors: Array
     lengths: Array
-    radial: Array
     envelope: Array
+    pair_lengths: Array
+    pair_envelope: Array
+    radial: Array
     directions: Array
     bond_radial: Array
     bond_envelope: Array
@@ -72,31 +74,46 @@ class Geometry:
         the encoder moves atoms, pairs that the list need not have must not act."""
         return dataclasses.replace(
             self,
-            radial=self.radial * real.envelope[:, None],
+            radial=self.radial * real.pair_envelope[:, None],
+            pair_envelope=self.pair_envelope * real.pair_envelope,
             envelope=self.envelope * real.envelope,
             bond_envelope=self.bond_envelope * real.bond_envelope,
         )
 
 
-def pair_geometry(graph: Graph, positions: Positions, g: GraphConfig, m: ModelConfig):
-    """vectors (E, 3), lengths (E,), radial·envelope (E, R), envelope (E,)."""
-    vectors = pair_vectors(graph, positions)
-    lengths = safe_norm(vectors)
+class PairGeometry(NamedTuple):
+    """What depends on the distance alone, once for the two edges of a pair.
+
+    Attributes:
+      lengths: (P,) Å. envelope: (P,) at the cutoff. radial: (P, R) both radial bases times it.
+    """
+
+    lengths: Array
+    envelope: Array
+    radial: Array
+
+
+def pair_geometry(graph: Graph, vectors: Array, g: GraphConfig, m: ModelConfig) -> PairGeometry:
+    """Of the vectors (E, 3) Å of the edges."""
+    lengths = safe_norm(once_per_pair(graph, vectors))
     cut = envelope(lengths, g.cutoff, m.envelope_power)
     radial = radial_features(lengths, g.cutoff, m.n_gaussian, m.n_bessel) * cut[:, None]
-    return vectors, lengths, radial, cut
+    return PairGeometry(lengths, cut, radial)
 
 
 def geometry(graph: Graph, positions: Positions, g: GraphConfig, m: ModelConfig) -> Geometry:
     """All pair and bond features of the positions."""
-    vectors, lengths, radial, cut = pair_geometry(graph, positions, g, m)
+    vectors = pair_vectors(graph, positions)
+    pair = pair_geometry(graph, vectors, g, m)
     bonds = bond_vectors(graph, positions)
     bond_lengths = safe_norm(bonds)
     return Geometry(
         vectors=vectors,
-        lengths=lengths,
-        radial=radial,
-        envelope=cut,
+        lengths=safe_norm(vectors),
+        envelope=both_ways(pair.envelope, pair_map(graph)),
+        pair_lengths=pair.lengths,
+        pair_envelope=pair.envelope,
+        radial=pair.radial,
         directions=bonds / bond_lengths[:, None],
         bond_radial=radial_features(bond_lengths, g.triplet_cutoff, m.n_gaussian, m.n_bessel),
         bond_envelope=envelope(bond_lengths, g.triplet_cutoff, m.envelope_power),
@@ -118,9 +135,8 @@ class PairConvolution(nn.Module):
     def __call__(self, h: Array, graph: Graph, geo: Geometry) -> tuple[Array, Array | None]:
         n_atoms, edges = h.shape[0], pair_list(graph)
         # The envelope is in geo.radial already; the extra factor makes the nonlinear filter vanish.
-        filters = (
-            MLP((self.hidden, self.features), name="filter")(geo.radial) * geo.envelope[:, None]
-        )
+        filters = MLP((self.hidden, self.features), name="filter")(geo.radial)
+        filters = both_ways(filters * geo.pair_envelope[:, None], pair_map(graph))
         normed = nn.LayerNorm(name="norm")(h)
         messages = filters * gather_senders(nn.Dense(self.features, name="send")(normed), edges)
         total = sum_edges(messages, edges.receivers, n_atoms) / PAIR_NORM
