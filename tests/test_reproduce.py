@@ -25,13 +25,13 @@ from relaxnet_jax.reproduce import budget, fig3a, fig3b, fig3c, figa1, figa3, fo
 from relaxnet_jax.reproduce.archive import from_record, read_records, to_record, write_records
 from relaxnet_jax.reproduce.convergence import convergence_seconds
 from relaxnet_jax.reproduce.lab import Lab, Predicted
-from relaxnet_jax.reproduce.methods import averaged
+from relaxnet_jax.reproduce.methods import averaged, scaled
 from relaxnet_jax.reproduce.plan import Entry, keep_plan, make_plan
 from relaxnet_jax.reproduce.reference import relaxed_by
 from relaxnet_jax.reproduce.registry import EXPERIMENTS
 from relaxnet_jax.reproduce.report import _first, _write_runs, provenance
 from relaxnet_jax.reproduce.runs import Run, _digest, folder_of, read_facts, state_of, write_facts
-from relaxnet_jax.reproduce.scores import difference, errors, numbers, relative, score
+from relaxnet_jax.reproduce.scores import bound, difference, errors, numbers, relative, score
 from relaxnet_jax.reproduce.section import Section, Table
 from relaxnet_jax.reproduce.setting import Setting
 from relaxnet_jax.reproduce.table1 import quickly
@@ -247,15 +247,38 @@ def test_verdicts():
     assert "not told apart" in lower(a, noisy, names).reason
     assert lower(b, a, names, factor=3.0).verdict == HOLDS
     assert "of both" not in lower(a, b, names).reason
-    fewer = score([{"x": 2.0, "y": 2.1, "z": 9.0}])
+    fewer = score(2 * [{"x": 2.0, "y": 2.1, "z": 9.0}])
     assert lower(a, fewer, names).reason.endswith("on the 2 structures of both")
     assert lower(a, numbers([]), names).verdict == OPEN
-    one = [lower(numbers([x]), numbers([2.0]), names) for x in (1.0, 3.0)]
+    one = [lower(*(score([{"": v}], exact=True) for v in (x, 2.0)), names) for x in (1.0, 3.0)]
     assert [o.verdict for o in one] == [HOLDS, FAILS] and "one measurement" in one[0].reason
     holds, fails, unknown = (decided(value, str(value)) for value in (True, False, None))
     assert all_of([holds, holds]).verdict == HOLDS
     assert all_of([holds, unknown]).verdict == OPEN
     assert all_of([holds, unknown, fails]).verdict == FAILS and all_of([]).verdict == OPEN
+
+
+def test_one_seed_decides_nothing():
+    """How much trainings differ is unknown, however many structures there are."""
+    once, twice = ([{"x": 1.0 + k, "y": 1.1 + k} for k in range(n)] for n in (1, 2))
+    far = [{"x": 90.0 + row["x"], "y": 90.1 + row["y"]} for row in twice]
+    names = "A", "B"
+    for a, b in ((once, far), (far, once), (once, far[:1])):
+        found = lower(score(a), score(b), names)
+        assert found.verdict == OPEN
+        assert found.reason.endswith("one seed: the spread between trainings is unknown")
+    for a, b in ((numbers([1.0]), numbers([2.0])), (numbers([1.0]), bound(2.0, numbers([1.0])))):
+        assert lower(a, b, names).verdict == OPEN
+    # With the other seed lost, one is left.
+    lost = score([twice[0], dict.fromkeys("xy", math.nan)])
+    assert "one seed" in lower(lost, score(far), names).reason
+    # No training is behind these.
+    still = score(far[:1], exact=True)
+    assert lower(score(twice), still, names).verdict == HOLDS
+    assert lower(score(twice), scaled(still, 10.0), names, factor=0.5).verdict == HOLDS
+    assert lower(score(once, exact=True), still, names).verdict == HOLDS
+    nothing = errors([relaxations(3, 0.1)], "positions_mae", predictor="nothing")
+    assert nothing.exact and not errors([relaxations(3, 0.1)], "positions_mae").exact
 
 
 def test_convergence_times():
@@ -487,9 +510,9 @@ def test_most_displacements_are_more_than_half_of_them():
 def test_frames_are_compared_on_structures_that_have_them():
     """The hard structure has no frame 1."""
     frames = [{"easy": 1.0, "hard": 9.0}, {"easy": 0.5}, {"easy": 0.4, "hard": 4.0}]
-    assert fig3b.falling([score([row]) for row in frames]).verdict == HOLDS
+    assert fig3b.falling([score(2 * [row]) for row in frames]).verdict == HOLDS
     frames[2]["easy"] = 0.6
-    assert fig3b.falling([score([row]) for row in frames]).verdict == FAILS
+    assert fig3b.falling([score(2 * [row]) for row in frames]).verdict == FAILS
 
 
 def test_frames_of_a_structure_are_no_more_evidence():

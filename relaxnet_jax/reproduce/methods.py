@@ -93,8 +93,23 @@ def doing_nothing(predicted: Sequence[Predicted]) -> Method:
 
 
 def foreign(made: Method) -> Method:
-    """Of a potential whose energies are of another functional: without them."""
-    return dataclasses.replace(made, energy=EMPTY, per_atom=EMPTY)
+    """Of a potential whose energies are of another functional: without them, and exact, as it was
+    not trained here: there is one of it."""
+    forces, positions, rmsd, seconds = (
+        dataclasses.replace(score, exact=True)
+        for score in (made.forces, made.positions, made.rmsd, made.seconds)
+    )
+    return Method(
+        EMPTY,
+        EMPTY,
+        forces,
+        positions,
+        rmsd,
+        seconds,
+        made.converged,
+        made.steps,
+        made.failed,
+    )
 
 
 def criteria(lab: Lab, explicit: Sequence[Run]) -> dict[str, list[float]]:
@@ -184,4 +199,4 @@ def methods_figure(
 
 def scaled(score: Score, factor: float) -> Score:
     """In another unit."""
-    return Score(score.ids, factor * score.values)
+    return dataclasses.replace(score, values=factor * score.values)

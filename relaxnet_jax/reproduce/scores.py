@@ -20,10 +20,14 @@ class Score:
 
     Attributes:
       ids: of the columns. values: (S, M).
+      exact: one row is enough, as other seeds would not change it: no training of ours is behind
+        the numbers (doing nothing, an outside potential, a bound), or each column is a training
+        of its own (folds).
     """
 
     ids: tuple[str, ...]
     values: np.ndarray
+    exact: bool = False
 
     @property
     def by_seed(self) -> np.ndarray:
@@ -65,16 +69,16 @@ def _mean(values: np.ndarray) -> float:
 EMPTY = Score((), np.zeros((0, 0)))
 
 
-def score(rows: Sequence[dict[str, float]]) -> Score:
+def score(rows: Sequence[dict[str, float]], exact: bool = False) -> Score:
     """Of {structure: number} by seed; structures in the order in which they come up."""
     ids = tuple(dict.fromkeys(name for row in rows for name in row))
     values = [[row.get(name, math.nan) for name in ids] for row in rows]
-    return Score(ids, np.array(values, float).reshape(len(rows), len(ids)))
+    return Score(ids, np.array(values, float).reshape(len(rows), len(ids)), exact)
 
 
 def bound(value: float, like: Score) -> Score:
     """A value that is exact, for every structure that another score has."""
-    return Score(like.ids, np.where(np.isfinite(like.values), value, math.nan))
+    return Score(like.ids, np.where(np.isfinite(like.values), value, math.nan), exact=True)
 
 
 def numbers(values: Sequence[float | None]) -> Score:
@@ -104,7 +108,7 @@ def errors(
             if found is not None:
                 row[c.id] = float(found[-1] if frames == "final" else found.mean())
         rows.append(row)
-    return score(rows)
+    return score(rows, exact=predictor != "model")
 
 
 def measured(
@@ -140,19 +144,22 @@ class Difference:
       value: b - a. error: its standard error: of the seeds' means, and of the structures' paired
         differences, in quadrature; None where there is neither a second seed nor structure.
       structures: compared.
+      one_seed: one of the two was trained once only, so that its spread is not in the error.
     """
 
     value: float
     error: float | None
     structures: int
+    one_seed: bool
 
 
 def difference(a: Score, b: Score) -> Difference | None:
     """b - a; None where there is nothing to compare."""
     if not np.isfinite(a.mean) or not np.isfinite(b.mean):
         return None
-    both = [name for name in a.ids if name in set(b.ids)]
-    pairs = [score.values[:, [score.ids.index(n) for n in both]] for score in (a, b)]
+    theirs = {name: k for k, name in enumerate(b.ids)}
+    own = [k for k, name in enumerate(a.ids) if name in theirs]
+    pairs = [a.values[:, own], b.values[:, [theirs[a.ids[k]] for k in own]]]
     columns = [np.array([_mean(column) for column in values.T]) for values in pairs]
     apart = columns[1] - columns[0]
     kept = np.isfinite(apart)
@@ -162,10 +169,15 @@ def difference(a: Score, b: Score) -> Difference | None:
     variances = []
     if len(apart) > 1:
         variances.append(apart.var(ddof=1) / len(apart))
-    for values in pairs:
+    one_seed = False
+    for s, values in zip((a, b), pairs):
+        if s.exact:
+            continue
         means = np.array([_mean(row) for row in values[:, kept]])
         means = means[np.isfinite(means)]
         if len(means) > 1:
             variances.append(means.var(ddof=1) / len(means))
+        else:
+            one_seed = True
     error = math.sqrt(math.fsum(variances)) if variances else None
-    return Difference(float(apart.mean()), error, len(apart))
+    return Difference(float(apart.mean()), error, len(apart), one_seed)

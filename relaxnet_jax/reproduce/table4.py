@@ -118,7 +118,7 @@ COLUMNS = (
 def by_fold(s: Score) -> Score:
     """Each fold's mean, to be compared in pairs: what makes a fold hard makes it so for all models."""
     means = s.by_seed
-    return Score(tuple(f"fold {k}" for k in range(len(means))), means[None])
+    return Score(tuple(f"fold {k}" for k in range(len(means))), means[None], exact=True)
 
 
 def _reached(found: Score, theirs: float) -> Outcome:

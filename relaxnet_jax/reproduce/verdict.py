@@ -18,8 +18,10 @@ SHOWN = 4  # cases of a claim whose numbers are told
 RULE = (
     f"A is lower than B if the difference of their means exceeds {SIGMAS:g} standard errors (of the "
     "seeds, and of the structures' paired differences, in quadrature); B than A likewise; "
-    "otherwise the data cannot tell, and the claim cannot be tested. With a single measurement of "
-    "each the sign decides. A claim about several cases holds if it holds in all, and does not if "
+    "otherwise the data cannot tell, and the claim cannot be tested. Nor can it where A or B was "
+    "trained with one seed: the spread between trainings is unknown. What no training is behind "
+    "(doing nothing, an outside potential, a bound) has no such spread; of two such numbers the sign "
+    "decides. A claim about several cases holds if it holds in all, and does not if "
     "it does not hold in one."
 )
 
@@ -51,7 +53,7 @@ def lower(
     a: Score, b: Score, names: tuple[str, str], unit: str = "", factor: float = 1.0
 ) -> Outcome:
     """Whether A is lower than ``factor`` times B; see `RULE`."""
-    scaled = Score(b.ids, factor * b.values)
+    scaled = dataclasses.replace(b, values=factor * b.values)
     found = difference(a, scaled)
     times = f"{factor:g} × " if factor != 1.0 else ""
     what = (
@@ -60,6 +62,8 @@ def lower(
     if found is None:
         absent = [n for n, s in zip(names, (a, b)) if not s.seeds]
         return Outcome(OPEN, f"no numbers of {' and '.join(absent) or 'both on one structure'}")
+    if found.one_seed:
+        return Outcome(OPEN, f"{what}; one seed: the spread between trainings is unknown")
     if found.error is None:
         verdict: Verdict = HOLDS if found.value > 0 else FAILS
         return Outcome(verdict, f"{what}; one measurement of each")
