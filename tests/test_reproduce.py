@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from scipy.stats import t as student
 from tiny import TINY
 
 from relaxnet_jax import cli
@@ -31,12 +32,29 @@ from relaxnet_jax.reproduce.reference import relaxed_by
 from relaxnet_jax.reproduce.registry import EXPERIMENTS
 from relaxnet_jax.reproduce.report import _first, _write_runs, provenance
 from relaxnet_jax.reproduce.runs import Run, _digest, folder_of, read_facts, state_of, write_facts
-from relaxnet_jax.reproduce.scores import bound, difference, errors, numbers, relative, score
+from relaxnet_jax.reproduce.scores import (
+    Difference,
+    bound,
+    difference,
+    errors,
+    numbers,
+    relative,
+    score,
+)
 from relaxnet_jax.reproduce.section import Section, Table
 from relaxnet_jax.reproduce.setting import Setting
 from relaxnet_jax.reproduce.table1 import quickly
 from relaxnet_jax.reproduce.table4 import by_fold
-from relaxnet_jax.reproduce.verdict import FAILS, HOLDS, OPEN, Claim, all_of, decided, lower
+from relaxnet_jax.reproduce.verdict import (
+    FAILS,
+    HOLDS,
+    OPEN,
+    Claim,
+    Outcome,
+    all_of,
+    decided,
+    lower,
+)
 from relaxnet_jax.reproduce.workers import core_shares, train_side_by_side
 from relaxnet_jax.runtime import usable_cores
 
@@ -235,6 +253,11 @@ def test_standard_error_of_a_difference():
     # Structures: differences 4 and 6, variance 2, over 2; seeds: means 1.5, 3.5 and 6.5, 8.5.
     assert difference(a, b).value == 5.0
     assert difference(a, b).error == pytest.approx(math.sqrt(2 / 2 + 2 / 2 + 2 / 2))
+    # Three variances of 1 with one degree of freedom each: 3² / 3 by Welch and Satterthwaite.
+    assert difference(a, b).degrees == pytest.approx(3.0)
+    assert difference(a, b).p == pytest.approx(2 * student.sf(5 / math.sqrt(3), 3))
+    assert difference(a, bound(2.5, a)).p == pytest.approx(1.0)
+    assert Difference(1.0, ((0.0, 2),), 1, False).p == 0.0 and Difference(1.0, (), 1, True).p is None
 
 
 def test_verdicts():
@@ -256,6 +279,27 @@ def test_verdicts():
     assert all_of([holds, holds]).verdict == HOLDS
     assert all_of([holds, unknown]).verdict == OPEN
     assert all_of([holds, unknown, fails]).verdict == FAILS and all_of([]).verdict == OPEN
+
+
+def test_few_seeds_and_many_cases_need_more():
+    """Of two seeds each, 2.5 standard errors are not significant; of many cases, p = 0.03 in one is
+    not either."""
+    a, b = numbers([0.0, 1.0]), numbers([1.77, 2.77])  # standard error √½, two degrees of freedom
+    found = lower(a, b, ("A", "B"))
+    assert difference(a, b).value / difference(a, b).error == pytest.approx(2.5, abs=0.01)
+    assert found.verdict == OPEN and found.p == pytest.approx(0.13, abs=0.01)
+    many = [lower(numbers([0.0, 1.0] * 3), numbers([1.77, 2.77] * 3), ("A", "B"))] * 2
+    assert [o.verdict for o in many] == [HOLDS] * 2 and all_of(many).verdict == HOLDS
+    chance, sure = Outcome(FAILS, "by chance", 0.03), Outcome(FAILS, "sure", 0.004)
+    assert all_of([chance]).verdict == FAILS
+    for others, verdict in (([chance], OPEN), ([chance, sure], FAILS), ([sure] + 9 * [chance], FAILS)):
+        found = all_of([*others, *many])
+        assert found.verdict == verdict, found.reason
+        assert found.p == pytest.approx(len(others + many) * min(o.p for o in others))
+    found = all_of([chance, *many])
+    assert "1 of 3 do not hold, which of 3 cases may be by chance (p = 0.09)" in found.reason
+    # Claims of claims: as if all cases were one list.
+    assert all_of([all_of([sure, *many]), all_of(3 * many)]).p == pytest.approx(2 * 3 * 0.004)
 
 
 def test_one_seed_decides_nothing():
@@ -548,9 +592,9 @@ def test_atoms_that_swing_back_are_not_smooth():
 
 
 def test_smoothness_is_told_from_its_spread():
-    forward = score([{"a": 1.0, "b": 0.99}, {"a": 0.99, "b": 1.0}])
+    forward = score([dict(zip("abcd", 2 * shares)) for shares in ((1.0, 0.99), (0.99, 1.0))])
     for lengths, verdict in (((1.1, 1.2), HOLDS), ((1.3, 1.8), OPEN), ((2.5, 2.6), FAILS)):
-        length = score(2 * [dict(zip("ab", lengths))])
+        length = score(2 * [dict(zip("abcd", 2 * lengths))])
         assert fig3c.smooth(length, forward).verdict == verdict
     assert fig3c.smooth(score([{"a": math.nan}]), forward).verdict == OPEN
 

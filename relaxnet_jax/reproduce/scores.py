@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 import numpy as np
+from scipy.stats import t as student
 
 from relaxnet_jax.metrics import Comparison, Predictor, structure_errors
 
@@ -141,16 +142,38 @@ class Difference:
     """Of the means of two scores, over the structures that both have.
 
     Attributes:
-      value: b - a. error: its standard error: of the seeds' means, and of the structures' paired
-        differences, in quadrature; None where there is neither a second seed nor structure.
+      value: b - a.
+      parts: what its error is made of, of the structures' paired differences and of the seeds'
+        means: the variance of a mean of n, and n - 1; empty where there is neither a second seed
+        nor structure.
       structures: compared.
       one_seed: one of the two was trained once only, so that its spread is not in the error.
     """
 
     value: float
-    error: float | None
+    parts: tuple[tuple[float, int], ...]
     structures: int
     one_seed: bool
+
+    @property
+    def error(self) -> float | None:
+        """Standard error: the parts in quadrature; None of none."""
+        return math.sqrt(math.fsum(v for v, _ in self.parts)) if self.parts else None
+
+    @property
+    def degrees(self) -> float:
+        """Of freedom of the error, by Welch and Satterthwaite; infinite where nothing varies."""
+        below = math.fsum(v * v / n for v, n in self.parts)
+        return math.fsum(v for v, _ in self.parts) ** 2 / below if below else math.inf
+
+    @property
+    def p(self) -> float | None:
+        """Two-sided, of a difference as large by chance (Student's t); None without an error."""
+        if self.error is None:
+            return None
+        if not self.error or not self.value:
+            return 0.0 if self.value else 1.0
+        return float(2 * student.sf(abs(self.value) / self.error, self.degrees))
 
 
 def difference(a: Score, b: Score) -> Difference | None:
@@ -166,9 +189,7 @@ def difference(a: Score, b: Score) -> Difference | None:
     apart = apart[kept]
     if not len(apart):
         return None
-    variances = []
-    if len(apart) > 1:
-        variances.append(apart.var(ddof=1) / len(apart))
+    parts = [_variance_of_mean(apart)] if len(apart) > 1 else []
     one_seed = False
     for s, values in zip((a, b), pairs):
         if s.exact:
@@ -176,8 +197,12 @@ def difference(a: Score, b: Score) -> Difference | None:
         means = np.array([_mean(row) for row in values[:, kept]])
         means = means[np.isfinite(means)]
         if len(means) > 1:
-            variances.append(means.var(ddof=1) / len(means))
+            parts.append(_variance_of_mean(means))
         else:
             one_seed = True
-    error = math.sqrt(math.fsum(variances)) if variances else None
-    return Difference(float(apart.mean()), error, len(apart), one_seed)
+    return Difference(float(apart.mean()), tuple(parts), len(apart), one_seed)
+
+
+def _variance_of_mean(values: np.ndarray) -> tuple[float, int]:
+    """And its degrees of freedom."""
+    return float(values.var(ddof=1) / len(values)), len(values) - 1

@@ -13,25 +13,31 @@ Verdict = Literal["holds", "does not hold", "cannot be tested"]
 HOLDS: Verdict = "holds"
 FAILS: Verdict = "does not hold"
 OPEN: Verdict = "cannot be tested"
-SIGMAS = 2.0
+SIGNIFICANT = 0.05  # two-sided p
 SHOWN = 4  # cases of a claim whose numbers are told
 RULE = (
-    f"A is lower than B if the difference of their means exceeds {SIGMAS:g} standard errors (of the "
-    "seeds, and of the structures' paired differences, in quadrature); B than A likewise; "
+    f"A is lower than B if the difference of their means has a two-sided p below {SIGNIFICANT:g} by "
+    "Student's t (its variance is the sum of those of the seeds' means and of the structures' paired "
+    "differences, its degrees of freedom are Welch's and Satterthwaite's); B than A likewise; "
     "otherwise the data cannot tell, and the claim cannot be tested. Nor can it where A or B was "
     "trained with one seed: the spread between trainings is unknown. What no training is behind "
     "(doing nothing, an outside potential, a bound) has no such spread; of two such numbers the sign "
     "decides. A claim about several cases holds if it holds in all, and does not if "
-    "it does not hold in one."
+    "it does not hold in one, even by the least p of these times the number of cases (Bonferroni)."
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """A verdict and the numbers it follows from, in words."""
+    """A verdict and the numbers it follows from, in words.
+
+    Attributes:
+      p: how likely so clear a verdict is by chance; 0 where no chance is considered.
+    """
 
     verdict: Verdict
     reason: str
+    p: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,30 +73,35 @@ def lower(
     if found.error is None:
         verdict: Verdict = HOLDS if found.value > 0 else FAILS
         return Outcome(verdict, f"{what}; one measurement of each")
-    what += f"; difference {number(found.value)} ± {number(found.error)}"
+    p = found.p or 0.0
+    what += f"; difference {number(found.value)} ± {number(found.error)} (p = {number(p, 1)})"
     if found.structures < max(a.structures, b.structures):
         what += f" on the {found.structures} structures of both"
-    if abs(found.value) <= SIGMAS * found.error:
-        return Outcome(OPEN, f"{what}: not told apart")
-    return Outcome(HOLDS if found.value > 0 else FAILS, what)
+    if not p < SIGNIFICANT:
+        return Outcome(OPEN, f"{what}: not told apart", p)
+    return Outcome(HOLDS if found.value > 0 else FAILS, what, p)
 
 
 def all_of(outcomes: Sequence[Outcome]) -> Outcome:
-    """Of a claim about several cases."""
+    """Of a claim about several cases: of many, one fails by chance sooner than of one."""
     if not outcomes:
         return Outcome(OPEN, "no case was measured")
-    verdicts = [o.verdict for o in outcomes]
-    verdict: Verdict = HOLDS
-    if FAILS in verdicts:
-        verdict = FAILS
-    elif OPEN in verdicts:
-        verdict = OPEN
     if len(outcomes) == 1:
-        return Outcome(verdict, outcomes[0].reason)
-    count = verdicts.count(verdict)
-    shown = [o.reason for o in outcomes if o.verdict == verdict]
-    more = [f"… and {count - SHOWN} more"] if count > SHOWN else []
-    return Outcome(verdict, f"{count} of {len(outcomes)}: " + "; ".join(shown[:SHOWN] + more))
+        return outcomes[0]
+    verdicts = {o.verdict for o in outcomes}
+    verdict = next(v for v in (FAILS, OPEN, HOLDS) if v in verdicts)
+    chosen = [o for o in outcomes if o.verdict == verdict]
+    more = [f"… and {len(chosen) - SHOWN} more"] if len(chosen) > SHOWN else []
+    reasons = "; ".join([o.reason for o in chosen[:SHOWN]] + more)
+    text = f"{len(chosen)} of {len(outcomes)}"
+    if verdict == FAILS:
+        p = min(1.0, len(outcomes) * min(o.p for o in chosen))
+        if not p < SIGNIFICANT:
+            chance = f"which of {len(outcomes)} cases may be by chance (p = {number(p, 1)})"
+            return Outcome(OPEN, f"{text} do not hold, {chance}: {reasons}", p)
+        return Outcome(FAILS, f"{text}: {reasons}", p)
+    # All must hold: the least certain of them says how certain that is.
+    return Outcome(verdict, f"{text}: {reasons}", max(o.p for o in chosen))
 
 
 def decided(holds: bool | None, reason: str) -> Outcome:
