@@ -281,6 +281,48 @@ def test_verdicts():
     assert all_of([holds, unknown, fails]).verdict == FAILS and all_of([]).verdict == OPEN
 
 
+def test_methods_that_diverge_are_not_better_on_what_is_left():
+    easy = {f"easy {k}": 1.0 + 0.01 * k for k in range(4)}
+    whole = [easy | {"hard": 1.5}] * 2
+    names = "A", "B"
+    better = [{k: 0.5 * v for k, v in row.items()} for row in whole]
+    assert lower(score(better), score(whole), names).verdict == HOLDS
+    lost = score([better[0] | {"hard": math.nan}, better[1]])
+    found = lower(lost, score(whole), names)
+    assert found.verdict == OPEN and "but 1 of 10 of A are missing" in found.reason
+    # It may lose, and what loses as many, or what is compared with one that does, is not held back.
+    assert lower(score(whole), scaled(lost, 0.1), names).verdict == FAILS
+    worse = scaled(score(whole), 3.0)
+    assert lower(scaled(lost, 3.0), worse, names, factor=0.1).verdict == FAILS
+    assert lower(score(better), scaled(lost, 9.0), names).verdict == HOLDS
+    assert lower(lost, scaled(lost, 9.0), names).verdict == HOLDS
+    # A part of them: one row of what no training is behind lacks none.
+    still = score(whole[:1], exact=True)
+    assert "but 1 of 10 of A are missing" in lower(lost, still, names).reason
+    assert lower(lost, scaled(bound(1.0, lost), 9.0), names).verdict == HOLDS
+
+
+def test_figures_count_what_diverged(tmp_path):
+    """Of one structure, with every seed: of the others the claims would hold."""
+
+    class Lost(Inventor):
+        def predicted(self, run, n_frames, **facts):
+            found = super().predicted(run, n_frames, **facts)
+            if run.config.dynamics.latent == "explicit":
+                for array in ("pred_positions", "pred_energies", "pred_forces"):
+                    getattr(found.comparisons[0], array)[:] = np.nan
+            return found
+
+    for lab, verdict in ((Inventor, HOLDS), (Lost, OPEN)):
+        claims = {}
+        for name in ("table3", "fig3b", "fig3c"):
+            made = EXPERIMENTS[name].section(lab(setting(tmp_path)))
+            claims |= {c.text.split()[0]: c.outcome for c in made.claims}
+        for first in ("noise", "intermediate", "pathways"):
+            assert claims[first].verdict == verdict, claims[first].reason
+            assert ("missing" in claims[first].reason) == (verdict == OPEN)
+
+
 def test_few_seeds_and_many_cases_need_more():
     """Of two seeds each, 2.5 standard errors are not significant; of many cases, p = 0.03 in one is
     not either."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -85,16 +86,17 @@ COLUMNS = ("prediction", "mean error (Å)", "/ doing nothing", "median error (Å
 
 
 def to_relaxed(predicted: Sequence[Sequence[Comparison]], slot: int) -> Score:
-    """Coordinate error in Å of a predicted frame against the true final one."""
+    """Coordinate error in Å of a predicted frame against the true final one; NaN where there is no
+    finite prediction."""
     rows = []
     for comparisons in predicted:
         row = {}
         for c in comparisons:
             at = np.flatnonzero(c.slots == slot)
-            if len(at) and c.finite:
+            if len(at):
                 positions = c.prediction("model")[0][at[0]]
                 error = coordinate_errors(positions, c.true_positions[-1], c.free_mask)
-                row[c.id] = float(error)
+                row[c.id] = float(error) if c.finite else math.nan
         rows.append(row)
     return score(rows)
 

@@ -18,7 +18,7 @@ from relaxnet_jax.reproduce.runs import Run
 from relaxnet_jax.reproduce.scores import Score, bound, errors, score
 from relaxnet_jax.reproduce.section import Cell, Section, Table
 from relaxnet_jax.reproduce.setting import Setting
-from relaxnet_jax.reproduce.verdict import Claim, Outcome, all_of, decided, lower
+from relaxnet_jax.reproduce.verdict import Claim, Outcome, all_of, complete, decided, lower
 
 FRAMES = 21  # of the predicted paths
 SHOWN = 3
@@ -64,7 +64,11 @@ def section(lab: Lab) -> Section:
         [
             Claim(
                 "pathways are smooth and do not oscillate",
-                smooth(length, forward),
+                complete(
+                    smooth(length, forward),
+                    sum(not np.isfinite(r["pred"]).all() for rs in dense for r in rs),
+                    f"of {sum(map(len, dense))} paths",
+                ),
                 f"paths are shorter than {SMOOTH:g} times the displacement, and more than {TURNING:.0%} "
                 "of steps go on forward",
             )

@@ -148,12 +148,21 @@ class Difference:
         nor structure.
       structures: compared.
       one_seed: one of the two was trained once only, so that its spread is not in the error.
+      missing: how many numbers a and b lack, of those they could have of the structures of both.
+      could: how many these are.
     """
 
     value: float
     parts: tuple[tuple[float, int], ...]
     structures: int
     one_seed: bool
+    missing: tuple[int, int] = (0, 0)
+    could: tuple[int, int] = (1, 1)
+
+    @property
+    def more_missing(self) -> bool:
+        """Whether a lacks a larger part of its numbers than b."""
+        return self.missing[0] * self.could[1] > self.missing[1] * self.could[0]
 
     @property
     def error(self) -> float | None:
@@ -200,7 +209,8 @@ def difference(a: Score, b: Score) -> Difference | None:
             parts.append(_variance_of_mean(means))
         else:
             one_seed = True
-    return Difference(float(apart.mean()), tuple(parts), len(apart), one_seed)
+    absent, whole = zip(*((int((~np.isfinite(v)).sum()), v.size) for v in pairs))
+    return Difference(float(apart.mean()), tuple(parts), len(apart), one_seed, absent, whole)
 
 
 def _variance_of_mean(values: np.ndarray) -> tuple[float, int]:

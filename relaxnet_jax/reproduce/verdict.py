@@ -22,7 +22,8 @@ RULE = (
     "otherwise the data cannot tell, and the claim cannot be tested. Nor can it where A or B was "
     "trained with one seed: the spread between trainings is unknown. What no training is behind "
     "(doing nothing, an outside potential, a bound) has no such spread; of two such numbers the sign "
-    "decides. A claim about several cases holds if it holds in all, and does not if "
+    "decides. Nor is A said to be lower where it has no number (a prediction that diverged) more often "
+    "than B. A claim about several cases holds if it holds in all, and does not if "
     "it does not hold in one, even by the least p of these times the number of cases (Bonferroni)."
 )
 
@@ -79,7 +80,24 @@ def lower(
         what += f" on the {found.structures} structures of both"
     if not p < SIGNIFICANT:
         return Outcome(OPEN, f"{what}: not told apart", p)
-    return Outcome(HOLDS if found.value > 0 else FAILS, what, p)
+    outcome = Outcome(HOLDS if found.value > 0 else FAILS, what, p)
+    if not found.more_missing:
+        return outcome
+    beside = f"; of {names[1]} {found.missing[1]} of {found.could[1]}" if found.missing[1] else ""
+    return complete(outcome, found.missing[0], f"of {found.could[0]} of {names[0]}{beside}")
+
+
+def complete(outcome: Outcome, missing: int, of: str) -> Outcome:
+    """No claim is said to hold of what is left where numbers are missing: these may be the hardest
+    structures'.
+
+    Args:
+      missing: how many. of: "of …", to say of what.
+    """
+    if not missing or outcome.verdict != HOLDS:
+        return outcome
+    text = f"{outcome.reason}; but {missing} {of} are missing"
+    return dataclasses.replace(outcome, verdict=OPEN, reason=text)
 
 
 def all_of(outcomes: Sequence[Outcome]) -> Outcome:
