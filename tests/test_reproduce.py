@@ -34,6 +34,7 @@ from relaxnet_jax.reproduce.report import _first, _write_runs, provenance
 from relaxnet_jax.reproduce.runs import Run, _digest, folder_of, read_facts, state_of, write_facts
 from relaxnet_jax.reproduce.scores import (
     Difference,
+    Score,
     bound,
     difference,
     errors,
@@ -321,6 +322,22 @@ def test_figures_count_what_diverged(tmp_path):
         for first in ("noise", "intermediate", "pathways"):
             assert claims[first].verdict == verdict, claims[first].reason
             assert ("missing" in claims[first].reason) == (verdict == OPEN)
+
+
+def test_frames_of_the_same_runs_are_paired():
+    """One seed is twice as bad as the other, at every frame: its paths get better all the same."""
+    before = score([{"x": 10.0, "y": 11.0, "z": 12.0}, {"x": 1.0, "y": 2.0, "z": 3.0}])
+    after = dataclasses.replace(before, values=before.values - np.array([[0.50], [0.49]]))
+    assert lower(after, before, ("A", "B")).verdict == OPEN
+    assert lower(after, before, ("A", "B"), paired=True).verdict == HOLDS
+    found = difference(after, before, paired=True)
+    assert found.value == pytest.approx(0.495) and found.error == pytest.approx(0.005)
+    assert fig3b.falling([before, after]).verdict == HOLDS
+    assert fig3a._lowest([before, after], "errors").verdict == HOLDS
+    once = Score(before.ids, before.values[:1])
+    assert difference(once, once, paired=True).one_seed
+    with pytest.raises(ValueError, match="1 and 2 runs"):
+        difference(once, before, paired=True)
 
 
 def test_few_seeds_and_many_cases_need_more():

@@ -126,7 +126,7 @@ def _lowest(scores: Sequence[Score], label: str) -> Outcome:
     """Whether the last frame's errors are lower than every other's, on the structures with both."""
     return all_of(
         [
-            lower(scores[-1], s, (f"{label} of the final frame", f"frame {k}"))
+            lower(scores[-1], s, (f"{label} of the final frame", f"frame {k}"), paired=True)
             for k, s in enumerate(scores[:-1])
         ]
     )

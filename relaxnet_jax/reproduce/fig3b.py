@@ -116,7 +116,7 @@ def falling(scores: Sequence[Score]) -> Outcome:
     have both: short relaxations have but some of the frames."""
     return all_of(
         [
-            lower(after, before, (f"frame {k}", f"frame {k - 1}"), "Å")
+            lower(after, before, (f"frame {k}", f"frame {k - 1}"), "Å", paired=True)
             for k, (before, after) in enumerate(itertools.pairwise(scores), 1)
         ]
     )

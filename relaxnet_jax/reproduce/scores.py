@@ -185,8 +185,15 @@ class Difference:
         return float(2 * student.sf(abs(self.value) / self.error, self.degrees))
 
 
-def difference(a: Score, b: Score) -> Difference | None:
-    """b - a; None where there is nothing to compare."""
+def difference(a: Score, b: Score, paired: bool = False) -> Difference | None:
+    """b - a; None where there is nothing to compare.
+
+    Args:
+      paired: row by row both are of the same training, so that what makes a seed good makes it so for
+        both: the seeds' spread is that of the rows' differences.
+    """
+    if paired and len(a.values) != len(b.values):
+        raise ValueError(f"paired scores of {len(a.values)} and {len(b.values)} runs")
     if not np.isfinite(a.mean) or not np.isfinite(b.mean):
         return None
     theirs = {name: k for k, name in enumerate(b.ids)}
@@ -200,9 +207,7 @@ def difference(a: Score, b: Score) -> Difference | None:
         return None
     parts = [_variance_of_mean(apart)] if len(apart) > 1 else []
     one_seed = False
-    for s, values in zip((a, b), pairs):
-        if s.exact:
-            continue
+    for values in _trained(a, b, pairs, paired):
         means = np.array([_mean(row) for row in values[:, kept]])
         means = means[np.isfinite(means)]
         if len(means) > 1:
@@ -211,6 +216,13 @@ def difference(a: Score, b: Score) -> Difference | None:
             one_seed = True
     absent, whole = zip(*((int((~np.isfinite(v)).sum()), v.size) for v in pairs))
     return Difference(float(apart.mean()), tuple(parts), len(apart), one_seed, absent, whole)
+
+
+def _trained(a: Score, b: Score, pairs: Sequence[np.ndarray], paired: bool) -> Sequence[np.ndarray]:
+    """What has a spread between trainings, (S, M) each: both scores, or paired their difference."""
+    if paired:
+        return [pairs[1] - pairs[0]]
+    return [values for s, values in zip((a, b), pairs) if not s.exact]
 
 
 def _variance_of_mean(values: np.ndarray) -> tuple[float, int]:

@@ -17,8 +17,9 @@ SIGNIFICANT = 0.05  # two-sided p
 SHOWN = 4  # cases of a claim whose numbers are told
 RULE = (
     f"A is lower than B if the difference of their means has a two-sided p below {SIGNIFICANT:g} by "
-    "Student's t (its variance is the sum of those of the seeds' means and of the structures' paired "
-    "differences, its degrees of freedom are Welch's and Satterthwaite's); B than A likewise; "
+    "Student's t (its variance is the sum of those of the seeds' means, or of their differences where "
+    "both are of the same runs, and of the structures' paired differences, its degrees of freedom "
+    "are Welch's and Satterthwaite's); B than A likewise; "
     "otherwise the data cannot tell, and the claim cannot be tested. Nor can it where A or B was "
     "trained with one seed: the spread between trainings is unknown. What no training is behind "
     "(doing nothing, an outside potential, a bound) has no such spread; of two such numbers the sign "
@@ -57,11 +58,16 @@ class Claim:
 
 
 def lower(
-    a: Score, b: Score, names: tuple[str, str], unit: str = "", factor: float = 1.0
+    a: Score,
+    b: Score,
+    names: tuple[str, str],
+    unit: str = "",
+    factor: float = 1.0,
+    paired: bool = False,
 ) -> Outcome:
-    """Whether A is lower than ``factor`` times B; see `RULE`."""
+    """Whether A is lower than ``factor`` times B; see `RULE`, and `difference` for ``paired``."""
     scaled = dataclasses.replace(b, values=factor * b.values)
-    found = difference(a, scaled)
+    found = difference(a, scaled, paired)
     times = f"{factor:g} × " if factor != 1.0 else ""
     what = (
         f"{names[0]} {number(a.mean)}, {times}{names[1]} {number(factor * b.mean)} {unit}".strip()
