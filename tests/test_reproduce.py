@@ -22,7 +22,17 @@ from relaxnet_jax.errors import InputError
 from relaxnet_jax.graph import build_structure
 from relaxnet_jax.metrics import Comparison, evaluate, structure_errors
 from relaxnet_jax.model import create_model
-from relaxnet_jax.reproduce import budget, fig3a, fig3b, fig3c, figa1, figa3, formats, predictions
+from relaxnet_jax.reproduce import (
+    budget,
+    fig3a,
+    fig3b,
+    fig3c,
+    figa1,
+    figa2,
+    figa3,
+    formats,
+    predictions,
+)
 from relaxnet_jax.reproduce.archive import from_record, read_records, to_record, write_records
 from relaxnet_jax.reproduce.convergence import convergence_seconds
 from relaxnet_jax.reproduce.lab import Lab, Predicted
@@ -626,6 +636,15 @@ def test_frames_of_a_structure_are_no_more_evidence():
     again = figa3.rank(*(np.repeat(v, 100) for v in (x, y, np.arange(4))))
     assert again == pytest.approx((r, p), abs=0.01)
     assert figa3.rank(x[:2], y[:2], np.arange(2)) == (None, 1.0)
+
+
+def test_correlations_that_the_composition_has_too_say_nothing():
+    """Total energies of some data span thousands of eV."""
+    assert figa2.agreement(0.99, 0.9).verdict == HOLDS
+    found = figa2.agreement(0.9999, 0.9998)
+    assert found.verdict == OPEN and "composition alone" in found.reason
+    assert figa2.agreement(0.9, 0.9998).verdict == FAILS
+    assert figa2.agreement(math.nan, 0.5).verdict == OPEN
 
 
 def test_runs_that_never_converge_are_not_quick():
