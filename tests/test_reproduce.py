@@ -162,6 +162,10 @@ def test_roles_are_tested_on_the_same(tmp_path):
     cells = setting(tmp_path, changes=(*SMALL, "dynamics.cell=variable", "model.l_max=2"))
     assert "stress" in cells.why_not("static_final") and not cells.why_not("static")
     assert len(EXPERIMENTS["table5"].runs(cells)) == 8
+    for name in ("table3", "fig3b", "fig3c", "figA3"):  # whose strain would be displacement
+        with pytest.raises(InputError, match=f"{name}: .* different cells.*dynamics.cell=fixed"):
+            EXPERIMENTS[name].runs(cells)
+        assert EXPERIMENTS[name].runs(setting(tmp_path))
     other = tmp_path / "other.py"
     other.write_text(
         'def get_config():\n    return {"dynamics": {"latent": "static"}, "data": {"fold": 1}}\n'

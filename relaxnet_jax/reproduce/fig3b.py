@@ -29,6 +29,7 @@ STATIC = "direct predictor"
 
 def runs(setting: Setting) -> list[Run]:
     """The explicit scheme, and the direct predictor: the paper's static model of coordinates."""
+    setting.need_fixed_cells("fig3b")
     return seeds(setting, "explicit") + seeds(setting, "static_final")
 
 

@@ -29,6 +29,7 @@ LABELS = {"true": "true", "pred": "RelaxNet"}
 
 def runs(setting: Setting) -> list[Run]:
     """The explicit scheme."""
+    setting.need_fixed_cells("fig3c")
     return seeds(setting, "explicit")
 
 

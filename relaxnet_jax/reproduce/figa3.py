@@ -28,6 +28,7 @@ SIGNIFICANT = 0.05  # two-sided p of Spearman's rank correlation
 
 def runs(setting: Setting) -> list[Run]:
     """The explicit scheme."""
+    setting.need_fixed_cells("figA3")
     return seeds(setting, "explicit")
 
 

@@ -89,6 +89,15 @@ class Setting:
             return str(error)
         return ""
 
+    def need_fixed_cells(self, experiment: str) -> None:
+        """Of experiments that take positions of one frame from those of another: where cells relax,
+        the strain would count as displacement. Raises InputError there."""
+        if self.config("explicit").dynamics.cell != "fixed":
+            raise InputError(
+                f"{experiment}: compares positions of different frames, which have different cells "
+                "with dynamics.cell=variable; leave it out, or give --set dynamics.cell=fixed"
+            )
+
     def run(self, role: str, seed: int, share: float = 1.0, label: str = "", **changes: Any) -> Run:
         """A training run.
 

@@ -51,6 +51,7 @@ def case_runs(setting: Setting, alpha: float) -> list[Run]:
 
 def runs(setting: Setting) -> list[Run]:
     """Every in-training scale with every seed."""
+    setting.need_fixed_cells("table3")
     return [run for alpha in scales(setting) for run in case_runs(setting, alpha)]
 
 
