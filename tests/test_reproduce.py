@@ -32,11 +32,12 @@ from relaxnet_jax.reproduce import (
     figa3,
     formats,
     predictions,
+    table5,
 )
 from relaxnet_jax.reproduce.archive import from_record, read_records, to_record, write_records
 from relaxnet_jax.reproduce.convergence import convergence_seconds
 from relaxnet_jax.reproduce.lab import Lab, Predicted
-from relaxnet_jax.reproduce.methods import averaged, scaled
+from relaxnet_jax.reproduce.methods import averaged, passes, scaled
 from relaxnet_jax.reproduce.plan import Entry, keep_plan, make_plan
 from relaxnet_jax.reproduce.reference import relaxed_by
 from relaxnet_jax.reproduce.registry import EXPERIMENTS
@@ -750,6 +751,10 @@ def test_outside_potentials_have_no_comparable_energies(tmp_path):
     assert row["/ doing nothing"].mean == pytest.approx(0.5, abs=0.05)
     outside = [c for c in made.claims if "outside" in c.text]
     assert [c.outcome.verdict for c in outside] == [HOLDS, HOLDS]
+    assert made.remarks[-1].endswith("LBFGS, on a machine that was not noted.")
+    machine = Predicted((), {"machine": {"device": "d", "processor": "some CPU", "cores": 2}})
+    text = table5._relaxed_on(own, machine)
+    assert text.endswith("where 2 cores could be used (some CPU); its linear algebra used one.")
 
 
 def test_errors_are_those_of_the_metrics():
@@ -800,7 +805,7 @@ def test_kinds_of_predictions(tmp_path):
 
     model = create_model(own.config("explicit", dynamics__frames=2))
     still, facts = predictions.paths(model, test, 2, print)
-    assert facts["seconds"] > 0 and facts["left_out"] == []
+    assert facts["seconds"] > 0 and facts["passes"] == 3 and facts["left_out"] == []
     shaken, _ = predictions.shaken(model, test, 0.01, print)
     for a, b in zip(still, shaken):
         moved = b["pred_positions"][0] - a["pred_positions"][0]
@@ -812,6 +817,18 @@ def test_kinds_of_predictions(tmp_path):
     assert len(lost) == 2
     (record, _), _ = predictions.dense(model, test, 2, print)
     np.testing.assert_allclose(record["pred"], still[0]["pred_positions"], atol=1e-6)
+
+
+def test_time_is_that_of_the_best_pass(monkeypatch):
+    for seconds, made in (((4.0, 1.0, 2.0), 3), ((4.0, 5.0), 2), ((9.0,), 1), ((30.0,), 1)):
+        clock, calls = iter(np.cumsum([v for s in seconds for v in (1.0, s)])), []
+        counter = SimpleNamespace(perf_counter=lambda clock=clock: next(clock))
+        monkeypatch.setattr(predictions, "time", counter)
+        found, times = predictions.timed(lambda calls=calls: calls.append(0) or calls)
+        assert times == pytest.approx(seconds) and len(found) == made
+    told = [Predicted((), facts) for facts in ({}, {"passes": 3}, {"passes": 2})]
+    assert "one pass" in passes(told[:1]) and "best of 3 passes" in passes(told[1:2])
+    assert "best of 1 to 3 passes" in passes(told)  # some of an earlier version
 
 
 def test_static_models_are_asked_about_what_they_are_compared_on(tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ from relaxnet_jax.metrics import Comparison, falls
 from relaxnet_jax.reproduce import charts
 from relaxnet_jax.reproduce.experiment import Experiment
 from relaxnet_jax.reproduce.lab import Lab
-from relaxnet_jax.reproduce.methods import scaled, seeds
+from relaxnet_jax.reproduce.methods import passes, scaled, seeds
 from relaxnet_jax.reproduce.runs import Run
 from relaxnet_jax.reproduce.scores import EMPTY, Score, errors, measured, numbers, relative
 from relaxnet_jax.reproduce.section import Cell, Section, Table
@@ -111,6 +111,7 @@ def section(lab: Lab) -> Section:
         [Table("Test split", COLUMNS, rows)],
         _claims(places, energy),
         [(path, "final frame by variant")],
+        [passes([p for predicted in made.values() for p in predicted])],
     )
 
 

@@ -129,6 +129,16 @@ def minimised(lab: Lab, runs: Sequence[Run], fmax: Sequence[float]) -> Method | 
     return method([lab.relaxed(run, f) for run, f in zip(runs, fmax)])
 
 
+def passes(predicted: Sequence[Predicted]) -> str:
+    """How the time of paths was taken, for a reader."""
+    found = {p.facts.get("passes", 1) for p in predicted}  # earlier versions made one
+    least, most = min(found, default=1), max(found, default=1)
+    if most == 1:
+        return "The time of predicted paths is that of one pass over the test split."
+    count = f"{most}" if least == most else f"{least} to {most}"
+    return f"The time of predicted paths is that of the best of {count} passes over the test split."
+
+
 def seeds(setting: Setting, role: str, **changes) -> list[Run]:
     """Runs of a role with every seed."""
     label = changes.pop("label", "")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from relaxnet_jax.reproduce import paper
 from relaxnet_jax.reproduce.experiment import Experiment
 from relaxnet_jax.reproduce.formats import number
-from relaxnet_jax.reproduce.lab import Lab
+from relaxnet_jax.reproduce.lab import Lab, Predicted
 from relaxnet_jax.reproduce.methods import (
     Method,
     averaged,
@@ -16,6 +16,7 @@ from relaxnet_jax.reproduce.methods import (
     methods_figure,
     methods_table,
     minimised,
+    passes,
     seeds,
 )
 from relaxnet_jax.reproduce.runs import Run
@@ -29,6 +30,7 @@ TIMING = (
     "structure at a time with ASE. Failed are predictions that are no numbers: they are left out of "
     "the means, and of comparisons on both sides."
 )
+MINIMISED = "Minimisations were timed once."
 POTENTIALS = {"static": "static RelaxNet", "egnn": "EGNN, 2 layers"}
 
 
@@ -56,7 +58,7 @@ def section(lab: Lab) -> Section:
             made = minimised(lab, found[name], fmax)
             if made is not None:
                 methods[f"{name} {criterion}"] = (f"{label} + LBFGS ({criterion})", made)
-    remarks = [TIMING]
+    remarks = [TIMING, f"{passes([*own['explicit'], *own['implicit']])} {MINIMISED}"]
     if reason := setting.why_not("static_final"):
         remarks.append(f"No direct predictor: {reason}")
     else:
@@ -67,7 +69,7 @@ def section(lab: Lab) -> Section:
         methods["reference"] = (f"{source} + LBFGS (C1)", foreign(method([outside])))
         remarks.append(
             f"{source} was trained on other data and another functional: its energies are not "
-            "comparable and not shown. One structure at a time on one core, by ASE's LBFGS."
+            f"comparable and not shown. {_relaxed_on(setting, outside)}"
         )
     nothing = doing_nothing(own["explicit"])
     path = setting.out / "table5.png"
@@ -90,6 +92,19 @@ def section(lab: Lab) -> Section:
         [(path, "final frames by method")],
         remarks,
     )
+
+
+def _relaxed_on(setting: Setting, outside: Predicted) -> str:
+    """What is known of how the outside potential was run."""
+    known = outside.facts.get("machine")
+    text = "One structure at a time, by ASE's LBFGS"
+    if known is None:
+        return f"{text}, on a machine that was not noted."
+    threads = (
+        "; its linear algebra used one" if setting.reference and setting.reference.serial else ""
+    )
+    name = known.get("processor", known["device"])
+    return f"{text}, where {known['cores']} cores could be used ({name}){threads}."
 
 
 def _claims(methods: dict[str, tuple[str, Method]], nothing: Method) -> list[Claim]:
