@@ -28,11 +28,14 @@ class Errors(NamedTuple):
       ids: S names.
       spread, error: by quantity (S,). positions: Å, root mean square over the free atoms of an
         atom's deviation (a vector), in the true cell where it relaxes; energy: eV/atom.
+      left_out: how many more structures were compared, without two members that are finite and
+        usable, or without free atoms.
     """
 
     ids: list[str]
     spread: dict[str, np.ndarray]
     error: dict[str, np.ndarray]
+    left_out: int = 0
 
 
 class Calibration(NamedTuple):
@@ -45,7 +48,8 @@ class Calibration(NamedTuple):
       spearman: rank correlation of spread and error; None where one of them is constant.
       within_one, within_two: fraction of structures whose error is within so many spreads.
       ratio: median of error over spread.
-      spread, error: medians. These five are None of no structures.
+      spread, error: medians. These six are None of no structures.
+      left_out: see `Errors`; neither in n nor in at_rest.
     """
 
     n: int
@@ -56,13 +60,15 @@ class Calibration(NamedTuple):
     ratio: float | None = None
     spread: float | None = None
     error: float | None = None
+    left_out: int = 0
 
 
 def committee_errors(members: Sequence[Sequence[Comparison]]) -> Errors:
     """Spreads of the members' predictions and errors of their mean.
 
     Of each structure those members count whose prediction is finite and usable, as in the mean that
-    `relax` predicts. Structures with fewer than two of them, or without free atoms, are left out.
+    `relax` predicts. Structures with fewer than two of them, or without free atoms, are left out
+    and counted.
 
     Args:
       members: of each, the comparisons on the same relaxations, in any order.
@@ -73,7 +79,8 @@ def committee_errors(members: Sequence[Sequence[Comparison]]) -> Errors:
     ids: list[str] = []
     spreads: dict[str, list[float]] = {name: [] for name, *_ in QUANTITIES}
     errors: dict[str, list[float]] = {name: [] for name, *_ in QUANTITIES}
-    for every in together(members):
+    structures = together(members)
+    for every in structures:
         first, own = every[0], [c for c in every if c.finite and c.usable]
         if len(own) < 2 or not first.free_mask.any():
             continue
@@ -88,7 +95,7 @@ def committee_errors(members: Sequence[Sequence[Comparison]]) -> Errors:
     if not ids:
         raise InputError("no structure with free atoms and usable predictions of two members")
     arrays = ({k: np.array(v) for k, v in values.items()} for values in (spreads, errors))
-    return Errors(ids, *arrays)
+    return Errors(ids, *arrays, left_out=len(structures) - len(ids))
 
 
 def calibrate(found: Errors) -> dict[str, Calibration]:
@@ -101,7 +108,7 @@ def calibrate(found: Errors) -> dict[str, Calibration]:
         at_rest = np.maximum(spread, error) < (AT_ONE if name == "positions" else 0.0)
         spread, error = spread[~at_rest], error[~at_rest]
         if not len(spread):
-            result[name] = Calibration(0, int(at_rest.sum()))
+            result[name] = Calibration(0, int(at_rest.sum()), left_out=found.left_out)
             continue
         constant = np.ptp(spread) == 0 or np.ptp(error) == 0
         result[name] = Calibration(
@@ -113,6 +120,7 @@ def calibrate(found: Errors) -> dict[str, Calibration]:
             ratio=float(np.median(error / np.maximum(spread, 1e-12))),
             spread=float(np.median(spread)),
             error=float(np.median(error)),
+            left_out=found.left_out,
         )
     return result
 
@@ -137,6 +145,7 @@ def calibration_table(found: dict[str, Calibration], members: int) -> Table:
         ("errors within 2 spreads", "within_two", "{:.0%}"),
         ("structures", "n", "{}"),
         ("… at rest, left out", "at_rest", "{}"),
+        ("… not usable, left out", "left_out", "{}"),
     ):
         cells = []
         for name, _, unit in QUANTITIES:

@@ -357,7 +357,7 @@ def test_a_calibrated_committee_is_found_to_be_one():
     assert calibrate(narrow)["positions"].within_two < 0.01
     same = errors._replace(spread={k: np.ones(400) for k in errors.spread})
     assert calibrate(same)["energy"].spearman is None
-    assert calibration_table(calibrate(same), 5).row_count == 8
+    assert calibration_table(calibrate(same), 5).row_count == 9
     assert found.n == 400 and found.at_rest == 0
 
 
@@ -372,7 +372,9 @@ def test_committee_errors_compare_like_with_like():
     free = comparison("c", shift, 0 * shift, 1.0, fixed=())
     assert committee_errors([[free], [free]]).error["positions"] == pytest.approx([0])
     lost = dataclasses.replace(good[0], pred_positions=np.full((2, 4, 3), np.nan))
-    assert committee_errors([good, [lost, other[1]]]).ids == ["b"]
+    partly = committee_errors([good, [lost, other[1]]])
+    assert partly.ids == ["b"] and partly.left_out == 1 and found.left_out == 0
+    assert {c.left_out for c in calibrate(partly).values()} == {1}
     with pytest.raises(InputError, match="same structures"):
         committee_errors([good, other[:1]])
     longer = [dataclasses.replace(c, n_frames=3) for c in good]
@@ -405,14 +407,16 @@ def test_structures_at_rest_say_nothing_of_positions():
     none = calibrate(Errors(list("ab"), rest, {k: v[:2] for k, v in error.items()}))
     assert none["positions"]._asdict() == {
         "n": 0, "at_rest": 2, "spearman": None, "within_one": None, "within_two": None,
-        "ratio": None, "spread": None, "error": None,
+        "ratio": None, "spread": None, "error": None, "left_out": 0,
     }  # fmt: skip
     stream = io.StringIO()
-    Console(file=stream, width=100).print(calibration_table(none, 2))
+    fewer = {name: c._replace(left_out=3) for name, c in none.items()}
+    Console(file=stream, width=100).print(calibration_table(fewer, 2))
     lines = {line[:25].strip(): line[25:].split() for line in stream.getvalue().splitlines()}
     assert lines["median error"] == ["–", "0.02"]
     assert lines["errors within 2 spreads"] == ["–", "100", "%"]
     assert lines["… at rest, left out"] == ["2", "0"]
+    assert lines["… not usable, left out"] == ["3", "3"]
 
 
 def evaluation(*comparisons):
@@ -427,9 +431,11 @@ def test_columns_of_a_committee_are_over_the_same_structures():
     shift = np.full((4, 3), 0.1)
     easy, hard = comparison("easy", shift, 0 * shift, 1.0), comparison("hard", shift, 0 * shift, 9.0)
     lost = dataclasses.replace(hard, pred_energies=np.array([0.0, np.nan]))
-    found = run.mean_evaluation([evaluation(easy, lost), evaluation(easy, hard)]).results
+    both = run.mean_evaluation([evaluation(easy, lost), evaluation(easy, hard)])
+    found = both.results
     assert list(found) == ["model", "first member", "nothing", "composition"]
     assert {name: m.n_averaged for name, m in found.items()} == dict.fromkeys(found, 1)
+    assert both.among == {"easy"}  # the figure's too
     for name in ("model", "first member"):
         assert found[name].final.energy_mae == pytest.approx(1.0)
     assert found["first member"].n_nonfinite == 1 and found["model"].n_nonfinite == 0

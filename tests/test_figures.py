@@ -87,6 +87,21 @@ def test_parity_figure_of_constant_or_diverged_energies(tmp_path):
         parity_figure(broken, path, "")
 
 
+def test_parity_figure_is_of_the_structures_of_its_table(monkeypatch):
+    """Of a committee and its first member, those of which both are finite."""
+    compared = relaxations(count=3)
+    among = {compared[0].id, compared[2].id}
+    kept = drawn(monkeypatch, figures)
+    parity_figure(compared, "x", "two of three", among)
+    axis = kept[0].axes[0]
+    mae = evaluate(compared, among=among).all_frames.energy_mae_per_atom
+    frames = sum(len(c.slots) for c in compared if c.id in among)
+    assert f"MAE {mae:.3g} meV/atom\n2 structures, {frames} frames" in axis.texts[0].get_text()
+    assert f"{mae:.3g}" != f"{evaluate(compared).all_frames.energy_mae_per_atom:.3g}"
+    with pytest.raises(InputError, match="finite"):
+        parity_figure(compared, "x", "none of three", set())
+
+
 def test_trajectory_figure(tmp_path):
     one, other = relaxations(count=2)
     path = tmp_path / "trajectory.png"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import matplotlib
@@ -92,7 +92,10 @@ def per_frame_figure(
 
 
 def parity_figure(
-    comparisons: Sequence[Comparison], path: str | os.PathLike[str], caption: str
+    comparisons: Sequence[Comparison],
+    path: str | os.PathLike[str],
+    caption: str,
+    among: Collection[str] | None = None,
 ) -> None:
     """Predicted against true energy per atom, [E - sum_i eps(Z_i)]/N in eV, all frames.
 
@@ -104,10 +107,11 @@ def parity_figure(
       comparisons: the structures; those without a finite prediction are not drawn.
       path: the PNG.
       caption: printed under the figure; names the data set.
+      among: ids to which the figure is confined, those of the table beside it (`finite_ids`).
     """
-    drawn = [c for c in comparisons if c.finite]
+    drawn = [c for c in comparisons if c.finite and (among is None or c.id in among)]
     final_only = any(c.final_only for c in drawn)
-    metrics = evaluate(comparisons)
+    metrics = evaluate(comparisons, among=among)
     mae = (metrics.final if final_only else metrics.all_frames).energy_mae_per_atom
     if mae is None or not drawn:
         raise InputError(f"{os.fspath(path)}: no structure has a finite prediction to draw")

@@ -55,6 +55,7 @@ class Evaluation:
         split of the run, the model itself, as far as is known.
       costs: by predictor, only where energies were minimised: seconds per structure (without
         compilation), and of a minimisation the mean steps and the fraction that converged.
+      among: ids of the structures that the means are of; None for all with a finite prediction.
     """
 
     results: dict[str, Metrics]
@@ -63,6 +64,7 @@ class Evaluation:
     name: str
     costs: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
     seen: int = 0
+    among: frozenset[str] | None = None
 
 
 def compare(
@@ -229,14 +231,14 @@ def evaluate_workdir(
         _compare_blocks(model, trajectories, lambda _: None, clock)
         costs["model"] = {"seconds": clock.seconds / max(clock.structures, 1)}
         columns["lbfgs"], _ = _compare_blocks(model, trajectories, lambda _: None, minimiser)
-    results = _results(columns)
+    results, among = _results(columns)
     if "lbfgs" in results:
         costs["lbfgs"] = minimiser.costs
     if costs:
         graphs = graph_seconds(model, trajectories)
         for cost in costs.values():
             cost["seconds"] += graphs
-    return Evaluation(results, comparisons, left_out, name, costs, seen)
+    return Evaluation(results, comparisons, left_out, name, costs, seen, among)
 
 
 def _compare_blocks(
@@ -262,12 +264,14 @@ def _seen(workdir: Path, ids: Sequence[str]) -> int:
         return 0
 
 
-def _results(columns: Mapping[str, Sequence[Comparison]]) -> dict[str, Metrics]:
+def _results(
+    columns: Mapping[str, Sequence[Comparison]],
+) -> tuple[dict[str, Metrics], frozenset[str]]:
     """Metrics of several methods on the same relaxations, then those of doing nothing and the like,
-    with means over the same structures."""
+    with means over the same structures, whose ids come second."""
     among, first = finite_ids(*columns.values()), next(iter(columns.values()))
     results = {name: evaluate(own, "model", among) for name, own in columns.items()}
-    return results | {p: evaluate(first, p, among) for p in PREDICTORS if p != "model"}
+    return results | {p: evaluate(first, p, among) for p in PREDICTORS if p != "model"}, among
 
 
 def mean_evaluation(members: Sequence[Evaluation]) -> Evaluation:
@@ -279,10 +283,10 @@ def mean_evaluation(members: Sequence[Evaluation]) -> Evaluation:
     comparisons = [averaged(own) for own in together([m.comparisons for m in members])]
     own, *_ = members[0].results  # "model", or "lbfgs" of static ones
     columns = {own: comparisons, "first member": members[0].comparisons}
-    results = _results(columns)
+    results, among = _results(columns)
     name = f"{members[0].name}; mean of {len(members)} models"
     seen = max(m.seen for m in members)
-    return Evaluation(results, comparisons, members[0].left_out, name, seen=seen)
+    return Evaluation(results, comparisons, members[0].left_out, name, seen=seen, among=among)
 
 
 class _Minimiser:
@@ -383,9 +387,10 @@ def write_evaluation(
     averaged_over = any(metrics.n_averaged for metrics in evaluation.results.values())
     if averaged_over:
         per_frame_figure(evaluation.results, figures[0], evaluation.name)
-    finite = any(c.finite for c in evaluation.comparisons)
+    among = evaluation.among
+    finite = any(c.finite and (among is None or c.id in among) for c in evaluation.comparisons)
     if finite:
-        parity_figure(evaluation.comparisons, figures[1], evaluation.name)
+        parity_figure(evaluation.comparisons, figures[1], evaluation.name, among)
     for file, drawn in zip(figures, (averaged_over, finite)):
         if not drawn:
             files.remove(file)
