@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from relaxnet_jax.cli_data import command
+from relaxnet_jax.relaxation.minima import WRONG_MINIMUM, WRONG_MINIMUM_WHOLE
 
 # The parts of `benchmark.speed` and `benchmark.peers`, which are not imported here: they start JAX.
 SPEED_PARTS = ("steps", "atoms", "frames", "training")
@@ -105,10 +106,18 @@ def _add_steps(kinds) -> None:
     p.add_argument(
         "--wrong-minimum",
         type=float,
-        default=10.0,
+        default=1e3 * WRONG_MINIMUM,
         metavar="E",
         help="meV/atom, by which a relaxation that ends higher than that of the initial structure "
-        "counts as failed (default: 10)",
+        f"counts as failed (default: {1e3 * WRONG_MINIMUM:g})",
+    )
+    p.add_argument(
+        "--wrong-minimum-whole",
+        type=float,
+        default=WRONG_MINIMUM_WHOLE,
+        metavar="E",
+        help="eV of the whole structure, likewise; the stricter of the two counts (default: "
+        f"{WRONG_MINIMUM_WHOLE:g})",
     )
     p.add_argument(
         "--cutoff",

@@ -157,7 +157,7 @@ def test_wrong_and_lower_minima(tmp_path):
     assert other["saved_with_failures"] == pytest.approx(saved / 2)
     assert (nothing["n"], nothing["relaxed"], nothing["saved_with_failures"]) == (2, 0, 0)
     assert nothing["saved_mean"] is None and "near, none: no start: why" in said
-    wide = judged(rows, 10.0)
+    wide = judged(rows, 10.0, 40.0)
     assert {r["result"] for r in wide} == {"same minimum", None}
     # All of it is kept, also for another process; other limits are another question.
     made, kept = emt.make.made, Ledger(tmp_path / "a" / "l.jsonl")

@@ -20,6 +20,8 @@ from rich.console import Console
 from tiny import alloy, tiny_config, tiny_model
 
 from relaxnet_jax import cli, structure_files
+from relaxnet_jax.benchmark.steps import CONVERGED
+from relaxnet_jax.benchmark.steps_report import judged
 from relaxnet_jax.committee import Spread
 from relaxnet_jax.console import WIDE, bar, result_console
 from relaxnet_jax.data.files import is_poscar
@@ -37,6 +39,7 @@ from relaxnet_jax.relaxation.inputs import (
     parse_indices,
     read_inputs,
 )
+from relaxnet_jax.relaxation.minima import same_minimum_within
 from relaxnet_jax.relaxation.outputs import lost_constraints
 from relaxnet_jax.relaxation.refine import Leg, Refined, refine
 from relaxnet_jax.relaxation.report import MAX_ROWS, flag_lines, record, tables, totals
@@ -485,6 +488,25 @@ def test_wrong_minimum(lift, wrong):
     assert result.with_start.energy - result.without.energy == pytest.approx(lift, abs=1e-9)
     kept = result.without if wrong else result.with_start
     assert result.atoms.get_potential_energy() == kept.energy
+
+
+def test_one_atom_elsewhere_in_a_large_cell_is_a_wrong_minimum():
+    """80 atoms: 0.15 eV are 2 meV/atom. The stricter of two limits counts, for both commands."""
+    assert same_minimum_within(4) == pytest.approx(0.02)
+    assert same_minimum_within(80) == pytest.approx(0.1)
+    assert same_minimum_within(80, 1e-3) == pytest.approx(0.08)
+    rows = [
+        {"structure": "a", "start": start, "status": CONVERGED, "energy": energy, "atoms": 80}
+        for start, energy in (("initial", -99.0), ("model", -98.85), ("egnn", -98.95), ("b", -99.15))
+    ]
+    assert [r["result"] for r in judged(rows)] == [
+        "same minimum", "wrong minimum", "same minimum", "lower minimum"]  # fmt: skip
+    assert judged(rows, whole=1.0)[1]["result"] == "same minimum"
+    atoms = alloy().repeat((5, 2, 2))
+    assert len(atoms) == 80
+    for lift, wrong in ((0.09, False), (0.15, True)):
+        calculator = load_calculator("emt")._replace(make=Double(lift))
+        assert refine(atoms, atoms, calculator, 10.0, 1, True).wrong_minimum is wrong
 
 
 def test_refining_counts_what_it_computes():

@@ -46,13 +46,14 @@ def benchmark_steps(args: argparse.Namespace) -> int:
     limits = Limits(args.fmax, args.max_steps, args.minutes)
     with bar("structures", len(cases)) as advance:
         rows = run_steps(cases, oracle, kinds, limits, ledger, note, advance)
-    rows = steps_report.judged(rows, 1e-3 * args.wrong_minimum)
+    rows = steps_report.judged(rows, 1e-3 * args.wrong_minimum, args.wrong_minimum_whole)
     labels = {kind.key: kind.label for kind in (INITIAL, *kinds)}
     found = steps_report.summaries(rows, labels)
     files = [Path(args.json or folder / "steps.json"), folder / "steps.csv", folder / "steps.md"]
     caption = (
         f"LBFGS to {args.fmax:g} eV/Å with {oracle.source}: {' '.join(args.structures)}; wrong "
-        f"minimum: ends higher by more than {args.wrong_minimum:g} meV/atom"
+        f"minimum: ends higher by more than {args.wrong_minimum:g} meV/atom or "
+        f"{args.wrong_minimum_whole:g} eV"
     )
     document = _facts(args, oracle, kinds) | {
         "left_out": [str(failure) for failure in failures],
@@ -73,7 +74,7 @@ def benchmark_steps(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
-    for option in ("limit", "max_steps", "fmax", "wrong_minimum", "shaken"):
+    for option in ("limit", "max_steps", "fmax", "wrong_minimum", "wrong_minimum_whole", "shaken"):
         value = getattr(args, option)
         if value is not None and not value > 0:
             raise InputError(f"--{option.replace('_', '-')} {value:g}: must be positive")
@@ -116,7 +117,14 @@ def _facts(args: argparse.Namespace, oracle: Calculator, kinds: Sequence[Kind]) 
         "fmax": args.fmax,
         "max_steps": args.max_steps,
         "wrong_minimum": 1e-3 * args.wrong_minimum,
-        "units": {"energy": "eV", "wrong_minimum": "eV/atom", "fmax": "eV/Å", "seconds": "s"},
+        "wrong_minimum_whole": args.wrong_minimum_whole,
+        "units": {
+            "energy": "eV",
+            "wrong_minimum": "eV/atom",
+            "wrong_minimum_whole": "eV",
+            "fmax": "eV/Å",
+            "seconds": "s",
+        },
         "starts": {k.key: {"label": k.label, "identity": k.identity} for k in kinds},
         "machine": machine.describe(PACKAGES),
     }

@@ -14,8 +14,12 @@ from rich.table import Table
 
 from relaxnet_jax.benchmark.steps import CONVERGED, NO_OTHER, SKIPPED
 from relaxnet_jax.data.files import atomic_path
+from relaxnet_jax.relaxation.minima import (
+    WRONG_MINIMUM,
+    WRONG_MINIMUM_WHOLE,
+    same_minimum_within,
+)
 
-WRONG_MINIMUM = 10e-3  # eV/atom
 COLUMNS = (
     "structure",
     "formula",
@@ -47,19 +51,28 @@ HEADINGS = (
 )
 
 
-def judged(rows: Sequence[dict[str, Any]], wrong_minimum: float) -> list[dict[str, Any]]:
+def judged(
+    rows: Sequence[dict[str, Any]],
+    per_atom: float = WRONG_MINIMUM,
+    whole: float = WRONG_MINIMUM_WHOLE,
+) -> list[dict[str, Any]]:
     """The rows with ``energy_difference_per_atom`` (eV, from the relaxation of the initial
     structure) and ``result``: "same", "wrong" or "lower" minimum. Both are None where the two
-    did not converge."""
+    did not converge.
+
+    Args:
+      rows: of `run_steps`. per_atom: eV/atom, whole: eV; see `same_minimum_within`.
+    """
     initial = {r["structure"]: r for r in rows if r["start"] == "initial"}
     found = []
     for row in rows:
         reference = initial[row["structure"]]
         difference = result = None
         if row["status"] == reference["status"] == CONVERGED:
-            difference = (row["energy"] - reference["energy"]) / row["atoms"]
+            apart = row["energy"] - reference["energy"]
+            difference = apart / row["atoms"]
             result = "same minimum"
-            if abs(difference) > wrong_minimum:
+            if abs(apart) > same_minimum_within(row["atoms"], per_atom, whole):
                 result = "wrong minimum" if difference > 0 else "lower minimum"
         found.append(row | {"energy_difference_per_atom": difference, "result": result})
     return found

@@ -426,7 +426,7 @@ def _json(
     members: Sequence[str],
     skipped: int,
 ) -> str:
-    from relaxnet_jax.relaxation.refine import WRONG_MINIMUM
+    from relaxnet_jax.relaxation.minima import WRONG_MINIMUM, WRONG_MINIMUM_WHOLE
     from relaxnet_jax.relaxation.report import UNITS
 
     document = {
@@ -435,6 +435,7 @@ def _json(
         "refine": args.refine,
         "compare": args.compare,
         "wrong_minimum_per_atom": WRONG_MINIMUM,
+        "wrong_minimum_whole": WRONG_MINIMUM_WHOLE,
         "units": UNITS,
         "seconds": seconds,
         "structures": records,

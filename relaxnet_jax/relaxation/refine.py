@@ -14,13 +14,10 @@ from relaxnet_jax.data.generation.calculators import Calculator, check_calculato
 from relaxnet_jax.data.generation.elements import names
 from relaxnet_jax.data.trajectory import CELL_TOLERANCE
 from relaxnet_jax.errors import InputError
+from relaxnet_jax.relaxation.minima import same_minimum_within
 
 if TYPE_CHECKING:
     from ase import Atoms
-
-# eV/atom. Ending so much higher than without the head start is another, worse minimum; less is
-# what two runs to the same fmax differ by.
-WRONG_MINIMUM = 5e-3
 
 
 class Leg(NamedTuple):
@@ -45,7 +42,7 @@ class Refined(NamedTuple):
     Attributes:
       without, with_start: from the initial and from the predicted structure; None for one that
         failed, or, where ``failure`` is empty, was not needed.
-      wrong_minimum: whether the head start ended higher by more than `WRONG_MINIMUM` per atom;
+      wrong_minimum: whether the head start ended higher by more than `same_minimum_within`;
         None where one of the two failed, did not converge or was not needed.
       atoms: what is kept, with its calculator: the end of the relaxation with the head start, or
         of the other where that is a wrong minimum, or failed or did not converge and the other did not.
@@ -105,7 +102,7 @@ def refine(
     without, with_start = legs.get("without"), legs["with"]
     wrong: bool | None = None
     if without and with_start and without.converged and with_start.converged:
-        wrong = (with_start.energy - without.energy) / len(initial) > WRONG_MINIMUM
+        wrong = with_start.energy - without.energy > same_minimum_within(len(initial))
     better = without is not None and without.converged and not (with_start and with_start.converged)
     kept = "without" if wrong or better or with_start is None else "with"
     where = {"with": "from the prediction", "without": "from the initial structure"}

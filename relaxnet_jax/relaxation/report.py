@@ -14,7 +14,8 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from relaxnet_jax.console import WIDE
-from relaxnet_jax.relaxation.refine import WRONG_MINIMUM, Refined
+from relaxnet_jax.relaxation.minima import WRONG_MINIMUM, WRONG_MINIMUM_WHOLE
+from relaxnet_jax.relaxation.refine import Refined
 
 if TYPE_CHECKING:
     from relaxnet_jax.structure_files import Predicted
@@ -141,7 +142,8 @@ def _refined_caption(fmax: float, compare: bool) -> str:
         )
     return (
         f"LBFGS to {fmax:g} eV/Å from the initial structure → from the prediction; wrong minimum: "
-        f"the latter ends higher\nby more than {1e3 * WRONG_MINIMUM:g} meV/atom, and the former is kept"
+        f"the latter ends higher\nby more than {1e3 * WRONG_MINIMUM:g} meV/atom or "
+        f"{WRONG_MINIMUM_WHOLE:g} eV, and the former is kept"
     )
 
 
