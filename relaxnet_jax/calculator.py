@@ -43,6 +43,7 @@ class _Neighbourhood(NamedTuple):
     """A neighbour list, on the device as a padded graph, and the structure it was made for."""
 
     atoms: Atoms
+    origin: np.ndarray  # Å, of the graph's positions
     graph: Graph
     latent: AnyArray
     composition_energy: float
@@ -115,7 +116,7 @@ class RelaxNetCalculator(Calculator):
         assert self.atoms is not None
         near = self._neighbourhood(self.atoms)
         positions = np.zeros(near.graph.nodes["positions"].shape, dtype_of(self.model.params))
-        positions[: len(self.atoms)] = self.atoms.positions
+        positions[: len(self.atoms)] = self.atoms.positions - near.origin
         model, deformation = self.model, None
         if model.config.dynamics.cell == "variable":
             graphs = near.graph.n_node.shape[0]
@@ -186,12 +187,14 @@ class RelaxNetCalculator(Calculator):
         needed = dataclasses.astuple(fitting_shape([structure], rounded=True))
         before = needed if self._shape is None else dataclasses.astuple(self._shape)
         self._shape = BatchShape(*map(max, needed, before))
-        graph: Any = jax.device_put(collate([structure], self._shape, dtype_of(model.params)))
+        near = collate([structure.centred()], self._shape, dtype_of(model.params))
+        graph: Any = jax.device_put(near)
         self.lists_built += 1
         latent: AnyArray = np.zeros((self._shape.n_atoms, 0), dtype_of(model.params))
         if self._explicit:
             latent = _encode(model.network, model.params, graph)
-        return _Neighbourhood(atoms, graph, latent, model.composition_energy(atoms.numbers))
+        energy = model.composition_energy(atoms.numbers)
+        return _Neighbourhood(atoms, structure.origin, graph, latent, energy)
 
 
 def _same_crystal(a: Atoms, b: Atoms) -> bool:

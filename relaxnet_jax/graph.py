@@ -66,6 +66,18 @@ class Structure:
         """N."""
         return len(self.atomic_numbers)
 
+    @property
+    def origin(self) -> np.ndarray:
+        """(3,) Å, the centroid of the atoms: what positions are taken relative to on a device."""
+        return self.positions.mean(axis=0)
+
+    def centred(self) -> Structure:
+        """The same about the coordinate origin: far from it the float32 of a device would round distances.
+
+        Positions that share its neighbour list are shifted alike, by `origin`.
+        """
+        return dataclasses.replace(self, positions=self.positions - self.origin)
+
 
 def build_structure(
     atomic_numbers,

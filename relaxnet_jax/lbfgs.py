@@ -348,7 +348,8 @@ class _Batch:
         structures = [d.structure for d in members]
         if list(map(id, structures)) != list(map(id, self.listed)):
             self.shape = self._shape_for(structures)
-            self.graph = jax.device_put(collate(structures, self.shape, self.dtype))
+            near = [s.centred() for s in structures]
+            self.graph = jax.device_put(collate(near, self.shape, self.dtype))
             self.listed = structures
         assert self.shape is not None
         positions = np.zeros((self.shape.n_atoms, 3), self.dtype)
@@ -358,7 +359,7 @@ class _Batch:
         rows = []
         for index, descent in enumerate(members):
             rows.append(slice(at, at := at + descent.size))
-            positions[rows[-1]] = descent.positions
+            positions[rows[-1]] = descent.positions - descent.structure.origin
             if deformation is not None:
                 deformation[index] = descent.change
         begin, before = time.perf_counter(), compiled_shapes()

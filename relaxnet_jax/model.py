@@ -130,6 +130,10 @@ class RelaxNet:
           skin: Å, how much two atoms may approach before the graph lacks a pair; that of the
             configuration by default.
 
+        Positions are those of ``atoms`` in the parameters' precision: in float32, 1000 Å from the
+        coordinate origin, rounded to 6e-5 Å. `relax`, `energy_and_forces` and `RelaxNetCalculator`
+        take them relative to their centroid.
+
         Raises:
           InputError: as `structure`; no structure at all; no room in the shape of ``like``, a
             negative skin.
@@ -181,9 +185,9 @@ class RelaxNet:
             reference = atoms
         structure, positions, deformation = self._from_reference(atoms, reference)
         shape = fitting_shape([structure], rounded=True)
-        graph = collate([structure], shape, dtype_of(self.params))
+        graph = collate([structure.centred()], shape, dtype_of(self.params))
         at = graph.nodes["positions"].copy()
-        at[: len(atoms)] = positions
+        at[: len(atoms)] = positions - structure.origin
         steps = np.repeat(np.eye(3, dtype=at.dtype)[None], shape.n_graphs, axis=0)
         steps[0] = deformation
         result = _evaluate(self.network, self.params, self.energy_scale, graph, at, steps)

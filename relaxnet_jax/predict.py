@@ -307,7 +307,8 @@ def _predict_batch(
     model: RelaxNet, structures: Sequence[Structure], times, shape: BatchShape
 ) -> list[Path]:
     dtype = dtype_of(model.params)
-    graph = collate(structures, shape, dtype)
+    near = [s.centred() for s in structures]
+    graph = collate(near, shape, dtype)
     result = jax.device_get(
         solve_compiled(
             model.network,
@@ -323,10 +324,10 @@ def _predict_batch(
         for x in (reference, result.velocities, result.forces)
     ]
     paths = []
-    for index, (structure, x, u, f) in enumerate(zip(structures, *split)):
+    for index, (structure, start, x, u, f) in enumerate(zip(structures, near, *split)):
         energies = np.asarray(result.energies[:, index], np.float64)
         # Exact initial positions: the network's precision must not move an atom at t = 0.
-        x = structure.positions + (x - np.asarray(structure.positions, dtype))
+        x = structure.positions + (x - np.asarray(start.positions, dtype))
         energies = energies + model.composition_energy(structure.atomic_numbers)
         cells, stresses = np.repeat(structure.cell[None], len(energies), axis=0), None
         if result.deformation is not None:

@@ -11,6 +11,7 @@ from tiny import crystal, molecule, slab, tiny_config, tiny_model
 
 from relaxnet_jax.calculator import RelaxNetCalculator
 from relaxnet_jax.errors import InputError
+from relaxnet_jax.lbfgs import minimise
 from relaxnet_jax.potential import compiled_shapes
 
 pytestmark = pytest.mark.usefixtures("x64", "quick_compilation")
@@ -185,6 +186,22 @@ def test_bad_structures(model):
     for _ in range(2):
         with pytest.raises(InputError, match="not finite"):
             atoms.get_potential_energy()
+
+
+def test_far_from_the_origin(model):
+    """1000 Å away, where the next float32 is 6e-5 Å further; also of a list that was made elsewhere."""
+    single = model.replace(params=jax.tree.map(lambda a: a.astype(np.float32), model.params))
+    near, away = attached(slab(), single), attached(slab(), single)
+    away.positions += [1000.0, 1000.0, 0.0]
+    for _ in range(2):
+        forces, others = (a.get_forces(apply_constraint=False) for a in (near, away))
+        np.testing.assert_allclose(others, forces, atol=2e-5 * np.abs(forces).max())
+        for atoms in (near, away):
+            atoms.positions[-1] += [0.05, 0.1, -0.05]
+    assert away.calc.lists_built == 1
+    found = minimise(single, [single.structure(a) for a in (near, away)], steps=1).paths
+    forces, others = (m.forces for m in found)
+    np.testing.assert_allclose(others, forces, atol=2e-5 * np.abs(forces).max())
 
 
 def test_single_precision(model):

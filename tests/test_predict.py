@@ -386,6 +386,29 @@ def test_a_loop_over_structures_compiles_few_programs(model):
         np.testing.assert_allclose(one.energies, other.energies, atol=1e-4)
 
 
+def far(atoms):
+    """The same, 1000 Å from the origin, where the next float32 is 6e-5 Å away."""
+    away = atoms.copy()
+    away.positions += [1000.0, -1000.0, 500.0]
+    return away
+
+
+@pytest.mark.parametrize("cell", ["fixed", "variable"])
+def test_a_path_far_from_the_origin_is_the_same(cell):
+    made = tiny_model(tiny_config("explicit", model__layers=1, dynamics__cell=cell), dtype=np.float32)
+    near, away = relax(made, [crystal(), far(crystal())], n_frames=3)
+    change = [t.positions - t.positions[:, :1] for t in (near, away)]
+    assert np.abs(change[0] - change[0][:1]).max() > 0.01
+    np.testing.assert_allclose(change[1], change[0], atol=2e-6)
+    np.testing.assert_allclose(away.forces, near.forces, atol=2e-5 * np.abs(near.forces).max())
+    np.testing.assert_allclose(away.cells, near.cells, atol=2e-6)
+    if cell == "fixed":
+        np.testing.assert_allclose(
+            away.positions - far(crystal()).positions, near.positions - crystal().positions, atol=2e-6)
+    forces = [made.energy_and_forces(a)[1] for a in (crystal(), far(crystal()))]
+    np.testing.assert_allclose(forces[1], forces[0], atol=2e-5 * np.abs(forces[0]).max())
+
+
 def test_predict_trajectory_compiles_once(model):
     """Without `jax.jit` too, and for models that differ in parameters and training alone."""
     graph = model.graph(crystal())
