@@ -7,6 +7,7 @@ cutoff are the bonds.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -111,12 +112,8 @@ def build_neighbors(
         i, j, shifts = pairs[:, 0], pairs[:, 1], pairs[:, 2:]
         vectors = positions[j] + shifts @ np.asarray(cell, np.float64) - positions[i]
         distances = np.linalg.norm(vectors, axis=1)
-    order = np.lexsort((shifts[:, 2], shifts[:, 1], shifts[:, 0], j, distances, i))
+    order, back = _ordered(len(positions), i, j, shifts, distances)
     i, j, shifts, nearest = i[order], j[order], shifts[order], nearest[order]
-    back, paired = _reverse_edges(i, j, shifts)
-    if not paired.all():  # rounding can list a pair at the very edge of the reach once only
-        i, j, shifts, nearest = i[paired], j[paired], shifts[paired], nearest[paired]
-        back, _ = _reverse_edges(i, j, shifts)
     # The reverse of a bond is a bond, also where rounding puts one of them beyond the range.
     bond = np.minimum(nearest, nearest[back]) < triplet_cutoff + triplet_skin
     most = int(np.bincount(i[bond], minlength=1).max())
@@ -177,19 +174,39 @@ def approach(positions: np.ndarray, cells: np.ndarray, reach: float) -> float:
     return shrunk + (float(np.sort(moved)[-2:].sum()) if len(moved) > 1 else 0.0)
 
 
-def _reverse_edges(i, j, shifts) -> tuple[np.ndarray, np.ndarray]:
-    """Index of each edge's reverse, and whether it exists. Edges are unique (i, j, S)."""
-    forward = np.column_stack([i, j, shifts])
-    backward = np.column_stack([j, i, -shifts])
-    order_f = np.lexsort(forward.T[::-1])
-    order_b = np.lexsort(backward.T[::-1])
-    if np.array_equal(forward[order_f], backward[order_b]):
-        back = np.empty(len(i), np.int64)
-        back[order_b] = order_f
-        return back, np.ones(len(i), bool)
-    index = {tuple(row): k for k, row in enumerate(forward)}
-    back = np.array([index.get(tuple(row), -1) for row in backward], np.int64)
-    return back, back >= 0
+def _ordered(
+    n_atoms: int, i: np.ndarray, j: np.ndarray, shifts: np.ndarray, distances: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Which edges (i, j, S), each given once, to take in which order: by i, distance, j and S; and the
+    place of each one's reverse in that order. Edges without a reverse are left out."""
+    forward, backward = _edge_keys(n_atoms, i, j, shifts)
+    rows = np.argsort(forward)
+    keys, wanted = forward[rows], backward[rows]
+    back = np.minimum(np.searchsorted(keys, wanted), max(0, len(keys) - 1))
+    paired = keys[back] == wanted
+    if not paired.all():  # rounding can list a pair at the very edge of the reach once only
+        rows, back = rows[paired], (np.cumsum(paired) - 1)[back[paired]]
+    nearer = np.lexsort((distances[rows], i[rows]))  # stable: equal distances stay in order of j, S
+    place = np.empty(len(rows), np.int64)
+    place[nearer] = np.arange(len(rows))
+    return rows[nearer], place[back[nearer]]
+
+
+def _edge_keys(
+    n_atoms: int, i: np.ndarray, j: np.ndarray, shifts: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """An integer for each edge (i, j, S), in the order of such rows, and that of its reverse."""
+    largest = np.abs(shifts).max(axis=0, initial=0)
+    digits, widths = shifts + largest, 2 * largest + 1
+    if n_atoms**2 * math.prod(widths.tolist()) >= 2**63:  # atoms very far outside their cell
+        # Shifts and their negatives by rank: the reverse still counts from the other end.
+        ranked = [np.unique(np.concatenate([s, -s]), return_inverse=True) for s in shifts.T]
+        digits = np.column_stack([ranks.ravel()[: len(i)] for _, ranks in ranked])
+        widths = np.array([len(values) for values, _ in ranked])
+    forward, backward = i * n_atoms + j, j * n_atoms + i
+    for digit, width in zip(digits.T, widths):
+        forward, backward = forward * width + digit, backward * width + (width - 1 - digit)
+    return forward, backward
 
 
 def _complete_cell(cell, positions, pbc, reach: float) -> np.ndarray:

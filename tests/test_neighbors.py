@@ -8,6 +8,7 @@ from ase import Atoms
 from matscipy.neighbours import neighbour_list
 from tiny import perfect, systems, tiny_config
 
+from relaxnet_jax import neighbors as neighborlists
 from relaxnet_jax.batching import collate, fitting_shape
 from relaxnet_jax.errors import InputError
 from relaxnet_jax.graph import (
@@ -19,7 +20,7 @@ from relaxnet_jax.graph import (
     pair_map,
     pair_vectors,
 )
-from relaxnet_jax.neighbors import build_neighbors
+from relaxnet_jax.neighbors import build_neighbors, pairs_within
 from relaxnet_jax.ops import (
     both_ways,
     first_way,
@@ -134,6 +135,34 @@ def test_order():
         assert (neighbors.bond[back] == neighbors.bond).all()
         most = max(1, np.bincount(i[neighbors.bond], minlength=1).max())
         assert neighbors.n_slots == most and neighbors.n_bonds == neighbors.bond.sum()
+
+
+def test_edges_are_ordered_and_reversed_by_one_integer_each():
+    """As sorting rows would have them, also where the integer would not fit without ranks; an edge
+    without a reverse goes."""
+    for atoms in all_structures():
+        for away in (0, 2**30):
+            i, j, shifts, far = pairs_within(atoms.positions, atoms.cell.array, atoms.pbc, CUTOFF)
+            jump = np.zeros((len(atoms), 3), int)
+            jump[0] = away * np.where(atoms.pbc, [1, -1, 1], 0)  # the first atom, cells away
+            shifts = shifts - jump[j] + jump[i]
+            far = np.round(far, 6)  # so that equal ones are
+            forward = neighborlists._edge_keys(len(atoms), i, j, shifts)[0]
+            rows = np.lexsort((shifts[:, 2], shifts[:, 1], shifts[:, 0], j, i))
+            assert (np.diff(forward[rows]) > 0).all()
+            order, back = neighborlists._ordered(len(atoms), i, j, shifts, far)
+            expected = np.lexsort((shifts[:, 2], shifts[:, 1], shifts[:, 0], j, far, i))
+            np.testing.assert_array_equal(order, expected)
+            edges = np.column_stack([i, j, shifts])[order]
+            mirrored = edges[:, [1, 0, 2, 3, 4]] * [1, 1, -1, -1, -1]
+            np.testing.assert_array_equal(edges[back], mirrored)
+            if len(i) == 0:
+                continue
+            without = [column[1:] for column in (i, j, shifts, far)]  # the first edge's reverse is alone
+            order, back = neighborlists._ordered(len(atoms), *without)
+            left = np.column_stack(without[:3])[order]
+            assert len(left) == len(i) - 2
+            np.testing.assert_array_equal(left[back], left[:, [1, 0, 2, 3, 4]] * [1, 1, -1, -1, -1])
 
 
 def test_two_atoms_at_one_point():
