@@ -266,20 +266,22 @@ def predict_trajectory(model: RelaxNet, graph: Graph, times: Times | None = None
       model: from `create_model` or `load_model`.
       graph: from `RelaxNet.graph`.
       times: (m,) pseudotimes in [0, 1], or (m, G) for each structure its own; by default the
-        frames the model was trained on, k/(n-1).
+        frames the model was trained on, k/(n-1). Of traced ones (arguments of a function under `jax.jit`)
+        nothing is known here: outside [0, 1] the path is extrapolated, without a word.
 
     Returns:
       `Prediction`; what stands at padding atoms and structures has no meaning.
 
     Raises:
-      InputError: something that is no graph.
+      InputError: something that is no graph; times outside [0, 1].
     """
     if not hasattr(graph, "nodes"):
         raise InputError(
             f"predict_trajectory: takes a graph, not {type(graph).__name__}: give model.graph(atoms), or call "
             "relax(model, atoms)"
         )
-    times = None if times is None else jnp.asarray(times)
+    if times is not None:
+        times = _pseudotimes(jnp.asarray(times))
     result = solve_compiled(model.network, model.params, model.energy_scale, graph, times)
     per_atom = jnp.asarray(model.element_energies)[graph.nodes["atomic_numbers"]]
     per_atom = jnp.where(graph.nodes["mask"], per_atom, 0.0)
@@ -291,6 +293,17 @@ def predict_trajectory(model: RelaxNet, graph: Graph, times: Times | None = None
         return Prediction(*moving, jnp.broadcast_to(cell, (len(total), *cell.shape)))
     cells = cell @ jnp.swapaxes(result.deformation, -1, -2)
     return Prediction(*moving, cells, stress(result.virial, cell, result.deformation))
+
+
+def _pseudotimes(times: Array) -> Array:
+    """The times as they are; InputError where they are known and outside [0, 1]."""
+    if not isinstance(times, jax.core.Tracer):
+        values = np.asarray(times)
+        if not ((values >= 0) & (values <= 1)).all():
+            raise InputError(
+                "times: must be pseudotimes in [0, 1]: the model says nothing of others"
+            )
+    return times
 
 
 @Program

@@ -151,7 +151,7 @@ def interpolate_states(states: State, rates: State, times: Array, index: AnyArra
     Args:
       states, rates: values and time derivatives on the grid: leaves (n, N, ...) of atoms, and
         (n, G, 3, 3) of cells.
-      times: (m, G) pseudotimes in [0, 1]. index: (N,) structure of each atom.
+      times: (m, G) pseudotimes in [0, 1], which is not checked. index: (N,) structure of each atom.
 
     Returns:
       States with leaves (m, N, ...) and (m, G, 3, 3); at the grid's own times the grid's values, to

@@ -420,6 +420,26 @@ def test_predict_trajectory_compiles_once(model):
     np.testing.assert_array_equal(first.positions, again.positions)
 
 
+@pytest.mark.parametrize("times", [[0.0, 1.5], [-0.1], [np.nan], [[0.5, 2.0]]])
+def test_no_extrapolation(model, monkeypatch, times):
+    """Of times that are known; traced ones are not."""
+    with pytest.raises(InputError, match=r"times: must be pseudotimes in \[0, 1\]"):
+        predict_trajectory(model, model.graph(crystal()), times)
+
+    class ReachedError(Exception):
+        pass
+
+    def reached(*args):
+        raise ReachedError
+
+    monkeypatch.setattr(relaxnet_jax.model, "solve_compiled", reached)
+    for inside in ([0.0, 1.0], np.linspace(0, 1, 7), [[0.5, 1.0]]):
+        with pytest.raises(ReachedError):
+            predict_trajectory(model, model.graph(crystal()), inside)
+    with pytest.raises(ReachedError):
+        jax.jit(lambda t: predict_trajectory(model, model.graph(crystal()), t))(np.array(times))
+
+
 def test_graphs_of_a_given_shape_and_skin(model):
     wide = model.graph([slab(), molecule()], skin=1.5)
     plain = model.graph(crystal(), like=wide)
