@@ -36,7 +36,7 @@ from relaxnet_jax.graph import MAX_ATOMIC_NUMBER, Structure, structure_from_atom
 from relaxnet_jax.models.energy import RelaxNetwork
 from relaxnet_jax.models.init import initial_parameters
 from relaxnet_jax.models.precision import in_float32
-from relaxnet_jax.neighbors import approach
+from relaxnet_jax.neighbors import approach, skin_for
 from relaxnet_jax.potential import Evaluation
 from relaxnet_jax.programs import Program
 from relaxnet_jax.strain import deformations, stress, to_reference
@@ -220,7 +220,13 @@ class RelaxNet:
         x = unwrap_positions(np.stack([reference.positions, atoms.positions]), cells, reference.pbc)
         needed = approach(x, cells, structure.neighbors.reach)
         if needed > self.config.graph.skin:
-            structure = structure_from_atoms(reference, self.config.with_skin(needed))
+            wider = skin_for(x, cells, self.config.graph.cutoff)
+            if not np.isfinite(wider):
+                raise InputError(
+                    f"{atoms.get_chemical_formula()}: the cell has no volume or is not finite; repair or drop "
+                    "the structure"
+                )
+            structure = structure_from_atoms(reference, self.config.with_skin(wider))
         deformation = deformations(cells)[1]
         return structure, to_reference(x[1], deformation), deformation
 

@@ -174,6 +174,28 @@ def approach(positions: np.ndarray, cells: np.ndarray, reach: float) -> float:
     return shrunk + (float(np.sort(moved)[-2:].sum()) if len(moved) > 1 else 0.0)
 
 
+def skin_for(positions: np.ndarray, cells: np.ndarray, cutoff: float) -> float:
+    """Å: the skin with which the list of a path's first frame has all pairs within ``cutoff`` of every frame.
+
+    `approach` counts what a shrinking cell takes off the list's reach, skin included: with the motion
+    m and the shrinkage s, skin = m + s (cutoff + skin).
+
+    Args:
+      positions: (n, N, 3) Å. cells: (n, 3, 3) Å. cutoff: Å.
+
+    Returns:
+      Infinite where there is none: values that are not finite, or a cell that shrinks to nothing.
+    """
+    moved = approach(positions, cells, 0.0)
+    if not np.isfinite(moved):
+        return np.inf
+    shrunk = approach(positions, cells, 1.0) - moved
+    if shrunk > 1 - 1e-6:
+        return np.inf
+    # The margin is for rounding: what was found is exactly on the edge.
+    return (moved + shrunk * cutoff) / (1 - shrunk) * (1 + 1e-9)
+
+
 def _ordered(
     n_atoms: int, i: np.ndarray, j: np.ndarray, shifts: np.ndarray, distances: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:

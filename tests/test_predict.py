@@ -24,7 +24,7 @@ from relaxnet_jax.model import (
     save_model,
     stack_models,
 )  # fmt: skip
-from relaxnet_jax.neighbors import approach
+from relaxnet_jax.neighbors import approach, pairs_within, skin_for
 from relaxnet_jax.predict import compiled_shapes, judge, predict_structures, relax
 
 KNOWN = tuple(range(1, 90))
@@ -224,6 +224,28 @@ def test_approach():
     still = np.stack([positions, 0.98 * positions])
     assert approach(still, cells, 5.0) == pytest.approx(0.1)
     assert approach(still[::-1], cells[::-1], 5.0) < 1e-12  # growing brings nothing nearer
+
+
+def test_a_list_reaches_far_enough_for_a_compressed_cell():
+    """All pairs within the cutoff of a crystal compressed by 30 % are in the list of its reference."""
+    model = create_model(tiny_config("explicit", dynamics__cell="variable"))
+    reference, atoms = crystal(), crystal()
+    atoms.set_cell(0.7 * atoms.cell.array, scale_atoms=True)
+    atoms.positions[0] += 0.1
+    structure, _, _ = model._from_reference(atoms, reference)
+    listed, cutoff = structure.neighbors, model.config.graph.cutoff
+    cells = np.stack([reference.cell.array, atoms.cell.array])
+    x = np.stack([reference.positions, atoms.positions])
+    assert approach(x, cells, listed.reach) <= listed.reach - cutoff
+    assert approach(x, cells, listed.reach) == pytest.approx(listed.reach - cutoff)  # and no further
+    pairs = set(zip(listed.receivers, listed.senders, *listed.shifts.T))
+    i, j, shifts, _ = pairs_within(atoms.positions, atoms.cell.array, atoms.pbc, cutoff)
+    assert set(zip(i, j, *shifts.T)) <= pairs
+    assert skin_for(x[[0, 0]], cells[[0, 0]], cutoff) == 0
+    assert skin_for(x, cells * np.array([1.0, 0.0])[:, None, None], cutoff) == np.inf
+    atoms.set_cell(0 * atoms.cell.array)
+    with pytest.raises(InputError, match="no volume"):
+        model._from_reference(atoms, reference)
 
 
 def test_diverged_predictions_do_not_loop(model):
