@@ -12,6 +12,7 @@ from ase.calculators.calculator import Calculator, all_changes
 
 from relaxnet_jax import dynamics
 from relaxnet_jax.batching import BatchShape, collate, fitting_shape
+from relaxnet_jax.data.trajectory import unwrap_positions
 from relaxnet_jax.errors import InputError
 from relaxnet_jax.graph import structure_from_atoms
 from relaxnet_jax.model import NO_ENERGY_SURFACE, RelaxNet, dtype_of
@@ -115,8 +116,11 @@ class RelaxNetCalculator(Calculator):
         super().calculate(atoms, properties, system_changes)
         assert self.atoms is not None
         near = self._neighbourhood(self.atoms)
+        at = self.atoms.positions
+        if self._reference is not None:
+            at = self._near_reference(self.atoms, self._reference.atoms)
         positions = np.zeros(near.graph.nodes["positions"].shape, dtype_of(self.model.params))
-        positions[: len(self.atoms)] = self.atoms.positions - near.origin
+        positions[: len(self.atoms)] = at - near.origin
         model, deformation = self.model, None
         if model.config.dynamics.cell == "variable":
             graphs = near.graph.n_node.shape[0]
@@ -143,7 +147,6 @@ class RelaxNetCalculator(Calculator):
         last call, which may have failed.
         """
         if self._reference is not None:
-            self._check_near_reference(atoms, self._reference.atoms)
             return self._reference
         if self._near is None or not self._serves(self._near.atoms, atoms):
             same = self._near is not None and np.array_equal(
@@ -163,20 +166,26 @@ class RelaxNetCalculator(Calculator):
         reach = self.model.config.graph.cutoff + self.skin
         return approach(np.stack([built.positions, atoms.positions]), cells, reach) <= self.skin
 
-    def _check_near_reference(self, atoms: Atoms, reference: Atoms) -> None:
+    def _near_reference(self, atoms: Atoms, reference: Atoms) -> np.ndarray:
+        """(N, 3) Å, the positions without whole lattice vectors from the reference's: those that its
+        neighbour list is for. InputError where it does not hold."""
         same_cell = np.array_equal(reference.cell.array, atoms.cell.array)
         if not (same_cell and _same_crystal(reference, atoms)):
             raise InputError(
                 "reference: cell, elements, charges or periodicity differ from those of the atoms; "
                 "make a calculator for each reference"
             )
-        moved = _moved(reference, atoms)
+        cells = np.stack([reference.cell.array, atoms.cell.array])
+        both = np.stack([reference.positions, atoms.positions])
+        both = unwrap_positions(both, cells, reference.pbc)
+        moved = _moved(*both)
         if not moved <= self.skin / 2:
             raise InputError(
                 f"reference: an atom is {moved:.3f} Å from it, more than half the skin "
                 f"({self.skin / 2:g} Å); the explicit scheme's energy holds near it only: "
                 "encode a new reference there, or use an implicit model"
             )
+        return both[1]
 
     def _around(self, atoms: Atoms) -> _Neighbourhood:
         """Neighbour list and padded graph of these atoms, on the device."""
@@ -206,7 +215,7 @@ def _same_crystal(a: Atoms, b: Atoms) -> bool:
     )
 
 
-def _moved(a: Atoms, b: Atoms) -> float:
+def _moved(a: np.ndarray, b: np.ndarray) -> float:
     """Å, the largest displacement; inf where a position is not finite."""
-    largest = np.linalg.norm(b.positions - a.positions, axis=1).max(initial=0.0)
+    largest = np.linalg.norm(b - a, axis=1).max(initial=0.0)
     return float(largest) if np.isfinite(largest) else np.inf

@@ -176,6 +176,28 @@ def test_explicit_models_need_a_reference(model, explicit):
     assert atoms.calc.lists_built == 1
 
 
+def test_the_reference_may_be_wrapped(explicit):
+    """An atom that left through one side of the cell is where it was."""
+    calculator = RelaxNetCalculator(explicit, reference=slab())
+    atoms = slab()
+    atoms.positions[2:] += 0.05
+    wrapped = atoms.copy()
+    wrapped.positions[3] += atoms.cell[0] - 2 * atoms.cell[1]
+    at = calculator._near_reference(wrapped, slab())
+    np.testing.assert_allclose(at, atoms.positions, atol=1e-12)
+    np.testing.assert_array_equal(calculator._near_reference(atoms, slab()), atoms.positions)
+    wrapped.positions[3] += atoms.cell[2]  # not periodic along that
+    with pytest.raises(InputError, match="more than half the skin"):
+        calculator._near_reference(wrapped, slab())
+    results = []
+    for one in (atoms, wrapped):
+        one.positions[3] = atoms.positions[3] if one is atoms else atoms.positions[3] + atoms.cell[0]
+        one.calc = calculator
+        results.append((one.get_potential_energy(), one.get_forces()))
+    assert results[1][0] == pytest.approx(results[0][0], abs=1e-9)
+    np.testing.assert_allclose(results[1][1], results[0][1], atol=1e-9)
+
+
 def test_bad_structures(model):
     trained = model.replace(elements=(1, 8, 78))
     with pytest.raises(InputError, match="never saw"):
