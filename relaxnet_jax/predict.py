@@ -279,6 +279,9 @@ class _Batches:
                 self.too_much = min(self.too_much, shape.cost)
         # Out here the exception, and the arrays its traceback holds, are gone.
         if len(structures) == 1:
+            own = _batch_shape(structures, 1)
+            if own.cost < shape.cost:  # it was tried in one that others share
+                return self.predict(structures, own)
             return [_without_memory(structures[0], self.n_frames)]
         middle = len(structures) // 2
         parts = structures[:middle], structures[middle:]

@@ -294,6 +294,28 @@ def test_batches_that_do_not_fit_are_split(model, monkeypatch):
         relax(model, molecule(), n_frames=3)
 
 
+def test_what_does_not_fit_is_tried_in_its_own_shape(model, monkeypatch):
+    """Not only in one that it shared with larger structures."""
+    structure = model.structure(crystal())
+    own = predict._batch_shape([structure], 1)
+    shared = dataclasses.replace(own, n_edges=2 * own.n_edges)
+    tried = []
+
+    def small_device(model, structures, times, shape):
+        tried.append(shape)
+        if shape.n_edges > room:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes")
+        return ["a path"]
+
+    monkeypatch.setattr(predict, "_predict_batch", small_device)
+    batches = predict._Batches(model, np.linspace(0, 1, 77), 77)
+    room = own.n_edges
+    assert batches.predict([structure], shared) == ["a path"] and tried == [shared, own]
+    room = 0
+    (path,) = batches.predict([structure], shared)
+    assert "do not fit" in path.failure and tried[2:] == [shared, own]
+
+
 def test_unseen_elements(model):
     trained = model.replace(elements=(1, 6, 8))
     with pytest.raises(InputError, match="1-ClNaO: the model never saw Na, Cl"):
