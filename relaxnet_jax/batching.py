@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import heapq
 from collections.abc import Sequence
+from typing import Any
 
 import jraph
 import numpy as np
@@ -13,6 +14,9 @@ from relaxnet_jax.graph import Structure, masses_of
 from relaxnet_jax.typing import Graph
 
 WASTE = 2.0
+# What runs once takes a shape that is compiled already up to so many times as expensive; what runs in one
+# shape hundreds of times, up to `WASTE` times.
+REUSE = 4.0
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -122,6 +126,29 @@ def shared_shapes(shapes: Sequence[BatchShape]) -> list[BatchShape]:
             result[i] = largest
         order = order[len(group) :]
     return result
+
+
+# What shapes a kind of program has run in, so that they are known to fit in memory. A kind: the
+# program's name, and all of its arguments that are no arrays of the batch's shape.
+_known: dict[tuple[Any, ...], list[BatchShape]] = {}
+
+
+def known_shape(
+    kind: tuple[Any, ...], structures: Sequence[Structure], shape: BatchShape, reuse: float
+) -> BatchShape:
+    """A shape that such a program has run in, if it has room for these structures and costs at most
+    ``reuse`` times ``shape``; else ``shape``. In a loop over structures nearly every one would have its
+    own, and compiled."""
+    needed = fitting_shape(structures)
+    roomy = [s for s in _known.get(kind, ()) if s.holds(needed) and s.cost <= reuse * shape.cost]
+    return min(roomy, key=lambda s: s.cost, default=shape)
+
+
+def remember_shape(kind: tuple[Any, ...], shape: BatchShape) -> None:
+    """Says that such a program has run in a shape."""
+    known = _known.setdefault(kind, [])
+    if shape not in known:
+        known.append(shape)
 
 
 def collate(structures: Sequence[Structure], shape: BatchShape, dtype=np.float32) -> Graph:

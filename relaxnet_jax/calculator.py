@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -11,14 +10,23 @@ import numpy as np
 from ase.calculators.calculator import Calculator, all_changes
 
 from relaxnet_jax import dynamics
-from relaxnet_jax.batching import BatchShape, collate, fitting_shape
+from relaxnet_jax.batching import (
+    WASTE,
+    BatchShape,
+    collate,
+    fitting_shape,
+    known_shape,
+    largest_shape,
+    remember_shape,
+    shape_of,
+)
 from relaxnet_jax.data.trajectory import unwrap_positions
 from relaxnet_jax.errors import InputError
 from relaxnet_jax.graph import structure_from_atoms
 from relaxnet_jax.model import NO_ENERGY_SURFACE, RelaxNet, dtype_of
 from relaxnet_jax.models.energy import RelaxNetwork
 from relaxnet_jax.neighbors import approach
-from relaxnet_jax.potential import evaluate
+from relaxnet_jax.potential import evaluate, program_kind
 from relaxnet_jax.programs import Program
 from relaxnet_jax.strain import deformations, to_voigt
 from relaxnet_jax.typing import AnyArray, Graph, Latent, Params
@@ -66,8 +74,9 @@ class RelaxNetCalculator(Calculator):
     The neighbour list, made for pairs up to the cutoff plus ``skin``, is kept until two atoms may have
     approached by more than ``skin``, as they move and as the cell shrinks; or until elements, charges
     or periodicity change, or the cell of a model that keeps cells fixed. Programs are
-    compiled once per padded shape, and a shape only grows while the atoms stay the same. Forces
-    are raw; ASE applies constraints. Stress (eV/Å³, tension positive) is that of models trained with
+    compiled once per padded shape; a shape that was compiled for other atoms or by another calculator is
+    used again where it has room and costs at most twice as much. Forces are raw; ASE applies constraints.
+    Stress (eV/Å³, tension positive) is that of models trained with
     dynamics.cell="variable"; of others, which never saw a strained cell, it is not implemented:
     ASE's ``PropertyNotImplementedError``.
 
@@ -106,6 +115,7 @@ class RelaxNetCalculator(Calculator):
             raise InputError(
                 "reference: the implicit scheme encodes every structure anew; leave it out"
             )
+        self._kind = program_kind(model.network, dtype_of(model.params))
         self.lists_built = 0
         self._shape: BatchShape | None = None
         self._near: _Neighbourhood | None = None
@@ -130,6 +140,7 @@ class RelaxNetCalculator(Calculator):
                 deformation[0] = deformations(cells)[1]
         known = model.network, model.params, model.energy_scale, near.graph
         found = jax.device_get(evaluate(*known, positions, near.latent, deformation))
+        remember_shape(self._kind, shape_of(near.graph))
         energy = float(found.energies[0]) + near.composition_energy
         self.results = {
             "energy": energy,
@@ -193,9 +204,10 @@ class RelaxNetCalculator(Calculator):
         name = atoms.get_chemical_formula()
         model.check_elements(atoms.numbers, name)
         structure = structure_from_atoms(atoms, self._config, name)
-        needed = dataclasses.astuple(fitting_shape([structure], rounded=True))
-        before = needed if self._shape is None else dataclasses.astuple(self._shape)
-        self._shape = BatchShape(*map(max, needed, before))
+        needed = fitting_shape([structure], rounded=True)
+        if self._shape is not None:
+            needed = largest_shape([needed, self._shape])
+        self._shape = known_shape(self._kind, [structure], needed, WASTE)
         near = collate([structure.centred()], self._shape, dtype_of(model.params))
         graph: Any = jax.device_put(near)
         self.lists_built += 1

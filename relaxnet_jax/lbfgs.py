@@ -22,10 +22,13 @@ import jax
 import numpy as np
 
 from relaxnet_jax.batching import (
+    WASTE,
     BatchShape,
     collate,
     fitting_shape,
+    known_shape,
     largest_shape,
+    remember_shape,
     structure_cost,
 )
 from relaxnet_jax.errors import InputError
@@ -33,7 +36,7 @@ from relaxnet_jax.graph import Structure, build_structure
 from relaxnet_jax.memory import ERRORS, does_not_fit, out_of_memory
 from relaxnet_jax.model import RelaxNet, dtype_of
 from relaxnet_jax.neighbors import approach
-from relaxnet_jax.potential import compiled_shapes, evaluate
+from relaxnet_jax.potential import compiled_shapes, evaluate, program_kind
 from relaxnet_jax.strain import to_voigt
 from relaxnet_jax.typing import Graph
 
@@ -322,6 +325,7 @@ class _Batch:
     def __init__(self, model: RelaxNet, batch_size: int) -> None:
         self.model, self.batch_size = model, batch_size
         self.dtype = dtype_of(model.params)
+        self.kind = program_kind(model.network, self.dtype)
         self.shape: BatchShape | None = None
         self.listed: list[Structure] = []
         self.graph: Graph | None = None
@@ -369,6 +373,7 @@ class _Batch:
         if compiled_shapes() > before:
             self.compiling += time.perf_counter() - begin
         self.evaluations += 1
+        remember_shape(self.kind, self.shape)
         for index, own in enumerate(rows):
             virial = None if found.virial is None else np.asarray(found.virial[index], np.float64)
             yield float(found.energies[index]), np.asarray(found.forces[own], np.float64), virial
@@ -376,6 +381,8 @@ class _Batch:
     def _shape_for(self, structures: Sequence[Structure]) -> BatchShape:
         needed = fitting_shape(structures, rounded=True)
         needed = dataclasses.replace(needed, n_graphs=self.batch_size + 1)
-        if self.shape is None or self.shape.cost > SHRINK * needed.cost:
-            return needed
-        return largest_shape([self.shape, needed])
+        if self.shape is not None and self.shape.cost <= SHRINK * needed.cost:
+            needed = largest_shape([self.shape, needed])
+            if needed == self.shape:
+                return needed
+        return known_shape(self.kind, structures, needed, WASTE)

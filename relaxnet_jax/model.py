@@ -27,7 +27,16 @@ from ase.data import chemical_symbols
 from jax import Array
 
 from relaxnet_jax import dynamics, solver
-from relaxnet_jax.batching import BatchShape, collate, fitting_shape, largest_shape, shape_of
+from relaxnet_jax.batching import (
+    REUSE,
+    BatchShape,
+    collate,
+    fitting_shape,
+    known_shape,
+    largest_shape,
+    remember_shape,
+    shape_of,
+)
 from relaxnet_jax.config import PRETRAINED, Config, from_json, load_config, to_json
 from relaxnet_jax.data.files import atomic_folder
 from relaxnet_jax.data.trajectory import CELL_TOLERANCE, unwrap_positions
@@ -184,13 +193,15 @@ class RelaxNet:
         if self.config.dynamics.latent != "explicit" or reference is None:
             reference = atoms
         structure, positions, deformation = self._from_reference(atoms, reference)
-        shape = fitting_shape([structure], rounded=True)
+        kind = "energy_and_forces", self.network, dtype_of(self.params).name
+        shape = known_shape(kind, [structure], fitting_shape([structure], rounded=True), REUSE)
         graph = collate([structure.centred()], shape, dtype_of(self.params))
         at = graph.nodes["positions"].copy()
         at[: len(atoms)] = positions - structure.origin
         steps = np.repeat(np.eye(3, dtype=at.dtype)[None], shape.n_graphs, axis=0)
         steps[0] = deformation
         result = _evaluate(self.network, self.params, self.energy_scale, graph, at, steps)
+        remember_shape(kind, shape)
         energy = float(result.energies[0]) + self.composition_energy(atoms.numbers)
         return energy, np.asarray(result.forces, np.float64)[: len(atoms)]
 

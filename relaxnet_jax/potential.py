@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from relaxnet_jax.graph import deform
@@ -84,6 +85,11 @@ def energies_and_forces(
 
 # One for all who evaluate outside a traced program: what one has compiled serves the others.
 evaluate = Program(energies_and_forces)
+
+
+def program_kind(network: RelaxNetwork, dtype: Any) -> tuple[Any, ...]:
+    """What `evaluate` depends on besides a batch's shape, see `batching.known_shape`."""
+    return "evaluate", network, np.dtype(dtype).name
 
 
 def compiled_shapes() -> int:

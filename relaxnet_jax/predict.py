@@ -14,10 +14,13 @@ from ase import Atoms
 
 from relaxnet_jax import solver
 from relaxnet_jax.batching import (
+    REUSE,
     BatchShape,
     collate,
     fitting_shape,
+    known_shape,
     pack,
+    remember_shape,
     shared_shapes,
     split_nodes,
     structure_cost,
@@ -235,18 +238,12 @@ def _packed(
     return [[numbers[k] for k in members] for members in packed]
 
 
-# A call with one batch takes a shape up to so many times as expensive, rather than compile its own: in a loop
-# over structures nearly every one would.
-REUSE = 4
-# Shapes that programs of a network, precision and number of times have been compiled for.
-_known: dict[tuple[Any, ...], list[BatchShape]] = {}
-
-
 class _Batches:
     """Solves batches, and smaller ones where they do not fit in memory.
 
     Attributes:
-      used: the shapes of the batches so far. known: those of this process with this network.
+      used: the shapes of the batches so far.
+      kind: of the program, see `batching.known_shape`.
       too_much: the least padded cost that did not fit so far. A batch of that cost is split
         without being tried: what is tried is compiled first.
     """
@@ -254,24 +251,22 @@ class _Batches:
     def __init__(self, model: RelaxNet, times: np.ndarray | None, n_frames: int) -> None:
         self.model, self.times, self.n_frames = model, times, n_frames
         self.used: list[BatchShape] = []
-        kind = model.network, dtype_of(model.params).name, None if times is None else n_frames
-        self.known = _known.setdefault(kind, [])
+        frames = None if times is None else n_frames
+        self.kind = "solve", model.network, dtype_of(model.params).name, frames
         self.too_much = math.inf
 
     def known_shape(self, structures: Sequence[Structure], shape: BatchShape) -> BatchShape:
         """One that was used before, if it has room for these and costs little more than ``shape``."""
-        needed = fitting_shape(structures)
-        roomy = [s for s in self.known if s.holds(needed) and s.cost <= REUSE * shape.cost]
-        return min(roomy, key=lambda s: s.cost, default=shape)
+        return known_shape(self.kind, structures, shape, REUSE)
 
     def predict(self, structures: Sequence[Structure], shape: BatchShape) -> list[Path]:
         """The paths of one batch; see `predict_structures`."""
         if len(structures) == 1 or shape.cost < self.too_much:
             try:
                 paths = _predict_batch(self.model, structures, self.times, shape)
-                for shapes in (self.used, self.known):
-                    if shape not in shapes:
-                        shapes.append(shape)
+                if shape not in self.used:
+                    self.used.append(shape)
+                remember_shape(self.kind, shape)
                 return paths
             except ERRORS as error:
                 if not out_of_memory(error):

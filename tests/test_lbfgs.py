@@ -3,14 +3,17 @@
 import jax
 import numpy as np
 import pytest
+from ase.build import bulk
 from ase.optimize import LBFGS
 from tiny import crystal, molecule, slab, tiny_config, tiny_model
 
-from relaxnet_jax import lbfgs
+import relaxnet_jax
+from relaxnet_jax import batching, calculator, lbfgs
+from relaxnet_jax.batching import fitting_shape, shape_of
 from relaxnet_jax.calculator import RelaxNetCalculator
 from relaxnet_jax.errors import InputError
 from relaxnet_jax.lbfgs import inverse_hessian_times, minimise
-from relaxnet_jax.potential import compiled_shapes
+from relaxnet_jax.potential import Evaluation, compiled_shapes
 from relaxnet_jax.predict import judge, predict_structures, relax
 
 pytestmark = pytest.mark.usefixtures("x64", "quick_compilation")
@@ -26,6 +29,42 @@ def model(x64):
     table = np.zeros(119)
     table[[1, 8, 78]] = -3.0, -5.0, -2.0
     return tiny_model(config).replace(element_energies=table)
+
+
+def test_a_loop_over_structures_has_few_shapes(model, monkeypatch):
+    """A program is compiled for every shape: calculators, minimisations and single energies share them."""
+    tried = {"evaluate": [], "_evaluate": []}
+
+    def fake(name):
+        def nothing(network, params, scale, graph, positions, *others):
+            tried[name].append(shape_of(graph))
+            energies = np.zeros(graph.n_node.shape[0])
+            return Evaluation(energies, np.zeros_like(positions), None, None)
+
+        return nothing
+
+    monkeypatch.setattr(batching, "_known", {})
+    for module in (calculator, lbfgs):
+        monkeypatch.setattr(module, "evaluate", fake("evaluate"))
+    monkeypatch.setattr(relaxnet_jax.model, "_evaluate", fake("_evaluate"))
+    rng = np.random.default_rng(0)
+    own = set()
+    for _ in range(30):
+        n = int(rng.integers(1, 4))
+        atoms = bulk("Cu", "fcc", a=rng.uniform(3.4, 4.4)) * (n, 1, 1)
+        atoms.rattle(0.05, seed=int(rng.integers(1000)))
+        own.add(fitting_shape([model.structure(atoms)], rounded=True))
+        atoms.calc = RelaxNetCalculator(model)
+        atoms.get_potential_energy()
+        model.energy_and_forces(atoms)
+    assert [len(t) for t in tried.values()] == [30, 30] and len(own) > 12
+    assert all(len(set(t)) <= 8 for t in tried.values())
+    tried["evaluate"].clear()
+    for _ in range(30):
+        atoms = bulk("Cu", "fcc", a=rng.uniform(3.4, 4.4)) * (int(rng.integers(1, 4)), 1, 1)
+        atoms.rattle(0.05, seed=int(rng.integers(1000)))
+        minimise(model, [model.structure(atoms)], batch_size=2)
+    assert len(tried["evaluate"]) == 30 and len(set(tried["evaluate"])) <= 8
 
 
 def test_two_loop_recursion_is_bfgs():
