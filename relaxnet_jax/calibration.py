@@ -94,8 +94,8 @@ def committee_errors(members: Sequence[Sequence[Comparison]]) -> Errors:
         errors["energy"].append(abs(float(energies.mean() - true)))
     if not ids:
         raise InputError("no structure with free atoms and usable predictions of two members")
-    arrays = ({k: np.array(v) for k, v in values.items()} for values in (spreads, errors))
-    return Errors(ids, *arrays, left_out=len(structures) - len(ids))
+    spread, error = ({k: np.array(v) for k, v in values.items()} for values in (spreads, errors))
+    return Errors(ids, spread, error, len(structures) - len(ids))
 
 
 def calibrate(found: Errors) -> dict[str, Calibration]:

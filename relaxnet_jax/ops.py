@@ -100,11 +100,11 @@ class PairMap(NamedTuple):
     """An edge and its reverse are one pair: what depends on the distance alone is the same for both.
 
     Attributes:
-      index: (E,) pair of each edge; of a padding edge P, which is none.
+      of_edge: (E,) pair of each edge; of a padding edge P, which is none.
       edges: (P, 2) the two edges of each pair, the lower one first; of a padding pair E, which is none.
     """
 
-    index: AnyArray
+    of_edge: AnyArray
     edges: AnyArray
 
 
@@ -119,7 +119,7 @@ def both_ways(pair_values: Array, pairs: PairMap) -> Array:
 
     Reverse-mode differentiable to any order, as the three maps after it: all are gathers.
     """
-    return _rows(pair_values, pairs.index)
+    return _rows(pair_values, pairs.of_edge)
 
 
 @jax.custom_vjp
@@ -137,9 +137,9 @@ def first_way(edge_values: Array, pairs: PairMap) -> Array:
 @jax.custom_vjp
 def _on_first_way(pair_values: Array, pairs: PairMap) -> Array:
     """Transpose of `first_way`: each pair's value on its first edge, else zero, (P, ...) -> (E, ...)."""
-    edge = jnp.arange(pairs.index.shape[0])
-    first = pairs.edges[:, 0].at[pairs.index].get(mode="fill", fill_value=-1) == edge
-    return _rows(pair_values, jnp.where(first, pairs.index, pair_values.shape[0]))
+    edge = jnp.arange(pairs.of_edge.shape[0])
+    first = jnp.asarray(pairs.edges[:, 0]).at[pairs.of_edge].get(mode="fill", fill_value=-1) == edge
+    return _rows(pair_values, jnp.where(first, pairs.of_edge, pair_values.shape[0]))
 
 
 def _transposes(one: Any, other: Any) -> None:

@@ -267,7 +267,7 @@ def test_pairs(graph):
     assert (np.linalg.norm(once[~real], axis=1) == FAR).all()
 
     rng = np.random.default_rng(0)
-    index = np.where(used, np.asarray(pairs.index), 0)
+    index = np.where(used, np.asarray(pairs.of_edge), 0)
     first = np.where(real, both[:, 0], 0)
     for map_, plain_index, kept, rows in (
         (both_ways, index, used, len(both)), (first_way, first, real, n)
