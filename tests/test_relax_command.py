@@ -15,6 +15,7 @@ import pytest
 from ase import Atoms
 from ase.build import bulk, fcc111
 from ase.calculators.emt import EMT
+from ase.calculators.singlepoint import SinglePointCalculator
 from ase.constraints import FixAtoms, FixScaled
 from rich.console import Console
 from tiny import alloy, tiny_config, tiny_model
@@ -33,6 +34,7 @@ from relaxnet_jax.model import save_model
 from relaxnet_jax.predict import relax
 from relaxnet_jax.relaxation.inputs import (
     Hold,
+    Input,
     distinct_stems,
     find_files,
     held,
@@ -40,7 +42,7 @@ from relaxnet_jax.relaxation.inputs import (
     read_inputs,
 )
 from relaxnet_jax.relaxation.minima import same_minimum_within
-from relaxnet_jax.relaxation.outputs import lost_constraints
+from relaxnet_jax.relaxation.outputs import lost_constraints, relaxed_atoms
 from relaxnet_jax.relaxation.refine import Leg, Refined, refine
 from relaxnet_jax.relaxation.report import MAX_ROWS, flag_lines, record, tables, totals
 from relaxnet_jax.structure_files import Predicted
@@ -559,10 +561,15 @@ def test_refining_the_cell_where_the_prediction_changed_it():
     assert result.wrong_minimum is False and result.without.fmax < 0.01
     assert result.with_start.energy == pytest.approx(result.without.energy, abs=1e-3)
     assert np.abs(result.atoms.get_stress()).max() * atoms.get_volume() < 0.02
+    assert type(result.atoms.calc) is SinglePointCalculator  # no model is kept for each structure
+    one = Input("a", "a", Path("a"), "a", atoms)
+    written = relaxed_atoms(one, trajectory(), (), result)
+    np.testing.assert_array_equal(written.get_stress(), result.atoms.get_stress())
     assert np.abs(result.atoms.cell.array - atoms.cell.array).max() > 0.01
     kept = refine(atoms, atoms, emt, 0.05, 200, True)
     np.testing.assert_array_equal(kept.atoms.cell.array, atoms.cell.array)
     assert kept.without.energy > result.without.energy + 1e-3
+    assert "stress" not in kept.atoms.calc.results
 
 
 def trajectory(name="a", n=3):

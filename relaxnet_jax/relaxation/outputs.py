@@ -122,10 +122,8 @@ def relaxed_atoms(
     else:
         atoms.set_cell(refined.atoms.cell, apply_constraint=False)
         atoms.set_positions(refined.atoms.positions, apply_constraint=False)
-        results = {
-            "energy": float(refined.atoms.get_potential_energy()),
-            "forces": refined.atoms.get_forces(apply_constraint=False),
-        }
+        found = refined.atoms.calc.results
+        results = {k: found[k] for k in ("energy", "forces", "stress") if k in found}
     if results:
         atoms.calc = SinglePointCalculator(atoms, **results)
     used = refined is None or refined.kept == "with"

@@ -44,7 +44,7 @@ class Refined(NamedTuple):
         failed, or, where ``failure`` is empty, was not needed.
       wrong_minimum: whether the head start ended higher by more than `same_minimum_within`;
         None where one of the two failed, did not converge or was not needed.
-      atoms: what is kept, with its calculator: the end of the relaxation with the head start, or
+      atoms: what is kept, with energy, forces and, where the cell relaxed, stress: the end of the relaxation with the head start, or
         of the other where that is a wrong minimum, or failed or did not converge and the other did not.
       kept: "with" or "without".
       failure: why one of the two failed; empty if none did.
@@ -107,7 +107,22 @@ def refine(
     kept = "without" if wrong or better or with_start is None else "with"
     where = {"with": "from the prediction", "without": "from the initial structure"}
     failure = "; ".join(f"{where[name]}: {text}" for name, text in failures.items())
-    return Refined(without, with_start, wrong, ends[kept], kept, failure)
+    return Refined(without, with_start, wrong, _results_only(ends[kept], cell_too), kept, failure)
+
+
+def _results_only(atoms: Atoms, stress_too: bool) -> Atoms:
+    """The atoms with what their calculator found, without it: calculators hold whole models, and
+    those of all structures would be alive at once."""
+    from ase.calculators.singlepoint import SinglePointCalculator
+
+    results = {
+        "energy": float(atoms.get_potential_energy()),
+        "forces": atoms.get_forces(apply_constraint=False),
+    }
+    if stress_too:
+        results["stress"] = atoms.get_stress(apply_constraint=False)
+    atoms.calc = SinglePointCalculator(atoms, **results)
+    return atoms
 
 
 def descend(atoms: Atoms, calculator: Calculator, fmax: float, steps: int, relax_cell: bool) -> Leg:
