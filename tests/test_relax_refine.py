@@ -23,10 +23,11 @@ from relaxnet_jax.console import bar
 from relaxnet_jax.constraints import move_to_end
 from relaxnet_jax.data.generation.calculators import load_calculator
 from relaxnet_jax.data.trajectory import PREDICTED, RelaxationTrajectory
+from relaxnet_jax.errors import InputError
 from relaxnet_jax.model import save_model
 from relaxnet_jax.predict import as_trajectory, predict_structures, relax
 from relaxnet_jax.relaxation import command
-from relaxnet_jax.relaxation.refine import refine
+from relaxnet_jax.relaxation.refine import descend, refine
 from relaxnet_jax.relaxation.report import record, tables, totals
 from relaxnet_jax.relaxation.summary import COLUMNS, row
 from relaxnet_jax.starting import head_start
@@ -99,6 +100,33 @@ def test_a_relaxation_that_fails_leaves_the_other(lost, model):
         assert len(lines) == 1  # nothing to compare
     else:
         assert "(+0 % saved, 1 structures, none where" in lines[1] and lines[1].endswith("prediction: 1")
+
+
+def test_cells_need_a_stress_to_be_refined(tmp_path, monkeypatch, capsys):
+    """Said before anything is predicted; a kept cell, or none, needs none."""
+    folder = save_model(made(dynamics__cell="variable"), tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "stressless.py").write_text(
+        "from ase.calculators.calculator import Calculator\n"
+        "class Forces(Calculator):\n    implemented_properties = ('energy', 'forces')\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    alloy().write("a.cif")
+    asked = []
+
+    def predict(found, *_):
+        asked.append(len(found))
+        raise InputError("predicts")
+
+    monkeypatch.setattr(command, "_relaxed", predict)
+    call = ["relax", "a.cif", "--model", str(folder), "--refine", "stressless:Forces"]
+    assert cli.main(call) != 0 and not asked
+    assert "has no stress" in (said := capsys.readouterr().err) and "--keep-cell" in said
+    assert cli.main([*call, "--keep-cell"]) != 0 and asked == [1]
+    flat = alloy()
+    flat.pbc, flat.cell[2] = (True, True, False), 0
+    with pytest.raises(InputError, match=r"no volume.*--keep-cell"):
+        descend(flat, load_calculator("emt"), 0.05, 2, relax_cell=True)
 
 
 def test_totals_count_what_saves_nothing():

@@ -79,6 +79,8 @@ def relax(args: argparse.Namespace, load_members: Callable[[str], dict[str, Rela
     if len(named) > 1:
         check_members([model for _, model in named])
     models = dict(named)
+    if calculator is not None and _cells_relax(models, found, args):
+        calculator = _calculator(args.refine, relax_cell=True)
     by_name = dict(zip((i.name for i in found), targets))
     results = _Results(by_name, before.frames, html, failures, told)
     done = _relaxed(found, results, models, args, failures)
@@ -165,12 +167,20 @@ def _check(args: argparse.Namespace) -> None:
         raise InputError(f"--out {args.out}: is a file; give a folder")
 
 
-def _calculator(name: str | None) -> Calculator | None:
+def _cells_relax(
+    models: Mapping[str, RelaxNet], found: Sequence[Input], args: argparse.Namespace
+) -> bool:
+    """Whether the cell of an input may relax."""
+    variable = any(model.config.dynamics.cell == "variable" for model in models.values())
+    return variable and not args.keep_cell and any(one.atoms.pbc.any() for one in found)
+
+
+def _calculator(name: str | None, relax_cell: bool = False) -> Calculator | None:
     if name is None:
         return None
     from relaxnet_jax.relaxation import refine
 
-    return refine.load(name)
+    return refine.load(name, relax_cell)
 
 
 class _Failures:

@@ -44,8 +44,9 @@ class Refined(NamedTuple):
         failed, or, where ``failure`` is empty, was not needed.
       wrong_minimum: whether the head start ended higher by more than `same_minimum_within`;
         None where one of the two failed, did not converge or was not needed.
-      atoms: what is kept, with energy, forces and, where the cell relaxed, stress: the end of the relaxation with the head start, or
-        of the other where that is a wrong minimum, or failed or did not converge and the other did not.
+      atoms: what is kept, with energy, forces and, where the cell relaxed, stress: the end of the
+        relaxation with the head start, or of the other where that is a wrong minimum, or
+        failed or did not converge and the other did not.
       kept: "with" or "without".
       failure: why one of the two failed; empty if none did.
     """
@@ -58,9 +59,16 @@ class Refined(NamedTuple):
     failure: str = ""
 
 
-def load(name: str) -> Calculator:
-    """The calculator of ``--refine``: emt, chgnet or MODULE:FACTORY. Raises InputError."""
-    return check_calculator(name, relax_cell=False, option="--refine")
+def load(name: str, relax_cell: bool = False) -> Calculator:
+    """The calculator of ``--refine``: emt, chgnet or MODULE:FACTORY.
+
+    Args:
+      relax_cell: whether cells may have relaxed, which takes stresses to go on with.
+
+    Raises:
+      InputError: as `check_calculator`.
+    """
+    return check_calculator(name, relax_cell, option="--refine")
 
 
 def refine(
@@ -140,6 +148,11 @@ def descend(atoms: Atoms, calculator: Calculator, fmax: float, steps: int, relax
     unknown = elements - (calculator.elements or elements)
     if unknown:
         raise InputError(f"{calculator.label} does not know {names(unknown)}")
+    if relax_cell and atoms.cell.rank < 3:
+        raise InputError(
+            "its cell has no volume, which relaxing the cell needs; give it a vector along each "
+            "direction, or keep the cell (--keep-cell)"
+        )
     try:
         return _descend(atoms, calculator, fmax, steps, relax_cell)
     except InputError:
@@ -187,6 +200,7 @@ def strain_mask(atoms: Atoms) -> np.ndarray:
     periodic = np.diag(projector)
     if np.abs(projector - np.diag(periodic)).max() > 1e-6:
         raise InputError(
-            "its cell cannot be relaxed: the periodic directions are not along x, y or z; turn it"
+            "its cell cannot be relaxed: the periodic directions are not along x, y or z; turn it, or "
+            "keep the cell (--keep-cell)"
         )
     return np.outer(periodic, periodic).round()

@@ -160,7 +160,11 @@ def check_calculator(name: str, relax_cell: bool, option: str = "--calculator") 
     needed = ("energy", "forces", "stress") if relax_cell else ("energy", "forces")
     missing = [need for need in needed if need not in offered]
     if missing:
-        ours = option == "--calculator" and missing == ["stress"]
-        remedy = "leave out --relax-cell" if ours else "choose another"
+        ways = {
+            "--calculator": "leave out --relax-cell",
+            "--refine": "which relaxed cells need; choose another, or give --keep-cell",
+        }
+        remedy = ways.get(option) if missing == ["stress"] else None
+        remedy = remedy or "choose another"
         raise InputError(f"{option} {name}: has no {' and no '.join(missing)}: {remedy}")
     return calculator
