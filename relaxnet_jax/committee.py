@@ -32,7 +32,7 @@ from relaxnet_jax.structure_files import (
     no_numbers,
     usable_structures,
 )
-from relaxnet_jax.trust import Flag, constraint_flags, trust_flags, unusable
+from relaxnet_jax.trust import NOT_CONVERGED, Flag, constraint_flags, trust_flags, unusable
 
 if TYPE_CHECKING:
     from ase import Atoms
@@ -269,7 +269,8 @@ class Said(NamedTuple):
 
 def join(said: Said, members: Mapping[str, RelaxNet]) -> Predicted:
     """What the members predict of one structure as one prediction: `mean_path` of those that are
-    usable, its flags by the first of these, and the `spread`. Without a usable one, the first."""
+    usable, its flags by the first of these, who of them did not converge, and the `spread`. Without a
+    usable one, the first."""
     lost, usable = dict(said.lost), {}
     for member, one in said.found.items():
         grave = next((flag for flag in one.flags if flag.unusable), None)
@@ -289,8 +290,19 @@ def join(said: Said, members: Mapping[str, RelaxNet]) -> Predicted:
     path, value = mean_path(paths), spread(paths)
     apart = disagreement(path, value)
     # Whether a pair was missed has been judged member by member; the mean has no neighbour list.
-    flags = trust_flags(path, members[next(iter(usable))], None)
+    flags = trust_flags(path, members[next(iter(usable))], None) + _late(usable)
     return Predicted(path, flags + ((apart,) if apart else ()) + gap, value)
+
+
+def _late(usable: Mapping[str, Judged]) -> tuple[Flag, ...]:
+    """A flag that names the members whose minimisation ended before fmax: only they know."""
+    text = "; ".join(
+        f"{member}: {flag.detail}"
+        for member, one in usable.items()
+        for flag in one.flags
+        if flag.name == NOT_CONVERGED
+    )
+    return (Flag(NOT_CONVERGED, text),) if text else ()
 
 
 def predict_members(

@@ -33,7 +33,7 @@ from relaxnet_jax.memory import ERRORS, does_not_fit, out_of_memory
 from relaxnet_jax.model import RelaxNet, atoms_list, dtype_of, solve_compiled
 from relaxnet_jax.neighbors import approach
 from relaxnet_jax.strain import from_reference, to_voigt
-from relaxnet_jax.trust import Flag, constraint_flags, trust_flags
+from relaxnet_jax.trust import NOT_CONVERGED, Flag, constraint_flags, trust_flags
 
 # Neighbour lists are rebuilt with a wider skin at most this often before giving up: an atom
 # that outruns every skin is a diverged prediction, not a short list.
@@ -387,8 +387,9 @@ def relax(model, atoms, n_frames=5, batch_size=16, relax_cell=True, fmax=FMAX, s
     Returns:
       A `RelaxationTrajectory` (a list of them for a sequence). Of a structure too large for the
       device's memory all values are NaN. A warning names this and every other structure whose
-      prediction should not be used (`trust.trust_flags`, which says more), and those with
-      constraints that the path ignores: `head_start` moves atoms under them.
+      prediction should not be used (`trust.trust_flags`, which says more), those with
+      constraints that the path ignores (`head_start` moves atoms under them), and those that a
+      static model did not relax to ``fmax`` within ``steps``.
 
     Raises:
       InputError: a structure that cannot be used, named by its place in the sequence;
@@ -407,8 +408,10 @@ def relax(model, atoms, n_frames=5, batch_size=16, relax_cell=True, fmax=FMAX, s
         if grave := next((flag for flag in one.flags + told if flag.unusable), None):
             reason = one.failure or f"not to be used, {grave.name}: {grave.detail}"
             warnings.warn(f"{one.path.id}: {reason}", RuntimeWarning, stacklevel=2)
-        elif told:
-            text = f"{one.path.id}: {told[0].name}: {told[0].detail}"
+            continue
+        late = [flag for flag in one.flags if flag.name == NOT_CONVERGED]
+        for flag in (*told[:1], *late):
+            text = f"{one.path.id}: {flag.name}: {flag.detail}"
             warnings.warn(text, UserWarning, stacklevel=2)
     results = [one.path for one in judged]
     return results[0] if single else results
@@ -439,7 +442,7 @@ def judge(
         flags = trust_flags(trajectory, model, path.skin, path.approached)
         if path.unconverged:
             text = f"{path.unconverged} LBFGS steps did not reach fmax"
-            flags = (*flags, Flag("not converged", text))
+            flags = (*flags, Flag(NOT_CONVERGED, text))
         found.append(Judged(trajectory, flags, path.failure))
     return found
 

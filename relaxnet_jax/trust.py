@@ -93,6 +93,7 @@ def trust_flags(
     return tuple(sorted(flags, key=lambda flag: not flag.unusable))
 
 
+NOT_CONVERGED = "not converged"  # of a static model, whose minimisation ended before fmax
 # Flags by which it is not known whether a structure is at rest.
 UNKNOWN_FORCES = ("no forces", "cell force unknown")
 

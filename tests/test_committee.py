@@ -135,6 +135,18 @@ def test_join(models):
     assert lost.flags == grave
 
 
+def test_members_that_did_not_converge_are_named(models):
+    """Only their own predictions know; the mean has no minimisation."""
+    members = dict(zip(("m0", "m1", "m2"), models))
+    late = (Flag("not converged", "1 LBFGS steps did not reach fmax"),)
+    own = {f"m{k}": Judged(p, late if k == 1 else ()) for k, p in enumerate(paths((0.1, 0.2, 0.3)))}
+    flags = {flag.name: flag for flag in join(Said(own, {}), members).flags}
+    assert flags["not converged"].detail == "m1: 1 LBFGS steps did not reach fmax"
+    assert not flags["not converged"].unusable
+    without = {k: one._replace(flags=()) for k, one in own.items()}
+    assert "not converged" not in {f.name for f in join(Said(without, {}), members).flags}
+
+
 def test_no_structure_hangs_on_the_order_of_members(models):
     """A member that lacks an element is passed over, first or last, and judges nobody else."""
     members = {f"m{k}": model for k, model in enumerate(models)}

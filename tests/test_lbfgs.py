@@ -218,6 +218,8 @@ def test_minimisations_that_end_early_are_told(model, systems):
     structure = model.structure(systems[1])
     (early,) = judge(model, [("early", structure)], 3, steps=1)
     assert ("not converged", "1 LBFGS steps did not reach fmax") in [flag[:2] for flag in early.flags]
+    with pytest.warns(UserWarning, match="not converged: 1 LBFGS steps did not reach fmax"):
+        relax(model, systems[1], n_frames=2, steps=1)
     (late,) = judge(model, [("late", structure)], 3, fmax=100.0)
     assert all(flag.name != "not converged" for flag in late.flags)
     assert len(relax(model, systems[1], n_frames=2, fmax=100.0).energies) == 2
