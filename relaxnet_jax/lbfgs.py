@@ -7,7 +7,7 @@ its own history, ends by its own forces, and makes room for the next then.
 
 Where cells relax, the coordinates are those of ASE's `UnitCellFilter`: the reference positions y and
 N times the deformation gradient D, with the forces Dᵀ F and -W D⁻ᵀ/N (W = dE/d(strain), eV, in
-the directions in which the cell may be strained).
+the directions in which the cell may be strained). Convergence is by F and W/N.
 """
 
 from __future__ import annotations
@@ -159,6 +159,11 @@ def minimise(
     return Minimisations([done[i] for i in range(len(structures))], seconds, batch.evaluations)
 
 
+def _longest_row(rows: np.ndarray) -> float:
+    """The largest Euclidean norm of the rows (M, 3)."""
+    return float(np.linalg.norm(rows, axis=1).max())
+
+
 class _Descent:
     """One structure on its way down.
 
@@ -181,6 +186,7 @@ class _Descent:
         self.pairs: deque[tuple[np.ndarray, np.ndarray]] = deque(maxlen=HISTORY)
         self.before: tuple[np.ndarray, np.ndarray] | None = None
         self.force = np.zeros_like(self.x)
+        self.largest = np.inf
         self.path: list[tuple] = []
         self.failure = ""
 
@@ -214,10 +220,12 @@ class _Descent:
         energy += self.composition
         self.path.append((self.positions.copy(), energy, forces, self.cell, stress))
         force = np.where(self.origin.fixed_mask[:, None], 0.0, forces)
+        self.largest = _longest_row(force)
         if self.relaxes and virial is not None:
             projected = self.origin.strain @ virial @ self.origin.strain
             cell_force = -projected @ np.linalg.inv(self.deformation).T / self.size
             force = np.concatenate([force @ self.deformation, cell_force])
+            self.largest = max(self.largest, _longest_row(projected) / self.size)
         self.force = force
         if not (np.isfinite(energy) and np.isfinite(force).all()):
             self.failure = "energy or forces are not finite"
@@ -230,8 +238,9 @@ class _Descent:
             self.path.append((self.positions.copy(), np.nan, forces, self.cell, None))
 
     def fmax(self) -> float:
-        """eV/Å."""
-        return float(np.linalg.norm(self.force, axis=1).max())
+        """eV/Å, the largest force on a free atom, and of the cell: W/N, as `FrechetCellFilter` and the
+        report of a relaxation have it, whatever the strain. The coordinates' own forces hold D."""
+        return self.largest
 
     def finished(self, fmax: float, steps: int) -> bool:
         """Whether there is no further step to take."""

@@ -1,5 +1,7 @@
 """L-BFGS in batches: ASE's, structure by structure; and static models, which have no other path."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from relaxnet_jax.errors import InputError
 from relaxnet_jax.lbfgs import inverse_hessian_times, minimise
 from relaxnet_jax.potential import Evaluation, compiled_shapes
 from relaxnet_jax.predict import judge, predict_structures, relax
+from relaxnet_jax.relaxation.report import cell_force
 
 pytestmark = pytest.mark.usefixtures("x64", "quick_compilation")
 FMAX = 0.02
@@ -223,3 +226,18 @@ def test_minimisations_that_end_early_are_told(model, systems):
     (late,) = judge(model, [("late", structure)], 3, fmax=100.0)
     assert all(flag.name != "not converged" for flag in late.flags)
     assert len(relax(model, systems[1], n_frames=2, fmax=100.0).energies) == 2
+
+
+def test_cells_converge_by_what_is_reported(model):
+    """The largest force of a strained cell is W/N, as of `cell_force`, and not that of the coordinates."""
+    config = dataclasses.replace(
+        model.config, dynamics=dataclasses.replace(model.config.dynamics, cell="variable")
+    )
+    variable = model.replace(config=config)
+    descent = lbfgs._Descent(variable, variable.structure(crystal()), 0.2)
+    descent.x[descent.size :] = descent.size * np.diag([1.1, 1.0, 0.9])
+    virial = np.array([[0.14, 0.01, 0.0], [0.01, 0.02, 0.0], [0.0, 0.0, 0.03]])
+    descent.take(-1.0, np.full((descent.size, 3), 1e-3), virial)
+    volume = abs(np.linalg.det(descent.cell))
+    assert descent.fmax() == pytest.approx(cell_force(descent.path[-1][4], volume, descent.size), rel=1e-9)
+    assert descent.fmax() != pytest.approx(np.linalg.norm(descent.force, axis=1).max(), rel=0.01)
