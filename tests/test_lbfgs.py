@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 from ase.build import bulk
+from ase.filters import UnitCellFilter
 from ase.optimize import LBFGS
 from tiny import crystal, molecule, slab, tiny_config, tiny_model
 
@@ -241,3 +242,38 @@ def test_cells_converge_by_what_is_reported(model):
     volume = abs(np.linalg.det(descent.cell))
     assert descent.fmax() == pytest.approx(cell_force(descent.path[-1][4], volume, descent.size), rel=1e-9)
     assert descent.fmax() != pytest.approx(np.linalg.norm(descent.force, axis=1).max(), rel=0.01)
+
+
+def test_cells_take_ases_steps(model, monkeypatch):
+    """Of `UnitCellFilter`, until curvature is negative, over new neighbour lists."""
+    dynamics = dataclasses.replace(model.config.dynamics, cell="variable")
+    graph = dataclasses.replace(model.config.graph, skin=0.05)
+    variable = model.replace(
+        config=dataclasses.replace(model.config, dynamics=dynamics, graph=graph)
+    )
+    known, made, product, around = [], [], lbfgs.inverse_hessian_times, lbfgs._Descent._around
+
+    def counted(force, pairs):
+        known.append(len(pairs))
+        return product(force, pairs)
+
+    def listed(descent):
+        made.append(len(descent.path))
+        return around(descent)
+
+    monkeypatch.setattr(lbfgs, "inverse_hessian_times", counted)
+    monkeypatch.setattr(lbfgs._Descent, "_around", listed)
+    atoms, energies = crystal(), []
+    atoms.rattle(0.1, seed=1)
+    atoms.set_cell(1.04 * atoms.cell.array, scale_atoms=True)
+    (ours,) = minimise(variable, [variable.structure(atoms)], fmax=1e-6, steps=8).paths
+    # A step that knows fewer pairs than there were steps before has left one out.
+    n = next((k for k, pairs in enumerate(known) if pairs < k), len(known)) + 1
+    assert n >= 4 and min(made) < n
+    atoms.calc = RelaxNetCalculator(variable)
+    optimiser = LBFGS(UnitCellFilter(atoms), logfile=None, maxstep=0.2, memory=100)
+    optimiser.attach(lambda: energies.append(atoms.get_potential_energy()))
+    optimiser.run(fmax=1e-6, steps=n - 1)
+    np.testing.assert_allclose(ours.energies[:n], energies, rtol=0, atol=1e-8)
+    np.testing.assert_allclose(ours.cells[n - 1], atoms.cell.array, atol=1e-8)
+    assert np.abs(ours.cells[n - 1] - ours.cells[0]).max() > 0.01
