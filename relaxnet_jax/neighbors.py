@@ -17,6 +17,8 @@ from relaxnet_jax.strain import deformations
 
 Frames = Sequence[tuple[np.ndarray, np.ndarray]]
 
+MAX_SPREAD = 2000.0  # Å along open directions; the search's time grows with the square
+CLOSED_UP = 100.0  # reaches; from there on gaps are taken out
 MIN_DISTANCE = 0.05  # Å; nothing bound is closer, and bases divide by the distance
 
 
@@ -61,10 +63,15 @@ def pairs_within(positions, cell, pbc, reach: float):
     Returns:
       receivers (P,), senders (P,), shifts (P, 3) int, distances (P,) Å; an atom pairs
       with its own images.
+
+    Raises:
+      InputError: a degenerate cell, or atoms strewn over more than `MAX_SPREAD` along an open
+        direction.
     """
     import vesin  # where PyTorch is installed it imports that, for what may never be called
 
     pbc = np.asarray(pbc, dtype=bool)
+    positions = _closed_up(positions, cell, pbc, reach)
     finder = vesin.NeighborList(cutoff=float(reach), full_list=True)
     i, j, shifts, distances = finder.compute(
         points=np.ascontiguousarray(positions, dtype=np.float64),
@@ -229,6 +236,34 @@ def _edge_keys(
     for digit, width in zip(digits.T, widths):
         forward, backward = forward * width + digit, backward * width + (width - 1 - digit)
     return forward, backward
+
+
+def _closed_up(positions, cell, pbc: np.ndarray, reach: float) -> np.ndarray:
+    """The positions, without most of every gap wider than the reach along open directions.
+
+    No pair within reach spans such a gap, whatever its image: periodic vectors are orthogonal to
+    these directions. vesin hangs or kills the process on atoms that are too far apart.
+    """
+    positions = np.array(positions, np.float64)
+    if pbc.all() or not len(positions):
+        return positions
+    _, _, rows = np.linalg.svd(np.where(pbc[:, None], np.asarray(cell, np.float64), 0.0))
+    for axis in rows[int(pbc.sum()) :]:
+        along = positions @ axis
+        if np.ptp(along) > CLOSED_UP * reach:
+            order = np.argsort(along)
+            excess = np.maximum(np.diff(along[order]) - 1.01 * reach, 0.0)
+            shift = np.zeros(len(along))
+            shift[order[1:]] = np.cumsum(excess)
+            positions -= shift[:, None] * axis
+        spread = np.ptp(positions @ axis)
+        if not spread <= MAX_SPREAD:
+            raise InputError(
+                f"the atoms are strewn over {spread:.3g} Å along a direction that is not periodic, "
+                f"at most {MAX_SPREAD:g} Å is searched for neighbours; bring them together, or split "
+                "the structure"
+            )
+    return positions
 
 
 def _complete_cell(cell, positions, pbc, reach: float) -> np.ndarray:

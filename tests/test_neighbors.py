@@ -20,7 +20,7 @@ from relaxnet_jax.graph import (
     pair_map,
     pair_vectors,
 )
-from relaxnet_jax.neighbors import build_neighbors, pairs_within
+from relaxnet_jax.neighbors import MAX_SPREAD, build_neighbors, pairs_within
 from relaxnet_jax.ops import (
     both_ways,
     first_way,
@@ -163,6 +163,35 @@ def test_edges_are_ordered_and_reversed_by_one_integer_each():
             left = np.column_stack(without[:3])[order]
             assert len(left) == len(i) - 2
             np.testing.assert_array_equal(left[back], left[:, [1, 0, 2, 3, 4]] * [1, 1, -1, -1, -1])
+
+
+@pytest.mark.parametrize("open_axes", [(0, 1, 2), (2,)])
+def test_atoms_far_apart_change_no_pair(open_axes):
+    """vesin kills the process or hangs where they are: those that are near find each other."""
+    rng, reach = np.random.default_rng(0), 5.6
+    pbc = np.array([k not in open_axes for k in range(3)])
+    turn = np.linalg.qr(rng.normal(size=(3, 3)))[0]
+    cell = np.array([[5.0, 0, 0], [1.0, 6.0, 0], [2.0, 1.0, 12.0]]) @ turn
+    near = rng.uniform(0, 6, (12, 3)) @ turn
+    out = np.linalg.svd(np.where(pbc[:, None], cell, 0.0))[2][-1]
+    apart = near + np.repeat([0.0, 2e6, -3e5], 4)[:, None] * out
+    expected = set()
+    for k in range(3):
+        group = slice(4 * k, 4 * k + 4)
+        i, j, shifts, _ = pairs_within(near[group], cell, pbc, reach)
+        expected |= {(a + 4 * k, b + 4 * k, *s) for a, b, s in zip(i, j, shifts.tolist())}
+    order = rng.permutation(12)
+    i, j, shifts, lengths = pairs_within(apart[order], cell, pbc, reach)
+    found = {(order[a], order[b], *s) for a, b, s in zip(i, j, shifts.tolist())}
+    assert found == expected and len(i) == len(expected) > 0
+    direct = np.linalg.norm(apart[order][j] + shifts @ cell - apart[order][i], axis=1)
+    np.testing.assert_allclose(lengths, direct, atol=1e-8)
+
+
+def test_atoms_strewn_too_far_are_refused():
+    line = np.outer(np.arange(0.0, 1.5 * MAX_SPREAD, 2.0), [0, 0, 1.0])
+    with pytest.raises(InputError, match=r"strewn over 3e\+03 Å .* bring them together"):
+        pairs_within(line, np.diag([5.0, 5, 0]), [True, True, False], 5.6)
 
 
 def test_two_atoms_at_one_point():
