@@ -16,6 +16,7 @@ from ase.data import chemical_symbols, covalent_radii
 from relaxnet_jax.config import Config
 from relaxnet_jax.constraints import held_atoms, move_to_end
 from relaxnet_jax.data.trajectory import CELL_TOLERANCE, RelaxationTrajectory
+from relaxnet_jax.errors import InputError
 from relaxnet_jax.model import RelaxNet
 from relaxnet_jax.neighbors import approach, pairs_within
 from relaxnet_jax.strain import deformations
@@ -40,9 +41,9 @@ class Flag(NamedTuple):
 
     Attributes:
       name: one of "untrained", "unseen element", "not finite", "skin exceeded",
-        "cell strained too far", "atoms too close", "energy rises", "forces do not fall", "density", "coordination",
-        "all atoms fixed", "vacuum strained", "constraints ignored", "constraints fail", "no forces",
-        "cell force unknown", "no charges", "not converged",
+        "cell strained too far", "atoms too close", "atoms fly apart", "energy rises",
+        "forces do not fall", "density", "coordination", "all atoms fixed", "vacuum strained",
+        "constraints ignored", "constraints fail", "no forces", "cell force unknown", "no charges", "not converged",
         "no better than nothing"; of a committee "members disagree", "member lost".
       detail: one line with the numbers.
       unusable: the final geometry should not be used, not even as a start.
@@ -72,10 +73,14 @@ def trust_flags(
         text = "positions, energies or forces of the path are not finite"
         return (Flag("not finite", text, True), *flags)
     missed = None if skin is None else _skin(path, model, skin, approached)
-    for found in (missed, _stretch(path), contact_flag(path), _rise(path), _forces(path)):
+    around: list[Flag] = []
+    try:
+        close, around = contact_flag(path), list(_surroundings(path, model))
+    except InputError as error:  # of atoms that fly apart no neighbours can be found
+        close = Flag("atoms fly apart", str(error), True)
+    for found in (missed, _stretch(path), close, _rise(path), _forces(path), *around):
         if found is not None:
             flags.append(found)
-    flags += _surroundings(path, model)
     if model.config.model.charges and path.charges is None:
         text = (
             "the model takes an atom's charges, of which the structure has none: they count as zero"
@@ -127,7 +132,10 @@ def constraint_flags(atoms: Atoms, path: RelaxationTrajectory) -> tuple[Flag, ..
             failure = "positions are not finite"
     if failure is not None:
         return (Flag("constraints fail", f"{names} cannot be satisfied: {failure}", True), told)
-    close = _contact(path.atomic_numbers, moved.positions, moved.cell.array, path.pbc)
+    try:
+        close = _contact(path.atomic_numbers, moved.positions, moved.cell.array, path.pbc)
+    except InputError:  # `trust_flags` says so of the path
+        close = None
     return (close, told) if close else (told,)
 
 

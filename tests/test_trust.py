@@ -117,6 +117,27 @@ def test_contacts_count_images(model):
     assert names(nitrogen, model.replace(elements=(7,))) == []  # as short as N2
 
 
+@pytest.mark.parametrize("pbc", [(False,) * 3, (True, True, False)])
+def test_atoms_that_fly_apart_do_not_end_the_process(model, pbc):
+    """Finite, but too far apart for a neighbour search: on a line that has no gaps to take out."""
+    copper = model.replace(elements=(29,))
+    n = 1500
+    start = np.outer(np.arange(float(n)), [0, 0, 2.5])
+    values = {
+        "atomic_numbers": np.full(n, 29),
+        "positions": np.stack([start, start, start * 1e4]),
+        "forces": np.zeros((3, n, 3)),
+        "fixed_mask": np.zeros(n, bool),
+        "pbc": np.array(pbc),
+    }
+    found = trust_flags(path(**values), copper)
+    assert found[0].name == "atoms fly apart" and found[0].unusable
+    # Three that leave each other altogether are no contact.
+    away = path().positions.copy()
+    away[-1, :, 2] *= 1e7
+    assert "atoms too close" not in names(path(positions=away, pbc=np.array(pbc)), copper)
+
+
 def test_density_and_coordination(model):
     """Of fcc copper: 12 nearest neighbours at 2.55 Å, 6 second at 3.6, 24 third at 4.42 Å."""
     config = model.config  # 4.0 + 0.5 Å for pairs, 3.2 Å for triplets
