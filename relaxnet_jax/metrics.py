@@ -31,6 +31,7 @@ import numpy as np
 
 from relaxnet_jax.errors import InputError
 from relaxnet_jax.strain import deformations, from_reference, mean_deformed, to_reference
+from relaxnet_jax.work import work
 
 Predictor = Literal["model", "nothing", "composition"]
 
@@ -221,6 +222,8 @@ class FrameMetrics:
       energy_mae_per_atom: meV/atom.
       relaxation_energy_mae_per_atom: meV/atom, of E(t) - E(0): what is left of the error where the
         first frame's energy is known, e.g. from DFT; of doing nothing it is `energy_mae_per_atom`.
+      work_mae_per_atom: meV/atom, likewise of E(t) - E(0) as the `work` of the predicted forces along
+        the predicted path, over the structures whose cell is fixed.
       forces_mae: meV/Å, per component, free atoms.
       positions_mae: Å, per coordinate, free atoms, before alignment.
       rmsd: Å, ``aligned_rmsd``, free atoms.
@@ -233,6 +236,7 @@ class FrameMetrics:
     energy_mae: float | None
     energy_mae_per_atom: float | None
     relaxation_energy_mae_per_atom: float | None
+    work_mae_per_atom: float | None
     forces_mae: float | None
     positions_mae: float | None
     rmsd: float | None
@@ -477,8 +481,10 @@ def structure_errors(c: Comparison, predictor: Predictor = "model") -> dict[str,
         "rmsd": _rmsd(c, positions),
     }
     if c.true_cells is not None:
-        found |= cell_errors(c.cells(predictor), c.true_cells, c.pbc)
-    return found
+        return found | cell_errors(c.cells(predictor), c.true_cells, c.pbc)
+    true = c.true_energies - c.true_energies[0]
+    done = work(positions, forces, c.fixed_mask)
+    return found | {"work_mae_per_atom": per_atom * np.abs(done - true)}
 
 
 def cell_errors(cells: np.ndarray, true: np.ndarray, pbc: np.ndarray) -> dict[str, np.ndarray]:

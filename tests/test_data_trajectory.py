@@ -41,6 +41,19 @@ def test_derived_quantities():
     np.testing.assert_array_equal(make(fixed_mask=np.ones(4, bool)).fmax, np.zeros(3))
 
 
+def test_work():
+    """Of the free atoms from frame to frame; where the cell changes too it is not all there is."""
+    traj = make()
+    steps, forces = np.diff(traj.positions, axis=0)[:, 1:], traj.forces[:, 1:]
+    first, second = (-(0.5 * (forces[k] + forces[k + 1]) * steps[k]).sum() for k in (0, 1))
+    np.testing.assert_allclose(traj.work(), [0, first, first + second])
+    assert abs(first) > 0.1 and abs(second) > 0.1
+    cells = np.repeat(4 * np.eye(3)[None], 3, axis=0)
+    cells[2] *= 1.01
+    with pytest.raises(InputError, match="the cell changes"):
+        make(cells=cells).work()
+
+
 def test_formula_is_reduced_hill():
     assert make(atomic_numbers=np.array([6, 1, 1, 6])).formula == "CH"
     assert make(atomic_numbers=np.array([29, 29, 79, 29])).formula == "AuCu3"

@@ -23,6 +23,7 @@ from relaxnet_jax.metrics import (
     pearson,
 )
 from relaxnet_jax.reproduce import ablation
+from relaxnet_jax.work import work
 
 CUBE = 4.0 * np.eye(3)
 PERIODIC, MOLECULE = np.ones(3, bool), np.zeros(3, bool)
@@ -60,6 +61,8 @@ def test_model_by_hand():
     assert m.all_frames.energy_mae_per_atom == pytest.approx(150)
     assert m.final.relaxation_energy_mae_per_atom == pytest.approx(300)  # -0.4 for -1 eV
     assert m.all_frames.relaxation_energy_mae_per_atom == pytest.approx(150)
+    # Half of 0.3 and 0 eV/Å on average along 0.3 Å: -0.045 eV, for -1 eV.
+    assert m.final.work_mae_per_atom == pytest.approx(1000 * (1 - 0.045) / 2)
     assert m.final.forces_mae == 0
     assert m.all_frames.forces_mae == pytest.approx(1000 * 0.3 / 6 / 2)
     assert m.final.positions_mae == pytest.approx(0.3 / 6)
@@ -78,6 +81,7 @@ def test_baselines_by_hand():
     assert nothing.per_frame.forces_mae == pytest.approx([0, 100])
     assert nothing.final.positions_mae == pytest.approx(0.1)
     assert nothing.final.relaxation_energy_mae_per_atom == nothing.final.energy_mae_per_atom
+    assert nothing.final.work_mae_per_atom == nothing.final.energy_mae_per_atom
     assert (nothing.final_ratio, nothing.improved_fraction) == (1, 0)
     composition = evaluate([comparison()], "composition")
     assert composition.per_frame.energy_mae_per_atom == pytest.approx([250, 250])
@@ -244,10 +248,28 @@ def test_direct_models_predict_no_energies_on_the_way():
         "energy MAE (meV/atom), all frames", "energy/atom, Pearson r, all frames",
         "force MAE (meV/Å), final frame", "force MAE (meV/Å), all frames",
         "structures with falling energy", "E(t) - E(0) MAE (meV/atom), final frame",
+        "… by work of forces, final frame",
     ):  # fmt: skip
         assert rows[name] == "–", name
     assert rows["energy MAE (meV/atom), final frame"] == "200"
     json.dumps(m.to_dict(), allow_nan=False)
+
+
+def test_work_is_the_change_of_energy():
+    """Along a path in a harmonic potential, where the trapezoid rule is exact; fixed atoms do none."""
+    rng = np.random.default_rng(0)
+    positions, stiffness = rng.normal(size=(7, 3, 3)), rng.normal(size=(9, 9))
+    stiffness = stiffness @ stiffness.T
+    flat = positions.reshape(7, 9)
+    energies = 0.5 * np.einsum("ni,ij,nj->n", flat, stiffness, flat)
+    forces = -(flat @ stiffness).reshape(7, 3, 3)
+    free = np.zeros(3, bool)
+    np.testing.assert_allclose(work(positions, forces, free), energies - energies[0], atol=1e-10)
+    held = np.array([True, False, False])
+    shaken = positions.copy()
+    shaken[:, 0] += 1.0 * rng.normal(size=(7, 3))
+    np.testing.assert_array_equal(work(shaken, forces, held), work(positions, forces, held))
+    assert not work(positions, forces, ~free).any()
 
 
 def test_structures_by_hand(tmp_path):

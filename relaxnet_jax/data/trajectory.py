@@ -13,6 +13,7 @@ from relaxnet_jax.console import printable
 from relaxnet_jax.data.checks import MIN_VOLUME, check_geometry, check_numbers, check_shapes
 from relaxnet_jax.data.files import atomic_path, is_poscar, one_line
 from relaxnet_jax.errors import InputError
+from relaxnet_jax.work import work
 
 if TYPE_CHECKING:
     import ase
@@ -105,6 +106,20 @@ class RelaxationTrajectory:
     def variable_cell(self) -> bool:
         """Whether any frame's cell differs from the first by more than 1e-4 Å."""
         return bool(np.any(np.abs(self.cells - self.cells[:1]) > CELL_TOLERANCE))
+
+    def work(self) -> np.ndarray:
+        """E(t) - E(0) as the `relaxnet_jax.work.work` of the forces: (n,) eV.
+
+        Of predicted paths in fixed cells: to be added to the first frame's DFT energy.
+
+        Raises:
+          InputError: the cell changes, whose work is not that of forces alone.
+        """
+        if self.variable_cell:
+            raise InputError(
+                f"{self.id}: the cell changes, and the work of its stress is not known; take energies"
+            )
+        return work(self.positions, self.forces, self.fixed_mask)
 
     def begun_at(self, frame: int) -> RelaxationTrajectory:
         """The relaxation from a frame on, as ``ID@FRAME``; the whole of it for frame 0."""

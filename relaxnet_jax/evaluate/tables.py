@@ -29,6 +29,7 @@ UNITS = {
     "energy_mae": "eV/structure",
     "energy_mae_per_atom": "meV/atom",
     "relaxation_energy_mae_per_atom": "meV/atom",
+    "work_mae_per_atom": "meV/atom",
     "forces_mae": "meV/Å",
     "positions_mae": "Å",
     "rmsd": "Å",
@@ -49,6 +50,7 @@ _ROWS = (
             ("energy MAE (eV/structure)", "energy_mae", _EVERY),
             ("energy MAE (meV/atom)", "energy_mae_per_atom", _EVERY),
             ("E(t) - E(0) MAE (meV/atom)", "relaxation_energy_mae_per_atom", _MOVING),
+            ("… by work of forces", "work_mae_per_atom", _MOVING),
             ("energy/atom, Pearson r", "pearson", _EVERY),
             ("force MAE (meV/Å)", "forces_mae", _EVERY),
             ("coordinate MAE (Å)", "positions_mae", _MOVING),
@@ -157,6 +159,7 @@ def write_metrics(
 _OF_STRUCTURES = (
     "energy_mae_per_atom",
     "relaxation_energy_mae_per_atom",
+    "work_mae_per_atom",
     "forces_mae",
     "positions_mae",
     "rmsd",
