@@ -90,6 +90,7 @@ def test_parity_figure_of_constant_or_diverged_energies(tmp_path):
 def test_parity_figure_is_of_the_structures_of_its_table(monkeypatch):
     """Of a committee and its first member, those of which both are finite."""
     compared = relaxations(count=3)
+    compared[1].pred_energies[:] += 1.0
     among = {compared[0].id, compared[2].id}
     kept = drawn(monkeypatch, figures)
     parity_figure(compared, "x", "two of three", among)

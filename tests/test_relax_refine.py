@@ -6,6 +6,7 @@ import errno
 import io
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import ase.io
 import numpy as np
@@ -165,6 +166,9 @@ def test_an_interruption_leaves_predictions_and_what_is_refined(run, monkeypatch
     assert said == {"many-0": "emt", "many-1": "emt", "many-2": "", "b": "", "c": ""}
 
 
+MODEL = SimpleNamespace(config=tiny_config())  # of fixed cells, and all that is asked of it here
+
+
 class Predicts:
     """In place of `command._predict`: paths of two frames, without a model; interrupted at a chunk."""
 
@@ -203,7 +207,7 @@ def screen(tmp_path, monkeypatch, capsys):
     def call(*argv, stop=None):
         predicts = Predicts(stop)
         monkeypatch.setattr(command, "_predict", predicts)
-        monkeypatch.setattr("relaxnet_jax.commands._load_members", lambda _: {"m": None})
+        monkeypatch.setattr("relaxnet_jax.commands._load_members", lambda _: {"m": MODEL})
         code = cli.main(["relax", *map(str, argv)])
         return code, predicts.chunks, capsys.readouterr().err
 
