@@ -101,7 +101,7 @@ def minimised_start(model: RelaxNet, identity: str, fmax: float, steps: int) -> 
     from relaxnet_jax.lbfgs import minimise
     from relaxnet_jax.predict import as_trajectory, minimised_path
     from relaxnet_jax.structure_files import Predicted
-    from relaxnet_jax.trust import Flag, trust_flags
+    from relaxnet_jax.trust import NOT_CONVERGED, Flag, trust_flags
 
     if not model.config.is_potential:
         minimise(model, [])  # says so
@@ -119,7 +119,7 @@ def minimised_start(model: RelaxNet, identity: str, fmax: float, steps: int) -> 
             flags = trust_flags(path, model, solved.skin)
             if not m.converged:
                 text = f"its own relaxation, after {m.steps} steps"
-                flags = (*flags, Flag("not converged", text))
+                flags = (*flags, Flag(NOT_CONVERGED, text))
             found.append(Predicted(path, flags))
         return found
 
