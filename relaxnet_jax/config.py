@@ -138,10 +138,13 @@ class DynamicsConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-    """Weights of the five terms of equation (7), and of two more for variable cells.
+    """Weights of the five terms of equation (7), of energy changes, and of two for variable cells.
 
     Attributes:
       energy: lambda_1, per eV (or eV/atom).
+      energy_change: per eV (or eV/atom), of the energies' differences from the final frame's. An
+        energy is the composition's, which few compositions teach; the change along a path is small beside
+        its error, and has to be learned as such.
       monotonicity: lambda_2, per eV (or eV/atom).
       forces: lambda_3, per (eV/Å)².
       positions: lambda_4, per Å².
@@ -154,10 +157,11 @@ class LossConfig:
       huber_forces: eV/Å; of forces the pseudo-Huber loss d (√(1 + (|F - F̂|/d)²) - 1) of this d instead
         of ``errors`` (0: not). Where most frames are nearly relaxed, plain lengths of errors are
         smallest with no forces at all.
-      energy_per: "atom" or "structure", for the first two terms.
+      energy_per: "atom" or "structure", for the first three terms.
     """
 
     energy: float = 1.0
+    energy_change: float = 0.0
     monotonicity: float = 0.1
     forces: float = 1.0
     positions: float = 10.0
@@ -440,7 +444,16 @@ def check_config(config: Config) -> Config:
         "dynamics.mass='learned' is a function of the latent that only dynamics.latent='explicit' has",
     )
     require(config.loss.huber_forces >= 0, "loss.huber_forces must not be negative")
-    for field in ("energy", "monotonicity", "forces", "positions", "direction", "stress", "cell"):
+    for field in (
+        "energy",
+        "energy_change",
+        "monotonicity",
+        "forces",
+        "positions",
+        "direction",
+        "stress",
+        "cell",
+    ):
         weight = getattr(config.loss, field)
         require(0 <= weight < math.inf, f"loss.{field} must be finite and not negative")
     require(m.envelope_power >= 3, "model.envelope_power must be at least 3")

@@ -1,4 +1,4 @@
-"""The five-term loss of equation (7), and two terms for cells, as sums and counts.
+"""The five-term loss of equation (7), a term of energy changes and two for cells, as sums and counts.
 
 Every term is a numerator and a denominator, so that several devices can add up both
 and get exactly the loss of one large batch.
@@ -20,7 +20,7 @@ from relaxnet_jax.solver import Trajectory
 from relaxnet_jax.strain import log_strain, stress
 from relaxnet_jax.typing import AnyArray, Graph
 
-TERMS = ("energy", "monotonicity", "forces", "positions", "direction")
+TERMS = ("energy", "energy_change", "monotonicity", "forces", "positions", "direction")
 CELL_TERMS = ("stress", "cell")  # of models whose cells relax
 
 
@@ -74,9 +74,11 @@ class Term(NamedTuple):
 def loss_terms(
     prediction: Trajectory, targets: Targets, graph: Graph, config: LossConfig
 ) -> dict[str, Term]:
-    """The unweighted terms of equation (7) for one batch, and those of its cells.
+    """The unweighted terms of equation (7) for one batch, that of energy changes and those of its cells.
 
     energy: |E - Ê| per structure and frame (per atom with energy_per="atom").
+    energy_change: likewise |(E - E_last) - (Ê - Ê_last)|, against the final frame, which every start
+      leads to, of the frames before it.
     monotonicity: ReLU(Ê_{t+1} - Ê_t) over pairs of frames that both exist.
     forces: (F - F̂)² per component of free atoms, or with errors="norm" |F - F̂| per free atom, or
       with huber_forces=d the pseudo-Huber loss √(d² + |F - F̂|²) - d per free atom.
@@ -100,7 +102,11 @@ def loss_terms(
     free = graph.nodes["mask"] & ~graph.nodes["fixed"]
     atom_mask = _free_atoms(targets, graph)
 
-    energy = jnp.abs(prediction.energies - targets.energies) / size
+    error = prediction.energies - targets.energies
+    energy = jnp.abs(error) / size
+    frames, structures = jnp.arange(mask.shape[0]), jnp.arange(mask.shape[1])
+    change = jnp.abs(error - error[targets.last, structures]) / size
+    before_last = frames[:, None] < jnp.asarray(targets.last)
     rise = jnp.maximum(prediction.energies[1:] - prediction.energies[:-1], 0.0) / size
     pairs = mask[1:] & mask[:-1]
     squared = config.errors == "squared"
@@ -124,6 +130,7 @@ def loss_terms(
 
     terms = {
         "energy": term(energy, mask),
+        "energy_change": term(change, mask & before_last),
         "monotonicity": term(rise, pairs),
         "forces": term(forces, atom_mask, 1 if d else components(3)),
         "positions": term(moved, atom_mask[1:], components(3)),

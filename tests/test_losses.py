@@ -1,4 +1,4 @@
-"""The five terms of the loss against numbers worked out by hand."""
+"""The terms of the loss against numbers worked out by hand."""
 
 import dataclasses
 
@@ -74,6 +74,8 @@ def prediction():
 EXPECTED = {
     # |E - Ê| per atom: structure 0 (3 atoms) 0.6, 3, 0; structure 1 0.5, -, 1.
     "energy": (0.2 + 1.0 + 0.0 + 0.5 + 1.0, 5),
+    # Off by -0.6, 3, 0 and -0.5, -, 1: from the final frame 0.6 and 3, and 1.5.
+    "energy_change": (0.2 + 1.0 + 1.5, 3),
     # Rises: structure 0: 0.6 then none; structure 1: no pair of frames exists.
     "monotonicity": (0.6 / 3, 2),
     # Structure 0: atoms 0, 1 in three frames; structure 1: atom 3 in two. 9 + 4.
@@ -99,7 +101,7 @@ def test_norms_instead_of_squares(graph, targets, prediction):
     # The same atoms and frames as in EXPECTED, an error vector each.
     np.testing.assert_allclose(terms["forces"], (3.0 + 2.0, 3 * 2 + 2), rtol=1e-6)
     np.testing.assert_allclose(terms["positions"], (0.2 + 1 + 0.3 + 4, 2 * 2 + 1), rtol=1e-6)
-    for name in ("energy", "monotonicity", "direction"):
+    for name in ("energy", "energy_change", "monotonicity", "direction"):
         np.testing.assert_allclose(terms[name], EXPECTED[name], rtol=1e-5)
 
 
@@ -117,18 +119,20 @@ def test_pseudo_huber_forces(graph, targets, prediction):
 def test_energy_per_structure(graph, targets, prediction):
     terms = loss_terms(prediction, targets, graph, LossConfig(energy_per="structure"))
     np.testing.assert_allclose(terms["energy"].total, 0.6 + 3 + 0 + 0.5 + 1, rtol=1e-5)
+    np.testing.assert_allclose(terms["energy_change"].total, 0.6 + 3 + 1.5, rtol=1e-5)
     np.testing.assert_allclose(terms["monotonicity"].total, 0.6, rtol=1e-5)
     np.testing.assert_allclose(terms["forces"].total, EXPECTED["forces"][0])
 
 
 def test_weighted_sum(graph, targets, prediction):
-    config = LossConfig(energy=2.0, monotonicity=3.0, forces=5.0, positions=7.0, direction=11.0)
+    weights = dict(zip(TERMS, (2.0, 13.0, 3.0, 5.0, 7.0, 11.0), strict=True))
+    config = LossConfig(**weights)
     loss, means = weighted_loss(loss_terms(prediction, targets, graph, config), config)
-    expected = sum(w * a / b for w, (a, b) in zip((2, 3, 5, 7, 11), EXPECTED.values()))
+    expected = sum(weights[name] * a / b for name, (a, b) in EXPECTED.items())
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
     assert set(means) == set(TERMS)
     for name in TERMS:
-        single = dataclasses.replace(LossConfig(0.0, 0.0, 0.0, 0.0, 0.0), **{name: 1.0})
+        single = dataclasses.replace(LossConfig(**dict.fromkeys(TERMS, 0.0)), **{name: 1.0})
         loss, _ = weighted_loss(loss_terms(prediction, targets, graph, single), single)
         np.testing.assert_allclose(loss, means[name])
 
@@ -138,7 +142,7 @@ def test_weighted_sum(graph, targets, prediction):
 )
 def test_gradients_are_finite(graph, targets, prediction, changes):
     """Also for a prediction that does not move at all, and for a perfect one."""
-    config = LossConfig(**changes)
+    config = LossConfig(energy_change=2.0, **changes)
 
     def loss(prediction):
         return weighted_loss(loss_terms(prediction, targets, graph, config), config)[0]

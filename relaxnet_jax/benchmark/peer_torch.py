@@ -162,19 +162,27 @@ class Field(nn.Module):
         acceleration = torch.where(self.graph.free, forces / self.inertia[:, None], 0.0)
         if self.dynamics.friction:
             acceleration = acceleration - self.network.log_friction.exp() * u
-        dx, du = u, acceleration
+        seen, limit = u, self.dynamics.max_speed
+        if limit > 0:
+            squared = (u**2).sum(-1, keepdim=True) / limit**2
+            seen = self.constrained(u * (1.0 + squared**2) ** -0.25)
+        dx, du = seen, acceleration
         if self.dynamics.time_scale:
             speed = self.network.log_time_scale.exp()
             dx, du = speed * dx, speed * du
         if pair is None:
             return dx, du, torch.zeros_like(h)
-        squares = (u**2).sum(-1, keepdim=True)
+        squares = (seen**2).sum(-1, keepdim=True)
         return dx, du, self.network.rate(torch.cat([h, pair, squares], -1))
 
     def initial_velocity(self, encoding: Any) -> Tensor:
-        """u(0) that respects fixed atoms and total momentum; see `dynamics.constrain_velocity`."""
+        """u(0), as it may be."""
+        return self.constrained(self.network.velocity_gate(encoding, self.graph))
+
+    def constrained(self, u: Tensor) -> Tensor:
+        """Velocities that respect fixed atoms and total momentum; see `dynamics.constrain_velocity`."""
         graph = self.graph
-        u = torch.where(graph.free, self.network.velocity_gate(encoding, graph), 0.0)
+        u = torch.where(graph.free, u, 0.0)
         weight = self.inertia[:, None]
         momentum = segment_sum(weight * u, graph.graph, graph.n_graphs)
         drift = momentum / segment_sum(weight, graph.graph, graph.n_graphs)
@@ -208,11 +216,14 @@ def solve(network: PeerNetwork, graph: PeerGraph, scale: float) -> PeerTrajector
 def peer_loss(
     prediction: PeerTrajectory, targets: PeerTargets, graph: PeerGraph, config: Config
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The five-term loss; see `losses.loss_terms`."""
+    """The loss but for cells; see `losses.loss_terms`."""
     c, t = config.loss, targets
     size = t.sizes if c.energy_per == "atom" else torch.ones_like(t.sizes)
     atom_mask = t.frame_mask[:, graph.graph] & graph.free[:, 0]
-    energy = (prediction.energies - t.energies).abs() / size
+    error = prediction.energies - t.energies
+    energy = error.abs() / size
+    change = (error - error.gather(0, t.last[None])).abs() / size
+    before_last = torch.arange(len(error))[:, None] < t.last
     rise = (prediction.energies[1:] - prediction.energies[:-1]).clamp(min=0) / size
 
     def deviation(found: Tensor, true: Tensor) -> Tensor:
@@ -229,6 +240,7 @@ def peer_loss(
     cosine = torch.nn.functional.cosine_similarity(true, ours, dim=-1, eps=1e-12)
     terms = {
         "energy": _mean(energy, t.frame_mask),
+        "energy_change": _mean(change, t.frame_mask & before_last),
         "monotonicity": _mean(rise, t.frame_mask[1:] & t.frame_mask[:-1]),
         "forces": _mean(force, atom_mask),
         "positions": _mean(moved, atom_mask[1:]),
