@@ -10,7 +10,7 @@ from relaxnet_jax.cli_data import add_set, command
 NAMES = (
     *(f"table{k}" for k in range(1, 7)),
     *("fig3a", "fig3b", "fig3c", "figA1", "figA2", "figA3"),
-    *("frames", "ablation"),
+    *("frames", "energies", "ablation"),
 )
 EPILOG = """\
 Runs are shared between experiments, kept in OUT/runs under a hash of configuration and data, not

@@ -145,7 +145,7 @@ def test_every_experiment_shares_the_shipped_runs(tmp_path):
     needs = {name: experiment.runs(own) for name, experiment in EXPERIMENTS.items()}
     digests = {name: {run.digest for run in runs} for name, runs in needs.items()}
     explicit = {own.run("explicit", seed).digest for seed in own.seeds}
-    for name in ("table2", "table3", "table5", "table6", "fig3b", "fig3c", "figA3", "frames"):
+    for name in ("table2", "table3", "table5", "table6", "fig3b", "fig3c", "figA3", "frames", "energies"):
         assert explicit <= digests[name], name
     assert explicit <= digests["ablation"]
     assert digests["fig3a"] == digests["figA2"] <= digests["table2"]

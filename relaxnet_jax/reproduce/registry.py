@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from relaxnet_jax.reproduce import (
     ablation,
+    energies,
     fig3a,
     fig3b,
     fig3c,
@@ -34,6 +35,7 @@ _MODULES = (
     figa2,
     figa3,
     frames,
+    energies,
     ablation,
 )
 EXPERIMENTS: dict[str, Experiment] = {m.EXPERIMENT.name: m.EXPERIMENT for m in _MODULES}

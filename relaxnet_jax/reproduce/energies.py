@@ -1,0 +1,126 @@
+"""Beyond the paper: the energy that a relaxation releases, with and without its term in the loss."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from relaxnet_jax.metrics import Predictor
+from relaxnet_jax.reproduce import charts
+from relaxnet_jax.reproduce.experiment import Experiment
+from relaxnet_jax.reproduce.lab import Lab
+from relaxnet_jax.reproduce.methods import seeds
+from relaxnet_jax.reproduce.runs import Run
+from relaxnet_jax.reproduce.scores import errors, numbers, relative
+from relaxnet_jax.reproduce.section import Cell, Section, Table
+from relaxnet_jax.reproduce.setting import Setting
+from relaxnet_jax.reproduce.verdict import Claim, lower
+
+ROLE = "explicit"
+WEIGHT = 10.0  # of the term, where the config has none
+WITH, WITHOUT = "loss of energy changes", "no loss of energy changes"
+KINDS = (WITH, WITHOUT)
+CHANGE = "relaxation_energy_mae_per_atom"
+
+
+def case_runs(setting: Setting, kind: str) -> list[Run]:
+    """The explicit scheme with or without the term; one of them is as shipped."""
+    shipped = setting.config(ROLE).loss.energy_change
+    if (shipped > 0) == (kind == WITH):
+        return seeds(setting, ROLE)
+    return seeds(setting, ROLE, label=kind, loss__energy_change=0.0 if shipped else WEIGHT)
+
+
+def runs(setting: Setting) -> list[Run]:
+    """Both with every seed."""
+    return [run for kind in KINDS for run in case_runs(setting, kind)]
+
+
+def section(lab: Lab) -> Section:
+    """The table, its figure and what the term does."""
+    setting = lab.setting
+    found = {kind: case_runs(setting, kind) for kind in KINDS}
+    made = {kind: [lab.paths(run).comparisons for run in found[kind]] for kind in KINDS}
+
+    def of(predictor: Predictor, metric: str, **which: Any):
+        return errors(made[WITH][:1], metric, predictor=predictor, **which)
+
+    places = {kind: errors(made[kind], "positions_mae") for kind in KINDS}
+    change = {kind: errors(made[kind], CHANGE) for kind in KINDS}
+    work = {kind: errors(made[kind], "work_mae_per_atom") for kind in KINDS}
+    still, released = of("nothing", "positions_mae"), of("nothing", CHANGE)
+    rows: list[list[Cell]] = []
+    for kind in KINDS:
+        row: list[Cell] = [kind, change[kind], errors(made[kind], CHANGE, "all"), work[kind]]
+        row += [errors(made[kind], "energy_mae_per_atom", which) for which in ("final", "all")]
+        row += [errors(made[kind], "forces_mae", "all"), relative(places[kind], still)]
+        rows.append([*row, numbers([len(lab.epochs(run)) for run in found[kind]])])
+    others: dict[Predictor, str] = {"nothing": "doing nothing", "composition": "composition only"}
+    for predictor, name in others.items():
+        change_cells: list[Cell] = [None, None]
+        if predictor == "nothing":
+            change_cells = [released, of("nothing", CHANGE, frames="all")]
+        energy = [of(predictor, "energy_mae_per_atom", frames=f) for f in ("final", "all")]
+        rest = [of(predictor, "forces_mae", frames="all"), relative(still, still), None]
+        rows.append([name, *change_cells, None, *energy, *rest])
+    path = setting.out / "energies.png"
+    panels = {
+        "E(1) - E(0), MAE (meV/atom)": change,
+        "work of forces, MAE (meV/atom)": work,
+        "final coordinate MAE (Å)": places,
+    }
+    marks = {"E(1) - E(0), MAE (meV/atom)": {"doing nothing": released.mean}}
+    charts.bars(panels, path, f"Explicit scheme, test split of {setting.name}.", marks)
+    return Section(
+        "energies",
+        "The energy a relaxation releases",
+        "The paper's loss knows the energy of each frame by itself. Most of an energy is its composition's, "
+        "which is learned from few compositions and the same on all frames; the change along the path is "
+        "small beside that error. Here with and without a term of the changes, E(t) - E(1), in the loss "
+        "(`loss.energy_change`). The changes are compared with the work of the same paths' forces, too, "
+        "which needs no energies: that of a relaxation from its start's energy.",
+        [Table("Test split, explicit scheme", COLUMNS, rows)],
+        [
+            Claim(text, lower(a, b, names, "meV/atom"), ours=True)
+            for text, a, b, names in (
+                (
+                    "the term makes E(1) - E(0) better",
+                    change[WITH],
+                    change[WITHOUT],
+                    ("with it", "without"),
+                ),
+                (
+                    "with it E(1) - E(0) is better than none",
+                    change[WITH],
+                    released,
+                    ("with it", "doing nothing"),
+                ),
+                (
+                    "without it E(1) - E(0) is better than none",
+                    change[WITHOUT],
+                    released,
+                    ("without", "doing nothing"),
+                ),
+                (
+                    "with it E(1) - E(0) is better than the work of the forces",
+                    change[WITH],
+                    work[WITH],
+                    ("E(1) - E(0)", "work"),
+                ),
+            )
+        ],
+        [(path, "energies and positions, with the term and without")],
+    )
+
+
+COLUMNS = (
+    "trained with",
+    "E(1) - E(0) MAE (meV/atom)",
+    "E(t) - E(0) MAE, all (meV/atom)",
+    "… by work of forces, final (meV/atom)",
+    "energy MAE, final (meV/atom)",
+    "energy MAE, all (meV/atom)",
+    "force MAE, all (meV/Å)",
+    "final coordinate MAE / doing nothing",
+    "epochs",
+)
+EXPERIMENT = Experiment("energies", runs, section)
