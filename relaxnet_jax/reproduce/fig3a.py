@@ -138,7 +138,7 @@ def _shifting(medians: Sequence[Score]) -> Outcome:
     if not len(steps):
         return decided(None, "no numbers")
     text = f"the median falls in {int((steps < 0).sum())} of {len(steps)} steps"
-    return decided(bool((steps < 0).all()), text)
+    return decided(bool((steps < 0).all()), text, max(s.seeds for s in medians))
 
 
 def _draw(single, summed, comparisons, frames: int, path: Path, data: str) -> None:

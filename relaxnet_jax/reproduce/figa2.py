@@ -42,7 +42,7 @@ def section(lab: Lab) -> Section:
         [
             Claim(
                 "predicted energies agree strongly with true ones (the paper: PCC 0.979)",
-                agreement(total["model"].mean, total["composition"].mean),
+                agreement(total["model"], total["composition"].mean),
                 f"the correlation of total energies is at least {paper.PEARSON}; cannot be tested where "
                 "the composition alone comes to that",
             )
@@ -54,16 +54,17 @@ def section(lab: Lab) -> Section:
 COLUMNS = ("energies", "RelaxNet", "doing nothing", "composition only", "paper")
 
 
-def agreement(model: float, composition: float) -> Outcome:
+def agreement(correlation: Score, composition: float) -> Outcome:
     """Of the correlations of total energies of a model and of the composition, NaN where there is
     none: nothing follows from one that needs no structures, as where total energies span thousands of
     eV."""
+    model = correlation.mean
     text = f"PCC {number(model, 4)}; composition only {number(composition, 4)}"
     if not np.isfinite(model):
         return decided(None, text)
     if model >= paper.PEARSON and composition >= paper.PEARSON:
         return decided(None, f"{text}: on these data the composition alone reaches it")
-    return decided(bool(model >= paper.PEARSON), text)
+    return decided(bool(model >= paper.PEARSON), text, correlation.seeds)
 
 
 def _correlations(predicted: Sequence[Sequence[Comparison]], predictor, per_atom: bool) -> Score:

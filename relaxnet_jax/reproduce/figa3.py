@@ -111,9 +111,9 @@ def _correlated(found: Sequence[tuple[float | None, float]], sign: int) -> Outco
         return decided(None, "no correlation is defined")
     text = ", ".join(f"{r:+.2f} (p = {p:.1g})" for r, p in known)
     if all(sign * r > 0 and p < SIGNIFICANT for r, p in known):
-        return decided(True, text)
+        return decided(True, text, len(known))
     against = any(sign * r < 0 and p < SIGNIFICANT for r, p in known)
-    return decided(False if against else None, text)
+    return decided(False if against else None, text, len(known))
 
 
 def _draw(points: dict[str, np.ndarray], path: Path, data: str) -> bool:

@@ -198,7 +198,8 @@ def _constant(scores: dict[tuple[float, float], Score], what: str) -> Outcome:
     failed = sum(s.missing for s in others) - len(others) * scores[0.0, 0.0].missing
     shown = ", ".join(f"{b:g} Å: {number(100 * c)} %" for b, c in zip(AFTER[1:], changes))
     text = f"{what} MAE changes by {shown}" + (f"; {failed} predictions fail" if failed else "")
-    return decided(bool(np.nanmax(changes) <= CONSTANT) and failed == 0, text)
+    holds = bool(np.nanmax(changes) <= CONSTANT) and failed == 0
+    return decided(holds, text, scores[0.0, 0.0].seeds)
 
 
 def _draw(setting, per_atom, places, contraction, path) -> None:

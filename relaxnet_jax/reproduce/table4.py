@@ -123,7 +123,7 @@ def by_fold(s: Score) -> Score:
 
 def _reached(found: Score, theirs: float) -> Outcome:
     mean = found.mean
-    return decided(mean <= theirs if found.seeds else None, f"{number(mean)} meV/atom")
+    return decided(mean <= theirs if found.seeds else None, f"{number(mean)} meV/atom", found.seeds)
 
 
 def _folds(predicted: list[tuple[Comparison, ...]], which, predictor="model") -> Score:

@@ -14,6 +14,7 @@ HOLDS: Verdict = "holds"
 FAILS: Verdict = "does not hold"
 OPEN: Verdict = "cannot be tested"
 SIGNIFICANT = 0.05  # two-sided p
+ONE_SEED = "one seed: the spread between trainings is unknown"
 SHOWN = 4  # cases of a claim whose numbers are told
 RULE = (
     f"A is lower than B if the difference of their means has a two-sided p below {SIGNIFICANT:g} by "
@@ -76,7 +77,7 @@ def lower(
         absent = [n for n, s in zip(names, (a, b)) if not s.seeds]
         return Outcome(OPEN, f"no numbers of {' and '.join(absent) or 'both on one structure'}")
     if found.one_seed:
-        return Outcome(OPEN, f"{what}; one seed: the spread between trainings is unknown")
+        return Outcome(OPEN, f"{what}; {ONE_SEED}")
     if found.error is None:
         verdict: Verdict = HOLDS if found.value > 0 else FAILS
         return Outcome(verdict, f"{what}; one measurement of each")
@@ -128,7 +129,9 @@ def all_of(outcomes: Sequence[Outcome]) -> Outcome:
     return Outcome(verdict, f"{text}: {reasons}", max(o.p for o in chosen))
 
 
-def decided(holds: bool | None, reason: str) -> Outcome:
-    """Of a rule of its own; None where it cannot be applied."""
+def decided(holds: bool | None, reason: str, trainings: int = 2) -> Outcome:
+    """Of a rule of its own; None where it cannot be applied. Of a single training nothing is decided."""
+    if holds is not None and trainings < 2:
+        return Outcome(OPEN, f"{reason}; {ONE_SEED}")
     verdict: Verdict = OPEN if holds is None else HOLDS if holds else FAILS
     return Outcome(verdict, reason)
