@@ -76,6 +76,14 @@ def add_data(commands) -> None:
         help="default: 0.9 0.05 0.05; of several folds each test part is 1/K",
     )
     p.add_argument("--seed", type=int, default=0, help="of the dealing (default: 0)")
+    p.add_argument(
+        "--like",
+        nargs=2,
+        metavar=("OTHER.h5", "SPLITS"),
+        help="instead of dealing: what is of one kind (--by) with another set's validation or test "
+        "split, as its file of splits (or a run's splits.json) has them, goes to that split here, all "
+        "else to training: for a model that will start from this set's and be trained on the other",
+    )
     p.add_argument("--out", metavar="FILE", help="default: NAME.splits.json beside the set")
     p = command(kinds, "jarvis", "data_jarvis", "download relaxations of JARVIS-DFT into a store")
     p.add_argument("--out", required=True, metavar="NAME.h5", help="the store to write")

@@ -9,7 +9,7 @@ import collections
 import dataclasses
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from relaxnet_jax.console import bar, lazy_bar, note, q, say, status
 from relaxnet_jax.errors import InputError
@@ -58,13 +58,20 @@ def _imperfect(result: ImportReport) -> str:
 def data_split(args: argparse.Namespace) -> int:
     """``relaxnet-jax data split``."""
     from relaxnet_jax.data import TrajectoryStore
-    from relaxnet_jax.data.split_file import make_folds, write_splits
+    from relaxnet_jax.data.split_file import FRACTIONS, folds_like, make_folds, write_splits
 
     source = Path(args.store)
     out = Path(args.out or source.with_name(f"{source.stem}.splits.json"))
     with TrajectoryStore(source) as store:
-        folds = make_folds(store, args.folds, args.by, tuple(args.fractions), args.seed)
-        facts = {"set": store.checksum, "by": args.by, "seed": args.seed}
+        facts: dict[str, Any] = {"set": store.checksum, "by": args.by, "seed": args.seed}
+        if args.like:
+            if args.folds != 1 or tuple(args.fractions) != FRACTIONS:
+                raise InputError("--like: deals nothing: leave out --folds and --fractions")
+            with TrajectoryStore(args.like[0]) as other:
+                folds = folds_like(store, other, args.like[1], args.by)
+                facts = {"set": store.checksum, "by": args.by, "like": other.checksum}
+        else:
+            folds = make_folds(store, args.folds, args.by, tuple(args.fractions), args.seed)
         write_splits(out, store.ids, folds, facts)
     for k, fold in enumerate(folds):
         sizes = ", ".join(f"{len(rows)} {name}" for name, rows in fold._asdict().items())

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from pathlib import Path
 
 import ase.io
 import numpy as np
@@ -14,6 +15,7 @@ import pytest
 from ase.build import bulk, fcc111, molecule
 from ase.calculators.emt import EMT
 from ase.constraints import FixAtoms, FixBondLength
+from ase.neighborlist import neighbor_list
 
 from relaxnet_jax import cli
 from relaxnet_jax.data import TrajectoryStore
@@ -446,3 +448,38 @@ def test_command(alloys, tmp_path, monkeypatch, capsys):
     assert lines[-1].endswith("train --config explicit.py --set data.path=a.h5")
     assert "refused h2o-0: elements unknown to emt: H, O" in err
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.h5", "h2o.xyz"]
+
+
+def make_slabs(*arguments):
+    script = Path(__file__).parents[1] / "bin/make_slabs"
+    return subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True)
+
+
+def test_slabs_of_alloys(tmp_path):
+    """Three layers of four atoms of every order of two metals, at lattices that the calculator has at rest."""
+    out = tmp_path / "starts.extxyz"
+    arguments = ["--calculator", "emt", "--metals", "Cu", "Au", "--out", str(out)]
+    made = make_slabs(*arguments)
+    assert made.returncode == 0, made.stderr
+    assert f"--structures {out} --n 5 " in made.stdout
+    slabs = ase.io.read(out, ":")
+    formulas = [atoms.get_chemical_formula() for atoms in slabs]
+    assert formulas == ["Au9Cu3", "Au3Cu9", "Au6Cu6", "Au12", "Cu12"]
+    for atoms in slabs:
+        heights, counts = np.unique(atoms.positions[:, 2].round(3), return_counts=True)
+        assert counts.tolist() == [4, 4, 4]
+        fixed = atoms.constraints[0].index
+        assert len(fixed) == 8 and atoms.positions[fixed, 2].max() < heights[2] - 1.0
+        assert atoms.cell[2, 2] - np.ptp(heights) == pytest.approx(20.0, abs=0.01)
+        # As on fcc (111): three of twelve neighbours are missing outside, none in the middle.
+        nearest = atoms.get_all_distances(mic=True)[0, 1:].min()
+        count = np.bincount(neighbor_list("i", atoms, 1.1 * nearest), minlength=12)
+        assert count.tolist() == [9] * 4 + [12] * 4 + [9] * 4
+    assert nearest == pytest.approx(2.54, abs=0.02)  # of EMT's copper
+    parents = read_parents([str(out)])
+    assert len(parents.usable) == 5 and not parents.refused
+    again = make_slabs(*arguments)
+    assert again.returncode == 1 and again.stderr == f"bin/make_slabs: error: {out}: exists; give another --out\n"
+    other = make_slabs(*arguments[:3], "Cu", "W", "--out", str(tmp_path / "b.extxyz"))
+    assert other.returncode == 1 and "--metals W: unknown to emt; leave it out" in other.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["starts.extxyz"]

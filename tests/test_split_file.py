@@ -94,6 +94,50 @@ def test_command_and_training_agree(path, capsys):
     assert out.read_bytes() == first
 
 
+@pytest.mark.parametrize("of_run", [False, True])
+def test_like_another_set(path, capsys, of_run):
+    """A second set of the same formulas and more: what the first tests on is not trained on in it."""
+    with TrajectoryStore(path) as store:
+        first = list(store)
+    more = [relaxation(Atoms([a, "B"], [[0, 0, 0], [1.2, 0, 0.1]]), n=3, name=f"b{a}") for a in "HCN"]
+    again = [dataclasses.replace(t, id=f"again-{t.id}") for t in first[:25]]
+    other = path.with_name("other.h5")
+    write_store(other, [*again, *more])
+    folds, by = (1, "formula") if of_run else (3, "elements")
+    main(["data", "split", str(path), "--folds", str(folds), "--by", by, "--fractions", "0.6", "0.2", "0.2"])
+    record = splits = path.with_name("set.splits.json")
+    content = json.loads(splits.read_text())["folds"]
+    if of_run:
+        record = path.with_name("splits.json")
+        record.write_text(json.dumps(content[0]))
+    assert main(["data", "split", str(other), "--by", by, "--like", str(path), str(record)]) == 0
+    out = path.with_name("other.splits.json")
+    assert f"data.split_file={out}" in capsys.readouterr().out
+    formulas = {t.id: t.formula for t in [*first, *again, *more]}
+    made = json.loads(out.read_text())["folds"]
+    assert len(made) == len(content) == folds
+    for theirs, ours in zip(content, made):
+        kinds = {name: {formulas[i] for i in names} for name, names in theirs.items()}
+        assert sorted(i for names in ours.values() for i in names) == sorted(t.id for t in [*again, *more])
+        for name in ("validation", "test"):
+            assert {formulas[i] for i in ours[name]} == kinds[name]
+        assert {t.id for t in more} <= set(ours["train"])
+        settings = {"data.path": str(other), "data.split_file": str(out), "data.fold": made.index(ours)}
+        assert load_dataset(load_config(TINY, settings)).ids() == ours
+
+
+def test_nothing_like_another_set(path, capsys):
+    splits, other = path.with_name("set.splits.json"), path.with_name("other.h5")
+    main(["data", "split", str(path), "--by", "formula"])
+    write_store(other, [relaxation(Atoms("HB", [[0, 0, 0], [1.2, 0, 0.1]]), n=3, name="b")])
+    command = ["data", "split", str(other), "--by", "formula", "--like", str(path), str(splits)]
+    assert main(command) == 2
+    assert "no formula of its validation split is in the set: give another --by" in capsys.readouterr().err
+    assert main([*command, "--folds", "3"]) == 2
+    assert "--like: deals nothing: leave out --folds" in capsys.readouterr().err
+    assert not path.with_name("other.splits.json").exists()
+
+
 def test_relaxations_no_split_names_are_counted(path):
     main(["data", "split", str(path)])
     out = path.with_name("set.splits.json")

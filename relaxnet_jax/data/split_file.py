@@ -19,6 +19,7 @@ from relaxnet_jax.errors import InputError
 By = Literal["group", "formula", "elements", "prototype"]
 FORMAT = "relaxnet_jax splits"
 RECORD = "splits.json"  # of a training run, in its folder
+FRACTIONS = (0.9, 0.05, 0.05)
 REMEDY = "make one with 'relaxnet-jax data split NAME.h5', or name a run's splits.json"
 
 
@@ -26,7 +27,7 @@ def make_folds(
     store: TrajectoryStore,
     folds: int,
     by: By = "group",
-    fractions: tuple[float, float, float] = (0.9, 0.05, 0.05),
+    fractions: tuple[float, float, float] = FRACTIONS,
     seed: int = 0,
 ) -> list[Splits]:
     """Splits of a set such that what belongs together is never separated.
@@ -43,8 +44,6 @@ def make_folds(
       InputError: see `split_groups`; fewer than 2 folds that are not 1; a fraction that is not
         above 0.
     """
-    if by not in get_args(By):
-        raise InputError(f"--by {by}: give one of {', '.join(get_args(By))}")
     if folds < 1:
         raise InputError(f"--folds {folds}: give 1 or more")
     if min(fractions if folds == 1 else fractions[1:2]) <= 0:
@@ -59,12 +58,54 @@ def make_folds(
                 f"--folds {folds}: leaves nothing to train on beside {fractions[1]:g} for "
                 "validation: give more folds or less validation"
             )
-    labels = store.groups if by == "group" else [_label(store, i, by) for i in range(len(store))]
+    labels = _labels(store, by)
     kinds = len(set(labels))
     # Of three kinds `split_groups` makes three folds, whatever is asked for.
     if folds > 1 and (folds > kinds or (kinds == 3 and folds != 3)):
         raise InputError(f"--folds {folds}: the set has {kinds} kinds of {by}: give {kinds} folds")
     return [split_groups(labels, fractions, fold, seed) for fold in range(folds)]
+
+
+def folds_like(
+    store: TrajectoryStore, other: TrajectoryStore, path: str | Path, by: By = "group"
+) -> list[Splits]:
+    """Splits of a set such that what another set validates or tests on is not trained on here.
+
+    Whatever is of one kind with the other's test split is tested on, of the rest what is of one kind with its
+    validation split is validated on, and all else is trained on: for a model that is trained on one
+    set first and then on the other (``train.start_from``).
+
+    Args:
+      other, path: a set and the file of its splits (or a run's splits.json), of which each fold gives one.
+      by: of one kind is what has the same; see `make_folds`.
+
+    Raises:
+      InputError: see `read_splits`; a split of which this set has none.
+    """
+    theirs, ours, folds = _labels(other, by), np.array(_labels(store, by)), []
+    for fold in range(len(_read(Path(path))[0])):
+        splits, _ = read_splits(path, other.ids, fold)
+        kinds = {name: [theirs[i] for i in rows] for name, rows in splits._asdict().items()}
+        test = np.isin(ours, kinds["test"])
+        validation = np.isin(ours, kinds["validation"]) & ~test
+        found = Splits(*map(np.flatnonzero, (~test & ~validation, validation, test)))
+        for name, rows in found._asdict().items():
+            if not len(rows):
+                why = f"no {by} of its {name} split is in the set"
+                if name == "train":
+                    why = f"every {by} of the set is validated or tested on there"
+                raise InputError(
+                    f"--like {path}: fold {fold}: {why}: give another --by, or leave out --like"
+                )
+        folds.append(found)
+    return folds
+
+
+def _labels(store: TrajectoryStore, by: By) -> list[str]:
+    """Of each relaxation, what it has in common with those that are never separated from it."""
+    if by not in get_args(By):
+        raise InputError(f"--by {by}: give one of {', '.join(get_args(By))}")
+    return store.groups if by == "group" else [_label(store, i, by) for i in range(len(store))]
 
 
 def _label(store: TrajectoryStore, i: int, by: By) -> str:
@@ -99,16 +140,7 @@ def read_splits(
         not known, or a split of which nothing is left.
     """
     path = Path(path)
-    try:
-        content = json.loads(path.read_text())
-        if content.get("format", FORMAT) != FORMAT:
-            raise ValueError("not a file of splits")
-        of_run = "format" not in content
-        recorded = [content] if of_run else content["folds"]
-        folds = [{k: list(f[k]) for k in Splits._fields} for f in recorded]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not a file of splits"
-        raise InputError(f"{path}: {reason}: {REMEDY}") from None
+    folds, of_run = _read(path)
     if not 0 <= fold < len(folds):
         raise InputError(f"{path}: has folds 0 to {len(folds) - 1}, data.fold is {fold}")
     rows = {name: row for row, name in enumerate(ids)}
@@ -126,6 +158,20 @@ def read_splits(
     arrays = ([rows[n] for n in folds[fold][k] if n in rows] for k in Splits._fields)
     splits = Splits(*(np.sort(np.array(a, np.int64)) for a in arrays))
     return splits, len(rows) - sum(map(len, splits))
+
+
+def _read(path: Path) -> tuple[list[dict[str, list[str]]], bool]:
+    """The ids of each split of every fold, and whether it is the record of a run. Raises InputError."""
+    try:
+        content = json.loads(path.read_text())
+        if content.get("format", FORMAT) != FORMAT:
+            raise ValueError("not a file of splits")
+        of_run = "format" not in content
+        recorded = [content] if of_run else content["folds"]
+        return [{k: list(f[k]) for k in Splits._fields} for f in recorded], of_run
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not a file of splits"
+        raise InputError(f"{path}: {reason}: {REMEDY}") from None
 
 
 def run_splits(folder: Path) -> tuple[Path, dict[str, list[str]]] | None:
