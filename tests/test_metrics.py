@@ -11,6 +11,7 @@ import pytest
 from rich.console import Console
 
 from relaxnet_jax.errors import InputError
+from relaxnet_jax.evaluate.origin import foreign_origin
 from relaxnet_jax.evaluate.tables import metrics_table, write_metrics, write_structures
 from relaxnet_jax.metrics import (
     AT_REST,
@@ -51,6 +52,41 @@ def comparison(**changes):
         "pred_forces": forces / 2, "composition_energy": -1.5, "slots": [0, 1], "n_frames": 2,
     }  # fmt: skip
     return Comparison(**fields | changes)
+
+
+def alloys(n, error):
+    """n structures of 2 to 5 atoms of copper and gold, whose final energies are off by ``error(numbers)`` eV."""
+    rng, made = np.random.default_rng(0), []
+    for k in range(n):
+        numbers = rng.choice([29, 79], size=rng.integers(2, 6))
+        shape = (2, len(numbers), 3)
+        made.append(comparison(
+            id=f"s{k}", atomic_numbers=numbers, fixed_mask=np.zeros(len(numbers), bool),
+            true_positions=np.zeros(shape), pred_positions=np.zeros(shape), true_forces=np.zeros(shape),
+            pred_forces=np.zeros(shape), pred_energies=[-1.0, -2.0 + error(numbers)],
+        ))  # fmt: skip
+    return made
+
+
+def test_energies_of_another_origin():
+    """Each element's shifted by its own eV are told; errors of structures, however large, are not, nor
+    small ones, nor those of so few structures that energies of the elements fit anything."""
+    noise = np.random.default_rng(1)
+
+    def shifted(numbers):
+        return 1.5 * (numbers == 29).sum() - 4.0 * (numbers == 79).sum() + 0.05 * noise.normal()
+
+    made = alloys(12, shifted)
+    said = foreign_origin(made)
+    off = [abs(c.pred_energies[-1] + 2.0) / len(c.atomic_numbers) for c in made]
+    assert said.startswith("final energies are ") and "of another code" in said
+    assert float(said.split()[3]) == pytest.approx(np.mean(off), rel=0.01)
+    assert foreign_origin(alloys(5, shifted)) == ""
+    assert foreign_origin(alloys(12, lambda numbers: 0.01 * shifted(numbers))) == ""
+    assert foreign_origin(alloys(12, lambda numbers: 3.0 * noise.normal())) == ""
+    broken = [dataclasses.replace(c, pred_energies=np.array([0.0, np.nan])) for c in alloys(3, shifted)]
+    assert foreign_origin([*made, *broken]) == said
+    assert foreign_origin([]) == foreign_origin(broken) == ""
 
 
 def test_model_by_hand():

@@ -20,6 +20,7 @@ from relaxnet_jax.data.split_file import split_of_run
 from relaxnet_jax.data.trajectory import RelaxationTrajectory
 from relaxnet_jax.errors import InputError
 from relaxnet_jax.evaluate.figures import parity_figure, per_frame_figure
+from relaxnet_jax.evaluate.origin import foreign_origin
 from relaxnet_jax.evaluate.tables import write_metrics, write_structures
 from relaxnet_jax.graph import Structure, build_structure
 from relaxnet_jax.lbfgs import FMAX, check_potential, minimise
@@ -224,6 +225,8 @@ def evaluate_workdir(
     )
     if not comparisons:
         raise InputError(f"{name}: nothing left to evaluate; use data with the model's elements")
+    if data is not None and (foreign := foreign_origin(comparisons)):
+        report(f"{name}: {foreign}")
     columns = {"lbfgs" if static else "model": comparisons}
     costs = {}
     if fmax is not None and not static:
