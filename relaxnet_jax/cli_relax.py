@@ -34,6 +34,13 @@ def add_relax(commands) -> None:
     )
     p.add_argument("--frames", type=int, default=5, metavar="N", help="of each path (default: 5)")
     p.add_argument(
+        "--batch-size",
+        type=int,
+        metavar="N",
+        help="structures predicted at once (default: 16 on a CPU, 128 on an accelerator); what does not "
+        "fit in memory is halved",
+    )
+    p.add_argument(
         "--refine",
         metavar="NAME",
         help="go on from the prediction with ASE's LBFGS and the calculator emt, chgnet or "

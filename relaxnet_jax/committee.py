@@ -353,7 +353,8 @@ def _ask(
         def advance(done: int, count: int = count) -> None:
             progress((count * len(structures) + done) // len(members))
 
-        solver = {"progress": advance, "fmax": options.fmax, "steps": options.steps}
+        names = ("fmax", "steps", "batch_size")
+        solver = {"progress": advance} | {name: getattr(options, name) for name in names}
         for one in judge(model, usable, frames, **solver) if usable else ():
             said[one.path.id].found[member] = one
         for failure in unfit:

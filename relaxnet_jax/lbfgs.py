@@ -33,7 +33,7 @@ from relaxnet_jax.batching import (
 )
 from relaxnet_jax.errors import InputError
 from relaxnet_jax.graph import Structure, build_structure
-from relaxnet_jax.memory import ERRORS, does_not_fit, out_of_memory
+from relaxnet_jax.memory import ERRORS, batch_size_of, does_not_fit, out_of_memory
 from relaxnet_jax.model import RelaxNet, dtype_of
 from relaxnet_jax.neighbors import approach
 from relaxnet_jax.potential import compiled_shapes, evaluate, program_kind
@@ -103,7 +103,7 @@ def minimise(
     fmax: float = FMAX,
     steps: int = STEPS,
     max_step: float = MAX_STEP,
-    batch_size: int = 16,
+    batch_size: int | None = None,
     progress: Callable[[int], None] = lambda _: None,
 ) -> Minimisations:
     """Relaxes structures with a model's energy.
@@ -116,12 +116,14 @@ def minimise(
       structures: from `RelaxNet.structure`; fixed atoms stay, cells relax where the structure's may.
       fmax: eV/Å, largest force of a relaxed structure. steps: at most so many for each.
       max_step: Å, furthest an atom moves in a step.
-      batch_size: structures evaluated at once. progress: called with the number that are done.
+      batch_size: structures evaluated at once; by default 16 on a CPU, 128 on an accelerator.
+      progress: called with the number that are done.
 
     Raises:
-      InputError: a model that is no potential.
+      InputError: a model that is no potential, or a batch_size below 1.
     """
     check_potential(model)
+    batch_size = batch_size_of(batch_size)
     start = time.perf_counter()
     # The largest first: shapes shrink rather than grow.
     order = sorted(range(len(structures)), key=lambda i: -structures[i].neighbors.n_edges)

@@ -58,11 +58,13 @@ class Options(NamedTuple):
       relax_cell: whether cells relax, if the model was trained for that.
       fmax: eV/Å. steps: at most. Both of the minimisation with a static model, which predicts no
         path of its own.
+      batch_size: structures at once, None for what suits the device (`memory.batch_size_of`).
     """
 
     relax_cell: bool = True
     fmax: float = 0.05
     steps: int = 500
+    batch_size: int | None = None
 
 
 DEFAULT = Options()

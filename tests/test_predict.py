@@ -11,7 +11,7 @@ from ase.build import bulk
 from tiny import crystal, molecule, slab, systems, tiny_config, tiny_model
 
 import relaxnet_jax
-from relaxnet_jax import predict
+from relaxnet_jax import memory, predict
 from relaxnet_jax.batching import BatchShape, fitting_shape, pack, shape_of, shared_shapes
 from relaxnet_jax.committee import predict_members
 from relaxnet_jax.config import load_config, to_dict
@@ -551,3 +551,22 @@ def test_short_names_for_consoles(model):
     assert repr(path) == "RelaxationTrajectory('0-ClNaO', ClNaO, 3 frames, one cell)"
     with pytest.raises(InputError, match=r"takes a graph, not Atoms: give model\.graph\(atoms\)"):
         predict_trajectory(model, crystal())
+
+
+def test_batches_suit_the_device(model, monkeypatch):
+    """Of the CPU 16 unless it is said otherwise; a GPU takes more."""
+    sizes = []
+    original = predict._predict_batch
+
+    def counted(model, structures, times, shape):
+        sizes.append(len(structures))
+        return original(model, structures, times, shape)
+
+    monkeypatch.setattr(predict, "_predict_batch", counted)
+    relax(model, [crystal()] * 3, 3, batch_size=2)
+    assert sorted(sizes) == [1, 2]
+    assert [memory.batch_size_of(n) for n in (None, 1, 500)] == [16, 1, 500]
+    monkeypatch.setattr(memory.jax, "default_backend", lambda: "gpu")
+    assert memory.batch_size_of(None) == 128
+    with pytest.raises(InputError, match="batch_size=-1: give at least 1"):
+        memory.batch_size_of(-1)

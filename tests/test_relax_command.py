@@ -206,6 +206,7 @@ def test_formats_that_cannot_hold_everything(run):
         (["a.cif", "--frames", "1"], ["--frames 1"]),
         (["a.cif", "--fmax", "0"], ["--fmax 0"]),
         (["a.cif", "--steps", "0"], ["--steps 0"]),
+        (["a.cif", "--batch-size", "0"], ["--batch-size 0: give at least 1"]),
         (["a.cif", "--fixed", "0,x"], ["--fixed 0,x", "0,3,8-11"]),
         (["a.cif", "--refine", "dft"], ["--refine dft", "emt, chgnet"]),
         (["a.cif", "--compare"], ["--compare", "--refine NAME"]),

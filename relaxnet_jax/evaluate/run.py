@@ -72,7 +72,7 @@ def compare(
     model: RelaxNet,
     trajectories: Sequence[RelaxationTrajectory],
     report: Callable[[str], None],
-    batch_size: int = 16,
+    batch_size: int | None = None,
     predict: Callable[[Sequence[Structure]], list[PredictedPath]] | None = None,
     n_frames: int | None = None,
 ) -> tuple[list[Comparison], list[str]]:

@@ -131,7 +131,7 @@ def _relaxed(
     failures: _Failures,
 ) -> list[_Done]:
     """Predicts and writes, `CHUNK` by `CHUNK`; what has a usable prediction."""
-    options = Options(not args.keep_cell, args.fmax, args.steps)
+    options = Options(not args.keep_cell, args.fmax, args.steps, args.batch_size)
     done: list[_Done] = []
     with bar("structures", len(found), COMPILING) as advance:
         for first in range(0, len(found), CHUNK):
@@ -157,6 +157,8 @@ def _check(args: argparse.Namespace) -> None:
         raise InputError(f"--frames {args.frames}: give at least 2, the first and the last")
     if not args.fmax > 0:
         raise InputError(f"--fmax {args.fmax}: give a positive force in eV/Å")
+    if args.batch_size is not None and args.batch_size < 1:
+        raise InputError(f"--batch-size {args.batch_size}: give at least 1")
     if args.steps < 1:
         raise InputError(f"--steps {args.steps}: give at least 1")
     if args.compare and args.refine is None:
