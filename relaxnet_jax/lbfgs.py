@@ -331,6 +331,7 @@ class _Batch:
     Attributes:
       compiling: seconds of calls that compiled. evaluations: calls.
       too_much: the least cost, of structures together, that did not fit in memory so far.
+      tight: whether a structure alone gets no more room than it needs.
     """
 
     def __init__(self, model: RelaxNet, batch_size: int) -> None:
@@ -341,7 +342,7 @@ class _Batch:
         self.listed: list[Structure] = []
         self.graph: Graph | None = None
         self.compiling, self.evaluations = 0.0, 0
-        self.too_much = np.inf
+        self.too_much, self.tight = np.inf, False
 
     def has_room(self, members: Sequence[_Descent]) -> bool:
         """Whether as much has not failed to fit in memory."""
@@ -355,8 +356,11 @@ class _Batch:
             if not out_of_memory(error):
                 raise
         # Out here the exception, and the arrays its traceback holds, are gone.
-        self.shape, self.graph, self.listed = None, None, []
+        tried, self.shape, self.graph, self.listed = self.shape, None, None, []
         self.too_much = _cost(members)
+        if len(members) == 1 and tried is not None and not self.tight:
+            self.tight = tried != fitting_shape([members[0].structure])
+            return self.evaluate(members) if self.tight else None
         return None
 
     def _evaluate(self, members: Sequence[_Descent]) -> Iterator[tuple[Any, ...]]:
@@ -390,6 +394,8 @@ class _Batch:
             yield float(found.energies[index]), np.asarray(found.forces[own], np.float64), virial
 
     def _shape_for(self, structures: Sequence[Structure]) -> BatchShape:
+        if self.tight and len(structures) == 1:
+            return fitting_shape(structures)
         needed = fitting_shape(structures, rounded=True)
         needed = dataclasses.replace(needed, n_graphs=self.batch_size + 1)
         if self.shape is not None and self.shape.cost <= SHRINK * needed.cost:

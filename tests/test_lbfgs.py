@@ -218,6 +218,32 @@ def test_what_does_not_fit_in_memory_is_evaluated_in_parts(model, systems, monke
     assert [bool(np.isnan(path.energies).all()) for path in paths] == lost
 
 
+def test_a_structure_alone_gets_no_more_room_than_it_needs(model, systems, monkeypatch):
+    """Where the rounded shape, or that of a batch before it, does not fit, its own may."""
+    structures = sorted(map(model.structure, systems), key=lambda s: fitting_shape([s]).cost)
+    whole = minimise(model, structures, steps=3)
+    real, tried = lbfgs.evaluate, []
+
+    def small_device(network, params, scale, graph, *args):
+        tried.append(shape_of(graph))
+        if tried[-1].cost > room:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes")
+        return real(network, params, scale, graph, *args)
+
+    monkeypatch.setattr(lbfgs, "evaluate", small_device)
+    room = max(fitting_shape([s]).cost for s in structures)
+    assert fitting_shape([structures[-1]], rounded=True).cost > room
+    found = minimise(model, structures, steps=3)
+    assert not any(m.failure for m in found.paths)
+    for one, other in zip(found.paths, whole.paths):
+        np.testing.assert_allclose(one.energies, other.energies, atol=1e-9)
+    room -= 1
+    tried.clear()
+    found = minimise(model, structures, steps=3)
+    assert [bool(m.failure) for m in found.paths].count(True) == 1
+    assert sum(shape.cost > room for shape in tried) <= 5  # rounded or shared, and its own: once
+
+
 def test_minimisations_that_end_early_are_told(model, systems):
     structure = model.structure(systems[1])
     (early,) = judge(model, [("early", structure)], 3, steps=1)
