@@ -59,23 +59,21 @@ def add_data(commands) -> None:
     )
     p = command(kinds, "split", "data_split", "fix who is trained, validated and tested on")
     p.add_argument("store", metavar="NAME.h5", help="the set")
-    p.add_argument("--folds", type=int, default=1, metavar="K", help="of which each is test once")
+    p.add_argument("--folds", type=int, metavar="K", help="of which each is test once (default: 1)")
     p.add_argument(
         "--by",
         choices=("group", "formula", "elements", "prototype"),
-        default="group",
-        help="what is never separated: a group as stored, a reduced formula, a set of elements, a "
-        "prototype (anonymous formula and space group of the final structure)",
+        help="what is never separated: a group as stored (the default), a reduced formula (that of --like), "
+        "a set of elements, a prototype (anonymous formula and space group of the final structure)",
     )
     p.add_argument(
         "--fractions",
         nargs=3,
         type=float,
-        default=(0.9, 0.05, 0.05),
         metavar=("TRAIN", "VALIDATION", "TEST"),
         help="default: 0.9 0.05 0.05; of several folds each test part is 1/K",
     )
-    p.add_argument("--seed", type=int, default=0, help="of the dealing (default: 0)")
+    p.add_argument("--seed", type=int, help="of the dealing (default: 0)")
     p.add_argument(
         "--like",
         nargs=2,

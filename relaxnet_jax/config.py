@@ -144,7 +144,8 @@ class LossConfig:
       energy: lambda_1, per eV (or eV/atom).
       energy_change: per eV (or eV/atom), of the energies' differences from the final frame's. An
         energy is the composition's, which few compositions teach; the change along a path is small beside
-        its error, and has to be learned as such.
+        its error, and has to be learned as such. Of paths: static epochs and models, and direct ones,
+        know no changes.
       monotonicity: lambda_2, per eV (or eV/atom).
       forces: lambda_3, per (eV/Å)².
       positions: lambda_4, per Å².

@@ -58,25 +58,30 @@ def _imperfect(result: ImportReport) -> str:
 def data_split(args: argparse.Namespace) -> int:
     """``relaxnet-jax data split``."""
     from relaxnet_jax.data import TrajectoryStore
-    from relaxnet_jax.data.split_file import FRACTIONS, folds_like, make_folds, write_splits
+    from relaxnet_jax.data.split_file import FRACTIONS, By, folds_like, make_folds, write_splits
+
+    dealing = {"--folds": args.folds, "--fractions": args.fractions, "--seed": args.seed}
+    if args.like and (given := [name for name, value in dealing.items() if value is not None]):
+        raise InputError(f"--like: deals nothing: leave out {', '.join(given)}")
+    by: By = args.by or ("formula" if args.like else "group")
 
     source = Path(args.store)
     out = Path(args.out or source.with_name(f"{source.stem}.splits.json"))
     with TrajectoryStore(source) as store:
-        facts: dict[str, Any] = {"set": store.checksum, "by": args.by, "seed": args.seed}
+        facts: dict[str, Any] = {"set": store.checksum, "by": by}
         if args.like:
-            if args.folds != 1 or tuple(args.fractions) != FRACTIONS:
-                raise InputError("--like: deals nothing: leave out --folds and --fractions")
             with TrajectoryStore(args.like[0]) as other:
-                folds = folds_like(store, other, args.like[1], args.by)
-                facts = {"set": store.checksum, "by": args.by, "like": other.checksum}
+                folds = folds_like(store, other, args.like[1], by)
+                facts["like"] = other.checksum
         else:
-            folds = make_folds(store, args.folds, args.by, tuple(args.fractions), args.seed)
+            facts["seed"] = seed = args.seed or 0
+            fractions = tuple(args.fractions or FRACTIONS)
+            folds = make_folds(store, 1 if args.folds is None else args.folds, by, fractions, seed)
         write_splits(out, store.ids, folds, facts)
     for k, fold in enumerate(folds):
         sizes = ", ".join(f"{len(rows)} {name}" for name, rows in fold._asdict().items())
         say(f"fold {k}: {sizes}")
-    say(f"{out}: {len(folds)} fold(s) by {args.by}")
+    say(f"{out}: {len(folds)} fold(s) by {by}")
     say(
         f"next: relaxnet-jax train --config explicit.py --set data.path={q(source)} "
         f"data.split_file={q(out)}" + (" data.fold=0" if len(folds) > 1 else "")

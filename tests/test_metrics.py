@@ -76,14 +76,17 @@ def test_energies_of_another_origin():
     def shifted(numbers):
         return 1.5 * (numbers == 29).sum() - 4.0 * (numbers == 79).sum() + 0.05 * noise.normal()
 
-    made = alloys(12, shifted)
+    made = alloys(20, shifted)
     said = foreign_origin(made)
     off = [abs(c.pred_energies[-1] + 2.0) / len(c.atomic_numbers) for c in made]
     assert said.startswith("final energies are ") and "of another code" in said
     assert float(said.split()[3]) == pytest.approx(np.mean(off), rel=0.01)
     assert foreign_origin(alloys(5, shifted)) == ""
-    assert foreign_origin(alloys(12, lambda numbers: 0.01 * shifted(numbers))) == ""
-    assert foreign_origin(alloys(12, lambda numbers: 3.0 * noise.normal())) == ""
+    # A wrong energy of one composition, however often it occurs, is the model's.
+    same = [dataclasses.replace(made[0], id=str(k)) for k in range(12)]
+    assert foreign_origin(same) == ""
+    assert foreign_origin(alloys(20, lambda numbers: 0.01 * shifted(numbers))) == ""
+    assert foreign_origin(alloys(20, lambda numbers: 3.0 * noise.normal())) == ""
     broken = [dataclasses.replace(c, pred_energies=np.array([0.0, np.nan])) for c in alloys(3, shifted)]
     assert foreign_origin([*made, *broken]) == said
     assert foreign_origin([]) == foreign_origin(broken) == ""

@@ -24,6 +24,7 @@ from relaxnet_jax.metrics import Comparison, evaluate, structure_errors
 from relaxnet_jax.model import create_model
 from relaxnet_jax.reproduce import (
     budget,
+    energies,
     fig3a,
     fig3b,
     fig3c,
@@ -32,6 +33,7 @@ from relaxnet_jax.reproduce import (
     figa3,
     formats,
     predictions,
+    table4,
     table5,
 )
 from relaxnet_jax.reproduce.archive import from_record, read_records, to_record, write_records
@@ -508,6 +510,31 @@ class Inventor:
 
     def memory(self, run):
         return 2**20
+
+
+def test_rules_of_their_own_need_two_seeds():
+    falling = [[numbers([v] * n) for v in (3.0, 2.0, 1.0)] for n in (1, 2)]
+    assert [fig3a._shifting(medians).verdict for medians in falling] == [OPEN, HOLDS]
+    sure = (-0.9, 1e-6)
+    assert [figa3._correlated([sure] * n, -1).verdict for n in (1, 2)] == [OPEN, HOLDS]
+    assert [figa3._correlated([sure] * n, 1).verdict for n in (1, 2)] == [OPEN, FAILS]
+    walls = [{1.0: numbers([60.0] * n)} for n in (1, 2)]
+    assert [quickly(w, 40.0, n).verdict for n, w in zip((1, 2), walls)] == [OPEN, HOLDS]
+    late = [{1.0: numbers([6000.0] * n)} for n in (1, 2)]
+    assert [quickly(w, 40.0, n).verdict for n, w in zip((1, 2), late)] == [OPEN, FAILS]
+    assert [table4._reached(numbers([9.0] * n), 10.0).verdict for n in (1, 2)] == [OPEN, HOLDS]
+
+
+@pytest.mark.parametrize("changes", [(), ("loss.energy_change=0",), ("loss.energy_change=3",)])
+def test_energies_with_and_without_the_term(tmp_path, changes):
+    own = setting(tmp_path, changes=(*SMALL, *changes))
+    weights = {
+        kind: {run.config.loss.energy_change for run in energies.case_runs(own, kind)}
+        for kind in energies.KINDS
+    }
+    shipped = own.config("explicit").loss.energy_change
+    assert weights == {energies.WITH: {shipped or energies.WEIGHT}, energies.WITHOUT: {0.0}}
+    assert {shipped} in weights.values()
 
 
 @pytest.mark.parametrize("name", ["table3", "fig3a", "fig3b", "fig3c", "figA3", "energies", "ablation"])

@@ -99,7 +99,7 @@ def test_like_another_set(path, capsys, of_run):
     """A second set of the same formulas and more: what the first tests on is not trained on in it."""
     with TrajectoryStore(path) as store:
         first = list(store)
-    more = [relaxation(Atoms([a, "B"], [[0, 0, 0], [1.2, 0, 0.1]]), n=3, name=f"b{a}") for a in "HCN"]
+    more = boron("H", "C", "N")
     again = [dataclasses.replace(t, id=f"again-{t.id}") for t in first[:25]]
     other = path.with_name("other.h5")
     write_store(other, [*again, *more])
@@ -126,15 +126,45 @@ def test_like_another_set(path, capsys, of_run):
         assert load_dataset(load_config(TINY, settings)).ids() == ours
 
 
+def boron(*symbols):
+    return [relaxation(Atoms([a, "B"], [[0, 0, 0], [1.2, 0, 0.1]]), n=3, name=f"b{a}") for a in symbols]
+
+
+def test_one_split_of_another_set_is_enough(path):
+    """What is tested on there is held out here though nothing is validated on; that is dealt from the rest."""
+    splits, other = path.with_name("set.splits.json"), path.with_name("other.h5")
+    main(["data", "split", str(path), "--by", "formula"])
+    theirs = json.loads(splits.read_text())["folds"][0]
+    with TrajectoryStore(path) as store:
+        first = {t.id: t for t in store}
+    shared = [dataclasses.replace(first[i], id=f"again-{i}") for i in theirs["test"]]
+    more = boron("H", "C", "N", "O", "F", "S")
+    write_store(other, [*shared, *more])
+    assert main(["data", "split", str(other), "--like", str(path), str(splits)]) == 0
+    ours = json.loads(path.with_name("other.splits.json").read_text())
+    assert ours["by"] == "formula"
+    (fold,) = ours["folds"]
+    assert sorted(fold["test"]) == sorted(t.id for t in shared)
+    assert len(fold["validation"]) == 1 and len(fold["train"]) == 5
+
+
 def test_nothing_like_another_set(path, capsys):
     splits, other = path.with_name("set.splits.json"), path.with_name("other.h5")
     main(["data", "split", str(path), "--by", "formula"])
-    write_store(other, [relaxation(Atoms("HB", [[0, 0, 0], [1.2, 0, 0.1]]), n=3, name="b")])
-    command = ["data", "split", str(other), "--by", "formula", "--like", str(path), str(splits)]
+    write_store(other, boron("H"))
+    command = ["data", "split", str(other), "--like", str(path), str(splits)]
     assert main(command) == 2
-    assert "no formula of its validation split is in the set: give another --by" in capsys.readouterr().err
-    assert main([*command, "--folds", "3"]) == 2
-    assert "--like: deals nothing: leave out --folds" in capsys.readouterr().err
+    said = "no formula that is validated or tested on there is in the set: there is nothing to keep apart"
+    assert said in capsys.readouterr().err
+    assert main(["data", "split", str(other), "--like", str(other), str(splits)]) == 2
+    assert "--like: not the splits of that set? " in capsys.readouterr().err
+    assert main([*command, "--folds", "1", "--seed", "0"]) == 2
+    assert "--like: deals nothing: leave out --folds, --seed" in capsys.readouterr().err
+    with TrajectoryStore(path) as store:
+        held = set(json.loads(splits.read_text())["folds"][0]["test"])
+        write_store(other, [t for t in store if t.id in held])
+    assert main(command) == 2
+    assert "every formula of the set is validated or tested on there; add others" in capsys.readouterr().err
     assert not path.with_name("other.splits.json").exists()
 
 

@@ -20,6 +20,7 @@ By = Literal["group", "formula", "elements", "prototype"]
 FORMAT = "relaxnet_jax splits"
 RECORD = "splits.json"  # of a training run, in its folder
 FRACTIONS = (0.9, 0.05, 0.05)
+HELD_OUT = FRACTIONS[2]
 REMEDY = "make one with 'relaxnet-jax data split NAME.h5', or name a run's splits.json"
 
 
@@ -73,31 +74,40 @@ def folds_like(
 
     Whatever is of one kind with the other's test split is tested on, of the rest what is of one kind with its
     validation split is validated on, and all else is trained on: for a model that is trained on one
-    set first and then on the other (``train.start_from``).
+    set first and then on the other (``train.start_from``). Where this set has none of one of the two,
+    that split is dealt from the rest.
 
     Args:
       other, path: a set and the file of its splits (or a run's splits.json), of which each fold gives one.
       by: of one kind is what has the same; see `make_folds`.
 
     Raises:
-      InputError: see `read_splits`; a split of which this set has none.
+      InputError: see `read_splits`; nothing here is of one kind with what is held out there, or all is.
     """
     theirs, ours, folds = _labels(other, by), np.array(_labels(store, by)), []
     for fold in range(len(_read(Path(path))[0])):
-        splits, _ = read_splits(path, other.ids, fold)
+        try:
+            splits, _ = read_splits(path, other.ids, fold)
+        except InputError as error:
+            raise InputError(f"--like: not the splits of that set? {error}") from error
         kinds = {name: [theirs[i] for i in rows] for name, rows in splits._asdict().items()}
         test = np.isin(ours, kinds["test"])
         validation = np.isin(ours, kinds["validation"]) & ~test
-        found = Splits(*map(np.flatnonzero, (~test & ~validation, validation, test)))
-        for name, rows in found._asdict().items():
-            if not len(rows):
-                why = f"no {by} of its {name} split is in the set"
-                if name == "train":
-                    why = f"every {by} of the set is validated or tested on there"
-                raise InputError(
-                    f"--like {path}: fold {fold}: {why}: give another --by, or leave out --like"
-                )
-        folds.append(found)
+        if not (test.any() or validation.any()):
+            raise InputError(
+                f"--like {path}: fold {fold}: no {by} that is validated or tested on there is in the set: "
+                "there is nothing to keep apart; leave out --like, or give the --by that the two share"
+            )
+        if (test | validation).all():
+            raise InputError(
+                f"--like {path}: fold {fold}: every {by} of the set is validated or tested on there; "
+                "add others to train on"
+            )
+        for missing in (held for held in (validation, test) if not held.any()):
+            rest = np.flatnonzero(~test & ~validation)
+            share = split_groups(ours[rest].tolist(), (1 - HELD_OUT, 0.0, HELD_OUT)).test
+            missing[rest[share]] = True
+        folds.append(Splits(*map(np.flatnonzero, (~test & ~validation, validation, test))))
     return folds
 
 

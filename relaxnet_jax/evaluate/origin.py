@@ -7,12 +7,13 @@ from collections.abc import Sequence
 import numpy as np
 
 from relaxnet_jax.data.references import fit_element_energies
+from relaxnet_jax.data.trajectory import reduced_formula
 from relaxnet_jax.graph import MAX_ATOMIC_NUMBER
 from relaxnet_jax.metrics import Comparison
 
 LEAST = 0.1  # eV per atom: smaller errors are the model's own
 SHARE = 0.2  # of the error, what is left of it at most where it is one of origins
-SPARE = 3  # structures for each element, so that energies of the elements do not fit anything
+SPARE = 3  # compositions for each element, so that energies of the elements do not fit anything
 
 
 def foreign_origin(comparisons: Sequence[Comparison]) -> str:
@@ -20,7 +21,8 @@ def foreign_origin(comparisons: Sequence[Comparison]) -> str:
     code, functional or set of pseudopotentials. Empty where they are not, or where it cannot be told."""
     known = [c for c in comparisons if c.finite]
     elements = {int(z) for c in known for z in c.atomic_numbers}
-    if len(known) < SPARE * max(len(elements), 1):
+    compositions = {reduced_formula(c.atomic_numbers) for c in known}
+    if len(compositions) < SPARE * max(len(elements), 1):
         return ""
     off = [(c.atomic_numbers, c.pred_energies[-1:] - c.true_energies[-1:]) for c in known]
     table, *_ = fit_element_energies(off, MAX_ATOMIC_NUMBER + 1)
@@ -33,5 +35,5 @@ def foreign_origin(comparisons: Sequence[Comparison]) -> str:
     return (
         f"final energies are {before:.3g} eV/atom off, {after:.2g} if each element may have another energy: "
         "those of the data seem to be of another code, functional or set of pseudopotentials than the "
-        "model's, and their errors mean nothing; changes along the path do"
+        "model's, and their errors to say that alone; changes along the path can be compared"
     )

@@ -66,6 +66,7 @@ class Evaluation:
     costs: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
     seen: int = 0
     among: frozenset[str] | None = None
+    foreign: str = ""
 
 
 def compare(
@@ -225,8 +226,7 @@ def evaluate_workdir(
     )
     if not comparisons:
         raise InputError(f"{name}: nothing left to evaluate; use data with the model's elements")
-    if data is not None and (foreign := foreign_origin(comparisons)):
-        report(f"{name}: {foreign}")
+    foreign = foreign_origin(comparisons) if data is not None else ""
     columns = {"lbfgs" if static else "model": comparisons}
     costs = {}
     if fmax is not None and not static:
@@ -241,7 +241,7 @@ def evaluate_workdir(
         graphs = graph_seconds(model, trajectories)
         for cost in costs.values():
             cost["seconds"] += graphs
-    return Evaluation(results, comparisons, left_out, name, costs, seen, among)
+    return Evaluation(results, comparisons, left_out, name, costs, seen, among, foreign)
 
 
 def _compare_blocks(
@@ -289,7 +289,8 @@ def mean_evaluation(members: Sequence[Evaluation]) -> Evaluation:
     results, among = _results(columns)
     name = f"{members[0].name}; mean of {len(members)} models"
     seen = max(m.seen for m in members)
-    return Evaluation(results, comparisons, members[0].left_out, name, seen=seen, among=among)
+    foreign = foreign_origin(comparisons) if any(m.foreign for m in members) else ""
+    return Evaluation(results, comparisons, members[0].left_out, name, {}, seen, among, foreign)
 
 
 class _Minimiser:
@@ -384,8 +385,11 @@ def write_evaluation(
             "left_out": evaluation.left_out,
             "costs": evaluation.costs,
             "trained_on": evaluation.seen,
+            "origin": evaluation.foreign,
         },
     )
+    if evaluation.foreign:
+        report(f"{evaluation.name}: {evaluation.foreign}")
     write_structures(table_file, evaluation.comparisons)
     averaged_over = any(metrics.n_averaged for metrics in evaluation.results.values())
     if averaged_over:

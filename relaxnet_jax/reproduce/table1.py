@@ -179,9 +179,10 @@ def quickly(walls: dict[float, Score], shortest: float, seeds: int) -> Outcome:
     shown = ", ".join(f"{share:.0%}: {number(m)} min" for share, m in minutes.items())
     text = f"{shown}; the shortest run took {shortest:.1f} min"
     if any(m > paper.TABLE1_85_PERCENT for m in minutes.values()):
-        return decided(False, text)
+        return decided(False, text, seeds)
     known = all(s.seeds == seeds for s in walls.values())
-    return decided(True if known and shortest > paper.TABLE1_85_PERCENT else None, text)
+    holds = True if known and shortest > paper.TABLE1_85_PERCENT else None
+    return decided(holds, text, seeds)
 
 
 def _draw(setting, found, per_atom, seconds, nothing, path) -> None:
