@@ -8,8 +8,8 @@ import numpy as np
 def work(positions: np.ndarray, forces: np.ndarray, fixed_mask: np.ndarray) -> np.ndarray:
     """-∫ F·dx over the free atoms from the first frame on, by the trapezoid rule: E(t) - E(0).
 
-    A model's energies are learned each by itself, and their differences carry the errors of both;
-    its forces are their slope.
+    Where a model's energies were learned each by itself (``loss.energy_change=0``), their differences
+    carry the errors of both; its forces are their slope.
 
     Args:
       positions: (n, N, 3) Å, unwrapped, in a fixed cell. forces: (n, N, 3) eV/Å. fixed_mask: (N,).
