@@ -47,21 +47,23 @@ def section(lab: Lab) -> Section:
     places = {kind: errors(made[kind], "positions_mae") for kind in KINDS}
     change = {kind: errors(made[kind], CHANGE) for kind in KINDS}
     work = {kind: errors(made[kind], "work_mae_per_atom") for kind in KINDS}
+    energy = {kind: errors(made[kind], "energy_mae_per_atom") for kind in KINDS}
+    forces = {kind: errors(made[kind], "forces_mae", "all") for kind in KINDS}
     still, released = of("nothing", "positions_mae"), of("nothing", CHANGE)
     rows: list[list[Cell]] = []
     for kind in KINDS:
         row: list[Cell] = [kind, change[kind], errors(made[kind], CHANGE, "all"), work[kind]]
-        row += [errors(made[kind], "energy_mae_per_atom", which) for which in ("final", "all")]
-        row += [errors(made[kind], "forces_mae", "all"), relative(places[kind], still)]
+        row += [energy[kind], errors(made[kind], "energy_mae_per_atom", "all")]
+        row += [forces[kind], relative(places[kind], still)]
         rows.append([*row, numbers([len(lab.epochs(run)) for run in found[kind]])])
     others: dict[Predictor, str] = {"nothing": "doing nothing", "composition": "composition only"}
     for predictor, name in others.items():
         change_cells: list[Cell] = [None, None]
         if predictor == "nothing":
             change_cells = [released, of("nothing", CHANGE, frames="all")]
-        energy = [of(predictor, "energy_mae_per_atom", frames=f) for f in ("final", "all")]
+        own = [of(predictor, "energy_mae_per_atom", frames=f) for f in ("final", "all")]
         rest = [of(predictor, "forces_mae", frames="all"), relative(still, still), None]
-        rows.append([name, *change_cells, None, *energy, *rest])
+        rows.append([name, *change_cells, None, *own, *rest])
     path = setting.out / "energies.png"
     panels = {
         "E(1) - E(0), MAE (meV/atom)": change,
@@ -79,7 +81,7 @@ def section(lab: Lab) -> Section:
         "(`loss.energy_change`). The changes are compared with the work of the same paths' forces, too, "
         "which needs no predicted energies.",
         [Table("Test split, explicit scheme", COLUMNS, rows)],
-        _claims(made, change, work, places, released),
+        _claims(change, work, energy, places, forces, released),
         [(path, "energies and positions, with the term and without")],
     )
 
@@ -97,9 +99,7 @@ COLUMNS = (
 )
 
 
-def _claims(made, change, work, places, released: Score) -> list[Claim]:
-    energy = {kind: errors(made[kind], "energy_mae_per_atom") for kind in KINDS}
-    forces = {kind: errors(made[kind], "forces_mae", "all") for kind in KINDS}
+def _claims(change, work, energy, places, forces, released: Score) -> list[Claim]:
     both, unit = ("with the term", "without"), "meV/atom"
     own = ("E(1) - E(0)", "work")
     outcomes = {
