@@ -14,6 +14,10 @@ if TYPE_CHECKING:
 CACHE_VARIABLE = "RELAXNET_JAX_CACHE"
 LEAST_SHARE = 4  # structures of a batch on a core; with fewer a step takes about as long
 MIN_COMPILE_SECONDS = 1.0  # what compiles faster is not worth a file
+MOST_SHARES = 8  # cores of a CPU that batches of predictions are spread over
+# XLA's options where a CPU's cores are devices of their own: a program that also spreads its operations
+# over threads would have them wait for each other.
+ONE_THREAD = {"xla_cpu_multi_thread_eigen": False}
 
 
 def cache_folder() -> Path:
@@ -90,6 +94,16 @@ def batch_shares(config: Config, devices: int | None = None) -> int:
     if devices is not None or not shared or jax.default_backend() != "cpu":
         return 1
     return jax.local_device_count()
+
+
+def share_cores() -> None:
+    """Starts JAX's devices; of a CPU several, see `batch_shares`, to which predictions go batch by batch.
+
+    Raises:
+      InputError: see `check_devices`.
+    """
+    _split_cpu(min(usable_cores(), MOST_SHARES))
+    check_devices(None)
 
 
 def _split_cpu(parts: int) -> bool:

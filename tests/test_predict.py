@@ -11,7 +11,7 @@ from ase.build import bulk
 from tiny import crystal, molecule, slab, systems, tiny_config, tiny_model
 
 import relaxnet_jax
-from relaxnet_jax import memory, predict
+from relaxnet_jax import memory, predict, solving
 from relaxnet_jax.batching import BatchShape, fitting_shape, pack, shape_of, shared_shapes
 from relaxnet_jax.committee import predict_members
 from relaxnet_jax.config import load_config, to_dict
@@ -25,7 +25,8 @@ from relaxnet_jax.model import (
     stack_models,
 )  # fmt: skip
 from relaxnet_jax.neighbors import approach, pairs_within, skin_for
-from relaxnet_jax.predict import compiled_shapes, judge, predict_structures, relax
+from relaxnet_jax.predict import judge, predict_structures, relax
+from relaxnet_jax.solving import compiled_shapes
 
 KNOWN = tuple(range(1, 90))
 
@@ -259,7 +260,7 @@ def test_batches_that_do_not_fit_are_split(model, monkeypatch):
     """A batch is halved until it fits; one structure that never does is named, the rest goes on."""
     atoms = [molecule()[:n] for n in (2, 3, 4, 5, 6)] + [molecule() + slab()]
     whole = relax(model, atoms[:5], n_frames=3, batch_size=4)
-    real, tried = predict.solve_compiled, []
+    real, tried = solving.solve_compiled, []
 
     def small_device(network, params, scale, graph, times):
         tried.append(int(graph.n_node[np.asarray(graph.globals["mask"])].sum()))
@@ -267,7 +268,7 @@ def test_batches_that_do_not_fit_are_split(model, monkeypatch):
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes")
         return real(network, params, scale, graph, times)
 
-    monkeypatch.setattr(predict, "solve_compiled", small_device)
+    monkeypatch.setattr(solving, "solve_compiled", small_device)
     done = []
     structures = [model.structure(a) for a in atoms]
     paths = predict_structures(model, structures, np.linspace(0, 1, 3), 4, done.append)
@@ -289,7 +290,7 @@ def test_batches_that_do_not_fit_are_split(model, monkeypatch):
     def broken(*args):
         raise jax.errors.JaxRuntimeError("INTERNAL: something else")
 
-    monkeypatch.setattr(predict, "solve_compiled", broken)
+    monkeypatch.setattr(solving, "solve_compiled", broken)
     with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
         relax(model, molecule(), n_frames=3)
 
@@ -297,22 +298,23 @@ def test_batches_that_do_not_fit_are_split(model, monkeypatch):
 def test_what_does_not_fit_is_tried_in_its_own_shape(model, monkeypatch):
     """Not only in one that it shared with larger structures."""
     structure = model.structure(crystal())
-    own = predict._batch_shape([structure], 1)
+    own = solving.batch_shape([structure], 1)
     shared = dataclasses.replace(own, n_edges=2 * own.n_edges)
-    tried = []
+    real, tried = solving.solve_compiled, []
 
-    def small_device(model, structures, times, shape):
-        tried.append(shape)
-        if shape.n_edges > room:
+    def small_device(network, params, scale, graph, times):
+        tried.append(shape_of(graph))
+        if tried[-1].n_edges > room:
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes")
-        return ["a path"]
+        return real(network, params, scale, graph, times)
 
-    monkeypatch.setattr(predict, "_predict_batch", small_device)
-    batches = predict._Batches(model, np.linspace(0, 1, 77), 77)
+    monkeypatch.setattr(solving, "solve_compiled", small_device)
+    batches = solving.Batches(model, np.linspace(0, 1, 3), 3)
     room = own.n_edges
-    assert batches.predict([structure], shared) == ["a path"] and tried == [shared, own]
+    ((_, (path,)),) = batches.solve([solving.Batch([structure], shared)])
+    assert not path.failure and np.isfinite(path.positions).all() and tried == [shared, own]
     room = 0
-    (path,) = batches.predict([structure], shared)
+    ((_, (path,)),) = batches.solve([solving.Batch([structure], shared)])
     assert "do not fit" in path.failure and tried[2:] == [shared, own]
 
 
@@ -556,13 +558,13 @@ def test_short_names_for_consoles(model):
 def test_batches_suit_the_device(model, monkeypatch):
     """Of the CPU 16 unless it is said otherwise; a GPU takes more."""
     sizes = []
-    original = predict._predict_batch
+    original = solving.Batches.solve
 
-    def counted(model, structures, times, shape):
-        sizes.append(len(structures))
-        return original(model, structures, times, shape)
+    def counted(self, batches):
+        sizes.extend(len(batch.structures) for batch in batches)
+        return original(self, batches)
 
-    monkeypatch.setattr(predict, "_predict_batch", counted)
+    monkeypatch.setattr(solving.Batches, "solve", counted)
     relax(model, [crystal()] * 3, 3, batch_size=2)
     assert sorted(sizes) == [1, 2]
     assert [memory.batch_size_of(n) for n in (None, 1, 500)] == [16, 1, 500]

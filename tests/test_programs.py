@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from tiny import crystal, molecule, slab, tiny_config, tiny_model
 
-from relaxnet_jax import predict, programs
+from relaxnet_jax import programs, solving
 from relaxnet_jax.predict import relax
 from relaxnet_jax.programs import Program, storable
 from relaxnet_jax.solver import solve_trajectory
@@ -175,7 +175,7 @@ def test_predictions_are_those_of_jit(folder, monkeypatch):
         Program(solve_trajectory),  # finds what the first has left
         jax.jit(solve_trajectory, static_argnums=0),
     ):
-        monkeypatch.setattr(predict, "solve_compiled", compiled)
+        monkeypatch.setattr(solving, "solve_compiled", compiled)
         found.append(relax(model, atoms))
         files.append(sorted(folder.iterdir()))
     assert files[0] and files[0] == files[1] == files[2]

@@ -34,9 +34,9 @@ from relaxnet_jax.metrics import (
     together,
 )
 from relaxnet_jax.model import RelaxNet, load_model, model_folder
-from relaxnet_jax.predict import Path as PredictedPath
 from relaxnet_jax.predict import as_trajectory, minimised_path, predict_structures
 from relaxnet_jax.solver import frame_grid
+from relaxnet_jax.solving import Path as PredictedPath
 from relaxnet_jax.strain import deformations, from_reference
 from relaxnet_jax.train.start import SEEN, trained_ids
 from relaxnet_jax.trust import trust_flags

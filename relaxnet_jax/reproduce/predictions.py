@@ -20,8 +20,9 @@ from relaxnet_jax.evaluate.run import compare, frame_structure, graph_seconds
 from relaxnet_jax.graph import Structure, build_structure, masses_of
 from relaxnet_jax.lbfgs import minimise
 from relaxnet_jax.model import RelaxNet
-from relaxnet_jax.predict import Path, minimised_path, predict_structures
+from relaxnet_jax.predict import minimised_path, predict_structures
 from relaxnet_jax.reproduce.archive import to_record
+from relaxnet_jax.solving import Path
 
 Made = tuple[list[dict[str, np.ndarray]], dict[str, Any]]
 Relaxations = Sequence[RelaxationTrajectory]

@@ -17,10 +17,11 @@ from relaxnet_jax.evaluate.run import compare
 from relaxnet_jax.graph import Structure
 from relaxnet_jax.lbfgs import STEPS
 from relaxnet_jax.model import RelaxNet
-from relaxnet_jax.predict import FOLLOWED, Path
+from relaxnet_jax.predict import FOLLOWED
 from relaxnet_jax.relaxation.refine import Leg, descend
 from relaxnet_jax.reproduce.archive import to_record
 from relaxnet_jax.reproduce.predictions import Made, Report
+from relaxnet_jax.solving import Path
 
 if TYPE_CHECKING:
     from ase import Atoms

@@ -17,6 +17,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from relaxnet_jax.errors import InputError
+from relaxnet_jax.runtime import ONE_THREAD
 from relaxnet_jax.train.hosts import Hosts
 
 AXIS = "devices"
@@ -54,11 +55,9 @@ class Devices:
         self.n = self.local * hosts.count
         self.mine = slice(self.local * hosts.index, self.local * (hosts.index + 1))
         self.axis = AXIS if self.n > 1 else None
-        # Devices of a CPU are its cores: a program that also spreads its operations over threads would
-        # have them wait for each other.
         cores = self.local > 1 and self._devices[0].platform == "cpu"
         self.ahead = 0 if self._devices[0].platform == "cpu" else 1
-        self._options = {"xla_cpu_multi_thread_eigen": False} if cores else None
+        self._options = ONE_THREAD if cores else None
         self.compilations: dict[str, int] = {}
         self.compile_seconds = 0.0
         self._log = log

@@ -1,0 +1,314 @@
+"""Batches of structures solved on one device or on several, of a kind and size that fit in memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from relaxnet_jax.batching import (
+    REUSE,
+    BatchShape,
+    collate,
+    fitting_shape,
+    known_shape,
+    remember_shape,
+    split_nodes,
+)
+from relaxnet_jax.graph import Structure
+from relaxnet_jax.memory import ERRORS, does_not_fit, out_of_memory
+from relaxnet_jax.model import RelaxNet, dtype_of, solve_compiled
+from relaxnet_jax.models.energy import RelaxNetwork
+from relaxnet_jax.runtime import ONE_THREAD
+from relaxnet_jax.strain import from_reference, to_voigt
+from relaxnet_jax.typing import Graph
+
+AHEAD = 1  # groups of batches that wait for the devices while the one before them is solved
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Path:
+    """One structure's predicted path: NumPy, float64.
+
+    Attributes:
+      times (n,), positions (n, N, 3) Å, velocities (n, N, 3), see `solver.Trajectory`, energies (n,) eV total,
+      forces (n, N, 3) eV/Å, cells (n, 3, 3) Å; skin: Å, of the neighbour list that was used; None
+      where each frame had its own.
+      approached: Å, how much two atoms may have approached at any of the solver's frames.
+      stresses: (n, 6) eV/Å³ in ASE's order, tension positive; None where cells are fixed.
+      failure: why there is no prediction (all values are then NaN), else empty.
+      unconverged: where a minimisation ended above fmax: after how many steps; else 0.
+      listed: the structure, with the neighbour list that was used; None where each frame had its own.
+    """
+
+    times: np.ndarray
+    positions: np.ndarray
+    velocities: np.ndarray
+    energies: np.ndarray
+    forces: np.ndarray
+    cells: np.ndarray
+    skin: float | None
+    failure: str = ""
+    stresses: np.ndarray | None = None
+    approached: float = 0.0
+    unconverged: int = 0
+    listed: Structure | None = None
+
+    def at(self, rows: np.ndarray) -> Path:
+        """Some of its frames."""
+        return dataclasses.replace(
+            self,
+            positions=self.positions[rows],
+            velocities=self.velocities[rows],
+            energies=self.energies[rows],
+            forces=self.forces[rows],
+            cells=self.cells[rows],
+            stresses=None if self.stresses is None else self.stresses[rows],
+        )
+
+
+class Batch(NamedTuple):
+    """Structures that are solved together, in a padded shape."""
+
+    structures: list[Structure]
+    shape: BatchShape
+
+
+def usable_devices(model: RelaxNet) -> int:
+    """On how many of this process's devices batches of a model may be solved at the same time.
+
+    One where JAX is told which to use, by its settings or by where the parameters are, and for the
+    adaptive solver, whose loops `jax.pmap` cannot trace.
+    """
+    settings: Any = jax.config
+    told = settings.jax_default_device is not None or settings.jax_disable_jit
+    arrays = [x for x in jax.tree.leaves(model.params) if isinstance(x, jax.Array)]
+    if told or any(x.committed for x in arrays) or model.config.dynamics.solver != "rk4":
+        return 1
+    return jax.local_device_count()
+
+
+class _Everywhere:
+    """`solve_compiled` on several devices at once, for a batch each of one shape."""
+
+    def __init__(self, network: RelaxNetwork, n_devices: int) -> None:
+        def solve(params, scale, graph, times):
+            return solve_compiled.inline(network, params, scale, graph, times)
+
+        devices = jax.local_devices()[:n_devices]
+        # An axis without a name gets one that no other process has, and no other process would find
+        # the compiled program.
+        self._mapped = jax.pmap(
+            solve, axis_name="devices", in_axes=(None, None, 0, None), devices=devices
+        )
+        self._options = ONE_THREAD if devices[0].platform == "cpu" else None
+        self.compiled: dict[tuple[Any, ...], Callable[..., Any]] = {}
+
+    def __call__(self, *args: Any) -> Any:
+        kinds = tuple((np.shape(x), str(np.result_type(x))) for x in jax.tree.leaves(args))
+        if kinds not in self.compiled:
+            self.compiled[kinds] = self._mapped.lower(*args).compile(self._options)
+        return self.compiled[kinds](*args)
+
+
+_everywhere = functools.lru_cache(maxsize=32)(_Everywhere)
+
+
+def compiled_shapes() -> int:
+    """How many batch shapes have been compiled for prediction in this process."""
+    return solve_compiled.cache_size()
+
+
+class _Running(NamedTuple):
+    """What devices have been given: the centred structures and graphs of batches, and the result to come."""
+
+    starts: list[list[Structure]]
+    graphs: list[Graph]
+    result: Any
+
+
+class Batches:
+    """Solves batches, on several devices at once, and smaller ones where they do not fit in memory.
+
+    Attributes:
+      n_devices: each solves a batch at the same time; of one shape, so that there is one program.
+      used: the shapes of the batches so far.
+      kind: of the program, see `batching.known_shape`.
+      too_much: the least padded cost that did not fit so far. A batch of that cost is split
+        without being tried: what is tried is compiled first.
+    """
+
+    def __init__(
+        self, model: RelaxNet, times: np.ndarray | None, n_frames: int, n_devices: int = 1
+    ) -> None:
+        self.model, self.n_frames, self.n_devices = model, n_frames, n_devices
+        self.dtype = dtype_of(model.params)
+        self.times = None if times is None else times.astype(self.dtype)
+        self.used: list[BatchShape] = []
+        frames = None if times is None else n_frames
+        self.kind = "solve", model.network, self.dtype.name, frames, n_devices
+        self.too_much = math.inf
+
+    def known_shape(self, structures: Sequence[Structure], shape: BatchShape) -> BatchShape:
+        """One that was used before, if it has room for these and costs little more than ``shape``."""
+        return known_shape(self.kind, structures, shape, REUSE)
+
+    def solve(self, batches: Sequence[Batch]) -> Iterator[tuple[int, list[Path]]]:
+        """The place in ``batches`` of each, and its paths, as they are solved.
+
+        Values of frames that are not asked for are there too, see `Path.at`. While the devices are
+        busy the next batches are made.
+        """
+        running: deque[tuple[list[int], _Running | None]] = deque()
+        for group in self._groups(batches):
+            running.append((group, self._begin([batches[k] for k in group])))
+            if len(running) > AHEAD:
+                yield from self._end(batches, *running.popleft())
+        while running:
+            yield from self._end(batches, *running.popleft())
+
+    def _groups(self, batches: Sequence[Batch]) -> Iterator[list[int]]:
+        """Batches of one shape, as many as there are devices."""
+        by_shape: dict[BatchShape, list[int]] = {}
+        for k, batch in enumerate(batches):
+            by_shape.setdefault(batch.shape, []).append(k)
+        for alike in by_shape.values():
+            for first in range(0, len(alike), self.n_devices):
+                yield alike[first : first + self.n_devices]
+
+    def _begin(self, group: list[Batch]) -> _Running | None:
+        """Gives a batch to each device; None where they do not, or would not, fit in memory."""
+        shape, model = group[0].shape, self.model
+        if shape.cost >= self.too_much and any(len(b.structures) > 1 for b in group):
+            return None
+        starts = [[s.centred() for s in batch.structures] for batch in group]
+        graphs = [collate(near, shape, self.dtype) for near in starts]
+        known = model.params, model.energy_scale
+        try:
+            if self.n_devices == 1:
+                result = solve_compiled(model.network, *known, graphs[0], self.times)
+            else:
+                # Devices without a batch solve the last one too: they would wait for the others anyway.
+                full = graphs + graphs[-1:] * (self.n_devices - len(graphs))
+                stacked = jax.tree.map(lambda *parts: np.stack(parts), *full)
+                result = _everywhere(model.network, self.n_devices)(*known, stacked, self.times)
+            return _Running(starts, graphs, result)
+        except ERRORS as error:
+            self._too_much(error, shape)
+            return None
+
+    def _end(
+        self, batches: Sequence[Batch], group: list[int], running: _Running | None
+    ) -> Iterator[tuple[int, list[Path]]]:
+        """What became of batches that were begun; those that do not fit are solved in parts."""
+        members = [batches[k] for k in group]
+        solved = None if running is None else self._result(running, members[0].shape)
+        # Out here the exception, and the arrays its traceback holds, are gone.
+        running = None if solved is None else running
+        for row, (k, batch) in enumerate(zip(group, members)):
+            if running is None:
+                yield k, self._in_parts(batch)
+                continue
+            own = solved if self.n_devices == 1 else jax.tree.map(lambda x, r=row: x[r], solved)
+            near, graph = running.starts[row], running.graphs[row]
+            yield k, _paths(self.model, batch.structures, near, graph, own)
+
+    def _result(self, running: _Running, shape: BatchShape) -> Any:
+        """What the devices have found, on the host; None where it did not fit in their memory."""
+        try:
+            result = jax.device_get(running.result)
+        except ERRORS as error:
+            self._too_much(error, shape)
+            return None
+        if shape not in self.used:
+            self.used.append(shape)
+        remember_shape(self.kind, shape)
+        return result
+
+    def _too_much(self, error: BaseException, shape: BatchShape) -> None:
+        if not out_of_memory(error):
+            raise error
+        self.too_much = min(self.too_much, shape.cost)
+
+    def _in_parts(self, batch: Batch) -> list[Path]:
+        """The paths of a batch that does not fit in memory."""
+        structures, shape = batch
+        if len(structures) == 1:
+            own = batch_shape(structures, 1)
+            if own.cost < shape.cost:  # it was tried in one that others share
+                return self._alone(Batch(structures, own))
+            return [_without_memory(structures[0], self.n_frames)]
+        middle = len(structures) // 2
+        parts = structures[:middle], structures[middle:]
+        return [
+            path
+            for part in parts
+            for path in self._alone(Batch(part, batch_shape(part, len(part))))
+        ]
+
+    def _alone(self, batch: Batch) -> list[Path]:
+        ((_, paths),) = self.solve([batch])
+        return paths
+
+
+def _without_memory(structure: Structure, n_frames: int) -> Path:
+    frames = np.full((n_frames, structure.n_atoms, 3), np.nan)
+    message = does_not_fit(structure.n_atoms)
+    cells = np.repeat(structure.cell[None], n_frames, axis=0)
+    energies = np.full(n_frames, np.nan)
+    return Path(np.zeros(0), frames, frames, energies, frames, cells, 0.0, message)
+
+
+def batch_shape(structures: Sequence[Structure], batch_size: int) -> BatchShape:
+    shape = fitting_shape(structures, rounded=True)
+    # The last, smaller batch of a set takes the full number of structures: one shape fewer.
+    return dataclasses.replace(
+        shape, n_graphs=max(shape.n_graphs, batch_size + 1 if len(structures) > 1 else 2)
+    )
+
+
+def _paths(
+    model: RelaxNet,
+    structures: Sequence[Structure],
+    near: Sequence[Structure],
+    graph: Graph,
+    result,
+) -> list[Path]:
+    """The paths of a batch's structures from its result, which is of the structures' centred copies."""
+    reference = result.positions if result.reference is None else result.reference
+    split = [
+        split_nodes(np.asarray(x, np.float64), graph)
+        for x in (reference, result.velocities, result.forces)
+    ]
+    paths = []
+    for index, (structure, start, x, u, f) in enumerate(zip(structures, near, *split)):
+        energies = np.asarray(result.energies[:, index], np.float64)
+        # Exact initial positions: the network's precision must not move an atom at t = 0.
+        x = structure.positions + (x - np.asarray(start.positions, graph.nodes["positions"].dtype))
+        energies = energies + model.composition_energy(structure.atomic_numbers)
+        cells, stresses = np.repeat(structure.cell[None], len(energies), axis=0), None
+        if result.deformation is not None:
+            steps = np.asarray(result.deformation[:, index], np.float64)
+            virial = np.asarray(result.virial[:, index], np.float64)
+            x, cells, stresses = _deformed(x, structure, steps, virial)
+        paths.append(Path(np.zeros(0), x, u, energies, f, cells, 0.0, stresses=stresses))
+    return paths
+
+
+def _deformed(reference: np.ndarray, s: Structure, steps: np.ndarray, virial: np.ndarray):
+    """Positions, cells and stresses of a path from its reference positions and deformations."""
+    if not s.strain.any():  # the cell is held
+        x, cells = reference, np.repeat(s.cell[None], len(steps), axis=0)
+    else:
+        x, cells = from_reference(reference, steps), from_reference(s.cell, steps)
+    with np.errstate(all="ignore"):  # of cells that are not finite: they are flagged
+        volumes = np.abs(np.linalg.det(cells))
+    if not s.pbc.all() or volumes.min() == 0:  # no volume, no stress
+        return x, cells, None
+    return x, cells, to_voigt(virial / volumes[:, None, None])
