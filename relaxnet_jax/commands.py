@@ -13,7 +13,12 @@ from typing import TYPE_CHECKING
 from relaxnet_jax.config import PRETRAINED, Config, from_json, load_config, to_dict, to_json
 from relaxnet_jax.console import COMPILING, bar, note, q, result_console, say, status
 from relaxnet_jax.errors import InputError
-from relaxnet_jax.runtime import batch_shares, check_devices, enable_compilation_cache
+from relaxnet_jax.runtime import (
+    batch_shares,
+    check_devices,
+    enable_compilation_cache,
+    share_cores,
+)
 
 SOME_LEFT_OUT = 1
 TERMINATED = 143  # as shells say it of a process that SIGTERM ended
@@ -80,7 +85,7 @@ def _run_of(args: argparse.Namespace) -> tuple[Config, Path]:
 def evaluate(args: argparse.Namespace) -> int:
     """``relaxnet-jax eval``."""
     enable_compilation_cache()
-    check_devices(None)
+    share_cores()
     from relaxnet_jax.evaluate.run import (
         evaluate_workdir,
         mean_evaluation,
@@ -167,7 +172,7 @@ def predict(args: argparse.Namespace) -> int:
     if out.exists() and not args.overwrite:
         raise InputError(f"{out}: exists; give another --out, or --overwrite")
     options = files.Options(relax_cell=not args.keep_cell)
-    check_devices(None)
+    share_cores()
     models = _load_members(args.model)
     found, unreadable = files.read_structures(source, note)
     if len(found) > 1 and not files.holds_many(out):

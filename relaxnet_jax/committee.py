@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import numpy as np
 
@@ -37,6 +37,7 @@ from relaxnet_jax.trust import NOT_CONVERGED, Flag, constraint_flags, trust_flag
 if TYPE_CHECKING:
     from ase import Atoms
 
+    from relaxnet_jax.graph import Structure
     from relaxnet_jax.model import RelaxNet
     from relaxnet_jax.predict import Judged
 
@@ -347,16 +348,24 @@ def _ask(
     from relaxnet_jax.predict import judge
 
     said = {name: Said({}, {}) for name, _ in structures}
+    known: dict[Any, tuple[list[tuple[str, Structure]], list[Failure]]] = {}
     for count, (member, model) in enumerate(members.items()):
-        usable, unfit = usable_structures(model, structures, lambda _: None, options)
+        # Members see the same neighbours as a rule, and outrun the same skins.
+        alike = model.config.graph, model.config.dynamics.cell, model.config.model, model.elements
+        if alike not in known:
+            known[alike] = usable_structures(model, structures, lambda _: None, options)
+        usable, unfit = known[alike]
 
         def advance(done: int, count: int = count) -> None:
             progress((count * len(structures) + done) // len(members))
 
         names = ("fmax", "steps", "batch_size")
         solver = {"progress": advance} | {name: getattr(options, name) for name in names}
-        for one in judge(model, usable, frames, **solver) if usable else ():
-            said[one.path.id].found[member] = one
+        judged = judge(model, usable, frames, **solver) if usable else []
+        for one in judged:
+            said[one.path.id].found[member] = one._replace(listed=None)
+        listed = [(name, one.listed or first) for (name, first), one in zip(usable, judged)]
+        known[alike] = listed, unfit
         for failure in unfit:
             said[failure.name].lost[member] = failure.reason
     return list(said.values())

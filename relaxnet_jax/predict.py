@@ -286,11 +286,12 @@ def relax(model, atoms, n_frames=5, batch_size=None, relax_cell=True, fmax=FMAX,
 
 
 class Judged(NamedTuple):
-    """A predicted path, what speaks against it (`trust.trust_flags`), and `Path.failure`."""
+    """A predicted path, what speaks against it (`trust.trust_flags`), `Path.failure` and `Path.listed`."""
 
     path: RelaxationTrajectory
     flags: tuple[Flag, ...]
     failure: str = ""
+    listed: Structure | None = None
 
 
 def judge(
@@ -311,7 +312,7 @@ def judge(
         if path.unconverged:
             text = f"{path.unconverged} LBFGS steps did not reach fmax"
             flags = (*flags, Flag(NOT_CONVERGED, text))
-        found.append(Judged(trajectory, flags, path.failure))
+        found.append(Judged(trajectory, flags, path.failure, path.listed))
     return found
 
 

@@ -19,7 +19,7 @@ from relaxnet_jax.relaxation import summary
 from relaxnet_jax.relaxation.existing import Existing, existing
 from relaxnet_jax.relaxation.inputs import Hold, Input
 from relaxnet_jax.relaxation.outputs import Target
-from relaxnet_jax.runtime import check_devices, enable_compilation_cache
+from relaxnet_jax.runtime import enable_compilation_cache, share_cores
 from relaxnet_jax.structure_files import (
     Failure,
     Options,
@@ -72,7 +72,7 @@ def relax(args: argparse.Namespace, load_members: Callable[[str], dict[str, Rela
     writing.check_free([html], args.overwrite)
     calculator = _calculator(args.refine)
     enable_compilation_cache()
-    check_devices(None)
+    share_cores()
     from relaxnet_jax.committee import check_members
 
     named = [item for folder in args.model for item in load_members(folder).items()]
