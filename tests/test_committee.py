@@ -15,7 +15,7 @@ from rich.console import Console
 from scipy.stats import spearmanr
 from tiny import alloy, tiny_config, tiny_model
 
-from relaxnet_jax import cli, predict
+from relaxnet_jax import cli, graph, solving
 from relaxnet_jax.calibration import Errors, calibrate, calibration_table, committee_errors
 from relaxnet_jax.committee import (
     Said,
@@ -24,6 +24,7 @@ from relaxnet_jax.committee import (
     join,
     mean_path,
     predict_members,
+    relax_by,
     relax_committee,
     spread,
 )
@@ -294,10 +295,10 @@ def test_relax_command(models, tmp_path, monkeypatch, capsys):
     for k, model in enumerate(models):
         save_model(model, f"m{k}")
     ase.io.write("cells.extxyz", [alloy("Cu"), alloy("Au", 1)])
-    before = predict.compiled_shapes()
+    before = solving.compiled_shapes()
     argv = ["relax", "cells.extxyz", "--model", "m0", "--model", "m1", "--frames", "3", "--json"]
     assert cli.main(argv) == 0
-    assert predict.compiled_shapes() <= before + 1
+    assert solving.compiled_shapes() <= before + 1
     document = json.loads(capsys.readouterr().out)
     assert document["models"] == ["m0", "m1"]
     expected = relax_committee(models[:2], alloy("Cu"), 3)
@@ -632,3 +633,28 @@ def test_many_structures_at_once(models):
         np.testing.assert_allclose(one.path.positions, alone.path.positions, atol=1e-5)
     with pytest.raises(InputError, match=r"structure 1: is of type str, not ase\.Atoms"):
         relax_committee(models, [alloy("Cu"), "POSCAR"], 3)
+
+
+def test_members_share_their_neighbour_lists(models, monkeypatch):
+    """What one member needs is listed once for all that see as far; the others begin with its longer lists."""
+    few = tiny_config("explicit", **LIGHT, graph__skin=0.01)
+    alike = [model.replace(config=few) for model in models[:2]]
+    other = models[1].replace(config=tiny_config("explicit", **LIGHT, graph__skin=0.02))
+    cells = [alloy("Cu"), alloy("Au", 1)]
+    cells[0].rattle(0.2, seed=1)
+    listed = []
+    real = graph.build_neighbors
+    monkeypatch.setattr(graph, "build_neighbors", lambda *a, **k: listed.append(a[5]) or real(*a, **k))
+    alone = relax_by(alike[:1], cells, 3, True)
+    first, before = len(listed), list(listed)
+    assert max(listed) > 0.01  # solved again with a longer list
+    listed.clear()
+    both = relax_by(alike, cells, 3, True)
+    assert listed.count(0.01) == 2 and listed[:first] == before  # the second member makes only longer ones
+    for (one, _), (two, _) in zip(alone, both, strict=True):
+        np.testing.assert_allclose(two.paths[0].positions, one.paths[0].positions, atol=1e-6)
+    (second,) = [found.paths[0] for found, _ in relax_by(alike[1:], cells[:1], 3, True)]
+    np.testing.assert_allclose(both[0][0].paths[1].positions, second.positions, atol=1e-5)
+    listed.clear()
+    relax_by([*alike, other], cells, 3, True)
+    assert listed.count(0.01) == listed.count(0.02) == 2
