@@ -80,17 +80,14 @@ def predict_structures(
     # On the grid too, whatever times are asked for: there the skin is checked.
     every, rows = _with_grid(grid, times)
     done: dict[int, Path] = {}
-    divided: Divided = []
     batches, cutoff = None, model.config.graph.cutoff
+    asked = None if len(every) == len(grid) else every
     pending = dict(enumerate(structures))
     for widening in range(MAX_WIDENINGS + 1):
-        used = batches.used if batches else ()
-        divided = _divide(pending, batch_size, used)
-        if batches is None:
-            asked = None if len(every) == len(grid) else every
-            batches, divided = _begun(model, asked, len(every), pending, divided)
-        elif len(divided) == 1:
-            divided = _where_there_is_one(batches, pending, divided)
+        divided = _divide(pending, batch_size, batches.used if batches else ())
+        batches = batches or _solver(model, asked, len(every), pending, divided)
+        if len(divided) == 1:
+            divided = _known(batches, pending, divided)
         retry = {}
         packed = [Batch([pending[i] for i in members], shape) for members, shape in divided]
         for k, paths in batches.solve(packed):
@@ -118,29 +115,22 @@ def predict_structures(
     return [done[i] for i in range(len(structures))]
 
 
-def _begun(
+def _solver(
     model: RelaxNet,
     times: np.ndarray | None,
     n_frames: int,
     structures: Mapping[int, Structure],
     divided: Divided,
-) -> tuple[Batches, Divided]:
-    """What solves these batches, on all devices where there are several batches, and their shapes."""
-    devices = usable_devices(model)
-    batches = Batches(model, times, n_frames, devices)
-    if len(divided) > 1:
-        return batches, divided
-    known = _where_there_is_one(batches, structures, divided)
-    if devices == 1 or known != divided:  # compiled already for all devices
-        return batches, known
-    batches = Batches(model, times, n_frames)
-    return batches, _where_there_is_one(batches, structures, divided)
+) -> Batches:
+    """On all devices where there are several batches, or one for which a program is compiled there."""
+    everywhere = Batches(model, times, n_frames, usable_devices(model))
+    if len(divided) > 1 or _known(everywhere, structures, divided) != divided:
+        return everywhere
+    return Batches(model, times, n_frames)
 
 
-def _where_there_is_one(
-    batches: Batches, structures: Mapping[int, Structure], divided: Divided
-) -> Divided:
-    """A single batch in a shape that was used before, if there is one with room for it."""
+def _known(batches: Batches, structures: Mapping[int, Structure], divided: Divided) -> Divided:
+    """The same in shapes that were used before, where there is one with room."""
     return [
         (members, batches.known_shape([structures[i] for i in members], shape))
         for members, shape in divided

@@ -1,8 +1,8 @@
 """Predictions on several devices at once are those on one."""
 
 import os
-import subprocess
-import sys
+
+from processes import printed_on_devices
 
 SEVERAL = """
 import sys
@@ -56,9 +56,4 @@ print("same")
 
 def test_three_devices_predict_what_one_does():
     script = SEVERAL.format(tests=os.path.dirname(__file__))
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=3",
-                                "JAX_PLATFORMS": "cpu"}  # fmt: skip
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True,
-                          text=True, timeout=600)  # fmt: skip
-    assert done.returncode == 0, done.stderr[:3000] + done.stderr[-3000:]
-    assert done.stdout.strip() == "same"
+    assert printed_on_devices(3, script) == "same"

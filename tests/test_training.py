@@ -19,6 +19,7 @@ import jax
 import numpy as np
 import pytest
 from ase.build import bulk
+from processes import printed_on_devices
 from rich.console import Console
 from tiny import TINY
 
@@ -753,9 +754,4 @@ def test_two_devices_are_one_large_batch(tmp_path):
     config = config_of()
     file.write_text(to_json(config))
     script = TWO_DEVICES.format(config=str(file), tests=os.path.dirname(__file__))
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2",
-                                "JAX_PLATFORMS": "cpu"}  # fmt: skip
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True,
-                          text=True, timeout=600)  # fmt: skip
-    assert done.returncode == 0, done.stderr[:3000] + done.stderr[-3000:]
-    assert done.stdout.strip() == "same"
+    assert printed_on_devices(2, script) == "same"
