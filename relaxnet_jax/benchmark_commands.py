@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 from relaxnet_jax.config import Config, load_config, shipped_configs
@@ -15,7 +17,7 @@ FAST_RELAXATIONS = 60  # of the generated data
 
 def benchmark_speed(args: argparse.Namespace) -> int:
     """``relaxnet-jax benchmark speed``."""
-    configs = _configs(args)
+    configs = [sized for config in _configs(args) for sized in _of_sizes(config, args.batch_size)]
     _check_minutes(args)
     enable_compilation_cache()
     check_devices(None)
@@ -24,14 +26,16 @@ def benchmark_speed(args: argparse.Namespace) -> int:
 
     folder = Path(args.out)
     path = Path(args.json or folder / "speed.json")
-    document = run_speed(configs, path, note, args.fast, args.only or PARTS, args.minutes)
+    document = run_speed(
+        configs, path, note, args.fast, args.only or PARTS, args.minutes, args.kernels
+    )
     console = result_console()
     say(report.device_line(document))
     ceilings = report.ceilings_line(document)
     if ceilings:
         say(ceilings)
     if report.steps_of(document):
-        for table in report.steps_tables(document):
+        for table in [*report.steps_tables(document), *report.kernel_tables(document)]:
             console.print(table)
     for line in report.remarks(document):
         note(line)
@@ -84,6 +88,22 @@ def _configs(args: argparse.Namespace) -> list[Config]:
     shipped = [load_config(p, _changes(args)) for p in sorted(shipped_configs().glob("*.py"))]
     shipped = [c for c in shipped if not c.name.startswith("paper_")]
     return [c for c in shipped if c.dynamics.latent in ("explicit", "implicit")]
+
+
+def _of_sizes(config: Config, sizes: Sequence[int] | None) -> list[Config]:
+    """The configuration with batches of each size, named after it; as it is where none are given."""
+    if sizes is None:
+        return [config]
+    if min(sizes) < 1:
+        raise InputError(f"--batch-size {min(sizes)}: give at least 1")
+    return [
+        dataclasses.replace(
+            config,
+            name=f"{config.name}, batches of {n}",
+            train=dataclasses.replace(config.train, batch_size=n),
+        )
+        for n in sizes
+    ]
 
 
 def peers_config(args: argparse.Namespace) -> Config:

@@ -33,6 +33,18 @@ def add_benchmark(commands) -> None:
         "training: curve of the training step (default: all)",
     )
     p.add_argument("--fast", action="store_true", help="the first config and few points")
+    p.add_argument(
+        "--batch-size",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="structures of a batch, instead of the configs' own; several are measured one by one",
+    )
+    p.add_argument(
+        "--kernels",
+        action="store_true",
+        help="profile the steps too: time on the device by kind of kernel",
+    )
     _add_output(p, "speed")
     p = command(kinds, "peers", "benchmark_peers", "time other programs on the same structures")
     p.add_argument(

@@ -91,6 +91,31 @@ def steps_tables(document: dict[str, Any]) -> list[Table]:
     return [speed, costs]
 
 
+def kernel_tables(document: dict[str, Any]) -> list[Table]:
+    """Of every profiled step the kinds of kernels that took most of the time on the device."""
+    tables = []
+    for name, e in steps_of(document).items():
+        if not (found := e.get("kernels")):
+            continue
+        busy, step = found["busy_s"], e["seconds"]["median"]
+        title = (
+            f"{name}: {found['calls']} kernels, {1e3 * busy:.3g} ms of kernels in {1e3 * step:.3g}"
+        )
+        table = Table(title=title, title_justify="left")
+        table.add_column("kernels")
+        for column in ("share", "calls", "µs each"):
+            table.add_column(column, justify="right")
+        for kind, k in found["kinds"].items():
+            mean = 1e6 * k["seconds"] / max(k["calls"], 1)
+            table.add_row(_short(kind), _percent(k["share"]), str(k["calls"]), f"{mean:.3g}")
+        tables.append(table)
+    return tables
+
+
+def _short(name: str, most: int = 70) -> str:
+    return name if len(name) <= most else name[: most - 1] + "…"
+
+
 def _columns(table: Table, *names: str) -> None:
     table.add_column("step")
     for name in names:

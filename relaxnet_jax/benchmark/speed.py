@@ -9,6 +9,7 @@ from typing import Any
 
 from relaxnet_jax.benchmark import machine
 from relaxnet_jax.benchmark.costs import memory_bytes, program_costs
+from relaxnet_jax.benchmark.kernels import kernels as device_kernels
 from relaxnet_jax.benchmark.notebook import Notebook, conditions
 from relaxnet_jax.benchmark.scaling import scaling_entries
 from relaxnet_jax.benchmark.timing import compile_twice, measure
@@ -27,6 +28,7 @@ def run_speed(
     fast: bool = False,
     only: Sequence[str] = PARTS,
     minutes: float | None = None,
+    kernels: bool = False,
 ) -> dict[str, Any]:
     """Measures, and returns the document that is written to ``path`` as it grows.
 
@@ -39,13 +41,14 @@ def run_speed(
       only: which of `PARTS`: steps (training and inference by bucket), atoms and frames (curves
         of inference), training (curve of the training step).
       minutes: after which no measurement begins (default 10, fast 2).
+      kernels: whether steps are profiled too.
 
     Raises:
       InputError: data that cannot be used, an output that cannot be written.
     """
     parts = tuple(only)
     facts = machine.describe()
-    identity = conditions(facts, configs, fast=fast, only=parts)
+    identity = conditions(facts, configs, fast=fast, only=parts, kernels=kernels)
     if minutes is None:
         minutes = FAST_MINUTES if fast else MINUTES
     notebook = Notebook(path, identity, minutes, report)
@@ -54,7 +57,8 @@ def run_speed(
 
     def steps(config: Config) -> None:
         if "steps" in parts:
-            _steps(config, notebook, ceilings or {}, report, buckets=1 if fast else None)
+            buckets = 1 if fast else None
+            _steps(config, notebook, ceilings or {}, report, buckets, kernels)
 
     def curves(*wanted: str) -> None:
         # Of the first configuration alone: each point is a program to compile.
@@ -64,7 +68,8 @@ def run_speed(
     # What tells most first: time may be over before the end.
     steps(first)
     curves("atoms", "frames")
-    for config in () if fast else others:
+    sizes = {c.train.batch_size for c in configs}  # with --fast: of the first configuration alone
+    for config in others if not fast or len(sizes) > 1 else ():
         steps(config)
     curves("training")
     notebook.finish()
@@ -77,12 +82,16 @@ def _steps(
     ceilings: dict[str, Any],
     report: Callable[[str], None],
     buckets: int | None,
+    kernels: bool,
 ) -> None:
     work = load_work(config, report)
     for index, bucket in enumerate(work.buckets[:buckets]):
         for kind, step in step_kinds(work, bucket).items():
             key = f"{config.name} / {kind} / bucket {index}"
-            notebook.entry(key, lambda b=bucket, s=step: step_entry(work, b, s, ceilings))  # type: ignore[misc]
+            notebook.entry(
+                key,
+                lambda b=bucket, s=step: step_entry(work, b, s, ceilings, kernels),  # type: ignore[misc]
+            )
 
 
 def step_kinds(work: Work, bucket: BucketWork) -> dict[str, Step]:
@@ -94,9 +103,13 @@ def step_kinds(work: Work, bucket: BucketWork) -> dict[str, Step]:
 
 
 def step_entry(
-    work: Work, bucket: BucketWork, step: Step, ceilings: dict[str, Any]
+    work: Work,
+    bucket: BucketWork,
+    step: Step,
+    ceilings: dict[str, Any],
+    kernels: bool = False,
 ) -> dict[str, Any]:
-    """Compilation, time, throughput, costs and memory of a step on one bucket.
+    """Compilation, time, throughput, costs and memory of a step on one bucket; its kernels if wanted.
 
     Throughput counts real structures and atoms, as many as a batch of this bucket holds on
     average; the time of a step does not depend on how full its batch is.
@@ -108,7 +121,8 @@ def step_entry(
     if reason := machine.no_room(need):
         return {"skipped": reason}
     costs = program_costs(jaxpr, compiled)
-    timing = measure(step.runner(compiled))
+    runner = step.runner(compiled)
+    timing = measure(runner)
     risen = machine.device_peak_bytes()
     found: dict[str, Any] = {
         "data": work.data,
@@ -128,6 +142,8 @@ def step_entry(
         "device_peak_bytes": risen if risen != peak else None,
         "costs": dataclasses.asdict(costs),
     }
+    if kernels:
+        found["kernels"] = device_kernels(runner)
     if ceilings:
         rates = {
             "share_of_matmul": (costs.flops, "matmul_flops_per_s"),

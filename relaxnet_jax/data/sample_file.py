@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import io
 import json
+import math
 import os
 import time
 import zipfile
@@ -276,7 +277,7 @@ def _decode(record: bytes, lengths: dict[str, int], n_slots: int, name: str) -> 
     at, found = 0, {}
     for field, (dtype, letters) in _FIELDS.items():
         shape = [lengths[x] if isinstance(x, str) else x for x in letters]
-        count = int(np.prod(shape))
+        count = math.prod(shape)
         # A copy: arrays of a sample may be written to, the record's bytes may not.
         found[field] = np.frombuffer(record, dtype, count, at).reshape(shape).copy()
         at += found[field].nbytes
