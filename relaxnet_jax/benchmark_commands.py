@@ -21,6 +21,7 @@ def benchmark_speed(args: argparse.Namespace) -> int:
     _check_minutes(args)
     enable_compilation_cache()
     check_devices(None)
+    _check_kernels(args.kernels)
     from relaxnet_jax.benchmark import report
     from relaxnet_jax.benchmark.speed import PARTS, run_speed
 
@@ -71,6 +72,13 @@ def benchmark_steps(args: argparse.Namespace) -> int:
     from relaxnet_jax.benchmark.steps_command import benchmark_steps as run
 
     return run(args)
+
+
+def _check_kernels(wanted: bool) -> None:
+    import jax
+
+    if wanted and jax.default_backend() == "cpu":
+        raise InputError("--kernels: JAX's profiler tells kernels of GPUs; JAX runs on a CPU here")
 
 
 def _check_minutes(args: argparse.Namespace) -> None:

@@ -1,86 +1,85 @@
-"""Which kernels of a compiled program take the time, from JAX's profiler."""
+"""Which kernels of a compiled program take the time on a GPU, from JAX's profiler."""
 
 from __future__ import annotations
 
 import re
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
 RUNS = 3  # of the program, under the profiler
-MOST = 12  # kernels that are told apart; the others are added up
-# Lines of a profile on which kernels are: a GPU's streams; on a CPU the threads of XLA's executor.
-_STREAM, _THREAD = "Stream", "tf_XLAPjRtCpuClient"
-_NUMBERED = re.compile(
-    r"(?:[._]\d+)+(?=$|__)"
-)  # loop_add_fusion_12: the same kind of kernel as _11
+MOST = 12  # kinds of kernels that are told apart; the others are added up
+_NUMBERED = re.compile(r"(?:[._]\d+)+$")  # loop_add_fusion_12: the same kind of kernel as _11
 
 
-def kernels(run: Callable[[], Any], most: int = MOST) -> dict[str, Any]:
+class Kernel(NamedTuple):
+    """A kernel that ran: nanoseconds since the profile began."""
+
+    name: str
+    start: float
+    duration: float
+
+
+def device_kernels(run: Callable[[], Any]) -> dict[str, Any]:
     """Time on the device by kind of kernel, of one run of a program (the mean of `RUNS`).
 
     Args:
       run: runs it once and returns its arrays, which are waited for. It has run before.
-      most: so many kinds, the most expensive ones; the rest is told as "others".
 
     Returns:
-      busy_s: seconds that kernels ran, added up over streams or threads; calls: how many kernels;
-      kinds: {name: {"seconds", "calls", "share" of busy_s}}, names without the numbers that XLA
-      gives to kernels of one kind. Empty where the profiler saw none.
+      See `summary`. Empty on a CPU, of whose programs the profiler sees but a part.
     """
     with tempfile.TemporaryDirectory(prefix="relaxnet_jax-") as folder:
         with jax.profiler.trace(folder):
             for _ in range(RUNS):
                 jax.block_until_ready(run())
-        files = list(Path(folder).rglob("*.xplane.pb"))
-        events = [e for file in files for e in _events(file)]
-    if not events:
-        return {}
+        files = Path(folder).rglob("*.xplane.pb")
+        return summary(
+            k for f in files for k in kernels_of(jax.profiler.ProfileData.from_file(str(f)).planes)
+        )
+
+
+def kernels_of(planes: Iterable[Any]) -> Iterator[Kernel]:
+    """The kernels in a profile: what ran in the streams of its devices."""
+    for plane in planes:
+        if plane.name.startswith("/device:"):
+            for line in plane.lines:
+                if "Stream" in (line.name or ""):
+                    yield from (Kernel(e.name, e.start_ns, e.duration_ns) for e in line.events)
+
+
+def summary(kernels: Iterable[Kernel], runs: int = RUNS, most: int = MOST) -> dict[str, Any]:
+    """What the kernels of ``runs`` runs took, for one run.
+
+    Returns:
+      busy_s: seconds in which any kernel ran; calls: how many did; kinds, the most expensive first,
+      all others as "others": {name: {"seconds", "calls", "share" of the seconds of all}}, names
+      without the numbers that XLA gives to kernels of one kind. Empty without a kernel.
+    """
     seconds: dict[str, float] = defaultdict(float)
     calls: dict[str, int] = defaultdict(int)
-    for name, duration in events:
-        kind = _NUMBERED.sub("", name) or name
-        seconds[kind] += 1e-9 * duration / RUNS
+    busy = until = 0.0
+    for k in sorted(kernels, key=lambda k: k.start):
+        kind = _NUMBERED.sub("", k.name) or k.name
+        seconds[kind] += 1e-9 * k.duration / runs
         calls[kind] += 1
-    busy = sum(seconds.values())
+        end = k.start + k.duration
+        busy += max(end - max(k.start, until), 0.0)
+        until = max(until, end)
+    if not calls:
+        return {}
     order = sorted(seconds, key=lambda kind: -seconds[kind])
-    kinds = {k: _kind(seconds[k], calls[k], busy) for k in order[:most]}
-    if rest := order[most:]:
-        kinds["others"] = _kind(sum(seconds[k] for k in rest), sum(calls[k] for k in rest), busy)
-    return {"busy_s": busy, "calls": round(len(events) / RUNS), "kinds": kinds}
-
-
-def _kind(seconds: float, calls: int, busy: float) -> dict[str, Any]:
-    return {"seconds": seconds, "calls": round(calls / RUNS), "share": seconds / busy}
-
-
-def _events(file: Path) -> Iterable[tuple[str, float]]:
-    """Name and own nanoseconds of every kernel in a profile."""
-    for plane in jax.profiler.ProfileData.from_file(str(file)).planes:
-        on_device = plane.name.startswith("/device:")
-        for line in plane.lines:
-            if on_device and _STREAM in (line.name or ""):
-                yield from _own_times(line.events)
-            elif not on_device and (line.name or "").startswith(_THREAD):
-                # The executor marks other things too: with names of C++, or of ends.
-                found = (e for e in line.events if "::" not in e.name and ":" not in e.name)
-                yield from _own_times(found)
-
-
-def _own_times(events: Iterable[Any]) -> Iterable[tuple[str, float]]:
-    """Events without the time of those inside them, as of a loop without its body's kernels."""
-    spans = sorted((e.start_ns, -e.duration_ns, e.name) for e in events)
-    open_: list[list[Any]] = []  # end, name, own time: the events that the next one may be inside
-    for start, minus, name in spans:
-        duration = -minus
-        while open_ and open_[-1][0] <= start:
-            _, done, own = open_.pop()
-            yield done, own
-        if open_:
-            open_[-1][2] -= duration
-        open_.append([start + duration, name, duration])
-    yield from ((name, own) for _, name, own in open_)
+    groups = [(kind, [kind]) for kind in order[:most]]
+    if order[most:]:
+        groups.append(("others", order[most:]))
+    total = sum(seconds.values())
+    kinds = {}
+    for name, members in groups:
+        own = sum(seconds[m] for m in members)
+        n = sum(calls[m] for m in members) / runs
+        kinds[name] = {"seconds": own, "calls": n, "share": own / total}
+    return {"busy_s": 1e-9 * busy / runs, "calls": sum(calls.values()) / runs, "kinds": kinds}

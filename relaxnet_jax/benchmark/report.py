@@ -99,15 +99,15 @@ def kernel_tables(document: dict[str, Any]) -> list[Table]:
             continue
         busy, step = found["busy_s"], e["seconds"]["median"]
         title = (
-            f"{name}: {found['calls']} kernels, {1e3 * busy:.3g} ms of kernels in {1e3 * step:.3g}"
+            f"{name}: {found['calls']:.0f} kernels, busy {1e3 * busy:.3g} of {1e3 * step:.3g} ms"
         )
         table = Table(title=title, title_justify="left")
         table.add_column("kernels")
         for column in ("share", "calls", "µs each"):
             table.add_column(column, justify="right")
         for kind, k in found["kinds"].items():
-            mean = 1e6 * k["seconds"] / max(k["calls"], 1)
-            table.add_row(_short(kind), _percent(k["share"]), str(k["calls"]), f"{mean:.3g}")
+            mean, calls = 1e6 * k["seconds"] / k["calls"], f"{k['calls']:.0f}"
+            table.add_row(_short(kind), _percent(k["share"]), calls, f"{mean:.3g}")
         tables.append(table)
     return tables
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from relaxnet_jax.benchmark import machine
 from relaxnet_jax.benchmark.costs import memory_bytes, program_costs
-from relaxnet_jax.benchmark.kernels import kernels as device_kernels
+from relaxnet_jax.benchmark.kernels import device_kernels
 from relaxnet_jax.benchmark.notebook import Notebook, conditions
 from relaxnet_jax.benchmark.scaling import scaling_entries
 from relaxnet_jax.benchmark.timing import compile_twice, measure

@@ -10,6 +10,7 @@ from relaxnet_jax.config import GraphConfig, ModelConfig
 from relaxnet_jax.graph import pair_list, pair_map, pair_vectors
 from relaxnet_jax.models.encoder import Encoding, embed_atoms, expand_edges
 from relaxnet_jax.models.layers import MLP, PAIR_NORM, Geometry, VectorFeatures, geometry
+from relaxnet_jax.models.precision import LayerNorm
 from relaxnet_jax.ops import both_ways, gather_senders, spread, sum_edges
 from relaxnet_jax.typing import Graph, Positions
 
@@ -81,6 +82,6 @@ class EGNNEncoder(nn.Module):
             length=m.layers,
         )(g, m, name="egnn")
         (h, _), by_layer = layers((h, positions), graph, geo)
-        h = nn.LayerNorm(name="norm")(nn.Dense(m.features, name="project")(h))
+        h = LayerNorm(name="norm")(nn.Dense(m.features, name="project")(h))
         moved = jnp.swapaxes(by_layer - positions, 0, 1)
         return Encoding(h, VectorFeatures(moved, jnp.zeros_like(moved)), geo, expansion)

@@ -21,6 +21,7 @@ from relaxnet_jax.models.layers import (
     geometry,
 )
 from relaxnet_jax.models.moments import MomentMPNN
+from relaxnet_jax.models.precision import LayerNorm
 from relaxnet_jax.models.triplets import TripletMPNN
 from relaxnet_jax.ops import both_ways, gather_senders, sum_edges
 from relaxnet_jax.typing import Graph, Latent, Positions
@@ -146,7 +147,7 @@ class Encoder(nn.Module):
         hidden = list(by_layer)
         if m.vector_messages:
             hidden.append(jnp.log1p(v.invariants()))
-        h = nn.LayerNorm(name="norm")(
+        h = LayerNorm(name="norm")(
             nn.Dense(m.features, name="project")(jnp.concatenate(hidden, -1))
         )
         return Encoding(h, v, geo, expansion)

@@ -21,6 +21,7 @@ from jax import Array
 from relaxnet_jax.basis.radial import envelope, radial_features
 from relaxnet_jax.config import GraphConfig, ModelConfig
 from relaxnet_jax.graph import bond_vectors, once_per_pair, pair_list, pair_map, pair_vectors
+from relaxnet_jax.models.precision import LayerNorm
 from relaxnet_jax.ops import both_ways, gather_senders, safe_norm, sum_edges
 from relaxnet_jax.typing import Graph, Positions
 
@@ -137,7 +138,7 @@ class PairConvolution(nn.Module):
         # The envelope is in geo.radial already; the extra factor makes the nonlinear filter vanish.
         filters = MLP((self.hidden, self.features), name="filter")(geo.radial)
         filters = both_ways(filters * geo.pair_envelope[:, None], pair_map(graph))
-        normed = nn.LayerNorm(name="norm")(h)
+        normed = LayerNorm(name="norm")(h)
         messages = filters * gather_senders(nn.Dense(self.features, name="send")(normed), edges)
         total = sum_edges(messages, edges.receivers, n_atoms) / PAIR_NORM
         h = h + MLP((self.features, self.features), name="update")(total)
@@ -174,7 +175,7 @@ class VectorUpdate(nn.Module):
     @nn.compact
     def __call__(self, h: Array, v: VectorFeatures, total: VectorFeatures) -> VectorFeatures:
         C = self.channels
-        normed = nn.LayerNorm(name="norm")(h)
+        normed = LayerNorm(name="norm")(h)
         gate = MLP((self.features, 2 * C), name="gate")(normed)[..., None]
         mix = MLP((self.features, 2 * C), name="mix")(normed)[..., None]
         return VectorFeatures(
@@ -198,7 +199,7 @@ class AttentionBlock(nn.Module):
     def __call__(self, h: Array, graph: Graph) -> Array:
         n_atoms, features = h.shape
         index, n_graphs = graph.nodes["graph"], graph.n_node.shape[0]
-        normed = nn.LayerNorm(name="norm")(h)
+        normed = LayerNorm(name="norm")(h)
         logits = nn.Dense(self.heads, name="score")(normed)
         weights = jraph.segment_softmax(logits, index, n_graphs)
         values = nn.Dense(features, name="value")(normed).reshape(n_atoms, self.heads, -1)

@@ -11,6 +11,7 @@ from jax import Array
 from relaxnet_jax.basis.angular import real_spherical_harmonics
 from relaxnet_jax.graph import bond_list
 from relaxnet_jax.models.layers import MLP, Geometry, VectorFeatures, VectorUpdate
+from relaxnet_jax.models.precision import LayerNorm
 from relaxnet_jax.ops import gather_senders, spread, sum_edges
 from relaxnet_jax.typing import AnyArray, Graph
 
@@ -77,7 +78,7 @@ class MomentMPNN(nn.Module):
         cut = geo.bond_envelope[:, None]
 
         # One gather of the senders serves the message's first layer and the third atom's weight.
-        normed = nn.LayerNorm(name="norm")(h)
+        normed = LayerNorm(name="norm")(h)
         sent = gather_senders(nn.Dense(width + W, use_bias=False, name="senders")(normed), edges)
         radial = nn.Dense(width + W, name="bonds")(geo.bond_radial)
         weights = radial[:, width:] * sent[:, width:] * (cut / THIRD_NORM)

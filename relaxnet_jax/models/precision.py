@@ -52,6 +52,20 @@ def _backward(factors: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
 bfloat16_product.defvjp(_forward, _backward)
 
 
+def on_rows(values: Array, n_rows: int) -> Array:
+    """The same values (F,) on every row: (N, F), or what adds and multiplies as they would.
+
+    On accelerators as a product with ones, so that its transpose, the sum of a gradient over all rows, is
+    a matrix product too: XLA for GPUs fuses such sums with other work and then gives them to a single
+    block. A CPU does the sum faster.
+    """
+    if jax.default_backend() == "cpu":
+        return values[None]
+    # Behind the barrier nothing knows that they are ones, and makes a sum of the product.
+    ones = jax.lax.optimization_barrier(jnp.ones((n_rows, 1), values.dtype))
+    return jnp.matmul(ones, values[None])
+
+
 def matmul_precision(kind: Literal["float32", "bfloat16"]) -> contextlib.AbstractContextManager:
     """Within this context `flax.linen.Dense` layers multiply in that precision.
 
@@ -60,17 +74,43 @@ def matmul_precision(kind: Literal["float32", "bfloat16"]) -> contextlib.Abstrac
     """
     context = contextlib.ExitStack()
     context.enter_context(jax.default_matmul_precision("float32"))
-    if kind == "bfloat16":
-        context.enter_context(nn.intercept_methods(_dense))
+    product = bfloat16_product if kind == "bfloat16" else jnp.matmul
+    context.enter_context(nn.intercept_methods(functools.partial(_dense, product)))
     return context
 
 
-def _dense(following: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+def _dense(
+    product: Callable[[Array, Array], Array],
+    following: Any,
+    args: Any,
+    kwargs: Any,
+    context: nn.module.InterceptorContext,
+) -> Any:
     layer = context.module
-    if not isinstance(layer, nn.Dense) or context.method_name != "__call__":
+    if (
+        not isinstance(layer, nn.Dense)
+        or context.method_name != "__call__"
+        or layer.is_initializing()
+    ):
         return following(*args, **kwargs)
     (x,) = args
     kernel: Array = layer.get_variable("params", "kernel")
-    flat = bfloat16_product(x.reshape(-1, x.shape[-1]), kernel)
-    result = flat.reshape(*x.shape[:-1], kernel.shape[1])
-    return result + layer.get_variable("params", "bias") if layer.use_bias else result
+    flat = product(x.reshape(-1, x.shape[-1]), kernel)
+    if layer.use_bias:
+        flat = flat + on_rows(layer.get_variable("params", "bias"), flat.shape[0])
+    return flat.reshape(*x.shape[:-1], kernel.shape[1])
+
+
+class LayerNorm(nn.Module):
+    """Layer normalisation with scale and bias, as `flax.linen.LayerNorm`: (N, F) -> (N, F)."""
+
+    epsilon: float = 1e-6
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
+        bias = self.param("bias", nn.initializers.zeros, x.shape[-1:])
+        mean = jnp.mean(x, -1, keepdims=True)
+        variance = jnp.maximum(jnp.mean(x * x, -1, keepdims=True) - mean * mean, 0.0)
+        normed = (x - mean) * jax.lax.rsqrt(variance + self.epsilon)
+        return normed * on_rows(scale, x.shape[0]) + on_rows(bias, x.shape[0])

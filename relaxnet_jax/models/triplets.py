@@ -10,6 +10,7 @@ from jax import Array
 from relaxnet_jax.basis.angular import zonal_harmonics
 from relaxnet_jax.graph import bond_list
 from relaxnet_jax.models.layers import MLP, Geometry, VectorFeatures, VectorUpdate
+from relaxnet_jax.models.precision import LayerNorm
 from relaxnet_jax.ops import gather_senders
 from relaxnet_jax.typing import Graph
 
@@ -45,7 +46,7 @@ class TripletMPNN(nn.Module):
 
         # First layer of MLP_s and MLP_v on the parts of the concatenation. One gather serves
         # both j and k.
-        normed = nn.LayerNorm(name="norm")(h)
+        normed = LayerNorm(name="norm")(h)
         sent = nn.Dense(2 * width, use_bias=False, name="senders")(normed)
         parts = gather_senders(sent, bond_list(graph))
         parts = parts + nn.Dense(2 * width, use_bias=False, name="bonds")(geo.bond_radial)

@@ -277,7 +277,7 @@ class _Run:
 
         def iterate() -> Iterator[tuple[list[int], Any]]:
             mine = [batch for run in runs for batch in run.mine]
-            threads = min(devices.local, usable_cores())
+            threads = min(devices.loaders, usable_cores())
             loaded = epoch_iterator(mine, data.samples, data.buckets, self.config, threads)
             for run in runs:
                 parts = [batch for _, _, batch in itertools.islice(loaded, devices.local)]

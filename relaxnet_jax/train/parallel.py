@@ -33,6 +33,8 @@ class Devices:
       compilations: how many step functions were compiled, by kind.
       ahead: how many steps may be begun before the last one's metrics are there. An accelerator would
         wait for the host between two steps; a CPU is the host.
+      loaders: threads that make this process's batches. A CPU's cores are busy with the steps, those
+        beside an accelerator are not.
     """
 
     def __init__(
@@ -55,9 +57,10 @@ class Devices:
         self.n = self.local * hosts.count
         self.mine = slice(self.local * hosts.index, self.local * (hosts.index + 1))
         self.axis = AXIS if self.n > 1 else None
-        cores = self.local > 1 and self._devices[0].platform == "cpu"
-        self.ahead = 0 if self._devices[0].platform == "cpu" else 1
-        self._options = ONE_THREAD if cores else None
+        on_cpu = self._devices[0].platform == "cpu"
+        self.ahead = 0 if on_cpu else 1
+        self.loaders = self.local * (1 if on_cpu else 4)
+        self._options = ONE_THREAD if on_cpu and self.local > 1 else None
         self.compilations: dict[str, int] = {}
         self.compile_seconds = 0.0
         self._log = log
