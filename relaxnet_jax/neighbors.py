@@ -170,13 +170,28 @@ def approach(positions: np.ndarray, cells: np.ndarray, reach: float) -> float:
     """
     if not (np.isfinite(positions).all() and np.isfinite(cells).all()):
         return np.inf
-    still, shrunk = positions[:1], 0.0
+    still, steps = positions[:1], None
     if (cells != cells[:1]).any():
         steps = deformations(cells)
         still = positions[0] @ np.swapaxes(steps, -1, -2)
-        smallest = np.linalg.svd(steps, compute_uv=False).min()
+    return approach_of(np.linalg.norm(positions - still, axis=-1).max(0), steps, reach)
+
+
+def approach_of(moved: np.ndarray, deformations: np.ndarray | None, reach: float) -> float:
+    """`approach`, Å, from how far atoms moved and how the cell was deformed.
+
+    Args:
+      moved: (N,) Å, the furthest each atom was from where the deformed first structure has it.
+      deformations: (n, 3, 3), of the cell; None where it stays. reach: Å, of the neighbour list.
+    """
+    shrunk = 0.0
+    if deformations is not None:
+        if not np.isfinite(deformations).all():
+            return np.inf
+        smallest = np.linalg.svd(deformations, compute_uv=False).min()
         shrunk = max(0.0, 1.0 - float(smallest)) * reach
-    moved = np.linalg.norm(positions - still, axis=-1).max(0)
+    if not np.isfinite(moved).all():
+        return np.inf
     # An atom also neighbours its own images, which move with it; hence the two largest.
     return shrunk + (float(np.sort(moved)[-2:].sum()) if len(moved) > 1 else 0.0)
 

@@ -97,6 +97,7 @@ def predict_structures(
                 # From the structure the list was made for.
                 x, cells = [structure.positions, *raw.positions], [structure.cell, *raw.cells]
                 needed = approach(np.stack(x), np.stack(cells), structure.neighbors.reach)
+                needed = max(needed, raw.approached)  # at the solver's stages between the frames
                 if (
                     needed > skin
                     and np.isfinite(needed)

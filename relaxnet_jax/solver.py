@@ -53,6 +53,21 @@ def _stages(n_steps: int) -> np.ndarray:
 
 
 @storable
+class Stages(NamedTuple):
+    """How far structures went wherever the vector field was evaluated: at the frames, and between them.
+
+    A stage of RK4 can leave a neighbour list though no frame does.
+
+    Attributes:
+      moved: (N,) Å, the furthest each atom was from where the strained initial structure has it.
+      deformation: (s, G, 3, 3) of the cells at each of the s stages; None where they are fixed.
+    """
+
+    moved: Array
+    deformation: Array | None = None
+
+
+@storable
 class Trajectory(NamedTuple):
     """A batch of predicted trajectories, all on the n frames asked for.
 
@@ -65,6 +80,7 @@ class Trajectory(NamedTuple):
       reference: (n, N, 3) Å, positions mapped back to the initial cell; None for fixed cells, as
         the next two.
       deformation: (n, G, 3, 3), of the cells. virial: (n, G, 3, 3) eV, dE/d(strain).
+      stages: of the solution, without a gradient; None where none was solved for.
     """
 
     positions: Array
@@ -74,6 +90,16 @@ class Trajectory(NamedTuple):
     reference: Array | None = None
     deformation: Array | None = None
     virial: Array | None = None
+    stages: Stages | None = None
+
+
+class Solution(NamedTuple):
+    """States (any tree of arrays) on the frame grid, their time derivatives, both with leaves (n, ...), and the
+    states of all stages, (s, ...); of Tsit5, whose own are not known, the frames again."""
+
+    states: Any
+    rates: Any
+    stages: Any
 
 
 def frame_grid(config: DynamicsConfig) -> np.ndarray:
@@ -86,8 +112,8 @@ def solve_with_rates(
     start: Any,
     config: DynamicsConfig,
     controlled: Callable[[Any], Any] = lambda state: state,
-):
-    """States (any tree of arrays) on the frame grid, and their time derivatives: leaves (n, ...).
+) -> Solution:
+    """Solves d(state)/dt = field(state) from t = 0 to 1, for the frames.
 
     RK4 runs the stages of all its steps in one scan (diffrax's "manual stepping"):
     `diffrax.diffeqsolve` with `RecursiveCheckpointAdjoint` puts two more copies of the vector field
@@ -120,7 +146,7 @@ def solve_with_rates(
         stages = jnp.asarray(_stages(n_steps), dtype)
         _, (states, rates) = jax.lax.scan(stage, (start, zero, zero), stages)
         frames = slice(None, None, 4 * config.substeps)
-        return jax.tree.map(lambda x: x[frames], (states, rates))
+        return Solution(*jax.tree.map(lambda x: x[frames], (states, rates)), states)
     term = diffrax.ODETerm(lambda t, y, args: field(y))
     solution = diffrax.diffeqsolve(
         term,
@@ -137,7 +163,7 @@ def solve_with_rates(
         max_steps=config.max_steps,
         throw=False,  # a solve that fails gives values that are not finite
     )
-    return solution.ys, jax.lax.map(jax.checkpoint(field), solution.ys)
+    return Solution(solution.ys, jax.lax.map(jax.checkpoint(field), solution.ys), solution.ys)
 
 
 def _largest(tree: Any) -> Array:
@@ -176,6 +202,16 @@ def interpolate_states(states: State, rates: State, times: Array, index: AnyArra
 
     x, u, h = (leaf(y, dy, times[:, index]) for y, dy in zip(states[:3], rates[:3]))
     return State(x, u, h, cells("deformation"), cells("strain_rate"))
+
+
+def _furthest(graph: Graph, states: State) -> Stages:
+    """From the states of all stages, the first of them the initial one."""
+    x, steps = states.positions, states.deformation
+    moved = x - x[:1]
+    if steps is not None:
+        moved = deform_positions(steps, moved, graph.nodes["graph"])
+    moved, steps = jax.lax.stop_gradient((moved, steps))
+    return Stages(jnp.max(jnp.linalg.norm(moved, axis=-1), axis=0), steps)
 
 
 def _direct_trajectory(
@@ -279,9 +315,10 @@ def solve_trajectory(
     n_graphs = graph.n_node.shape[0]
     virials = None if start.deformation is None else jnp.zeros_like(start.deformation)
     unused = (jnp.zeros(n_graphs, positions.dtype), jnp.zeros_like(positions), virials)
-    (states, _), (rates, (energies, forces, virials)) = solve_with_rates(
+    (states, _), (rates, (energies, forces, virials)), (every, _) = solve_with_rates(
         field, (start, unused), network.dynamics, controlled=lambda augmented: augmented[0]
     )
+    stages = _furthest(graph, every)
     if times is not None:
         times = jnp.asarray(times, positions.dtype)
         if times.ndim == 1:
@@ -292,6 +329,6 @@ def solve_trajectory(
     # Interpolation rounds; what is held fixed must not move by a bit.
     held = jnp.where(dynamics.movable(graph), states.positions, positions)
     if states.deformation is None:
-        return Trajectory(held, states.velocities, energies, forces)
+        return Trajectory(held, states.velocities, energies, forces, stages=stages)
     x, u, deformation = _deformed(graph, held, states.velocities, states.deformation)
-    return Trajectory(x, u, energies, forces, held, deformation, virials)
+    return Trajectory(x, u, energies, forces, held, deformation, virials, stages)

@@ -25,6 +25,7 @@ from relaxnet_jax.graph import Structure
 from relaxnet_jax.memory import ERRORS, does_not_fit, out_of_memory
 from relaxnet_jax.model import RelaxNet, dtype_of, solve_compiled
 from relaxnet_jax.models.energy import RelaxNetwork
+from relaxnet_jax.neighbors import approach_of
 from relaxnet_jax.runtime import ONE_THREAD
 from relaxnet_jax.strain import from_reference, to_voigt
 from relaxnet_jax.typing import Graph
@@ -40,7 +41,8 @@ class Path:
       times (n,), positions (n, N, 3) Å, velocities (n, N, 3), see `solver.Trajectory`, energies (n,) eV total,
       forces (n, N, 3) eV/Å, cells (n, 3, 3) Å; skin: Å, of the neighbour list that was used; None
       where each frame had its own.
-      approached: Å, how much two atoms may have approached at any of the solver's frames.
+      approached: Å, how much two atoms may have approached at any of the solver's stages (of the adaptive
+        one, whose stages are not known: frames).
       stresses: (n, 6) eV/Å³ in ASE's order, tension positive; None where cells are fixed.
       failure: why there is no prediction (all values are then NaN), else empty.
       unconverged: where a minimisation ended above fmax: after how many steps; else 0.
@@ -282,12 +284,12 @@ def _paths(
 ) -> list[Path]:
     """The paths of a batch's structures from its result, which is of the structures' centred copies."""
     reference = result.positions if result.reference is None else result.reference
-    split = [
-        split_nodes(np.asarray(x, np.float64), graph)
-        for x in (reference, result.velocities, result.forces)
-    ]
+    arrays = [reference, result.velocities, result.forces]
+    if result.stages is not None:
+        arrays.append(result.stages.moved)
+    split = [split_nodes(np.asarray(x, np.float64), graph) for x in arrays]
     paths = []
-    for index, (structure, start, x, u, f) in enumerate(zip(structures, near, *split)):
+    for index, (structure, start, x, u, f, *moved) in enumerate(zip(structures, near, *split)):
         energies = np.asarray(result.energies[:, index], np.float64)
         # Exact initial positions: the network's precision must not move an atom at t = 0.
         x = structure.positions + (x - np.asarray(start.positions, graph.nodes["positions"].dtype))
@@ -297,7 +299,13 @@ def _paths(
             steps = np.asarray(result.deformation[:, index], np.float64)
             virial = np.asarray(result.virial[:, index], np.float64)
             x, cells, stresses = _deformed(x, structure, steps, virial)
-        paths.append(Path(np.zeros(0), x, u, energies, f, cells, 0.0, stresses=stresses))
+        approached = 0.0
+        if result.stages is not None:
+            strained = result.deformation is not None and structure.strain.any()
+            steps = np.asarray(result.stages.deformation[:, index]) if strained else None
+            approached = approach_of(moved[0], steps, structure.neighbors.reach)
+        path = Path(np.zeros(0), x, u, energies, f, cells, 0.0, stresses=stresses)
+        paths.append(dataclasses.replace(path, approached=approached))
     return paths
 
 

@@ -179,9 +179,35 @@ def test_leaving_the_skin_between_frames_is_flagged(model, monkeypatch):
     assert path.skin == 0.5 < path.approached
     times = np.linspace(0, 1, fast.config.dynamics.frames)
     (whole,) = predict_structures(fast, [fast.structure(meeting(0.0))], times)
-    assert path.approached == pytest.approx(approach(whole.positions, whole.cells, 4.5), abs=1e-4)
+    assert path.approached == pytest.approx(whole.approached, abs=1e-4)
+    assert path.approached >= approach(whole.positions, whole.cells, 4.5) - 1e-4
     (one,) = judge(fast, [("a", fast.structure(meeting(0.0)))], 2)
     assert "skin exceeded" in [flag.name for flag in one.flags if flag.unusable]
+
+
+@pytest.mark.parametrize("strained", [False, True])
+def test_leaving_the_skin_at_a_stage_between_frames(model, strained):
+    """RK4's stages evaluate the energy between the frames: there no pair may be missing either."""
+    if strained:
+        fast = tiny_model(tiny_config(dynamics__cell="variable"), dtype=np.float32)
+        fast, atoms, stiffer = fast.replace(elements=KNOWN), crystal(), 30.0
+    else:
+        fast, atoms, stiffer = model, meeting(0.0), 10.0
+    stiff = np.float32(stiffer * fast.energy_scale)
+    fast = scaled(fast, 0.3).replace(energy_scale=stiff)
+    (wide,) = predict_structures(_of_skin(fast, 5.0), [_of_skin(fast, 5.0).structure(atoms)])
+    frames = approach(wide.positions, wide.cells, wide.listed.neighbors.reach)
+    assert wide.skin == 5.0 > wide.approached > frames + 0.02
+    narrow = _of_skin(fast, 0.5 * (frames + wide.approached))
+    (path,) = predict_structures(narrow, [narrow.structure(atoms)])
+    assert path.skin > narrow.config.graph.skin
+    assert approach(path.positions, path.cells, path.listed.neighbors.reach) < narrow.config.graph.skin
+    np.testing.assert_allclose(path.positions, wide.positions, atol=1e-5)
+    np.testing.assert_allclose(path.energies, wide.energies, atol=1e-5)
+
+
+def _of_skin(model, skin):
+    return model.replace(config=model.config.with_skin(skin))
 
 
 def test_graphs_and_models_stack(model):
