@@ -3,6 +3,7 @@
 import csv
 import json
 import time
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +11,10 @@ import numpy as np
 import pytest
 from tiny import TINY
 
-from relaxnet_jax import cli
+from relaxnet_jax import benchmark_commands, cli
 from relaxnet_jax.benchmark import costs as costs_module
-from relaxnet_jax.benchmark import machine, scaling, speed
+from relaxnet_jax.benchmark import kernels as kernels_module
+from relaxnet_jax.benchmark import machine, report, scaling, speed
 from relaxnet_jax.benchmark.costs import memory_bytes, program_costs
 from relaxnet_jax.benchmark.notebook import Notebook, conditions
 from relaxnet_jax.benchmark.timing import measure_alternating, summary
@@ -181,6 +183,43 @@ def test_ceilings(monkeypatch):
     assert machine.describe()["cores"] >= 1 and machine.available_bytes() > 0
 
 
+def test_batches_of_several_sizes():
+    config = load_config(TINY)
+    assert benchmark_commands._of_sizes(config, None) == [config]
+    sized = benchmark_commands._of_sizes(config, [4, 32])
+    assert [c.train.batch_size for c in sized] == [4, 32]
+    assert sized[1].name == f"{config.name}, batches of 32" and sized[1].model == config.model
+
+
+def test_kernels_of_a_profile():
+    """Kernels of the device's streams alone, by kind; time in which two run at once is busy once."""
+    event = lambda name, start, duration: SimpleNamespace(  # noqa: E731
+        name=name, start_ns=start, duration_ns=duration
+    )
+    stream = [event("fusion_1", 0, 100), event("fusion_23", 50, 100), event("gemm_32x32", 400, 50)]
+    lines = [
+        SimpleNamespace(name="Stream #14(Compute)", events=stream),
+        SimpleNamespace(name="XLA Ops", events=[event("while", 0, 1000)]),
+    ]
+    planes = [
+        SimpleNamespace(name="/device:GPU:0", lines=lines),
+        SimpleNamespace(name="/host:CPU", lines=lines),
+    ]
+    found = kernels_module.summary(kernels_module.kernels_of(planes), runs=1, most=1)
+    assert found["busy_s"] == pytest.approx(200e-9) and found["calls"] == 3
+    assert list(found["kinds"]) == ["fusion", "others"]
+    assert found["kinds"]["fusion"] == pytest.approx(
+        {"seconds": 200e-9, "calls": 2, "share": 0.8}
+    )
+    halved = kernels_module.summary(kernels_module.kernels_of(planes), runs=2)
+    assert halved["kinds"]["gemm_32x32"] == pytest.approx({"seconds": 25e-9, "calls": 0.5, "share": 0.2})
+    entry = {"structures_per_s": 1.0, "seconds": {"median": 1e-6}, "kernels": found}
+    (table,) = report.kernel_tables({"entries": {"a / training step": entry, "ceilings": {}}})
+    assert table.row_count == 2 and "busy 0.0002 of 0.001 ms" in table.title
+    # The profiler itself runs here; a CPU has no kernels in streams.
+    assert kernels_module.device_kernels(lambda: jnp.ones(3) + 1) == {}
+
+
 def relaxations(n, frames=3):
     """Cells of two atoms that move a little."""
     rng = np.random.default_rng(0)
@@ -270,6 +309,12 @@ def test_speed_command(tmp_path, monkeypatch, capsys, quick_compilation, full):
 
 
 def test_speed_refuses_bad_input(capsys):
-    for argv in (["--minutes", "0"], ["--config", "absent.py"], ["--only", "everything"]):
+    for argv in (
+        ["--minutes", "0"],
+        ["--config", "absent.py"],
+        ["--only", "everything"],
+        ["--batch-size", "8", "0"],
+        ["--kernels"],  # on a CPU
+    ):
         assert cli.main(["benchmark", "speed", *argv]) == 2
         assert capsys.readouterr().err.count("\n") == 1

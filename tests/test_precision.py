@@ -3,6 +3,7 @@
 import dataclasses
 import re
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from tiny import SCHEMES, batch, compiled, random_rotation, split, systems, tiny_config, tiny_model
 
 from relaxnet_jax.model import predict_trajectory
-from relaxnet_jax.models.precision import bfloat16_product
+from relaxnet_jax.models.precision import LayerNorm, bfloat16_product, on_rows
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 ROUNDING = 2.0**-8  # of one factor, at most half of that
@@ -31,6 +32,44 @@ def test_products_and_their_derivatives_round_once():
         off = np.linalg.norm(ours - exact) / np.linalg.norm(exact)
         assert 1e-4 < off < (ROUNDING if k < 3 else 10 * ROUNDING), k
         assert ours.dtype == np.float32
+
+
+def test_rows_of_accelerators(monkeypatch):
+    """Written as a product with ones, what a bias adds is the same, to the second derivative; and the sum
+    over rows in its gradient is a matrix product."""
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(7, 5)), jnp.float32)
+    b = jnp.linspace(-1.0, 1.0, 5)
+
+    def value(x, b):
+        return jnp.sum(jnp.sin(x * on_rows(b, 7)) + jnp.cos(x + on_rows(b, 7)))
+
+    def all_of_it():
+        of_force = jax.grad(lambda x, b: jnp.sum(jax.grad(value)(x, b) ** 2), argnums=(0, 1))
+        found = value(x, b), *jax.grad(value, argnums=(0, 1))(x, b), *of_force(x, b)
+        return found, str(jax.make_jaxpr(jax.grad(lambda b: jnp.sum(jnp.sin(on_rows(b, 7)))))(b))
+
+    exact, sums = all_of_it()
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    found, products = all_of_it()
+    for ours, theirs in zip(found, exact, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+    assert products.count("dot_general") == 2 and "dot_general" not in sums
+
+
+def test_layer_norm_is_that_of_flax():
+    x = np.random.default_rng(0).normal(size=(6, 8)).astype(np.float32) + 3.0
+    params = {"scale": jnp.linspace(0.5, 2.0, 8), "bias": jnp.linspace(-1.0, 1.0, 8)}
+    shapes = [jax.tree.map(jnp.shape, m.init(jax.random.key(0), x)) for m in (LayerNorm(), nn.LayerNorm())]
+    assert shapes[0] == shapes[1]
+
+    def found(module):
+        def value(params, x):
+            return jnp.sum(jnp.sin(module.apply({"params": params}, x)))
+
+        return module.apply({"params": params}, x), *jax.tree.leaves(jax.grad(value, (0, 1))(params, x))
+
+    for ours, theirs in zip(found(LayerNorm()), found(nn.LayerNorm()), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=2e-5, atol=2e-5)
 
 
 @pytest.fixture(scope="module", params=SCHEMES)
