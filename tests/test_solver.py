@@ -94,7 +94,7 @@ def test_passengers_steer_no_steps():
     assert np.abs(steered[0][0].positions - wild[0][0].positions).max() > 0
     for frames in (5, 8, 32):  # steps of 1/7 are no binary fractions
         config = DynamicsConfig(frames=frames)
-        _, (_, passenger) = solve_with_rates(field(0.0), start, config)
+        _, (_, passenger), _ = solve_with_rates(field(0.0), start, config)
         assert passenger.shape == (frames, 1, 3) and (np.asarray(passenger) == -20.0).all()
 
 
