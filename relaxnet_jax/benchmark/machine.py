@@ -17,7 +17,7 @@ from relaxnet_jax.runtime import usable_cores
 
 PACKAGES = ("relaxnet-jax", "jax", "jaxlib", "flax", "e3nn-jax", "diffrax", "numpy")
 ENOUGH = 0.05  # s, a matrix product that takes this long is large enough to be a ceiling
-LARGEST = 16384
+LARGEST = 8192  # of twice that, XLA for a GPU tries its algorithms for half a minute
 ROOM = 0.9  # of the free memory that a program may need
 # Files that tell a limit of memory and what is used of it: of version 2, and of version 1.
 CONTROL_GROUPS = (

@@ -37,7 +37,7 @@ def run_speed(
 
     Args:
       configs: each with its data. path: of the JSON.
-      fast: the first configuration's first bucket, and few points of its curves.
+      fast: the first bucket of each, and few points of the first one's curves.
       only: which of `PARTS`: steps (training and inference by bucket), atoms and frames (curves
         of inference), training (curve of the training step).
       minutes: after which no measurement begins (default 10, fast 2).
@@ -68,8 +68,7 @@ def run_speed(
     # What tells most first: time may be over before the end.
     steps(first)
     curves("atoms", "frames")
-    sizes = {c.train.batch_size for c in configs}  # with --fast: of the first configuration alone
-    for config in others if not fast or len(sizes) > 1 else ():
+    for config in others:
         steps(config)
     curves("training")
     notebook.finish()
