@@ -22,7 +22,7 @@ def benchmark_speed(args: argparse.Namespace) -> int:
     _check_minutes(args)
     enable_compilation_cache()
     check_devices(None)
-    _check_kernels(args.kernels)
+    _check_kernels(args)
     from relaxnet_jax.benchmark import report
     from relaxnet_jax.benchmark.speed import PARTS, run_speed
 
@@ -75,10 +75,12 @@ def benchmark_steps(args: argparse.Namespace) -> int:
     return run(args)
 
 
-def _check_kernels(wanted: bool) -> None:
+def _check_kernels(args: argparse.Namespace) -> None:
     import jax
 
-    if wanted and jax.default_backend() == "cpu":
+    if args.kernels and args.only and "steps" not in args.only:
+        raise InputError("--kernels: only steps are profiled; add steps to --only, or leave it out")
+    if args.kernels and jax.default_backend() == "cpu":
         raise InputError("--kernels: JAX's profiler tells kernels of GPUs; JAX runs on a CPU here")
 
 

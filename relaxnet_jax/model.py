@@ -277,7 +277,8 @@ def predict_trajectory(model: RelaxNet, graph: Graph, times: Times | None = None
 
     The neighbour list is the graph's, whatever moves. Where two atoms approach by more than the
     configuration's ``graph.skin``, along the path or in positions put in place of the graph's, it may lack
-    a pair, and nothing here tells: `neighbors.approach` does, and `relax` looks and makes a longer one.
+    a pair, and nothing here tells, nor do the frames, which `neighbors.approach` takes: the solver's stages go
+    further. `relax` looks at both and makes a longer list.
 
     Args:
       model: from `create_model` or `load_model`.

@@ -177,18 +177,18 @@ def approach(positions: np.ndarray, cells: np.ndarray, reach: float) -> float:
     return approach_of(np.linalg.norm(positions - still, axis=-1).max(0), steps, reach)
 
 
-def approach_of(moved: np.ndarray, deformations: np.ndarray | None, reach: float) -> float:
+def approach_of(moved: np.ndarray, steps: np.ndarray | None, reach: float) -> float:
     """`approach`, Å, from how far atoms moved and how the cell was deformed.
 
     Args:
       moved: (N,) Å, the furthest each atom was from where the deformed first structure has it.
-      deformations: (n, 3, 3), of the cell; None where it stays. reach: Å, of the neighbour list.
+      steps: (n, 3, 3) deformations of the cell; None where it stays. reach: Å, of the neighbour list.
     """
     shrunk = 0.0
-    if deformations is not None:
-        if not np.isfinite(deformations).all():
+    if steps is not None:
+        if not np.isfinite(steps).all():
             return np.inf
-        smallest = np.linalg.svd(deformations, compute_uv=False).min()
+        smallest = np.linalg.svd(steps, compute_uv=False).min()
         shrunk = max(0.0, 1.0 - float(smallest)) * reach
     if not np.isfinite(moved).all():
         return np.inf

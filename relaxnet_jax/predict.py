@@ -31,12 +31,10 @@ FOLLOWED = 1e3  # Å, stands for the skin where neighbour lists follow the atoms
 Divided = list[tuple[list[int], BatchShape]]  # batches: structures by number, and a shape
 
 
-def _with_grid(grid: np.ndarray, times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The times (m,) and those of the grid (n,) in order, each once, and where the former are."""
-    nearest = grid[np.abs(grid[:, None] - times).argmin(axis=0)]
-    times = np.where(np.abs(nearest - times) < 1e-12, nearest, times)
-    every = np.unique(np.concatenate([grid, times]))
-    return every, np.searchsorted(every, times)
+def _on_grid(grid: np.ndarray, times: np.ndarray) -> np.ndarray | None:
+    """Where on the grid (n,) the times (m,) are; None where one is not."""
+    nearest = np.abs(grid[:, None] - times).argmin(axis=0)
+    return nearest if np.abs(grid[nearest] - times).max() < 1e-12 else None
 
 
 def predict_structures(
@@ -77,15 +75,16 @@ def predict_structures(
     if model.config.dynamics.latent == "static":
         found = minimise(model, structures, fmax, steps, batch_size=batch_size, progress=progress)
         return [minimised_path(m, times) for m in found.paths]
-    # On the grid too, whatever times are asked for: there the skin is checked.
-    every, rows = _with_grid(grid, times)
+    # The solver's own frames cost nothing; others are evaluated in their place.
+    rows = _on_grid(grid, times)
+    asked, n_frames = (times, len(times)) if rows is None else (None, len(grid))
+    rows = np.arange(n_frames) if rows is None else rows
     done: dict[int, Path] = {}
     batches, cutoff = None, model.config.graph.cutoff
-    asked = None if len(every) == len(grid) else every
     pending = dict(enumerate(structures))
     for widening in range(MAX_WIDENINGS + 1):
         divided = _divide(pending, batch_size, batches.used if batches else ())
-        batches = batches or _solver(model, asked, len(every), pending, divided)
+        batches = batches or _solver(model, asked, n_frames, pending, divided)
         if len(divided) == 1:
             divided = _known(batches, pending, divided)
         retry = {}

@@ -54,9 +54,8 @@ def _stages(n_steps: int) -> np.ndarray:
 
 @storable
 class Stages(NamedTuple):
-    """How far structures went wherever the vector field was evaluated: at the frames, and between them.
-
-    A stage of RK4 can leave a neighbour list though no frame does.
+    """How far structures went wherever RK4 evaluated the vector field: at the frames, and between them,
+    where they can leave a neighbour list though no frame does. Of Tsit5: at the frames.
 
     Attributes:
       moved: (N,) Å, the furthest each atom was from where the strained initial structure has it.
@@ -69,7 +68,7 @@ class Stages(NamedTuple):
 
 @storable
 class Trajectory(NamedTuple):
-    """A batch of predicted trajectories, all on the n frames asked for.
+    """A batch of predicted trajectories, all but ``stages`` on the n frames asked for.
 
     Attributes:
       positions: (n, N, 3) Å. velocities: (n, N, 3) Å, the state u of the second-order dynamics:
@@ -93,7 +92,7 @@ class Trajectory(NamedTuple):
     stages: Stages | None = None
 
 
-class Solution(NamedTuple):
+class Solved(NamedTuple):
     """States (any tree of arrays) on the frame grid, their time derivatives, both with leaves (n, ...), and the
     states of all stages, (s, ...); of Tsit5, whose own are not known, the frames again."""
 
@@ -112,7 +111,7 @@ def solve_with_rates(
     start: Any,
     config: DynamicsConfig,
     controlled: Callable[[Any], Any] = lambda state: state,
-) -> Solution:
+) -> Solved:
     """Solves d(state)/dt = field(state) from t = 0 to 1, for the frames.
 
     RK4 runs the stages of all its steps in one scan (diffrax's "manual stepping"):
@@ -146,7 +145,8 @@ def solve_with_rates(
         stages = jnp.asarray(_stages(n_steps), dtype)
         _, (states, rates) = jax.lax.scan(stage, (start, zero, zero), stages)
         frames = slice(None, None, 4 * config.substeps)
-        return Solution(*jax.tree.map(lambda x: x[frames], (states, rates)), states)
+        on_frames, their_rates = jax.tree.map(lambda x: x[frames], (states, rates))
+        return Solved(on_frames, their_rates, states)
     term = diffrax.ODETerm(lambda t, y, args: field(y))
     solution = diffrax.diffeqsolve(
         term,
@@ -163,7 +163,7 @@ def solve_with_rates(
         max_steps=config.max_steps,
         throw=False,  # a solve that fails gives values that are not finite
     )
-    return Solution(solution.ys, jax.lax.map(jax.checkpoint(field), solution.ys), solution.ys)
+    return Solved(solution.ys, jax.lax.map(jax.checkpoint(field), solution.ys), solution.ys)
 
 
 def _largest(tree: Any) -> Array:

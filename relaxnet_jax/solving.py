@@ -42,7 +42,7 @@ class Path:
       forces (n, N, 3) eV/Å, cells (n, 3, 3) Å; skin: Å, of the neighbour list that was used; None
       where each frame had its own.
       approached: Å, how much two atoms may have approached at any of the solver's stages (of the adaptive
-        one, whose stages are not known: frames).
+        one, whose stages are not known: frames) and at the times asked for.
       stresses: (n, 6) eV/Å³ in ASE's order, tension positive; None where cells are fixed.
       failure: why there is no prediction (all values are then NaN), else empty.
       unconverged: where a minimisation ended above fmax: after how many steps; else 0.
@@ -302,8 +302,8 @@ def _paths(
         approached = 0.0
         if result.stages is not None:
             strained = result.deformation is not None and structure.strain.any()
-            steps = np.asarray(result.stages.deformation[:, index]) if strained else None
-            approached = approach_of(moved[0], steps, structure.neighbors.reach)
+            stages = np.asarray(result.stages.deformation[:, index]) if strained else None
+            approached = approach_of(moved[0], stages, structure.neighbors.reach)
         path = Path(np.zeros(0), x, u, energies, f, cells, 0.0, stresses=stresses)
         paths.append(dataclasses.replace(path, approached=approached))
     return paths

@@ -64,8 +64,8 @@ def trust_flags(
       model: that predicted it.
       skin: Å, of the neighbour list it was predicted with; None where that is not known, as of a path that
         `relax` has judged by it already, and of the mean of several paths.
-      approached: Å, how much two atoms have approached, where that is known of more frames than the
-        path's.
+      approached: Å, how much two atoms have approached, where that is known of more than the path's
+        frames: of the solver's stages.
     """
     flags = [*_elements(path, model), *_score(model)]
     values = (path.positions, path.energies, path.forces)

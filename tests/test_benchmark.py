@@ -315,6 +315,7 @@ def test_speed_refuses_bad_input(capsys):
         ["--only", "everything"],
         ["--batch-size", "8", "0"],
         ["--kernels"],  # on a CPU
+        ["--kernels", "--only", "atoms"],
     ):
         assert cli.main(["benchmark", "speed", *argv]) == 2
         assert capsys.readouterr().err.count("\n") == 1

@@ -11,6 +11,7 @@ import pytest
 from tiny import SCHEMES, batch, compiled, random_rotation, split, systems, tiny_config, tiny_model
 
 from relaxnet_jax.model import predict_trajectory
+from relaxnet_jax.models import precision
 from relaxnet_jax.models.precision import LayerNorm, bfloat16_product, on_rows
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -49,11 +50,34 @@ def test_rows_of_accelerators(monkeypatch):
         return found, str(jax.make_jaxpr(jax.grad(lambda b: jnp.sum(jnp.sin(on_rows(b, 7)))))(b))
 
     exact, sums = all_of_it()
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(precision, "_on_cpu", lambda: False)
     found, products = all_of_it()
     for ours, theirs in zip(found, exact, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
     assert products.count("dot_general") == 2 and "dot_general" not in sums
+
+
+def test_the_networks_gradients_are_the_same_on_accelerators(monkeypatch):
+    """Through scans, checkpoints and second derivatives; also of models that are stacked."""
+    config = tiny_config("explicit", model__layers=2)
+    model = tiny_model(config, dtype=np.float32, factor=1.0)
+    graph = batch(systems(), config, dtype=np.float32)
+
+    def loss(params):
+        path = predict_trajectory(model.replace(params=params), graph)
+        real = jnp.asarray(graph.nodes["mask"])[:, None]
+        return jnp.sum(jnp.where(real, path.forces, 0.0) ** 2) + jnp.sum(path.energies[:, :3])
+
+    def gradients():
+        two = jax.tree.map(lambda p: jnp.stack([p, 0.9 * p]), model.params)
+        return jax.jit(jax.vmap(jax.grad(loss)))(two)
+
+    exact = gradients()
+    monkeypatch.setattr(precision, "_on_cpu", lambda: False)
+    found = gradients()
+    for ours, theirs in zip(*map(jax.tree.leaves, (found, exact)), strict=True):
+        size = np.abs(theirs).max()
+        np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-3 * size + 1e-7)
 
 
 def test_layer_norm_is_that_of_flax():

@@ -161,7 +161,7 @@ def _analyse(computations: dict[str, list[str]], name: str) -> dict[str, float]:
     xla: Any = xla_client._xla
     reader = getattr(xla_client, "hlo", xla)  # a module of its own from jaxlib 0.12.0.1 on
     module = reader.hlo_module_from_text(f"HloModule part\n\n{body}\n")
-    # The client of a GPU cannot, that of the CPU can for any module.
+    # The client of a GPU cannot, that of the CPU can for any module (JAX_PLATFORMS=cuda hides it).
     return xla.hlo_module_cost_analysis(jax.devices("cpu")[0].client, module)
 
 

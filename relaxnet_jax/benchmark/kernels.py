@@ -44,7 +44,7 @@ def device_kernels(run: Callable[[], Any]) -> dict[str, Any]:
 
 
 def kernels_of(planes: Iterable[Any]) -> Iterator[Kernel]:
-    """The kernels in a profile: what ran in the streams of its devices."""
+    """The kernels in a profile, and copies: what ran in the streams of its devices."""
     for plane in planes:
         if plane.name.startswith("/device:"):
             for line in plane.lines:

@@ -97,11 +97,11 @@ def device_peak_bytes() -> int | None:
 def ceilings(seconds: float = 2.0) -> dict[str, float]:
     """FLOP/s of a large matrix product in full float32 and bytes/s of copies.
 
-    The product is doubled in size until it takes `ENOUGH` seconds. One copy reads and writes more
+    The product is doubled in size until it takes `ENOUGH` seconds or is of `LARGEST`. One copy reads and writes more
     than any cache holds, 256 MiB (1 GiB on accelerators); the other one goes over 1 MiB (16 MiB)
     again and again, which the cache nearest to all cores (L2) holds.
     """
-    # By default accelerators multiply in less, which the network does not.
+    # By default accelerators multiply in less, which the network does not (but for model.matmul="bfloat16").
     size, product = 1024, jax.jit(functools.partial(jnp.matmul, precision="float32"))
     while True:
         x = jnp.full((size, size), 0.5, jnp.float32)

@@ -9,6 +9,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from rich.markup import escape
 from rich.table import Table
 
 from relaxnet_jax.data.files import atomic_path
@@ -49,6 +50,8 @@ def remarks(document: dict[str, Any]) -> list[str]:
     for name, entry in document["entries"].items():
         if "skipped" in entry:
             lines.append(f"{name}: {entry['skipped']}")
+        if entry.get("kernels") == {}:
+            lines.append(f"{name}: JAX's profiler saw no kernels here")
         if entry.get("costs", {}).get("remark"):
             lines.append(f"{name}: {entry['costs']['remark']}")
         if entry.get("costs", {}).get("loops_of_unknown_length"):
@@ -107,7 +110,7 @@ def kernel_tables(document: dict[str, Any]) -> list[Table]:
             table.add_column(column, justify="right")
         for kind, k in found["kinds"].items():
             mean, calls = 1e6 * k["seconds"] / k["calls"], f"{k['calls']:.0f}"
-            table.add_row(_short(kind), _percent(k["share"]), calls, f"{mean:.3g}")
+            table.add_row(escape(_short(kind)), _percent(k["share"]), calls, f"{mean:.3g}")
         tables.append(table)
     return tables
 

@@ -1,4 +1,5 @@
-"""Matrix products of the dense layers in bfloat16, accumulated in float32."""
+"""How dense and normalising layers are computed: in bfloat16 accumulated in float32, or in float32; and
+what their parameters' gradients, sums over rows, are made of on accelerators."""
 
 from __future__ import annotations
 
@@ -59,15 +60,19 @@ def on_rows(values: Array, n_rows: int) -> Array:
     a matrix product too: XLA for GPUs fuses such sums with other work and then gives them to a single
     block. A CPU does the sum faster.
     """
-    if jax.default_backend() == "cpu":
+    if _on_cpu():
         return values[None]
     # Behind the barrier nothing knows that they are ones, and makes a sum of the product.
     ones = jax.lax.optimization_barrier(jnp.ones((n_rows, 1), values.dtype))
-    return jnp.matmul(ones, values[None])
+    return jnp.matmul(ones, values[None], precision=jax.lax.Precision.HIGHEST)
+
+
+def _on_cpu() -> bool:
+    return jax.default_backend() == "cpu"
 
 
 def matmul_precision(kind: Literal["float32", "bfloat16"]) -> contextlib.AbstractContextManager:
-    """Within this context `flax.linen.Dense` layers multiply in that precision.
+    """Within this context `flax.linen.Dense` layers multiply in that precision, and add biases by `on_rows`.
 
     All else, geometry, bases, sums over neighbours, norms and biases, stays in float32, which is
     what it says on accelerators too, whose default is less (TF32 on NVIDIA's, bfloat16 on TPUs).
