@@ -18,7 +18,6 @@ from relaxnet_jax.graph import Structure, build_structure
 from relaxnet_jax.lbfgs import FMAX, STEPS, Minimisation, minimise
 from relaxnet_jax.memory import batch_size_of
 from relaxnet_jax.model import RelaxNet, atoms_list
-from relaxnet_jax.neighbors import approach
 from relaxnet_jax.solving import Batch, Batches, Path, batch_shape, usable_devices
 from relaxnet_jax.trust import NOT_CONVERGED, Flag, constraint_flags, trust_flags
 
@@ -93,20 +92,16 @@ def predict_structures(
             for i, raw in zip(divided[k][0], paths):
                 structure = pending[i]
                 skin = structure.neighbors.reach - cutoff
-                # From the structure the list was made for.
-                x, cells = [structure.positions, *raw.positions], [structure.cell, *raw.cells]
-                needed = approach(np.stack(x), np.stack(cells), structure.neighbors.reach)
-                needed = max(needed, raw.approached)  # at the solver's stages between the frames
                 if (
-                    needed > skin
-                    and np.isfinite(needed)
+                    raw.approached > skin
+                    and np.isfinite(raw.approached)
                     and skin < MAX_SKIN - 1e-9
                     and widening < MAX_WIDENINGS
                 ):
-                    retry[i] = _with_skin(model, structure, min(1.25 * needed, MAX_SKIN))
+                    retry[i] = _with_skin(model, structure, min(1.25 * raw.approached, MAX_SKIN))
                 else:
                     done[i] = dataclasses.replace(
-                        raw.at(rows), times=times, skin=skin, approached=needed, listed=structure
+                        raw.at(rows), times=times, skin=skin, listed=structure
                     )
             progress(len(done))
         if not retry:

@@ -25,8 +25,9 @@ from relaxnet_jax.graph import Structure
 from relaxnet_jax.memory import ERRORS, does_not_fit, out_of_memory
 from relaxnet_jax.model import RelaxNet, dtype_of, solve_compiled
 from relaxnet_jax.models.energy import RelaxNetwork
-from relaxnet_jax.neighbors import approach_of
+from relaxnet_jax.neighbors import approach, approach_of
 from relaxnet_jax.runtime import ONE_THREAD
+from relaxnet_jax.solver import Stages
 from relaxnet_jax.strain import from_reference, to_voigt
 from relaxnet_jax.typing import Graph
 
@@ -264,7 +265,9 @@ def _without_memory(structure: Structure, n_frames: int) -> Path:
     message = does_not_fit(structure.n_atoms)
     cells = np.repeat(structure.cell[None], n_frames, axis=0)
     energies = np.full(n_frames, np.nan)
-    return Path(np.zeros(0), frames, frames, energies, frames, cells, 0.0, message)
+    return Path(
+        np.zeros(0), frames, frames, energies, frames, cells, 0.0, message, approached=np.inf
+    )
 
 
 def batch_shape(structures: Sequence[Structure], batch_size: int) -> BatchShape:
@@ -284,12 +287,13 @@ def _paths(
 ) -> list[Path]:
     """The paths of a batch's structures from its result, which is of the structures' centred copies."""
     reference = result.positions if result.reference is None else result.reference
-    arrays = [reference, result.velocities, result.forces]
-    if result.stages is not None:
-        arrays.append(result.stages.moved)
-    split = [split_nodes(np.asarray(x, np.float64), graph) for x in arrays]
+    split = [
+        split_nodes(np.asarray(x, np.float64), graph)
+        for x in (reference, result.velocities, result.forces)
+    ]
+    at_stages = _approached_at_stages(structures, graph, result.stages)
     paths = []
-    for index, (structure, start, x, u, f, *moved) in enumerate(zip(structures, near, *split)):
+    for index, (structure, start, x, u, f) in enumerate(zip(structures, near, *split)):
         energies = np.asarray(result.energies[:, index], np.float64)
         # Exact initial positions: the network's precision must not move an atom at t = 0.
         x = structure.positions + (x - np.asarray(start.positions, graph.nodes["positions"].dtype))
@@ -299,14 +303,29 @@ def _paths(
             steps = np.asarray(result.deformation[:, index], np.float64)
             virial = np.asarray(result.virial[:, index], np.float64)
             x, cells, stresses = _deformed(x, structure, steps, virial)
-        approached = 0.0
-        if result.stages is not None:
-            strained = result.deformation is not None and structure.strain.any()
-            stages = np.asarray(result.stages.deformation[:, index]) if strained else None
-            approached = approach_of(moved[0], stages, structure.neighbors.reach)
-        path = Path(np.zeros(0), x, u, energies, f, cells, 0.0, stresses=stresses)
-        paths.append(dataclasses.replace(path, approached=approached))
+        # From the structure the list was made for.
+        seen = np.stack([structure.positions, *x]), np.stack([structure.cell, *cells])
+        approached = max(at_stages[index], approach(*seen, structure.neighbors.reach))
+        paths.append(
+            Path(np.zeros(0), x, u, energies, f, cells, 0.0, "", stresses, approached=approached)
+        )
     return paths
+
+
+def _approached_at_stages(
+    structures: Sequence[Structure], graph: Graph, stages: Stages | None
+) -> list[float]:
+    """Å: how much two atoms of each structure may have approached at the solver's stages."""
+    if stages is None:
+        return [0.0] * len(structures)
+    found = []
+    furthest = split_nodes(np.asarray(stages.moved, np.float64), graph)
+    for index, (s, moved) in enumerate(zip(structures, furthest)):
+        steps = None
+        if stages.deformation is not None and s.strain.any():
+            steps = np.asarray(stages.deformation[:, index], np.float64)
+        found.append(approach_of(moved, steps, s.neighbors.reach))
+    return found
 
 
 def _deformed(reference: np.ndarray, s: Structure, steps: np.ndarray, virial: np.ndarray):

@@ -15,6 +15,8 @@ from rich.table import Table
 from relaxnet_jax.data.files import atomic_path
 from relaxnet_jax.evaluate.figures import SERIES, SPARE, STYLE, new_figure, save_figure
 
+LONGEST_NAME = 70  # characters of a kernel's that are shown
+
 
 def steps_of(document: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """The entries that are steps of a bucket."""
@@ -105,22 +107,17 @@ def kernel_tables(document: dict[str, Any]) -> list[Table]:
             f"{name}: {found['calls']:.0f} kernels, busy {1e3 * busy:.3g} of {1e3 * step:.3g} ms"
         )
         table = Table(title=title, title_justify="left")
-        table.add_column("kernels")
-        for column in ("share", "calls", "µs each"):
-            table.add_column(column, justify="right")
+        _columns(table, "share", "calls", "µs each", first="kernels")
+        table.columns[0].no_wrap, table.columns[0].max_width = True, LONGEST_NAME
         for kind, k in found["kinds"].items():
             mean, calls = 1e6 * k["seconds"] / k["calls"], f"{k['calls']:.0f}"
-            table.add_row(escape(_short(kind)), _percent(k["share"]), calls, f"{mean:.3g}")
+            table.add_row(escape(kind), _percent(k["share"]), calls, f"{mean:.3g}")
         tables.append(table)
     return tables
 
 
-def _short(name: str, most: int = 70) -> str:
-    return name if len(name) <= most else name[: most - 1] + "…"
-
-
-def _columns(table: Table, *names: str) -> None:
-    table.add_column("step")
+def _columns(table: Table, *names: str, first: str = "step") -> None:
+    table.add_column(first)
     for name in names:
         table.add_column(name, justify="right")
 

@@ -92,11 +92,7 @@ def _dense(
     context: nn.module.InterceptorContext,
 ) -> Any:
     layer = context.module
-    if (
-        not isinstance(layer, nn.Dense)
-        or context.method_name != "__call__"
-        or layer.is_initializing()
-    ):
+    if not isinstance(layer, nn.Dense) or context.method_name != "__call__":
         return following(*args, **kwargs)
     (x,) = args
     kernel: Array = layer.get_variable("params", "kernel")
