@@ -201,7 +201,7 @@ def collate(structures: Sequence[Structure], shape: BatchShape, dtype=np.float32
     return jraph.GraphsTuple(
         nodes=nodes,
         edges={name: edges[name] for name in ("offsets", "mask", "reverse")}
-        | _pairs(edges["reverse"])
+        | _pairs(edges, N)
         | {"bonds": bonds.arrays},
         senders=edges["senders"],
         receivers=edges["receivers"],
@@ -234,16 +234,21 @@ class _PaddedEdges:
         self.used = rows.stop
 
 
-def _pairs(reverse: np.ndarray) -> dict[str, np.ndarray]:
-    """The map of edges to pairs (`ops.PairMap`), by their reverses: P = E/2, and at least one."""
+def _pairs(edges: dict[str, np.ndarray], n_atoms: int) -> dict[str, Any]:
+    """Edges and their reverses as pairs, P = E/2 and at least one; see `relaxnet_jax.graph`."""
+    reverse = edges["reverse"]
     size = len(reverse)
     count = max(size // 2, 1)
     first = np.flatnonzero(np.arange(size) < reverse)
     both = np.stack([first, reverse[first]], axis=1)
-    index, edges = np.full(size, count, np.int32), np.full((count, 2), size, np.int32)
+    index, pair_edges = np.full(size, count, np.int32), np.full((count, 2), size, np.int32)
     index[both] = np.arange(len(both))[:, None]
-    edges[: len(both)] = both
-    return {"pair_index": index, "pair_edges": edges}
+    pair_edges[: len(both)] = both
+    padded = _PaddedEdges(count, n_atoms, edges["offsets"].dtype).arrays
+    pairs = {name: padded[name] for name in ("receivers", "senders", "offsets", "mask")}
+    for name, values in pairs.items():
+        values[: len(first)] = edges[name][first]
+    return {"pair_index": index, "pair_edges": pair_edges, "pairs": pairs}
 
 
 def _bond_slots(receivers: np.ndarray, n_atoms: int, n_slots: int) -> dict[str, np.ndarray]:

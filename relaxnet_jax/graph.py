@@ -7,13 +7,14 @@ A batch is one `jraph.GraphsTuple` of G structures, the last of which is padding
            bond_slots (N, K) index of each atom's bonds, bond_slot_mask (N, K): the bonds
            again, in equal numbers for every atom; K = 0 where triplets are not listed.
   edges:   offsets (E, 3) Å, lattice shift of the sender, mask (E,) bool, reverse (E,) index of the
-           reversed edge; pair_index (E,) and pair_edges (P, 2), see `ops.PairMap`; and
-           ``bonds``, the nodes of the bond graph: those edges that are within the triplet
-           range, with receivers, senders, offsets, mask and reverse of their own.
+           reversed edge; pair_index (E,) and pair_edges (P, 2), see `ops.PairMap`;
+           ``pairs``, the first edge of each pair, with receivers, senders, offsets and mask of
+           their own; and ``bonds``, the nodes of the bond graph: those edges that are within the
+           triplet range, with reverse as well.
   globals: cell (G, 3, 3) Å, mask (G,) bool, strain (G, 3, 3) projector on the directions in
            which the cell may be strained: the identity, a plane, or zero for a fixed cell.
 
-Receivers ascend. Padding edges run from the last atom to itself, their own reverse. The edges of
+Receivers ascend. Padding edges and pairs run from the last atom to itself, edges their own reverse. The edges of
 the bond graph, the triplets, need no arrays: they are the ordered pairs of bonds at one atom.
 """
 
@@ -31,7 +32,7 @@ from relaxnet_jax.config import Config
 from relaxnet_jax.constraints import held_atoms
 from relaxnet_jax.errors import InputError
 from relaxnet_jax.neighbors import Frames, Neighbors, build_neighbors
-from relaxnet_jax.ops import EdgeList, PairMap, first_way, gather_senders, spread
+from relaxnet_jax.ops import EdgeList, PairList, PairMap, gather_senders, spread
 from relaxnet_jax.typing import AnyArray, Graph, Positions
 
 if TYPE_CHECKING:
@@ -202,6 +203,12 @@ def pair_map(graph: Graph) -> PairMap:
     return PairMap(graph.edges["pair_index"], graph.edges["pair_edges"])
 
 
+def unordered_pairs(graph: Graph) -> PairList:
+    """The atoms of each pair of edges."""
+    pairs = graph.edges["pairs"]
+    return PairList(pairs["receivers"], pairs["senders"])
+
+
 def bond_list(graph: Graph) -> EdgeList:
     """The nodes of the bond graph, as edges between atoms."""
     bonds = graph.edges["bonds"]
@@ -211,9 +218,11 @@ def bond_list(graph: Graph) -> EdgeList:
 def edge_vectors(edges: EdgeList, offsets: AnyArray, mask: AnyArray, positions: Positions) -> Array:
     """positions[sender] + offset - positions[receiver]: (E, 3) Å; FAR along x in padding edges."""
     vectors = gather_senders(positions, edges) - spread(positions, edges.receivers)
-    vectors = vectors + jnp.asarray(offsets, vectors.dtype)
-    far = jnp.array([FAR, 0.0, 0.0], vectors.dtype)
-    return jnp.where(mask[:, None], vectors, far)
+    return _or_far(vectors + jnp.asarray(offsets, vectors.dtype), mask)
+
+
+def _or_far(vectors: Array, mask: AnyArray) -> Array:
+    return jnp.where(mask[:, None], vectors, jnp.array([FAR, 0.0, 0.0], vectors.dtype))
 
 
 def pair_vectors(graph: Graph, positions: Positions) -> Array:
@@ -222,11 +231,11 @@ def pair_vectors(graph: Graph, positions: Positions) -> Array:
     return edge_vectors(pair_list(graph), edges["offsets"], edges["mask"], positions)
 
 
-def once_per_pair(graph: Graph, vectors: Array) -> Array:
-    """Of the vectors (E, 3) Å of all edges those of each pair's first one: (P, 3); FAR in padding."""
-    pairs = pair_map(graph)
-    real = pairs.edges[:, :1] < vectors.shape[0]
-    return jnp.where(real, first_way(vectors, pairs), jnp.array([FAR, 0.0, 0.0], vectors.dtype))
+def once_per_pair(graph: Graph, positions: Positions) -> Array:
+    """The vector of each pair's first edge: (P, 3) Å; FAR along x in padding."""
+    pairs = graph.edges["pairs"]
+    vectors = unordered_pairs(graph).difference(positions)
+    return _or_far(vectors + jnp.asarray(pairs["offsets"], vectors.dtype), pairs["mask"])
 
 
 def bond_vectors(graph: Graph, positions: Positions) -> Array:
@@ -247,14 +256,15 @@ def deform(graph: Graph, deformation: Array) -> Graph:
     """
     of_atom = deformation[graph.nodes["graph"]]
 
-    def mapped(edges: EdgeList, offsets: AnyArray) -> Array:
-        return jnp.einsum("eab,eb->ea", spread(of_atom, edges.receivers), offsets)
+    def mapped(receivers: AnyArray, offsets: AnyArray) -> Array:
+        return jnp.einsum("eab,eb->ea", spread(of_atom, receivers), offsets)
 
-    bonds = graph.edges["bonds"]
+    bonds, pairs = graph.edges["bonds"], graph.edges["pairs"]
     return graph._replace(
         edges=graph.edges
         | {
-            "offsets": mapped(pair_list(graph), graph.edges["offsets"]),
-            "bonds": bonds | {"offsets": mapped(bond_list(graph), bonds["offsets"])},
+            "offsets": mapped(graph.receivers, graph.edges["offsets"]),
+            "pairs": pairs | {"offsets": mapped(pairs["receivers"], pairs["offsets"])},
+            "bonds": bonds | {"offsets": mapped(bonds["receivers"], bonds["offsets"])},
         }
     )

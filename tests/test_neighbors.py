@@ -19,11 +19,12 @@ from relaxnet_jax.graph import (
     pair_list,
     pair_map,
     pair_vectors,
+    unordered_pairs,
 )
 from relaxnet_jax.neighbors import MAX_SPREAD, build_neighbors, pairs_within
 from relaxnet_jax.ops import (
     both_ways,
-    first_way,
+    convolve_pairs,
     gather_senders,
     safe_divide,
     safe_norm,
@@ -281,28 +282,46 @@ def test_gather_senders(graph):
 
 
 def test_pairs(graph):
-    """Every real edge is in one pair, with its reverse; their maps and all derivatives are those of
-    plain indexing, and what stands in padding reaches nothing."""
-    pairs, x = pair_map(graph), graph.nodes["positions"]
+    """Every real edge is in one pair, with its reverse; what is done by pairs, and all its derivatives, is what
+    plain indexing of the edges gives, and what stands in padding reaches nothing."""
+    pairs, x = pair_map(graph), jnp.asarray(graph.nodes["positions"])
     used, n = np.asarray(graph.edges["mask"]), len(graph.senders)
     both = np.asarray(pairs.edges)
     real = both[:, 0] < n
     assert real.any() and not real.all() and (both[~real] == n).all()
     assert sorted(both[real].ravel()) == np.flatnonzero(used).tolist()
     assert (both[real, 1] == np.asarray(graph.edges["reverse"])[both[real, 0]]).all()
-    vectors = pair_vectors(graph, x)
-    once = once_per_pair(graph, vectors)
-    np.testing.assert_array_equal(once[real], vectors[both[real, 0]])
+    assert (graph.edges["pairs"]["mask"] == real).all()
+    once = once_per_pair(graph, x)
+    np.testing.assert_allclose(once[real], pair_vectors(graph, x)[both[real, 0]], rtol=1e-12)
     assert (np.linalg.norm(once[~real], axis=1) == FAR).all()
 
     rng = np.random.default_rng(0)
     index = np.where(used, np.asarray(pairs.of_edge), 0)
+    ends, n_atoms = unordered_pairs(graph), len(x)
     first = np.where(real, both[:, 0], 0)
-    for map_, plain_index, kept, rows in (
-        (both_ways, index, used, len(both)), (first_way, first, real, n)
-    ):  # fmt: skip
+    i, j = np.asarray(graph.receivers), np.asarray(graph.senders)
+    values, filters = (jnp.asarray(rng.normal(size=(k, 2))) for k in (n_atoms, len(both)))
+    filters = jnp.where(real[:, None], filters, 0.0)
+
+    def on_edges(w):
+        return jnp.where(used[:, None], w[index], 0.0)
+
+    def plain_sum(w, v):
+        return jax.ops.segment_sum(on_edges(w) * v[j], i, n_atoms)
+
+    for ours, plain, rows in (
+        (lambda w: both_ways(w, pairs), on_edges, len(both)),
+        (lambda v: ends.difference(v)[real], lambda v: (v[j] - v[i])[first[real]], n_atoms),
+        (lambda v: convolve_pairs(filters, v, ends), lambda v: plain_sum(filters, v), n_atoms),
+        (
+            lambda w: convolve_pairs(jnp.where(real[:, None], w, 0.0), values, ends),
+            lambda w: plain_sum(w, values),
+            len(both),
+        ),
+    ):
         y, v = (jnp.asarray(rng.normal(size=(rows, 2))) for _ in range(2))
-        w = jnp.asarray(rng.normal(size=(len(kept), 2)))
+        w = jnp.asarray(rng.normal(size=ours(y).shape))
 
         def results(gather, y=y, v=v, w=w):
             def f(y):
@@ -317,11 +336,9 @@ def test_pairs(graph):
 
             return jax.jit(lambda y: (gather(y), *(jax.grad(g)(y) for g in (f, second, third))))(y)
 
-        ours = results(lambda y, map_=map_: map_(y, pairs))
-        plain = results(lambda y, i=plain_index, k=kept: jnp.where(k[:, None], y[i], 0.0))
-        for a, b in zip(ours, plain):
+        for a, b in zip(results(ours), results(plain)):
             assert np.abs(b).max() > 0.1
-            np.testing.assert_allclose(a, b, atol=1e-10)
+            np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-10)
 
 
 def test_edge_sums():

@@ -10,12 +10,12 @@ import jraph
 from jax import Array
 
 from relaxnet_jax.config import DynamicsConfig, GraphConfig, ModelConfig
-from relaxnet_jax.graph import pair_list, pair_map, pair_vectors
+from relaxnet_jax.graph import pair_list, pair_map, unordered_pairs
 from relaxnet_jax.models.egnn import EGNNEncoder
 from relaxnet_jax.models.encoder import Encoder, Encoding
 from relaxnet_jax.models.layers import MLP, PAIR_NORM, AttentionBlock, pair_geometry
 from relaxnet_jax.models.precision import matmul_precision
-from relaxnet_jax.ops import both_ways, gather_senders, spread, sum_edges
+from relaxnet_jax.ops import both_ways, convolve_pairs, gather_senders, spread, sum_edges
 from relaxnet_jax.typing import Energies, Graph, Latent, Params, Positions, Velocities
 
 # Å; velocities are learned in this unit, so that training starts near doing nothing.
@@ -71,11 +71,9 @@ class RelaxNetwork(nn.Module):
 
     def pair_pass(self, h: Latent, graph: Graph, positions: Positions) -> Array:
         """p_i = sum_j W(r_ij) * (V h_j): (N, P), the explicit scheme's cheap look at x."""
-        vectors, edges = pair_vectors(graph, positions), pair_list(graph)
-        radial = pair_geometry(graph, vectors, self.graph_config, self.config).radial
-        filters = both_ways(self.pair_filter(radial), pair_map(graph))
-        messages = filters * gather_senders(self.pair_send(h), edges)
-        return sum_edges(messages, edges.receivers, h.shape[0]) / PAIR_NORM
+        radial = pair_geometry(graph, positions, self.graph_config, self.config).radial
+        filters, sent = self.pair_filter(radial), self.pair_send(h)
+        return convolve_pairs(filters, sent, unordered_pairs(graph)) / PAIR_NORM
 
     def explicit_energy(
         self, h: Latent, graph: Graph, positions: Positions

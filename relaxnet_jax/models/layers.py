@@ -20,9 +20,16 @@ from jax import Array
 
 from relaxnet_jax.basis.radial import envelope, radial_features
 from relaxnet_jax.config import GraphConfig, ModelConfig
-from relaxnet_jax.graph import bond_vectors, once_per_pair, pair_list, pair_map, pair_vectors
+from relaxnet_jax.graph import (
+    bond_vectors,
+    once_per_pair,
+    pair_list,
+    pair_map,
+    pair_vectors,
+    unordered_pairs,
+)
 from relaxnet_jax.models.precision import LayerNorm
-from relaxnet_jax.ops import both_ways, gather_senders, safe_norm, sum_edges
+from relaxnet_jax.ops import both_ways, convolve_pairs, gather_senders, safe_norm, sum_edges
 from relaxnet_jax.typing import Graph, Positions
 
 # Sums over neighbours are divided by this, a typical count in crystals weighted by the envelope,
@@ -94,9 +101,11 @@ class PairGeometry(NamedTuple):
     radial: Array
 
 
-def pair_geometry(graph: Graph, vectors: Array, g: GraphConfig, m: ModelConfig) -> PairGeometry:
-    """Of the vectors (E, 3) Å of the edges."""
-    lengths = safe_norm(once_per_pair(graph, vectors))
+def pair_geometry(
+    graph: Graph, positions: Positions, g: GraphConfig, m: ModelConfig
+) -> PairGeometry:
+    """Of the positions; see `geometry`."""
+    lengths = safe_norm(once_per_pair(graph, positions))
     cut = envelope(lengths, g.cutoff, m.envelope_power)
     radial = radial_features(lengths, g.cutoff, m.n_gaussian, m.n_bessel) * cut[:, None]
     return PairGeometry(lengths, cut, radial)
@@ -105,7 +114,7 @@ def pair_geometry(graph: Graph, vectors: Array, g: GraphConfig, m: ModelConfig) 
 def geometry(graph: Graph, positions: Positions, g: GraphConfig, m: ModelConfig) -> Geometry:
     """All pair and bond features of the positions."""
     vectors = pair_vectors(graph, positions)
-    pair = pair_geometry(graph, vectors, g, m)
+    pair = pair_geometry(graph, positions, g, m)
     bonds = bond_vectors(graph, positions)
     bond_lengths = safe_norm(bonds)
     return Geometry(
@@ -134,21 +143,21 @@ class PairConvolution(nn.Module):
 
     @nn.compact
     def __call__(self, h: Array, graph: Graph, geo: Geometry) -> tuple[Array, Array | None]:
-        n_atoms, edges = h.shape[0], pair_list(graph)
         # The envelope is in geo.radial already; the extra factor makes the nonlinear filter vanish.
         filters = MLP((self.hidden, self.features), name="filter")(geo.radial)
-        filters = both_ways(filters * geo.pair_envelope[:, None], pair_map(graph))
-        normed = LayerNorm(name="norm")(h)
-        messages = filters * gather_senders(nn.Dense(self.features, name="send")(normed), edges)
-        total = sum_edges(messages, edges.receivers, n_atoms) / PAIR_NORM
-        h = h + MLP((self.features, self.features), name="update")(total)
+        filters = filters * geo.pair_envelope[:, None]
+        sent = nn.Dense(self.features, name="send")(LayerNorm(name="norm")(h))
+        total = convolve_pairs(filters, sent, unordered_pairs(graph)) / PAIR_NORM
+        updated = h + MLP((self.features, self.features), name="update")(total)
         if not self.with_positions:
-            return h, None
+            return updated, None
+        n_atoms, edges = h.shape[0], pair_list(graph)
+        messages = both_ways(filters, pair_map(graph)) * gather_senders(sent, edges)
         weight = (
             MLP((self.hidden, 1), small=True, name="positions")(messages) * geo.envelope[:, None]
         )
         along = weight * geo.vectors / geo.lengths[:, None]
-        return h, sum_edges(along, edges.receivers, n_atoms) / PAIR_NORM
+        return updated, sum_edges(along, edges.receivers, n_atoms) / PAIR_NORM
 
 
 class VectorFeatures(NamedTuple):

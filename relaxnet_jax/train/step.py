@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
+from jax.flatten_util import ravel_pytree
 
 from relaxnet_jax.config import Config, LossConfig
 from relaxnet_jax.losses import (
@@ -33,6 +34,7 @@ from relaxnet_jax.train.state import TrainState, make_optimizer
 from relaxnet_jax.typing import Graph, Params
 
 Batch = tuple[Graph, Targets]
+Tree = TypeVar("Tree")
 STATIC_TERMS = ("energy", "forces", "stress")  # those that a frame has by itself
 
 
@@ -192,6 +194,12 @@ def _unit(scale: float, graph: Graph) -> Array:
     return jnp.asarray(scale, graph.nodes["positions"].dtype)
 
 
+def _added_up(tree: Tree, axis: str) -> Tree:
+    """The sum over the devices, of all leaves as one array: a CPU's devices meet once for each."""
+    leaves, restore = ravel_pytree(tree)
+    return restore(jax.lax.psum(leaves, axis))
+
+
 def make_train_step(
     config: Config,
     scale: float,
@@ -224,11 +232,11 @@ def make_train_step(
         batch = _draw_frames(batch, key) if static else _draw(config, network, batch, key)
         numbers = batch_numbers(objective, batch)
         if axis is not None:
-            numbers = jax.lax.psum(numbers, axis)
+            numbers = _added_up(numbers, axis)
         unit = _unit(scale, batch[0])
         gradient, totals = gradient_of(objective, state.params, unit, batch, numbers)
         if axis is not None:
-            gradient, totals = jax.lax.psum((gradient, totals), axis)
+            gradient, totals = _added_up((gradient, totals), axis)
         terms = {name: Term(total, numbers[name]) for name, total in totals.items()}
         loss, _ = weighted_loss(terms, config.loss)
         means = {name: term.mean() for name, term in terms.items()}
@@ -261,6 +269,6 @@ def make_eval_step(
 
     def step(params: Params, batch: Batch) -> dict[str, Term]:
         terms = terms_of(objective, params, _unit(scale, batch[0]), _asked(config, batch))
-        return jax.lax.psum(terms, axis) if axis is not None else terms
+        return _added_up(terms, axis) if axis is not None else terms
 
     return step
