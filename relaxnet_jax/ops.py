@@ -140,10 +140,10 @@ _sum_ways.defvjp(
 
 
 class PairList(NamedTuple):
-    """The atoms of each pair, in any order; padding pairs join an atom to itself.
+    """The atoms of each pair; padding pairs join an atom to itself.
 
     Attributes:
-      receivers, senders: (P,) of the first of the pair's two edges.
+      receivers, senders: (P,) of the first of the pair's two edges; receivers ascend.
     """
 
     receivers: AnyArray
@@ -151,8 +151,7 @@ class PairList(NamedTuple):
 
     def difference(self, node_values: Array) -> Array:
         """The sender's value minus the receiver's: (N, ...) -> (P, ...)."""
-        first, second = (_at(node_values, atoms) for atoms in self)
-        return second - first
+        return _at(node_values, self.senders) - spread(node_values, self.receivers)
 
 
 def convolve_pairs(filters: Array, values: Array, pairs: PairList) -> Array:
@@ -165,10 +164,10 @@ def convolve_pairs(filters: Array, values: Array, pairs: PairList) -> Array:
       filters: W (P, F), zero in padding pairs. values: v (N, F).
     """
     i, j = pairs
-    to_i, to_j = filters * _at(values, j), filters * _at(values, i)
-    total = jnp.zeros_like(values).at[i].add(to_i, mode="promise_in_bounds")
-    return total.at[j].add(to_j, mode="promise_in_bounds")
+    total = sum_edges(filters * _at(values, j), i, values.shape[0])
+    return total.at[j].add(filters * spread(values, i), mode="promise_in_bounds")
 
 
 def _at(node_values: Array, atoms: AnyArray) -> Array:
+    """As `spread`, of atoms in any order."""
     return node_values.at[atoms].get(mode="promise_in_bounds")
