@@ -8,8 +8,8 @@ A batch is one `jraph.GraphsTuple` of G structures, the last of which is padding
            again, in equal numbers for every atom; K = 0 where triplets are not listed.
   edges:   offsets (E, 3) Å, lattice shift of the sender, mask (E,) bool, reverse (E,) index of the
            reversed edge; pair_index (E,) and pair_edges (P, 2), see `ops.PairMap`;
-           ``pairs``, the first edge of each pair, with receivers, senders, offsets and mask of
-           their own; and ``bonds``, the nodes of the bond graph: those edges that are within the
+           ``pairs``, the first edge of each pair, with receivers, senders, offsets and mask (P, ...) of
+           their own, P = E/2; and ``bonds``, the nodes of the bond graph: those edges that are within the
            triplet range, with reverse as well.
   globals: cell (G, 3, 3) Å, mask (G,) bool, strain (G, 3, 3) projector on the directions in
            which the cell may be strained: the identity, a plane, or zero for a fixed cell.
@@ -204,7 +204,7 @@ def pair_map(graph: Graph) -> PairMap:
 
 
 def unordered_pairs(graph: Graph) -> PairList:
-    """The atoms of each pair of edges."""
+    """Receivers and senders of each pair's first edge."""
     pairs = graph.edges["pairs"]
     return PairList(pairs["receivers"], pairs["senders"])
 

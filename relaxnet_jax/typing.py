@@ -1,7 +1,7 @@
 """Names for the arrays that cross module boundaries: shape and unit in one place.
 
-N atoms, E edges (ordered pairs of neighbours), B bonds (the edges that form triplets), K bond
-slots per atom, G structures, n frames, F features.
+N atoms, E edges (ordered pairs of neighbours), P pairs of an edge and its reverse, B bonds (the
+edges that form triplets), K bond slots per atom, G structures, n frames, F features.
 """
 
 from __future__ import annotations

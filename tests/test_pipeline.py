@@ -143,6 +143,11 @@ def test_collate():
         assert (senders[back] == receivers).all() and (receivers[back] == senders).all()
         np.testing.assert_allclose(edges["offsets"][back], -edges["offsets"], atol=1e-6)
     assert bonds["mask"].sum() < graph.edges["mask"].sum() == graph.n_edge[:-1].sum()
+    pairs = graph.edges["pairs"]
+    unused = ~pairs["mask"]
+    assert (np.diff(pairs["receivers"]) >= 0).all() and unused.any()
+    assert (pairs["receivers"][unused] == 21).all() and (pairs["senders"][unused] == 21).all()
+    assert 2 * pairs["mask"].sum() == graph.edges["mask"].sum()
     assert graph.n_edge.sum() == 600
     assert graph.n_node.tolist() == [7, 6, 3, 0, 0, 6] and graph.n_node.sum() == 22
     assert graph.nodes["fixed"].sum() == 2

@@ -3,6 +3,7 @@
 import types
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from ase import Atoms
@@ -22,6 +23,8 @@ from tiny import (
     tiny_config,
     tiny_model,
 )
+
+from relaxnet_jax import dynamics
 
 CASES = [(latent, dtype) for latent in SCHEMES for dtype in (np.float64, np.float32)]
 CASES += [("triplets", np.float64), ("egnn", np.float64)]
@@ -157,18 +160,28 @@ def test_company(case):
 
 @pytest.mark.parametrize("latent", SCHEMES)
 def test_padding(latent):
-    """More room in every dimension of the batch: the same initial state and vector field."""
+    """More room in every dimension of the batch: the same initial state and vector field, and the same
+    gradients of energies and forces by the parameters."""
     with jax.enable_x64(True):
         config, atoms = tiny_config(latent), systems()
         model, functions = tiny_model(config), compiled(config)
-        found = []
+        found, gradients = [], []
+
+        @jax.grad
+        def of_parameters(params, graph, state):
+            result = dynamics.evaluate(model.network, params, 1.0, graph, state)
+            return jnp.sum(result.energies**2) + jnp.sum(result.forces**2)
+
         for shape in (SHAPE, bigger(SHAPE, n_graphs=3, n_atoms=9, n_edges=50, n_bonds=30)):
             graph = batch(atoms, config, shape)
             state = functions.start(model, graph, graph.nodes["positions"])
             rate = functions.field(model, graph, state)
             leaves = jax.tree.leaves((state, rate))
             found.append([v for leaf in leaves for v in split(leaf, atoms)])
+            gradients.append(jax.jit(of_parameters)(model.params, graph, state))
         assert len(found[0]) == 18
+        for snug, roomy in zip(*map(jax.tree.leaves, gradients)):
+            np.testing.assert_allclose(roomy, snug, rtol=1e-9, atol=1e-11 * np.abs(snug).max())
         for snug, roomy in zip(*found):
             np.testing.assert_allclose(roomy, snug, rtol=1e-9, atol=1e-11)
 

@@ -31,7 +31,8 @@ def device_kernels(run: Callable[[], Any]) -> dict[str, Any]:
       run: runs it once and returns its arrays, which are waited for. It has run before.
 
     Returns:
-      See `summary`. Empty on a CPU, whose many short kernels take half as long again when profiled.
+      See `summary`. Empty on a CPU, whose kernels are not looked at: many and short, they take half as
+      long again when profiled.
     """
     with tempfile.TemporaryDirectory(prefix="relaxnet_jax-") as folder:
         with jax.profiler.trace(folder):

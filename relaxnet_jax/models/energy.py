@@ -45,6 +45,7 @@ class RelaxNetwork(nn.Module):
         self.head = MLP((m.features, m.features // 2, 1), small=True)
         if d.latent == "explicit":
             self.pair_send = nn.Dense(m.pair_features)
+            # No bias: zero beyond the cutoff and in padding.
             self.pair_filter = nn.Dense(m.pair_features, use_bias=False)
             self.pair_update = MLP((m.features, m.features))
             self.rate = MLP((m.features, m.features), small=True)

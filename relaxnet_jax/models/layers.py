@@ -147,17 +147,18 @@ class PairConvolution(nn.Module):
         filters = MLP((self.hidden, self.features), name="filter")(geo.radial)
         filters = filters * geo.pair_envelope[:, None]
         sent = nn.Dense(self.features, name="send")(LayerNorm(name="norm")(h))
-        total = convolve_pairs(filters, sent, unordered_pairs(graph)) / PAIR_NORM
-        updated = h + MLP((self.features, self.features), name="update")(total)
+        update = MLP((self.features, self.features), name="update")
         if not self.with_positions:
-            return updated, None
+            total = convolve_pairs(filters, sent, unordered_pairs(graph)) / PAIR_NORM
+            return h + update(total), None
         n_atoms, edges = h.shape[0], pair_list(graph)
         messages = both_ways(filters, pair_map(graph)) * gather_senders(sent, edges)
+        total = sum_edges(messages, edges.receivers, n_atoms) / PAIR_NORM
         weight = (
             MLP((self.hidden, 1), small=True, name="positions")(messages) * geo.envelope[:, None]
         )
         along = weight * geo.vectors / geo.lengths[:, None]
-        return updated, sum_edges(along, edges.receivers, n_atoms) / PAIR_NORM
+        return h + update(total), sum_edges(along, edges.receivers, n_atoms) / PAIR_NORM
 
 
 class VectorFeatures(NamedTuple):
