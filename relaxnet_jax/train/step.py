@@ -195,9 +195,14 @@ def _unit(scale: float, graph: Graph) -> Array:
 
 
 def _added_up(tree: Tree, axis: str) -> Tree:
-    """The sum over the devices, of all leaves as one array: a CPU's devices meet once for each."""
+    """The sum over the devices; on a CPU of all leaves as one array, since its devices meet once for each."""
+    if jax.default_backend() != "cpu":
+        return jax.lax.psum(tree, axis)
     leaves, restore = ravel_pytree(tree)
-    return restore(jax.lax.psum(leaves, axis))
+    total = jax.lax.psum(leaves, axis)
+    # A branch, both ways of which are one: XLA does not fuse out of it. Fused into what comes after, each
+    # leaf's place in the array would make kernels different that else are compiled once for all leaves.
+    return jax.lax.cond(jnp.isfinite(total[0]), restore, lambda x: restore(x), total)
 
 
 def make_train_step(
