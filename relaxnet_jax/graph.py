@@ -218,10 +218,12 @@ def bond_list(graph: Graph) -> EdgeList:
 def edge_vectors(edges: EdgeList, offsets: AnyArray, mask: AnyArray, positions: Positions) -> Array:
     """positions[sender] + offset - positions[receiver]: (E, 3) Å; FAR along x in padding edges."""
     vectors = gather_senders(positions, edges) - spread(positions, edges.receivers)
-    return _or_far(vectors + jnp.asarray(offsets, vectors.dtype), mask)
+    return _shifted(vectors, offsets, mask)
 
 
-def _or_far(vectors: Array, mask: AnyArray) -> Array:
+def _shifted(vectors: Array, offsets: AnyArray, mask: AnyArray) -> Array:
+    """The vectors to other lattice cells; FAR along x in padding."""
+    vectors = vectors + jnp.asarray(offsets, vectors.dtype)
     return jnp.where(mask[:, None], vectors, jnp.array([FAR, 0.0, 0.0], vectors.dtype))
 
 
@@ -235,7 +237,7 @@ def once_per_pair(graph: Graph, positions: Positions) -> Array:
     """The vector of each pair's first edge: (P, 3) Å; FAR along x in padding."""
     pairs = graph.edges["pairs"]
     vectors = unordered_pairs(graph).difference(positions)
-    return _or_far(vectors + jnp.asarray(pairs["offsets"], vectors.dtype), pairs["mask"])
+    return _shifted(vectors, pairs["offsets"], pairs["mask"])
 
 
 def bond_vectors(graph: Graph, positions: Positions) -> Array:

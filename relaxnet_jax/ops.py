@@ -59,6 +59,11 @@ def spread(node_values: Array, receivers: AnyArray) -> Array:
     return node_values.at[receivers].get(indices_are_sorted=True, mode="promise_in_bounds")
 
 
+def _at(node_values: Array, atoms: AnyArray) -> Array:
+    """As `spread`, of atoms in any order."""
+    return node_values.at[atoms].get(mode="promise_in_bounds")
+
+
 @jax.custom_vjp
 def gather_senders(node_values: Array, edges: EdgeList) -> Array:
     """Each sender's value on its edges: (N, ...) -> (E, ...).
@@ -66,7 +71,7 @@ def gather_senders(node_values: Array, edges: EdgeList) -> Array:
     The edges *sent* by atom j are the reverses of those it *receives*, so the transpose is a
     gather and a sorted sum. Reverse-mode differentiable to any order.
     """
-    return node_values.at[edges.senders].get(mode="promise_in_bounds")
+    return _at(node_values, edges.senders)
 
 
 @jax.custom_vjp
@@ -167,8 +172,3 @@ def convolve_pairs(filters: Array, values: Array, pairs: PairList) -> Array:
     i, j = pairs
     total = sum_edges(filters * _at(values, j), i, values.shape[0])
     return total.at[j].add(filters * spread(values, i), mode="promise_in_bounds")
-
-
-def _at(node_values: Array, atoms: AnyArray) -> Array:
-    """As `spread`, of atoms in any order."""
-    return node_values.at[atoms].get(mode="promise_in_bounds")
