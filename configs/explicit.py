@@ -3,9 +3,9 @@
   relaxnet-jax train --config explicit.py                                # generated EMT alloys
   relaxnet-jax train --config explicit.py --set data.path=MY.h5 train.max_minutes=60
 
-Cost and scores: see docs/benchmarks.md.
+Cost: docs/speed.md. Scores: docs/benchmarks.md.
 
-Where it departs from the paper, each by a measurement on DFT slabs (docs/benchmarks.md, "Choices"):
+Where it departs from the paper, each by a measurement on DFT slabs (docs/choices.md):
 unit masses, learned friction and a learned time scale; three-body messages as moments; the
 loss takes the lengths of errors, not their squares, and the energies' changes along the path; half of
 the starts are shaken by 0.1 Å at every step.

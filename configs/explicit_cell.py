@@ -4,7 +4,7 @@
 
 Data may mix bulk crystals whose cell changes with fixed cells, slabs and molecules: each structure's
 cell is strained only where it was in the data, and never across a direction without periodicity.
-Cost and scores: see docs/benchmarks.md.
+Cost: docs/speed.md. Scores: docs/benchmarks.md.
 """
 
 

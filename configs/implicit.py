@@ -6,7 +6,7 @@ The encoder runs 20 times per trajectory of 5 frames, and its gradient with it, 
 more than ten times the explicit scheme's. It is narrower than the explicit one for that reason, and
 the first 25 epochs fit energies and forces at the data's own frames, without the ODE, at a twentieth
 of the cost. With a short train.max_minutes on many data, lower train.static_epochs.
-Cost and scores: see docs/benchmarks.md.
+Cost: docs/speed.md. Scores: docs/benchmarks.md.
 """
 
 

@@ -5,7 +5,7 @@
 The first 25 epochs fit energies, forces and stresses at the data's own frames, without the ODE (see
 implicit.py). Data may mix bulk crystals whose cell changes with fixed cells, slabs and molecules: each structure's
 cell is strained only where it was in the data, and never across a direction without periodicity.
-Cost and scores: see docs/benchmarks.md.
+Cost: docs/speed.md. Scores: docs/benchmarks.md.
 """
 
 

@@ -44,7 +44,7 @@ class GraphConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """The energy network (DESIGN: bases, DTNN encoder, attention, head).
+    """The energy network: bases, DTNN encoder, attention, head.
 
     Attributes:
       architecture: the encoder's layers: "dtnn", or "egnn" (a baseline without three-body messages:
