@@ -43,7 +43,7 @@ from relaxnet_jax.reproduce.methods import averaged, passes, scaled
 from relaxnet_jax.reproduce.plan import Entry, keep_plan, make_plan
 from relaxnet_jax.reproduce.reference import relaxed_by
 from relaxnet_jax.reproduce.registry import EXPERIMENTS
-from relaxnet_jax.reproduce.report import _first, _write_runs, provenance
+from relaxnet_jax.reproduce.report import FEW, _first, _write_runs, provenance
 from relaxnet_jax.reproduce.runs import Run, _digest, folder_of, read_facts, state_of, write_facts
 from relaxnet_jax.reproduce.scores import (
     Difference,
@@ -59,6 +59,7 @@ from relaxnet_jax.reproduce.section import Section, Table
 from relaxnet_jax.reproduce.setting import Setting
 from relaxnet_jax.reproduce.table1 import quickly
 from relaxnet_jax.reproduce.table4 import by_fold
+from relaxnet_jax.reproduce.unlike import unlike
 from relaxnet_jax.reproduce.verdict import (
     FAILS,
     HOLDS,
@@ -459,9 +460,9 @@ class Inventor:
     def __init__(self, own):
         self.setting, self.report = own, print
 
-    def predicted(self, run, n_frames, **facts):
+    def predicted(self, run, n_frames, worse=0.0, **facts):
         latent = run.config.dynamics.latent
-        error = {"explicit": 0.1, "implicit": 0.2, "direct": 0.4, "static": 0.6}[latent]
+        error = worse + {"explicit": 0.1, "implicit": 0.2, "direct": 0.4, "static": 0.6}[latent]
         error += 0.01 * (zlib.crc32(run.digest.encode()) % 5) / 5
         slow = {"explicit": 0.01, "implicit": 0.05}
         seconds = {"seconds": slow.get(latent, 0.5), "left_out": []}
@@ -471,7 +472,8 @@ class Inventor:
         return self.predicted(run, n_frames or run.config.dynamics.frames)
 
     def relaxed(self, run, fmax, n_frames=5):
-        return self.predicted(run, n_frames, steps=[7] * 8, converged=[True] * 7 + [False])
+        ended = {"steps": [7] * 8, "converged": [True] * 7 + [False]}
+        return self.predicted(run, n_frames, worse=0.1, **ended)
 
     def points(self, run, n_frames=5):
         return self.predicted(run, n_frames)
@@ -651,6 +653,8 @@ def test_numbers_of_frames_are_compared_on_the_same_ones(tmp_path):
     assert verdicts["explicit: more frames, lower force errors"] == HOLDS
     assert verdicts["explicit: more frames, lower force errors on 10 frames"] == OPEN
     assert verdicts["explicit: more frames, lower energy errors on 10 frames"] == OPEN
+    more = "with as many frames in all, more structures have lower force errors"
+    assert (verdicts[more], verdicts[f"{more} on 10 frames"]) == (FAILS, OPEN)
 
 
 def test_most_displacements_are_more_than_half_of_them():
@@ -731,7 +735,7 @@ def test_exact_forces_count_in_their_distribution():
 def test_folds_are_told_as_folds(tmp_path):
     own = setting(tmp_path, folds=3)
     made = EXPERIMENTS["table4"].section(Inventor(own))
-    assert "energy MAE, final: folds" in made.tables[0].csv_rows()[0]
+    assert "energy MAE, final (meV/atom): folds" in made.tables[0].csv_rows()[0]
     lines = provenance(own, EXPERIMENTS["table4"].runs(own)[:0], "x", made.spread, [])
     assert "3 folds, each tested once" in lines[0] and "structures tested" not in lines[0]
 
@@ -740,12 +744,13 @@ def test_pages_tell_of_runs_that_saw_no_path_and_of_load(tmp_path):
     own = setting(tmp_path)
     machine = {"device": "d", "platform": "cpu", "cores": 2, "versions": {}}
     run = own.run("implicit", 0, train__static_epochs=4)
-    for epochs, told in ((4, True), (5, False)):
+    for epochs, told, few in ((4, True, False), (5, False, True), (4 + FEW, False, False)):
         facts = {"minutes": 1.0, "limit": 1.0, "epochs": epochs, "machine": machine}
         write_facts(folder_of(tmp_path, run), facts)
         loads = [machine | {"load_average": load} for load in (0.5, 2.0, 1.0)]
         lines = provenance(own, [run], "x", "seeds", loads)
         assert any("static first epochs only: implicit, seed 0" in x for x in lines) == told
+        assert any("Of 1 implicit runs 1 were trained on paths for 1 epoch(s) only" in x for x in lines) == few
         assert sum("Predicted on: d (cpu), 2 cores, , load 0.5 to 2" in x for x in lines) == 1
 
 
@@ -772,6 +777,56 @@ def test_runs_of_other_code_are_told(tmp_path):
 def test_few_reasons_are_told():
     assert _first({"b", "a"}) == "a; b"
     assert _first({f"{k}" for k in range(9)}) == "0; 1; 2; 3; 4; … and 4 more"
+
+
+def test_what_differs_beside_the_method_is_told(tmp_path):
+    """What acts on both and is not the same; nothing of paths where there are none."""
+    own = setting(tmp_path, changes=("data.n_emt=24", "model.features=32"))
+    (text,) = unlike(own, ["implicit"])
+    assert "implicit has (in brackets: explicit)" in text and "loss.errors squared (norm)" in text
+    assert "train.noise 0 (0.1)" in text and "model.features" not in text and "latent" not in text
+    static, egnn, direct = unlike(own, ["static", "egnn", "static_final"])
+    assert "model.triplet_features 16 (48)" in static and "triplet" not in egnn
+    assert "model.architecture egnn (dtnn)" in egnn and "loss.positions" not in static + egnn
+    assert "direct has" in direct and "train.noise 0 (0.1)" in direct and "dynamics" not in direct
+    same = ("loss.errors=norm", "loss.forces=3", "loss.positions=20", "loss.energy_change=10",
+            "train.noise=0.1", "train.static_epochs=0", *SMALL)  # fmt: skip
+    assert "errors" not in "".join(unlike(setting(tmp_path, changes=same), ["implicit"]))
+    assert unlike(own, ["explicit"]) == []
+    for name in ("table2", "table4", "table5"):
+        remarks = EXPERIMENTS[name].section(Inventor(own)).remarks
+        assert any(r.startswith("Not only the method differs") for r in remarks), name
+
+
+def test_static_models_are_all_compared_with(tmp_path):
+    """RelaxNet between the two static models: as good as one of them is not as good as them."""
+
+    class Between(Inventor):
+        def points(self, run, n_frames=5):
+            error = {"dtnn": 0.6, "egnn": 0.01}[run.config.model.architecture]
+            return Predicted(tuple(relaxations(n_frames, error)), {"seconds": 1.0, "left_out": []})
+
+    found = {}
+    for lab in (Inventor, Between):
+        made = EXPERIMENTS["table4"].section(lab(setting(tmp_path, folds=4)))
+        found[lab] = {c.text: c.outcome.verdict for c in made.claims}
+        assert made.tables[0].rows[0][1].mean < 0.2 and made.tables[0].rows[-6][1] == 1
+    claim = "RelaxNet's all-frame energies are as good as static models', given less"
+    assert (found[Inventor][claim], found[Between][claim]) == (HOLDS, FAILS)
+    assert found[Inventor]["final geometry: less than 0.25 of doing nothing"] == HOLDS
+
+
+def test_medians_of_structures_are_compared_in_pairs():
+    """Every structure's force errors fall, though those left at the last frame are the hard ones."""
+    easy, hard = {"a": 1.0, "b": 1.1, "c": 1.2}, {"d": 9.0, "e": 9.1, "f": 9.2}
+    before = score(2 * [easy | hard])
+    after = score(2 * [{name: 0.9 * v for name, v in hard.items()}])
+    assert after.mean > before.mean and fig3a._shifting([before, after]).verdict == HOLDS
+    made = [relaxations(3, error) for error in (0.1, 0.2)]
+    medians = [fig3a.structure_medians(made, k) for k in range(3)]
+    one = made[1][4]
+    wrong = 1e3 * np.abs(one.pred_forces - one.true_forces)[2]
+    assert medians[2].values[1, 4] == pytest.approx(np.median(wrong))
 
 
 def test_folds_are_compared_in_pairs():

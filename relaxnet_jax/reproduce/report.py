@@ -27,6 +27,7 @@ from relaxnet_jax.train.start import SEEN
 
 REPORT = "REPORT.md"
 SHOWN = 5  # reasons why structures were left out
+FEW = 10  # epochs of the ODE after which an implicit run has hardly begun
 RUN_COLUMNS = (
     *("run", "name", "training relaxations", "minutes", "time limit (min)", "epochs"),
     *("ended by", "ended", "machine", "code"),
@@ -193,16 +194,27 @@ def _versions(facts: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _static_only(runs: Sequence[Run], facts: Sequence[dict[str, Any]]) -> list[str]:
-    """A line on runs whose time was over before they solved the ODE once."""
-    found = {
-        r.digest: r.name for r, f in zip(runs, facts) if f["epochs"] <= r.config.train.static_epochs
+    """Lines on runs whose time was over before they solved the ODE once, or soon after."""
+    solved = {
+        r.digest: (r.name, f["epochs"] - r.config.train.static_epochs)
+        for r, f in zip(runs, facts)
+        if r.config.train.static_epochs
     }
-    if not found:
-        return []
-    return [
-        f"Never trained on a path, but in their static first epochs only: {'; '.join(found.values())}. "
-        "They need more time, or fewer train.static_epochs"
-    ]
+    never = [name for name, epochs in solved.values() if epochs <= 0]
+    few = [epochs for _, epochs in solved.values() if 0 < epochs < FEW]
+    lines = []
+    if never:
+        lines.append(
+            f"Never trained on a path, but in their static first epochs only: {'; '.join(never)}. "
+            "They need more time, or fewer train.static_epochs"
+        )
+    if few:
+        span = f"{min(few)}" if min(few) == max(few) else f"{min(few)} to {max(few)}"
+        lines.append(
+            f"Of {len(solved)} implicit runs {len(few)} were trained on paths for {span} epoch(s) only, after "
+            "their static first ones: what is said of the implicit scheme here is of little training"
+        )
+    return lines
 
 
 def _keep_claims(made: Section, setting: Setting) -> None:
