@@ -498,6 +498,25 @@ def test_a_full_disk_is_told(folder, monkeypatch):
             train(config, folder / "full", report=quiet()[0], devices=1)
 
 
+def test_batches_that_do_not_fit_are_told(folder, monkeypatch):
+    """Of a device without memory left, with the way out; no other error of JAX's is taken for that."""
+    config, text = config_of(), "RESOURCE_EXHAUSTED: Out of memory allocating 5 bytes"
+    for error, message in (
+        (jax.errors.JaxRuntimeError(text), r"big: .*train\.batch_size=4 .* start again with fewer .*batch_size=2"),
+        (MemoryError(), r"start again with fewer"),
+        (jax.errors.JaxRuntimeError("INTERNAL: other"), None),
+    ):  # fmt: skip
+        def fail(*_, error=error):
+            raise error
+
+        monkeypatch.setattr(loop._Run, "execute", fail)
+        kind = InputError if message else type(error)
+        with pytest.raises(kind, match=message):
+            train(config, folder / "big", report=quiet()[0], devices=1)
+    monkeypatch.setattr(loop, "has_checkpoint", lambda _: True)
+    assert "train.start_from=run, and with fewer" in loop._does_not_fit(config, Path("run"))
+
+
 def test_an_ode_that_is_never_trained_is_told(folder, monkeypatch):
     monkeypatch.setattr(loop._Run, "execute", lambda *_: None)
     changes = {"dynamics.latent": "implicit", "train.max_buckets": 1, "train.epochs": 2}

@@ -52,7 +52,12 @@ def section(lab: Lab) -> Section:
     places, still = (
         errors(explicit, "positions_mae", "final", predictor) for predictor in ("model", "nothing")
     )
-    head = [f"{MODELS['explicit']}: predicted path", relative(places, still), final, every]
+    head: list[Cell] = [
+        f"{MODELS['explicit']}: predicted path",
+        relative(places, still),
+        final,
+        every,
+    ]
     rows: list[list[Cell]] = [[*head, *paper.TABLE4_RELAXNET[1:]]]
     compared: dict[str, tuple[Score, Score]] = {}
     for role, predicted in static.items():

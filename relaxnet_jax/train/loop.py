@@ -25,6 +25,7 @@ from relaxnet_jax.data.files import held, no_space, write_text
 from relaxnet_jax.data.pipeline import epoch_iterator
 from relaxnet_jax.data.split_file import RECORD
 from relaxnet_jax.errors import InputError
+from relaxnet_jax.memory import ERRORS, out_of_memory
 from relaxnet_jax.model import RelaxNet, save_model
 from relaxnet_jax.runtime import usable_cores
 from relaxnet_jax.train.beginning import Beginning, read_beginning
@@ -104,9 +105,10 @@ def train(
         step is then over as many structures as on one device (`runtime.batch_shares`).
 
     Raises:
-      InputError: unusable data or configuration; a workdir that holds a run although
-        ``resume`` is off, or a run of another configuration or other data although it is on, or in
-        which another process trains; processes with different configurations or data.
+      InputError: unusable data or configuration; batches that do not fit in a device's memory; a
+        workdir that holds a run although ``resume`` is off, or a run of another configuration or
+        other data although it is on, or in which another process trains; processes with different
+        configurations or data.
     """
     config = config if isinstance(config, Config) else load_config(config)
     hosts = Hosts()
@@ -151,6 +153,24 @@ def _train(
             raise
         then = "give --resume" if has_checkpoint(workdir) else "start again"
         raise InputError(f"{workdir}: no space left; free some and {then}") from error
+    except ERRORS as error:
+        if not out_of_memory(error):
+            raise
+        raise InputError(_does_not_fit(config, workdir)) from error
+
+
+def _does_not_fit(config: Config, workdir: Path) -> str:
+    """What to do where a step needs more memory than there is. A run keeps its batch size for good."""
+    again = "start again"
+    if has_checkpoint(workdir):
+        again = (
+            f"begin another --workdir with what this one learned, train.start_from={workdir}, and"
+        )
+    return (
+        f"{workdir}: a batch of train.batch_size={config.train.batch_size} structures does not fit in the "
+        f"memory of one device ({jax.local_devices()[0].device_kind}): {again} with fewer (--set "
+        f"train.batch_size={max(1, config.train.batch_size // 2)})"
+    )
 
 
 def _record(run: _Run, workdir: Path, resume: bool) -> None:
