@@ -91,6 +91,7 @@ def build_structure(
     name: str = "structure",
     relax_cell: bool = True,
     later: Frames = (),
+    bond_skin: float | None = None,
 ) -> Structure:
     """Checks a structure and finds its neighbours.
 
@@ -100,6 +101,8 @@ def build_structure(
       relax_cell: whether the cell relaxes, along its periodic directions, if dynamics.cell says
         that cells do.
       later: frames that are known to come, see `neighbors.build_neighbors`.
+      bond_skin: Å, of the list of bonds; by default `Config.triplet_skin`, which counts on bonds being
+        looked at in these positions alone where the latent evolution says so.
 
     Raises:
       InputError: no atoms, an unknown atomic number, non-finite positions, cell or charges, a
@@ -140,7 +143,7 @@ def build_structure(
             g.cutoff,
             g.triplet_cutoff,
             g.skin,
-            config.triplet_skin,
+            config.triplet_skin if bond_skin is None else bond_skin,
             slots=config.model.interaction == "triplets",
             later=later,
         )
@@ -170,10 +173,14 @@ def strain_projector(cell: np.ndarray, pbc: np.ndarray) -> np.ndarray:
 
 
 def structure_from_atoms(
-    atoms: Atoms, config: Config, name: str | None = None, relax_cell: bool = True
+    atoms: Atoms,
+    config: Config,
+    name: str | None = None,
+    relax_cell: bool = True,
+    bond_skin: float | None = None,
 ) -> Structure:
     """A `Structure` from ASE Atoms; those that cannot move (see `held_atoms`) are fixed, those held
-    in some directions only are free. Raises InputError."""
+    in some directions only are free. Otherwise as `build_structure`. Raises InputError."""
     charges = atoms.get_initial_charges()
     return build_structure(
         atoms.numbers,
@@ -185,6 +192,7 @@ def structure_from_atoms(
         charges=charges,
         name=name or atoms.get_chemical_formula(),
         relax_cell=relax_cell,
+        bond_skin=bond_skin,
     )
 
 

@@ -112,15 +112,21 @@ class RelaxNet:
         return network_of(self.config)
 
     def structure(
-        self, atoms: Atoms, name: str | None = None, relax_cell: bool = True
+        self,
+        atoms: Atoms,
+        name: str | None = None,
+        relax_cell: bool = True,
+        skin: float | None = None,
     ) -> Structure:
         """Checked structure with neighbours. Raises InputError, also for unseen elements.
 
-        ``relax_cell`` only matters to models whose cells relax (dynamics.cell="variable").
+        ``relax_cell`` only matters to models whose cells relax (dynamics.cell="variable"); ``skin`` as
+        in `graph`.
         """
         (atoms,) = atoms_list(atoms)
         self.check_elements(atoms.numbers, name or atoms.get_chemical_formula())
-        return structure_from_atoms(atoms, self.config, name, relax_cell)
+        config = self.config if skin is None else self.config.with_skin(skin)
+        return structure_from_atoms(atoms, config, name, relax_cell, bond_skin=skin)
 
     def graph(
         self,
@@ -136,8 +142,9 @@ class RelaxNet:
           relax_cell: as in `structure`.
           like: another graph, whose padded shape this one shall have: what is compiled for one serves
             the other.
-          skin: Å, how much two atoms may approach before the graph lacks a pair; that of the
-            configuration by default.
+          skin: Å, how much two atoms may approach before the graph lacks a pair or a bond. By default that
+            of the configuration for pairs, and none for the bonds of the explicit scheme, which looks at
+            them where the path begins: give one where you put other positions in place of the graph's.
 
         Positions are those of ``atoms`` in the parameters' precision: in float32, 1000 Å from the
         coordinate origin, rounded to 6e-5 Å. `relax`, `energy_and_forces` and `RelaxNetCalculator`
@@ -147,10 +154,7 @@ class RelaxNet:
           InputError: as `structure`; no structure at all; no room in the shape of ``like``, a
             negative skin.
         """
-        model = self
-        if skin is not None:
-            model = dataclasses.replace(self, config=self.config.with_skin(skin))
-        structures = [model.structure(a, relax_cell=relax_cell) for a in atoms_list(atoms)]
+        structures = [self.structure(a, None, relax_cell, skin) for a in atoms_list(atoms)]
         if not structures:
             raise InputError("graph: no structure given")
         shape = fitting_shape(structures, rounded=True)
@@ -276,9 +280,11 @@ def predict_trajectory(model: RelaxNet, graph: Graph, times: Times | None = None
     to ``graph.nodes["positions"]``; in reverse mode only: second derivatives are `jax.jacrev` of `jax.grad`.
 
     The neighbour list is the graph's, whatever moves. Where two atoms approach by more than the
-    configuration's ``graph.skin``, along the path or in positions put in place of the graph's, it may lack
-    a pair, and nothing here tells, nor do the frames, which `neighbors.approach` takes: the solver's stages go
-    further. `relax` looks at both and makes a longer list.
+    configuration's ``graph.skin`` along the path, it may lack a pair, and nothing here tells, nor do the
+    frames, which `neighbors.approach` takes: the solver's stages go further. `relax` looks at both and makes
+    a longer list. Where positions are put in place of the graph's, it may lack bonds, too, which the explicit
+    scheme lists without a skin: derivatives at the graph's own positions are exact, other positions want a
+    graph with the ``skin`` by which they approach.
 
     Args:
       model: from `create_model` or `load_model`.

@@ -80,6 +80,8 @@ def predict_structures(
     rows = np.arange(n_frames) if rows is None else rows
     done: dict[int, Path] = {}
     batches, cutoff = None, model.config.graph.cutoff
+    # A direct predictor looks at no positions but the first: it misses no pair wherever atoms end.
+    at_start = model.config.dynamics.latent == "direct" and not model.config.model.update_positions
     pending = dict(enumerate(structures))
     for widening in range(MAX_WIDENINGS + 1):
         divided = _divide(pending, batch_size, batches.used if batches else ())
@@ -93,7 +95,8 @@ def predict_structures(
                 structure = pending[i]
                 skin = structure.neighbors.reach - cutoff
                 if (
-                    raw.approached > skin
+                    not at_start
+                    and raw.approached > skin
                     and np.isfinite(raw.approached)
                     and skin < MAX_SKIN - 1e-9
                     and widening < MAX_WIDENINGS
@@ -101,7 +104,7 @@ def predict_structures(
                     retry[i] = _with_skin(model, structure, min(1.25 * raw.approached, MAX_SKIN))
                 else:
                     done[i] = dataclasses.replace(
-                        raw.at(rows), times=times, skin=skin, listed=structure
+                        raw.at(rows), times=times, skin=None if at_start else skin, listed=structure
                     )
             progress(len(done))
         if not retry:

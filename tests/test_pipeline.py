@@ -207,6 +207,20 @@ def test_short_trajectories_leave_slots_empty():
     assert graph.n_node.tolist() == [7, 7, 0]
 
 
+def test_far_from_the_origin_distances_are_not_rounded():
+    """A molecule 10 km away, in its file's coordinates: in float32 its atoms would be at one point."""
+    far = molecule()
+    far.positions += 1e6
+    near, moved = (make_sample(relaxation(a, seed=1), CONFIG) for a in (molecule(), far))
+    shape = fitting_shape([near.structure])
+    (graph, targets), (other, theirs) = (collate_samples([s], shape, CONFIG) for s in (near, moved))
+    np.testing.assert_allclose(other.nodes["positions"], graph.nodes["positions"], atol=1e-6)
+    there = targets.frame_mask[:, 0]
+    np.testing.assert_allclose(theirs.positions[there], targets.positions[there], atol=1e-6)
+    np.testing.assert_allclose(targets.positions[0], graph.nodes["positions"], atol=1e-6)
+    assert np.abs(graph.nodes["positions"].mean(0)).max() < 1e-6
+
+
 def test_all_frames_at_their_own_times():
     config = tiny_config(data__frame_selection="all", data__max_frames=6)
     assert frame_slots(config) == 6

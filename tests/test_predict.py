@@ -206,6 +206,34 @@ def test_leaving_the_skin_at_a_stage_between_frames(model, strained, skin):
     np.testing.assert_allclose(path.energies, wide.energies, atol=1e-5)
 
 
+def test_direct_predictors_miss_no_pair(monkeypatch):
+    """They look at the first positions only: wherever atoms end, nothing is solved again or flagged."""
+    config = tiny_config("direct", dynamics__mass="unit", loss__forces=0.0, model__layers=1)
+    model = scaled(tiny_model(config, dtype=np.float32), 30.0)
+    monkeypatch.setattr(predict, "_with_skin", None)
+    (path,) = predict_structures(model, [model.structure(molecule())])
+    assert approach(path.positions, path.cells, 4.5) > 3 * config.graph.skin
+    (one,) = judge(model, [("a", model.structure(molecule()))], 3)
+    assert "skin exceeded" not in [flag.name for flag in one.flags]
+
+
+def test_graphs_with_a_skin_hold_for_moved_atoms(model):
+    """With a skin the list holds the bonds, too, of atoms that are put elsewhere; without, it says not."""
+    atoms = Atoms("NaClO", [[0, 0, 0], [2.3, 0, 0], [0.5, 3.4, 0]])
+    moved = atoms.copy()
+    moved.positions[2, 1] -= 1.4  # from 3.44 Å to a bond
+
+    def energies(graph, other):
+        positions = graph.nodes["positions"].at[: len(other)].set(other.positions)
+        return predict_trajectory(
+            model, graph._replace(nodes=graph.nodes | {"positions": positions})
+        ).energies[:, 0]
+
+    truth = predict_trajectory(model, model.graph(moved)).energies[:, 0]
+    np.testing.assert_allclose(energies(model.graph(atoms, skin=1.5), moved), truth, atol=1e-5)
+    assert np.abs(energies(model.graph(atoms), moved) - truth).max() > 1e-3
+
+
 def _of_skin(model, skin):
     return model.replace(config=model.config.with_skin(skin))
 

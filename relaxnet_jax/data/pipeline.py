@@ -18,7 +18,8 @@ from relaxnet_jax.typing import Graph
 def collate_samples(
     samples: Sequence[Sample], shape: BatchShape, config: Config, dtype=np.float32
 ) -> tuple[Graph, Targets]:
-    """A padded batch and its targets."""
+    """A padded batch and its targets, of structures about the coordinate origin, as in prediction: far
+    from it ``dtype`` would round distances."""
     n, N, G = frame_slots(config), shape.n_atoms, shape.n_graphs
     positions, forces = np.zeros((n, N, 3), dtype), np.zeros((n, N, 3), dtype)
     energies, times = np.zeros((n, G), dtype), np.zeros((n, G), dtype)
@@ -26,7 +27,8 @@ def collate_samples(
     offset = 0
     for index, s in enumerate(samples):
         rows = slice(offset, offset + s.structure.n_atoms)
-        positions[:, rows], forces[:, rows] = s.positions, s.forces
+        positions[:, rows] = s.positions - s.structure.origin
+        forces[:, rows] = s.forces
         energies[:, index], times[:, index], frame_mask[:, index] = (
             s.energies,
             s.times,
@@ -36,7 +38,7 @@ def collate_samples(
         offset = rows.stop
     cells = _cell_targets(samples, n, G, dtype) if config.dynamics.cell == "variable" else None
     own_times = times if config.data.frame_selection == "all" else None
-    graph = collate([s.structure for s in samples], shape, dtype)
+    graph = collate([s.structure.centred() for s in samples], shape, dtype)
     return graph, Targets(positions, forces, energies, frame_mask, last, own_times, cells)
 
 

@@ -214,7 +214,7 @@ def make_train_step(
 ) -> Callable:
     """step(state, batch, learning_rate, key) -> (state, metrics).
 
-    A step whose loss or gradient is not finite changes nothing but the count of skipped steps.
+    A step whose loss or gradient is not finite changes nothing but the counts of steps and of skipped ones.
 
     Args:
       config: what is trained. scale: energy scale, eV/atom.
