@@ -23,7 +23,7 @@ from relaxnet_jax.batching import (
 from relaxnet_jax.data.trajectory import unwrap_positions
 from relaxnet_jax.errors import InputError
 from relaxnet_jax.graph import structure_from_atoms
-from relaxnet_jax.model import NO_ENERGY_SURFACE, RelaxNet, dtype_of
+from relaxnet_jax.model import NO_ENERGY_SURFACE, RelaxNet, check_one, dtype_of
 from relaxnet_jax.models.energy import RelaxNetwork
 from relaxnet_jax.neighbors import approach
 from relaxnet_jax.potential import evaluate, program_kind
@@ -87,9 +87,9 @@ class RelaxNetCalculator(Calculator):
       skin: Å, at least 0; that of the model's configuration by default.
 
     Raises:
-      InputError: a wrong combination of scheme and ``reference``, or a negative skin; and, when
-        energies are asked for, an element the model never saw, a structure that cannot be used,
-        or one that is too far from the reference.
+      InputError: something that is not one model, a wrong combination of scheme and ``reference``,
+        or a negative skin; and, when energies are asked for, an element the model never saw, a
+        structure that cannot be used, or one that is too far from the reference.
     """
 
     name = "relaxnet"
@@ -101,6 +101,7 @@ class RelaxNetCalculator(Calculator):
         self, model: RelaxNet, reference: Atoms | None = None, skin: float | None = None
     ) -> None:
         super().__init__()
+        check_one(model)
         self.model = model
         self.skin = model.config.graph.skin if skin is None else float(skin)
         self._config = model.config.with_skin(self.skin)

@@ -361,6 +361,16 @@ def atoms_list(atoms: Any) -> list[Atoms]:
     return many
 
 
+def check_one(model: Any) -> None:
+    """Raises InputError unless it is one model."""
+    if isinstance(model, RelaxNet):
+        return
+    way_out = "give a model from load_model or create_model"
+    if isinstance(model, Sequence) and not isinstance(model, str):
+        way_out = "give one of them, or all to relax_committee(models, atoms)"
+    raise InputError(f"model: is of type {type(model).__name__}, not RelaxNet: {way_out}")
+
+
 def dtype_of(params: Params) -> Any:
     """The precision of a model's parameters."""
     return jax.tree.leaves(params)[0].dtype

@@ -17,7 +17,7 @@ from relaxnet_jax.errors import InputError
 from relaxnet_jax.graph import Structure, build_structure
 from relaxnet_jax.lbfgs import FMAX, STEPS, Minimisation, minimise
 from relaxnet_jax.memory import batch_size_of
-from relaxnet_jax.model import RelaxNet, atoms_list
+from relaxnet_jax.model import RelaxNet, atoms_list, check_one
 from relaxnet_jax.solving import Batch, Batches, Path, batch_shape, usable_devices
 from relaxnet_jax.trust import NOT_CONVERGED, Flag, constraint_flags, trust_flags
 
@@ -248,9 +248,10 @@ def relax(model, atoms, n_frames=5, batch_size=None, relax_cell=True, fmax=FMAX,
       static model did not relax to ``fmax`` within ``steps``.
 
     Raises:
-      InputError: a structure that cannot be used, named by its place in the sequence;
-        n_frames < 2 or batch_size < 1.
+      InputError: something that is not one model (of several: `relax_committee`); a structure that
+        cannot be used, named by its place in the sequence; n_frames < 2 or batch_size < 1.
     """
+    check_one(model)
     if n_frames < 2:
         raise InputError(
             f"n_frames={n_frames}: a trajectory has at least 2 frames, the first and the last"

@@ -148,6 +148,8 @@ def test_explicit_models_need_a_reference(model, explicit):
         RelaxNetCalculator(model, reference=slab())
     with pytest.raises(InputError, match="skin"):
         RelaxNetCalculator(model, skin=-0.1)
+    with pytest.raises(InputError, match="is of type list, not RelaxNet: give one of them"):
+        RelaxNetCalculator([model, model])
     reference = slab()
     atoms = attached(slab(), explicit, reference=reference)
     reference.positions += 1.0  # what was given is copied

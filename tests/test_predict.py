@@ -563,6 +563,13 @@ def test_structures_are_ase_atoms(model, given):
             call(given)
 
 
+@pytest.mark.parametrize("given", ["explicit", [1, 2]])
+def test_one_model_predicts(given):
+    words = "relax_committee" if isinstance(given, list) else "load_model"
+    with pytest.raises(InputError, match=rf"model: is of type \w+, not RelaxNet: .*{words}"):
+        relax(given, crystal())
+
+
 def test_bad_sizes(model):
     with pytest.raises(InputError, match="batch_size=0"):
         relax(model, [crystal()], 3, batch_size=0)
