@@ -20,7 +20,7 @@ from relaxnet_jax.batching import (
     remember_shape,
     shape_of,
 )
-from relaxnet_jax.data.trajectory import unwrap_positions
+from relaxnet_jax.data.trajectory import CALCULATOR, unwrap_positions
 from relaxnet_jax.errors import InputError
 from relaxnet_jax.graph import structure_from_atoms
 from relaxnet_jax.model import NO_ENERGY_SURFACE, RelaxNet, check_one, dtype_of
@@ -92,7 +92,7 @@ class RelaxNetCalculator(Calculator):
         structure that cannot be used, or one that is too far from the reference.
     """
 
-    name = "relaxnet"
+    name = CALCULATOR
     # Declared as ASE's base class declares them.
     implemented_properties: list[str] = ["energy", "free_energy", "forces"]  # noqa: RUF012
     ignored_changes: set[str] = {"initial_magmoms"}  # noqa: RUF012

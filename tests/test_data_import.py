@@ -29,7 +29,7 @@ from relaxnet_jax.data import (
     write_store,
 )
 from relaxnet_jax.data.shards import write_shards
-from relaxnet_jax.data.trajectory import sound_and_unwrapped
+from relaxnet_jax.data.trajectory import CALCULATOR, PREDICTED, REFINED, sound_and_unwrapped
 from relaxnet_jax.errors import InputError
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -230,6 +230,68 @@ def test_relaxations_are_no_paths(tmp_path, optimiser):
     optimiser(atoms, trajectory=str(path), logfile=None).run(fmax=1e-3, steps=60)
     (found,) = read(path)
     assert found.n_frames > 5
+
+
+def predicted_path():
+    """A path as this package predicts it."""
+    start = crystal()
+    n = len(start)
+    return RelaxationTrajectory(
+        id="0-Cu4",
+        atomic_numbers=start.numbers,
+        positions=np.linspace(start.positions, crystal(0.05).positions, 3),
+        cells=np.repeat(start.cell.array[None], 3, axis=0),
+        pbc=start.pbc,
+        energies=np.array([-1.0, -2.0, -3.0]),
+        forces=np.full((3, n, 3), 0.1),
+        fixed_mask=np.zeros(n, bool),
+        source=PREDICTED,
+    )
+
+
+class OwnCalculator(EMT):
+    """In place of this package's, by its name."""
+
+    name = CALCULATOR
+
+
+def relaxed_from(atoms, file, calculator=EMT):
+    """ASE's record of a relaxation that begins at a structure and has its ``info`` in every frame."""
+    atoms.calc = calculator()
+    LBFGS(atoms, trajectory=str(file), logfile=None).run(fmax=0.05)
+    return ase.io.read(file, ":")
+
+
+@pytest.mark.parametrize("form", ["traj", "extxyz"])
+def test_predictions_are_left_out_and_what_begins_at_them_is_read(tmp_path, form):
+    """By how frames are numbered, so that it is the same with files of earlier versions."""
+    path = predicted_path()
+    path.write(tmp_path / f"path.{form}")
+    (skipped,) = read(tmp_path / f"path.{form}")
+    assert skipped.reason == "was predicted by this package, not computed: leave it out"
+    relaxed = path.atoms(-1)  # as relax writes it, and as it is read again
+    relaxed.info = {"traj_id": "cu", "source": REFINED, "relaxnet_flags": "density"}
+    ase.io.write(tmp_path / "cu-relaxed.extxyz", relaxed)
+    begun = {"a": path.atoms(-1), "b": path.atoms(1), "c": ase.io.read(tmp_path / "cu-relaxed.extxyz")}
+    for name, atoms in begun.items():
+        images = relaxed_from(atoms, tmp_path / f"{name}.traj")
+        file = tmp_path / f"{name}.{form}"
+        if form == "extxyz":
+            save(file, images)
+        (found,) = read(file)
+        assert (found.id, found.source) == (f"{name}/{images[0].info['traj_id']}", file.name)
+        np.testing.assert_allclose(found.energies, [a.get_potential_energy() for a in images])
+        assert found.n_frames == len(images) > 2
+    files = [tmp_path / f"{name}.{form}" for name in ("path", *begun)]
+    report = import_files(files, tmp_path / "all.h5")
+    assert report.read == 3 and [label for _, label, _ in report.skipped] == ["0-Cu4"]
+
+
+def test_energies_of_the_own_calculator_are_left_out(tmp_path):
+    for name, atoms in (("a", predicted_path().atoms(-1)), ("b", crystal())):
+        relaxed_from(atoms, tmp_path / f"{name}.traj", OwnCalculator)
+        (skipped,) = read(tmp_path / f"{name}.traj")
+        assert "was predicted by this package" in skipped.reason
 
 
 def test_nudged_elastic_band_is_refused(tmp_path):

@@ -365,19 +365,29 @@ def test_results_are_no_inputs(tmp_path, monkeypatch):
                  "mine/dft-relaxed.vasp", "mine/y-path.cif"):  # fmt: skip
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         Path(name).touch()
-    predicted = alloy()
-    predicted.info["source"] = "RelaxNet"  # as predict --out says it
-    for name in ("mine/guess.extxyz", "mine/guess.traj", "mine/guess.xyz"):
-        ase.io.write(name, [predicted, predicted], format="traj" if name.endswith("j") else "extxyz")
-    predicted.info["source"] = "RelaxNet, refined"
-    ase.io.write("mine/good.extxyz", predicted)
+    images = [alloy(), alloy()]
+    for k, atoms in enumerate(images):
+        atoms.info |= {"traj_id": "a", "frame": k, "source": "RelaxNet"}  # as predict --out says it
+    for name in ("mine/guess.extxyz", "mine/guess.traj", "mine/guess.xyz", "mine/end.traj"):
+        said = images[1:] if "end" in name else images
+        ase.io.write(name, said, format="traj" if name.endswith("j") else "extxyz")
+    for k, atoms in enumerate(images):
+        atoms.info = {"traj_id": str(k), "source": "RelaxNet"}  # as relax does
+    ase.io.write("mine/several.extxyz", images)
+    for atoms in images:  # as an optimiser's frames do that begins at a prediction
+        atoms.info = {"traj_id": "a", "frame": 1, "source": "RelaxNet"}
+    ase.io.write("mine/dft.extxyz", images)
+    ase.io.write("mine/dft.traj", images)
+    images[0].info["source"] = "RelaxNet, refined"
+    ase.io.write("mine/good.extxyz", images[0])
     said = []
     files, failures = find_files([".", "mine/guess.xyz"], Path("relaxed"), said.append)
     assert not failures
     assert [str(f) for f in files] == [
-        "POSCAR", "mine/dft-relaxed.vasp", "mine/good.extxyz", "mine/y-path.cif", "mine/guess.xyz"]  # fmt: skip
+        "POSCAR", "mine/dft-relaxed.vasp", "mine/dft.extxyz", "mine/dft.traj", "mine/good.extxyz",
+        "mine/y-path.cif", "mine/guess.xyz"]  # fmt: skip
     (line,) = said
-    assert line.startswith(".: 6 results of this package passed over")
+    assert line.startswith(".: 8 results of this package passed over")
 
 
 def test_cells_that_relax(tmp_path, monkeypatch, capsys):

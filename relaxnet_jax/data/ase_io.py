@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,6 +13,8 @@ import numpy as np
 from relaxnet_jax.constraints import held_atoms
 from relaxnet_jax.data.files import one_line
 from relaxnet_jax.data.trajectory import (
+    ALONE,
+    CALCULATOR,
     PREDICTED,
     RelaxationTrajectory,
     reduced_formula,
@@ -55,13 +57,13 @@ class _Frame(NamedTuple):
 
 
 def read_frames(
-    path: Path, plain: Path, name: str
+    path: Path, plain: Path, default: str
 ) -> Iterator[RelaxationTrajectory | SkippedRelaxation]:
     """The relaxations of a file ASE reads; see `reading.read_relaxations`.
 
     Args:
       path: the file, for messages. plain: it or a decompressed copy.
-      name: id of a relaxation that has no ``traj_id``.
+      default: id of a relaxation that has no ``traj_id``.
 
     Raises:
       InputError: the file is unreadable or of molecular dynamics, or no frame of it has energy and
@@ -72,9 +74,11 @@ def read_frames(
         raise InputError(f"{path}: {dynamics}, molecular dynamics: give relaxations")
     labelled = False
     seen: set[str] = set()
-    frames = _frames(path, plain, name)
-    for name, members in itertools.groupby(frames, key=lambda frame: frame.name):
+    frames = _frames(path, plain, default)
+    for own, members in itertools.groupby(frames, key=lambda frame: frame.name):
         images, error = _collect(members)
+        # The traj_id of a prediction tells relaxations from it apart in a file, not in several files.
+        name = f"{default}/{own}" if own != default and _begun_at_prediction(images) else own
         try:
             labels = [labels_of(atoms) for atoms in images]
             labelled |= any(e is not None and f is not None for e, f, _ in labels)
@@ -136,8 +140,7 @@ def _frames(path: Path, plain: Path, default: str) -> Iterator[_Frame]:
 def _name_of(item: ase.Atoms | Unreadable, default: str) -> str:
     """Name of a frame's relaxation; "" for an unreadable frame that does not say it."""
     if not isinstance(item, Unreadable):
-        info = item.info.get("key_value_pairs", {}) | item.info
-        return text_of(info.get("traj_id")) or default
+        return text_of(_info(item).get("traj_id")) or default
     from ase.io.extxyz import key_val_str_to_dict
 
     try:  # as the frames around it are read, or the names would differ
@@ -205,8 +208,10 @@ def _build(
     name: str, images: list[ase.Atoms], labels: list[_Labels], source: str
 ) -> RelaxationTrajectory | SkippedRelaxation:
     """The relaxation made of ``images``; skipped if it is unsound."""
-    first = images[0]
-    info = first.info.get("key_value_pairs", {}) | first.info
+    first, info = images[0], _info(images[0])
+    if predicted(images):
+        return SkippedRelaxation(name, "was predicted by this package, not computed: leave it out")
+    origin = "" if _begun_at_prediction(images) else text_of(info.get("source"))
     code = " ".join(filter(None, (text_of(info.get("code")), text_of(info.get("functional")))))
     stresses = [stress for _, _, stress in labels if stress is not None]
     charges = first.arrays.get("charges", first.get_initial_charges())
@@ -224,10 +229,8 @@ def _build(
         or reduced_formula(first.numbers),
         stresses=np.array(stresses) if len(stresses) == len(images) else None,
         charges=np.array(charges, dtype=np.float64) if np.any(charges) else None,
-        source=text_of(info.get("source")) or code or source,
+        source=origin or code or source,
     )
-    if trajectory.source.startswith(PREDICTED):
-        return SkippedRelaxation(name, "was predicted by this package, not computed: leave it out")
     try:
         return sound_and_unwrapped(trajectory)
     except InputError as bad:
@@ -251,12 +254,13 @@ def _complaint(images: list[ase.Atoms], labels: list[_Labels]) -> str:
     """Why these frames are no relaxation; empty if they are one."""
     if len(images) < 2:
         return "a single frame: a relaxation needs two or more"
-    first, last = images[0], -1
+    first, last, numbered = images[0], -1, _numbered(images)
     for k, (atoms, (energy, forces, _)) in enumerate(zip(images, labels)):
+        number = _info(atoms).get("frame", last + 1) if numbered else k
         try:
-            index = int(atoms.info.get("frame", last + 1))
+            index = int(number)
         except (TypeError, ValueError):
-            return f"frame {k}, frame: {atoms.info['frame']!r} is no number: count from 0"
+            return f"frame {k}, frame: {number!r} is no number: count from 0"
         if index <= last:
             return f"frame {index} after frame {last}: sort the frames"
         last = index
@@ -313,6 +317,32 @@ def fixed_atoms(atoms: ase.Atoms) -> np.ndarray:
         # Its force would never vanish, and there is no mask for one direction.
         raise InputError("an atom is held in some directions only: fix or free it")
     return fixed
+
+
+def _begun_at_prediction(images: Sequence[ase.Atoms]) -> bool:
+    """Whether frames of one relaxation, which say that this package predicted them, were computed from
+    its prediction on: ASE's optimisers copy ``info`` of the structure they begin at into every frame, but
+    the frames of a predicted path are numbered one by one."""
+    source = text_of(_info(images[0]).get("source")) if len(images) > 1 else ""
+    return source.startswith((PREDICTED, ALONE)) and not _numbered(images)
+
+
+def predicted(images: Sequence[ase.Atoms]) -> bool:
+    """Whether frames of one relaxation are of a predicted path, or their energies the package's own."""
+    if any(getattr(atoms.calc, "name", None) == CALCULATOR for atoms in images):
+        return True
+    source = text_of(_info(images[0]).get("source"))
+    return source.startswith(PREDICTED) and not _begun_at_prediction(images)
+
+
+def _numbered(images: Sequence[ase.Atoms]) -> bool:
+    """Whether frames of one relaxation say which they are: not where all say the same."""
+    return len({text_of(_info(atoms).get("frame")) for atoms in images}) > 1
+
+
+def _info(atoms: ase.Atoms) -> dict[str, Any]:
+    """What a frame says of itself, in ASE's databases too."""
+    return atoms.info.get("key_value_pairs", {}) | atoms.info
 
 
 def text_of(value: object) -> str:

@@ -45,8 +45,10 @@ def read_relaxations(
     `outcar.Outcar`), and the POSCAR or CONTCAR of an OUTCAR its fixed atoms; where these
     are damaged the run is read without them. Of other files, consecutive frames that share
     ``traj_id`` in their ``info`` are one relaxation, and their ``frame`` (if there) must ascend;
-    without ``traj_id`` the whole file is one. A frame that cannot be parsed costs the relaxation
-    its ``traj_id`` names, or those on both sides where it names none. JSON files of the ALIGNN-FF
+    without ``traj_id`` the whole file is one. What this package predicted is left out; what was
+    computed from a prediction on, in all frames of which is that one's ``info``, is named by the file
+    and ``traj_id``. A frame that cannot be parsed costs the relaxation its ``traj_id`` names, or
+    those on both sides where it names none. JSON files of the ALIGNN-FF
     set, MPtrj and Alexandria are recognised by content (see `json_sets`). Of an archive every file of
     relaxations is read. The relaxations of a store (`write_store`) come as they are.
     Forces are raw, ``FixAtoms`` and selective dynamics become ``fixed_mask``, positions are

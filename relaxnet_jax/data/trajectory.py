@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 # Å; a lattice-vector component that moves by more has been relaxed, not rounded.
 CELL_TOLERANCE = 1e-4
 PREDICTED = "RelaxNet"  # the source of predicted relaxations
+REFINED = f"{PREDICTED}, refined"  # that of a structure relaxed on from a prediction
+ALONE = f"refined without {PREDICTED}"  # and of one for which the prediction was no use
+CALCULATOR = "relaxnet"  # ASE's name of the package's calculator
 # What a `source` ends in where the relaxation has not come to its end.
 UNFINISHED = ", unfinished"  # killed, going on, or its file cut
 UNCONVERGED = ", not converged"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from relaxnet_jax.console import printable
+from relaxnet_jax.data.ase_io import images_of, predicted
 from relaxnet_jax.data.files import is_poscar
 from relaxnet_jax.data.sources import plain_name
 from relaxnet_jax.data.trajectory import PREDICTED
@@ -144,20 +146,27 @@ def _inside(folder: Path, exclude: Path, passed: list[Path]) -> Iterable[Path]:
 
 
 def _predicted(file: Path) -> bool:
-    """Whether the first frame of an extxyz or traj file says that it was predicted."""
+    """Whether an extxyz or traj file begins with a prediction: its first frame says so, and the second
+    is not of a relaxation computed from one."""
     try:
         if file.suffix.lower() in (".xyz", ".extxyz"):
             with file.open(encoding="utf-8") as lines:
                 _, comment = next(lines), next(lines)
-            return _SOURCE.search(comment) is not None
-        if file.suffix.lower() == ".traj":
+            says_so = _SOURCE.search(comment) is not None
+        elif file.suffix.lower() == ".traj":
             from ase.io import Trajectory
 
             with Trajectory(str(file)) as frames:
-                return bool(frames[0].info.get("source") == PREDICTED)
+                says_so = frames[0].info.get("source") == PREDICTED
+        else:
+            return False
+        if not says_so:
+            return False
+        two = [a for a in itertools.islice(images_of(file), 2) if not isinstance(a, str)]
+        of_one = len({str(atoms.info.get("traj_id")) for atoms in two}) == 1
+        return not of_one or predicted(two)
     except Exception:  # what cannot be read is named where it is read
-        pass
-    return False
+        return False
 
 
 def read_inputs(

@@ -13,7 +13,7 @@ import numpy as np
 from relaxnet_jax.constraints import move_to_end
 from relaxnet_jax.data.files import is_poscar
 from relaxnet_jax.data.sources import plain_name
-from relaxnet_jax.data.trajectory import RelaxationTrajectory
+from relaxnet_jax.data.trajectory import ALONE, REFINED, RelaxationTrajectory
 from relaxnet_jax.errors import InputError
 from relaxnet_jax.relaxation.inputs import Input
 from relaxnet_jax.structure_files import write_frames
@@ -127,8 +127,8 @@ def relaxed_atoms(
     if results:
         atoms.calc = SinglePointCalculator(atoms, **results)
     used = refined is None or refined.kept == "with"
-    source = path.source if refined is None else f"{path.source}, refined"
-    atoms.info |= {"traj_id": one.name, "source": source if used else "refined without RelaxNet"}
+    source = path.source if refined is None else REFINED
+    atoms.info |= {"traj_id": one.name, "source": source if used else ALONE}
     if flags and used:
         atoms.info["relaxnet_flags"] = ", ".join(flag.name for flag in flags)
     return atoms
