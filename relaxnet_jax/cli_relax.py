@@ -99,7 +99,8 @@ def add_relax(commands) -> None:
         "--skip-existing",
         action="store_true",
         help="leave out inputs whose relaxed structure and path are in --out already (and, with "
-        "--refine, refined): to go on with what was interrupted",
+        "--refine, refined): to go on with what was interrupted; not where these are of another "
+        "structure of that name, or of another --model",
     )
     p.add_argument(
         "--plot", action="store_true", help="draw energy, fmax and displacement along each path"

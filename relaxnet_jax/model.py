@@ -42,6 +42,7 @@ from relaxnet_jax.data.files import atomic_folder
 from relaxnet_jax.data.trajectory import CELL_TOLERANCE, unwrap_positions
 from relaxnet_jax.errors import InputError
 from relaxnet_jax.graph import MAX_ATOMIC_NUMBER, Structure, structure_from_atoms
+from relaxnet_jax.model_folders import member_folders, model_folder
 from relaxnet_jax.models.energy import RelaxNetwork
 from relaxnet_jax.models.init import initial_parameters
 from relaxnet_jax.models.precision import in_float32
@@ -52,7 +53,6 @@ from relaxnet_jax.strain import deformations, stress, to_reference
 from relaxnet_jax.typing import AnyArray, Graph, Params, Times
 
 FORMAT = 2
-_SHIPPED = Path(__file__).with_name(PRETRAINED)
 NO_ENERGY_SURFACE = (
     "dynamics.latent='direct': the model predicts the energy of the final structure, not one of the "
     "positions given; use a static or implicit model"
@@ -450,26 +450,6 @@ def save_model(model: RelaxNet, folder: str | Path) -> Path:
         }
         (temporary / "model.json").write_text(json.dumps(facts, indent=2))
     return Path(folder)
-
-
-def model_folder(folder: str | Path = PRETRAINED) -> Path:
-    """The model folder of a training run, the folder itself, or that of the first pretrained model.
-
-    Raises InputError if absent.
-    """
-    if folder == PRETRAINED:
-        return member_folders(PRETRAINED)[0]
-    path = Path(folder)
-    if not path.is_dir():
-        raise InputError(f"{path}: no such folder; give a training run or its 'model' folder")
-    return path / "model" if (path / "model").is_dir() else path
-
-
-def member_folders(name: str | Path = PRETRAINED) -> list[Path]:
-    """The model folders that a name stands for: the pretrained committee's, or `model_folder`'s."""
-    if name == PRETRAINED:
-        return sorted(path.parent for path in _SHIPPED.glob("*/model.json"))
-    return [model_folder(name)]
 
 
 def load_committee(*folders: str | Path) -> list[RelaxNet]:

@@ -570,7 +570,7 @@ def test_eval_command(models, tmp_path, monkeypatch, capsys):
     shipped = Path("shipped")
     for k, model in enumerate(models[:2]):
         save_model(model, shipped / str(k))
-    monkeypatch.setattr("relaxnet_jax.model._SHIPPED", shipped)
+    monkeypatch.setattr("relaxnet_jax.model_folders._SHIPPED", shipped)
     of_shipped = ["eval", "--workdir", "pretrained"]
     assert cli.main(of_shipped) == 2 and "give relaxations with --data" in capsys.readouterr().err
     assert cli.main([*of_shipped, "--data", "set.h5"]) == 0

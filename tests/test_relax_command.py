@@ -134,6 +134,9 @@ def test_many_files_some_bad(run, model):
     assert [(f.info["traj_id"], f.info["frame"]) for f in frames] == [
         (name, k) for name in ("many-0", "many-2") for k in range(3)
     ]
+    # The paths begin at the structures in the files, whatever these hold.
+    code, _, err = run("in", "in/sub/POSCAR", "--plot", "--skip-existing")
+    assert code == 1 and "5 inputs skipped" in err
 
 
 def test_json_refine_and_fixed_atoms(run, tmp_path):

@@ -26,6 +26,7 @@ from relaxnet_jax.data.generation.calculators import load_calculator
 from relaxnet_jax.data.trajectory import PREDICTED, RelaxationTrajectory
 from relaxnet_jax.errors import InputError
 from relaxnet_jax.model import save_model
+from relaxnet_jax.model_folders import checksum
 from relaxnet_jax.predict import as_trajectory, predict_structures, relax
 from relaxnet_jax.relaxation import command
 from relaxnet_jax.relaxation.refine import descend, refine
@@ -286,6 +287,49 @@ def test_an_interrupted_screening_goes_on(screen, form):
     assert ids(f"relaxed/z-relaxed.{form}") == ["z"]
     assert screen(*argv, "--skip-existing")[:2] == (0, [])
     assert screen(*argv, "--skip-existing", "--overwrite")[0] == 2
+
+
+def test_other_structures_of_a_name_are_not_taken_for_done(screen):
+    """Nor lost: whatever the file is called, the path has to begin at the structure in it."""
+    for name in ("x", "y"):
+        Path(name).mkdir()
+        ase.io.write(f"{name}/s.cif", alloy(seed=ord(name)))
+        ase.io.write(f"{name}/m.extxyz", [alloy(seed=ord(name)), alloy()])
+    assert screen("x/s.cif", "x/m.extxyz")[0] == 0
+    before = {p: p.read_bytes() for p in Path("relaxed").iterdir()}
+    for argv in (("y/s.cif",), ("y/m.extxyz",), ("y/s.cif", "--refine", "emt")):
+        code, chunks, err = screen(*argv, "--skip-existing")
+        assert code == 2 and not chunks and {p: p.read_bytes() for p in before} == before
+        place = "s.cif" if "y/s.cif" in argv else "m.extxyz, image 0"
+        assert f"-path.extxyz: is the path of x/{place}, not of y/{place} as it is now (positions " in err
+        assert "give another --out, or replace it with --overwrite instead of --skip-existing" in err
+    # The same one elsewhere is the same; what was edited, or is held otherwise, is not.
+    Path("x/s.cif").rename("y/s.cif")
+    assert screen("y/s.cif", "--skip-existing")[:2] == (0, [])
+    assert "(fixed atoms differ)" in screen("y/s.cif", "--fixed", "0", "--skip-existing")[2]
+    ase.io.write("y/s.cif", alloy("Pd"))
+    Path("relaxed/summary.csv").unlink()
+    assert "is the path of another structure, not of y/s.cif" in screen("y/s.cif", "--skip-existing")[2]
+    Path("relaxed/s-path.extxyz").write_text("4\nnothing\n")
+    assert "--skip-existing cannot read it" in screen("y/s.cif", "--skip-existing")[2]
+
+
+def test_results_of_other_models_are_not_taken_for_done(screen, model):
+    """Where the summary says what predicted them, which those of earlier versions do not."""
+    ase.io.write("s.cif", alloy())
+    assert screen("s.cif")[0] == 0
+    assert rows()[0]["model"] == "pretrained" and len(rows()[0]["model checksum"]) == 16
+    own = str(model[1])
+    code, chunks, err = screen("s.cif", "--skip-existing", "--model", own)
+    assert code == 2 and not chunks and "--overwrite instead of --skip-existing" in err
+    assert "s was predicted by the model pretrained (checksum" in err and f"not by {own} (" in err
+    assert checksum([own, "pretrained"]) == checksum(["pretrained", own]) != checksum([own])
+    assert checksum(["absent"]) == ""
+    file = Path("relaxed/summary.csv")
+    lines = [line.split(",") for line in file.read_text().splitlines()]
+    file.write_text("".join(",".join(line[:-2]) + "\n" for line in lines))
+    assert "model" not in rows()[0]
+    assert screen("s.cif", "--skip-existing", "--model", own)[:2] == (0, [])
 
 
 def test_refining_the_rest_keeps_what_was_there(screen):

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from relaxnet_jax.config import PRETRAINED
 from relaxnet_jax.console import COMPILING, bar, note, result_console, say
 from relaxnet_jax.errors import InputError
+from relaxnet_jax.model_folders import checksum
 from relaxnet_jax.relaxation import inputs as reading
 from relaxnet_jax.relaxation import outputs as writing
 from relaxnet_jax.relaxation import summary
@@ -63,8 +64,10 @@ def relax(args: argparse.Namespace, load_members: Callable[[str], dict[str, Rela
     if args.html and len(found) > 1:
         raise InputError(f"--html {args.html}: shows one structure, {len(found)} were given")
     html = Path(args.html) if args.html else None
-    told = _Told(summary.Summary(out), {i.place: i.name for i in found}, args.refine, failures)
-    found, targets, before = _planned(found, args, failures)
+    by = summary.Models(", ".join(args.model), checksum(args.model))
+    names = {one.place: one.name for one in found}
+    told = _Told(summary.Summary(out), names, args.refine, by, failures)
+    found, targets, before = _planned(found, args, by, failures)
     if not found and not args.json:
         if before.names:
             return SOME_FAILED if failures.all else 0
@@ -98,12 +101,12 @@ def relax(args: argparse.Namespace, load_members: Callable[[str], dict[str, Rela
 
 
 def _planned(
-    found: Sequence[Input], args: argparse.Namespace, failures: _Failures
+    found: Sequence[Input], args: argparse.Namespace, by: summary.Models, failures: _Failures
 ) -> tuple[list[Input], list[Target], Existing]:
     """The inputs to relax, their files, and what is there already of ``--skip-existing``.
 
     Raises:
-      InputError: a file exists or cannot be written.
+      InputError: a file exists, is not what is asked for, or cannot be written.
     """
     out = Path(args.out)
     targets = writing.plan(found, out, args.format, args.plot)
@@ -112,9 +115,7 @@ def _planned(
     left = [(i, t) for i, t, reason in zip(found, targets, unfit) if not reason]
     before = Existing(set(), {})
     if args.skip_existing:
-        known = summary.read(out)
-        refined = {r["name"] for r in known if r["refined"] == args.refine} if args.refine else None
-        before = existing(left, refined)
+        before = existing(left, summary.read(out), by, args.refine)
     left = [(one, target) for one, target in left if one.name not in before.names]
     if before.names:
         note(f"{len(before.names)} inputs skipped: their results are in {out} (--skip-existing)")
@@ -260,10 +261,12 @@ class _Told:
         file: summary.Summary,
         names: Mapping[str, str],
         refine: str | None,
+        by: summary.Models,
         failures: _Failures,
     ) -> None:
-        """Args: names: of the inputs, by what messages call them."""
-        self.file, self.names, self.refine, self.failures = file, names, refine, failures
+        """Args: names: of the inputs, by what messages call them. by: what predicts."""
+        self.file, self.names, self.failures = file, names, failures
+        self.refine, self.by = refine, by
         self.count = 0  # of the failures that were told
 
     def tell(self, members: Sequence[_Done]) -> None:
@@ -274,7 +277,7 @@ class _Told:
         for one in members:
             if one.written:
                 reason = news.pop(one.input.place, "")
-                rows.append(summary.row(one.record, self.refine, reason))
+                rows.append(summary.row(one.record, self.refine, reason, self.by))
         rows += [
             summary.failed(self.names.get(place, ""), place, reason)
             for place, reason in news.items()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from relaxnet_jax.data.files import atomic_path
 from relaxnet_jax.errors import InputError
@@ -15,16 +15,36 @@ COLUMNS = (
     *("name", "input", "relaxed file", "path file"),
     *("energy change (meV/atom)", "volume change (%)", "fmax first (eV/Å)", "fmax last (eV/Å)"),
     *("spread of energy (meV/atom)", "spread of positions (Å)", "converged", "flags"),
-    *("refined", "failure"),
+    *("refined", "failure", "model", "model checksum"),
 )
 
 
-def row(record: Mapping[str, Any], refine: str | None, failure: str = "") -> dict[str, str]:
+class Models(NamedTuple):
+    """What predicts.
+
+    Attributes:
+      names: as they were given. checksum: of `model_folders.checksum`; either is empty where it is
+        not known.
+    """
+
+    names: str = ""
+    checksum: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.names} (checksum {self.checksum})"
+
+
+UNKNOWN = Models()
+
+
+def row(
+    record: Mapping[str, Any], refine: str | None, failure: str = "", models: Models = UNKNOWN
+) -> dict[str, str]:
     """What is said of a structure, by `COLUMNS`: numbers are the model's.
 
     Args:
       record: of `report.record`, with its input and files. refine: the calculator that refined it if
-        the record says so. failure: why that could not be done.
+        the record says so. failure: why that could not be done. models: what predicted it.
     """
     before, after = record["volume_first"], record["volume_last"]
     relaxes = record["cell_relaxed"] and before > 0
@@ -41,6 +61,7 @@ def row(record: Mapping[str, Any], refine: str | None, failure: str = "") -> dic
         ", ".join(flag["name"] for flag in record["flags"]),
         (refine or "") if record.get("refined") is not None else "",
         failure,
+        *models,
     )
     return dict(zip(COLUMNS, values))
 
@@ -48,6 +69,11 @@ def row(record: Mapping[str, Any], refine: str | None, failure: str = "") -> dic
 def failed(name: str, place: str, failure: str) -> dict[str, str]:
     """The row of an input without results; ``name`` is empty where it has none yet."""
     return dict.fromkeys(COLUMNS, "") | {"name": name, "input": place, "failure": failure}
+
+
+def models_of(row: Mapping[str, str]) -> Models:
+    """What predicted the structure of a row."""
+    return Models(row["model"], row["model checksum"])
 
 
 def _number(value: float | None, factor: float = 1.0) -> str:
