@@ -104,6 +104,33 @@ def test_a_relaxation_that_fails_leaves_the_other(lost, model):
         assert "(+0 % saved, 1 structures, none where" in lines[1] and lines[1].endswith("prediction: 1")
 
 
+class Magnetic(EMT):
+    """EMT with moments."""
+
+    implemented_properties = (*EMT.implemented_properties, "magmom", "magmoms")
+
+    def calculate(self, *args):
+        super().calculate(*args)
+        self.results |= {"magmom": 2.0, "magmoms": np.arange(4.0), "free_energy": -1.5}
+
+
+@pytest.mark.parametrize("form", ["extxyz", "traj"])
+def test_moments_free_energy_and_stress_of_the_calculator_are_kept(form, tmp_path):
+    made = load_calculator("emt")._replace(make=Magnetic)
+    refined = refine(alloy(), alloy(), made, 0.05, 200)
+    one = command.reading.Input("a", "a", Path("a"), "a", alloy())
+    command.writing.write_relaxed(
+        [command.writing.relaxed_atoms(one, still(one), (), refined)], tmp_path / f"a.{form}", form
+    )
+    found = ase.io.read(tmp_path / f"a.{form}")
+    assert found.get_magnetic_moment() == 2.0 and found.calc.results["free_energy"] == -1.5
+    np.testing.assert_array_equal(found.get_magnetic_moments(), np.arange(4.0))
+    check = refined.atoms.copy()
+    check.calc = EMT()
+    np.testing.assert_allclose(found.get_stress(), check.get_stress(), atol=1e-7)
+    assert found.get_potential_energy() == pytest.approx(check.get_potential_energy(), abs=1e-6)
+
+
 def test_cells_need_a_stress_to_be_refined(tmp_path, monkeypatch, capsys):
     """Said before anything is predicted; a kept cell, or none, needs none."""
     folder = save_model(made(dynamics__cell="variable"), tmp_path / "model")

@@ -105,9 +105,10 @@ def relaxed_atoms(
 ) -> Atoms:
     """The input's atoms, with all they carry, in the final cell at the final positions.
 
-    Energy, forces and, where cells relax, stress are the model's, or the calculator's where it
-    refined them; none where constraints that the path ignores have moved its end. ``info`` has
-    ``traj_id``, ``source``, and ``relaxnet_flags`` if there are any and the prediction was used.
+    Energy, forces and, where cells relax, stress are the model's; or, with magnetic moments and free
+    energy if there are any, the calculator's where it refined them; none where constraints that the
+    path ignores have moved its end. ``info`` has ``traj_id``, ``source``, and ``relaxnet_flags`` if
+    there are any and the prediction was used.
     """
     from ase.calculators.singlepoint import SinglePointCalculator
 
@@ -122,8 +123,7 @@ def relaxed_atoms(
     else:
         atoms.set_cell(refined.atoms.cell, apply_constraint=False)
         atoms.set_positions(refined.atoms.positions, apply_constraint=False)
-        found = refined.atoms.calc.results
-        results = {k: found[k] for k in ("energy", "forces", "stress") if k in found}
+        results = dict(refined.atoms.calc.results)
     if results:
         atoms.calc = SinglePointCalculator(atoms, **results)
     used = refined is None or refined.kept == "with"

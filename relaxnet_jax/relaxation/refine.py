@@ -19,6 +19,9 @@ from relaxnet_jax.relaxation.minima import same_minimum_within
 if TYPE_CHECKING:
     from ase import Atoms
 
+# Of what a calculator finds besides energy and forces, what is kept.
+EXTRAS = ("free_energy", "stress", "magmom", "magmoms")
+
 
 class Leg(NamedTuple):
     """One LBFGS relaxation.
@@ -44,9 +47,9 @@ class Refined(NamedTuple):
         failed, or, where ``failure`` is empty, was not needed.
       wrong_minimum: whether the head start ended higher by more than `same_minimum_within`;
         None where one of the two failed, did not converge or was not needed.
-      atoms: what is kept, with energy, forces and, where the cell relaxed, stress: the end of the
-        relaxation with the head start, or of the other where that is a wrong minimum, or
-        failed or did not converge and the other did not.
+      atoms: what is kept, with energy, forces, and those of `EXTRAS` that were found (the stress in
+        any case where the cell relaxed): the end of the relaxation with the head start, or of the
+        other where that is a wrong minimum, or failed or did not converge and the other did not.
       kept: "with" or "without".
       failure: why one of the two failed; empty if none did.
     """
@@ -123,12 +126,14 @@ def _results_only(atoms: Atoms, stress_too: bool) -> Atoms:
     those of all structures would be alive at once."""
     from ase.calculators.singlepoint import SinglePointCalculator
 
-    results = {
+    results: dict[str, Any] = {
         "energy": float(atoms.get_potential_energy()),
         "forces": atoms.get_forces(apply_constraint=False),
     }
     if stress_too:
         results["stress"] = atoms.get_stress(apply_constraint=False)
+    found = getattr(atoms.calc, "results", {})
+    results |= {k: found[k] for k in EXTRAS if k not in results and found.get(k) is not None}
     atoms.calc = SinglePointCalculator(atoms, **results)
     return atoms
 
