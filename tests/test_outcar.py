@@ -244,6 +244,10 @@ BROKEN = {
     "forces": ((b"TOTAL-FORCE", b"TOTAL-FARCE"), "ionic step 0: no positions and forces"),
     "rows": ((RULE, b""), "ionic step 0: positions and forces: not 3 rows"),
     "ml": ((b"TOTAL-FORCE (eV/Angst)", b"TOTAL-FORCE (eV/Angst) (ML)"), "machine-learned"),
+    "ml tag": ((b" POTCAR:", b"   ML_LMLFF = .TRUE. # trained\n POTCAR:"), "machine-learned"),
+    "lattice": ((b"   GGA_COMPAT", b"   LATTICE_CONSTRAINTS = .TRUE. T .FALSE.  ! 2D\n"
+                b"   ISIF   =      3    stress and relaxation\n   GGA_COMPAT"),
+                "LATTICE_CONSTRAINTS=.TRUE. T .FALSE. held a part of the cell"),
     "energy": ((b"  free  energy", b"  fr"), "ionic step 0: energies"),
     "entropy": ((b"  energy  without", b"  energy"), "ionic step 0: no energy"),
     "step": ((step(1), b""), "ionic step 1: the file counts it as 2"),
@@ -275,6 +279,16 @@ def test_damage(fault):
 @pytest.mark.parametrize("isif", range(4))
 def test_isif_of_relaxations(isif):
     line = b"   ISIF   = %6d    stress and relaxation\n   GGA_COMPAT" % isif
+    assert read(outcar().replace(b"   GGA_COMPAT", line))[0].n_frames == 3
+
+
+@pytest.mark.parametrize(
+    ("incar", "isif"),
+    [(b"LATTICE_CONSTRAINTS = F F T", 2), (b"LATTICE_CONSTRAINTS = 3*.TRUE.  # not F", 3),
+     (b"ML_LMLFF = .FALSE.  # T", 3)],
+)  # fmt: skip
+def test_settings_that_hold_nothing(incar, isif):
+    line = b"   %s\n   ISIF   = %6d    stress and relaxation\n   GGA_COMPAT" % (incar, isif)
     assert read(outcar().replace(b"   GGA_COMPAT", line))[0].n_frames == 3
 
 
@@ -399,6 +413,7 @@ def test_damaged_outcar_does_not_lose_the_run(tmp_path, beside, reason):
 
 
 CUT = vasprun()[: vasprun().index(b"forces")]  # within the first ionic step
+LEARNED = vasprun().replace(b"</incar>", b'<i type="logical" name="ML_LMLFF"> T  </i></incar>')
 TWO_STEPS = vasprun()[: vasprun().rindex(b"forces")]
 TWO_STEPS_OUTCAR = outcar()[: outcar().rindex(b"TOTAL-FORCE")]
 
@@ -470,6 +485,9 @@ def test_vasprun_with_its_complete_steps_is_not_replaced(tmp_path):
         # What the run is, the OUTCAR would not make better: it does not name the atoms held.
         (vasprun(selective=["FFF", "TTF", "TTT"]), outcar(), "held in some directions only"),
         (vasprun(ibrion=0), outcar(), "IBRION=0"),
+        (LEARNED, outcar(), "machine-learned force field"),
+        (LEARNED[: LEARNED.index(b"forces")], outcar(), "machine-learned force field"),
+        (CUT, outcar().replace(b"(eV/Angst)", b"(eV/Angst) (ML)"), r"nor can OUTCAR be used: made by"),
         (vasprun(n=1), outcar(), "a single ionic step"),
     ],
 )

@@ -153,6 +153,8 @@ def test_selective_dynamics():
         ((b"</incar>", b'<i type="int" name="ISIF">     7</i></incar>'), "give one with ISIF 2 or 3"),
         ((b"</incar>", b'<i name="PSTRESS"> 100.0</i></incar>'), "PSTRESS=100 kB"),
         ((b"</incar>", b'<i type="int" name="IMAGES"> 4</i></incar>'), "IMAGES, a path of images"),
+        ((b"</incar>", b'<i type="logical" name="ML_LMLFF"> T  </i></incar>'), "machine-learned force"),
+        ((b"</incar>", b'<i type="logical" name="ML_FF_LMLFF">T</i></incar>'), "give a run of DFT alone"),
         ((b"<c>Cu</c>", b"<c>Qq</c>"), "<atominfo>: elements Qq"),
         ((b"<atominfo>", b""), "no <atominfo> before the first structure"),
         ((b"</calculation>", b""), "ionic step 0: <calculation> without its other end"),
@@ -171,6 +173,28 @@ def test_damage(change, message):
 @pytest.mark.parametrize("isif", range(4))
 def test_isif_of_relaxations(isif):
     tag = f'<i type="int" name="ISIF">     {isif}</i></incar>'.encode()
+    assert read(vasprun().replace(b"</incar>", tag)).n_frames == 3
+
+
+@pytest.mark.parametrize("isif_first", [True, False])
+def test_lattice_constraints(isif_first):
+    """They hold a part of a cell that relaxes, and nothing of one that stays."""
+
+    def settings(isif, flags):
+        tags = [f'<i type="int" name="ISIF">     {isif}</i>',
+                f'<v type="logical" name="LATTICE_CONSTRAINTS"> {flags} </v>']  # fmt: skip
+        tags = "\n".join(tags if isif_first else reversed(tags))
+        return vasprun().replace(b"</incar>", f"{tags}\n</incar>".encode())
+
+    for flags in ("F F T", "T T F"):
+        message = refused(settings(3, flags))
+        assert message.startswith(f"LATTICE_CONSTRAINTS={flags} held a part of the cell: ")
+        assert read(settings(2, flags)).n_frames == 3
+    assert read(settings(3, "T T T")).n_frames == 3
+
+
+def test_force_field_that_is_off():
+    tag = b'<i type="logical" name="ML_LMLFF"> F  </i></incar>'
     assert read(vasprun().replace(b"</incar>", tag)).n_frames == 3
 
 

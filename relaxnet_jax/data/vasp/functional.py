@@ -8,6 +8,11 @@ FUNCTIONAL_TAGS = ("GGA", "METAGGA", "LHFCALC", "LUSE_VDW", "IVDW", "LDAU")
 _UNSET = ("", "--", "NONE", "F", ".FALSE.", "0")
 
 
+def is_true(value: bytes) -> bool:
+    """Whether a logical tag is on: T, .TRUE. and what else Fortran takes for it."""
+    return value.strip().lstrip(b".").upper().startswith(b"T")
+
+
 def functional_of(values: Mapping[str, Sequence[bytes]]) -> str:
     """VASP and the INCAR tags that change the energy, e.g. "VASP GGA=PS LDAU".
 

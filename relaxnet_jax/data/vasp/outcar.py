@@ -19,12 +19,13 @@ from relaxnet_jax.data.trajectory import (
     sound_and_unwrapped,
 )
 from relaxnet_jax.data.vasp.electronic import tell_unconverged
-from relaxnet_jax.data.vasp.functional import functional_of
+from relaxnet_jax.data.vasp.functional import functional_of, is_true
 from relaxnet_jax.data.vasp.outcar_lines import Scanner, table
 from relaxnet_jax.data.vasp.unfinished import Cut, NoRelaxation, remark, too_few
 from relaxnet_jax.data.vasp.vasprun import (
     KILOBAR,
     Energy,
+    check_force_field,
     check_ibrion,
     check_images,
     check_isif,
@@ -159,6 +160,7 @@ class Outcar:
         self._numbers: np.ndarray | None = None
         self._table: tuple[np.ndarray | None, str] = (None, "")
         self._nelm = 0
+        self._isif, self._constraints = 0, b""
         self.done = 0
         self.finished = self.selective = False
         self.functional: dict[str, list[bytes]] = {}
@@ -182,8 +184,8 @@ class Outcar:
         if self.finished:
             self.charges, self.charges_fault = self._net_charges()
 
-    def _fail(self, what: str, remedy: str = "the file is damaged") -> NoReturn:
-        raise InputError(f"ionic step {self.done}: {what}: {remedy}")
+    def _fail(self, what: str) -> NoReturn:
+        raise InputError(f"ionic step {self.done}: {what}: the file is damaged")
 
     def _steps(self) -> Iterator[_Step]:
         cell: np.ndarray | None = None
@@ -210,8 +212,7 @@ class Outcar:
             elif mark == b"POSITION  ":
                 if b"TOTAL-FORCE" not in line:
                     continue
-                if b"(ML)" in line:
-                    self._fail("made by a machine-learned force field", "give a run of DFT alone")
+                check_force_field(b"(ML)" in line)
                 if placed is not None:
                     self._fail("no energy")
                 placed = self._read_atoms()
@@ -280,7 +281,13 @@ class Outcar:
                 self._nelm = int(match[1])
         elif mark == b"ISIF   =":
             if match := re.match(rb"ISIF   =\s*(\d+)\s+stress and relax", line):
-                check_isif(int(match[1]))
+                self._isif = int(match[1])
+                check_isif(self._isif, self._constraints)
+        elif mark == b"LATTICE_CONSTRAINTS":
+            self._constraints = re.split(rb"[#!;]", line.partition(b"=")[2])[0]
+            check_isif(self._isif, self._constraints)
+        elif mark in (b"ML_LMLFF", b"ML_FF_LMLFF"):
+            check_force_field(is_true(line.partition(b"=")[2]))
         elif mark == b"number of dos":
             match = re.search(rb"NIONS\s*=\s*(\d+)", line)
             self._n_ions = int(match[1]) if match else None

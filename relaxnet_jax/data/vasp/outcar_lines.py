@@ -46,6 +46,10 @@ _HEAD = (
     b"LUSE_VDW   =",
     b"IVDW ",
     b"LDA+U is selected",
+    # Of the INCAR, which newer versions repeat.
+    b"LATTICE_CONSTRAINTS",
+    b"ML_LMLFF",
+    b"ML_FF_LMLFF",
 )
 _GLUED = re.compile(rb"(?<=\d)-")
 

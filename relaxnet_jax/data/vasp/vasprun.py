@@ -20,7 +20,7 @@ from relaxnet_jax.data.trajectory import (
     sound_and_unwrapped,
 )
 from relaxnet_jax.data.vasp.electronic import tell_unconverged
-from relaxnet_jax.data.vasp.functional import FUNCTIONAL_TAGS, functional_of
+from relaxnet_jax.data.vasp.functional import FUNCTIONAL_TAGS, functional_of, is_true
 from relaxnet_jax.data.vasp.unfinished import Cut, NoRelaxation, remark, too_few
 from relaxnet_jax.errors import InputError
 
@@ -39,9 +39,10 @@ _SKIPPED = (b"dos", b"eigenvalues", b"projected", b"kpoints", b"dielectricfuncti
 _TAG = re.compile(
     rb"<(/?(?:modeling|calculation|atominfo|structure|varray|energy|scstep|"
     + b"|".join(_SKIPPED)
-    + rb"))\b([^<>]*)>|<i\b[^<>]*name=\"(IBRION|ISIF|NELM|PSTRESS|IMAGES|"
+    + rb"))\b([^<>]*)>|<[iv]\b[^<>]*name=\"(IBRION|ISIF|LATTICE_CONSTRAINTS|NELM|PSTRESS|IMAGES|"
+    + rb"ML_LMLFF|ML_FF_LMLFF|"
     + b"|".join(tag.encode() for tag in FUNCTIONAL_TAGS)
-    + rb")\"[^<>]*>([^<>]*)</i>"
+    + rb")\"[^<>]*>([^<>]*)</[iv]>"
 )
 _NAME = re.compile(rb'name\s*=\s*"([^"]*)"')
 _VECTORS = re.compile(rb"<v[^<>]*>([^<>]*)</v>")
@@ -157,9 +158,9 @@ def read_vasprun(
       note: called with one line if the run is without its end, or has unconverged ionic steps.
 
     Raises:
-      NoRelaxation: it is a run of another kind, of a single ionic step, or holds an atom in some
-        directions only, all positions, or a part of the cell; or its last ionic step is
-        electronically unconverged.
+      NoRelaxation: it is a run of another kind, of a machine-learned force field, of a single
+        ionic step, or holds an atom in some directions only, all positions, or a part of the cell;
+        or its last ionic step is electronically unconverged.
       InputError: it holds fewer than two complete ionic steps or is damaged; the message is one
         line without the name of the file.
     """
@@ -217,6 +218,7 @@ class _Parser:
         self.nelm = 0
         self.functional: dict[str, list[bytes]] = {}
         self._inside = b""
+        self._isif, self._constraints = 0, b""
 
     def steps(self) -> Iterator[_Step]:
         """The complete ionic steps. Raises InputError at damage other than a cut."""
@@ -232,19 +234,8 @@ class _Parser:
         in_electronic = whole = False
         while (match := self._scanner.tag()) is not None:
             tag, attributes = match[1], match[2]
-            if tag is None and match[3] == b"IBRION":
-                check_ibrion(int(match[4]))
-            elif tag is None and match[3] == b"ISIF":
-                check_isif(int(match[4]))
-            elif tag is None and match[3] == b"NELM":
-                # That of response functions comes later under the same name.
-                self.nelm = self.nelm or int(match[4])
-            elif tag is None and match[3] == b"PSTRESS":
-                check_pressure(match[4])
-            elif tag is None and match[3] == b"IMAGES":
-                check_images(int(match[4]))
-            elif tag is None:
-                self.functional.setdefault(match[3].decode(), []).append(match[4])
+            if tag is None:
+                self._read_setting(match[3].decode(), match[4])
             elif tag in _SKIPPED:
                 self._upto(tag, keep=False)
             elif tag == b"atominfo":
@@ -288,6 +279,28 @@ class _Parser:
             raise InputError(f"ionic step {self.done}: no </calculation>: the file is damaged")
         if not whole:
             self.cut = "without </modeling>"
+
+    def _read_setting(self, name: str, value: bytes) -> None:
+        """Takes a tag of the INCAR, as it was asked for or as it was used."""
+        if name == "IBRION":
+            check_ibrion(int(value))
+        elif name == "ISIF":
+            self._isif = int(value)
+            check_isif(self._isif, self._constraints)
+        elif name == "LATTICE_CONSTRAINTS":
+            self._constraints = value
+            check_isif(self._isif, self._constraints)
+        elif name == "NELM":
+            # That of response functions comes later under the same name.
+            self.nelm = self.nelm or int(value)
+        elif name == "PSTRESS":
+            check_pressure(value)
+        elif name == "IMAGES":
+            check_images(int(value))
+        elif name in ("ML_LMLFF", "ML_FF_LMLFF"):
+            check_force_field(is_true(value))
+        else:
+            self.functional.setdefault(name, []).append(value)
 
     def _block(self, tag: bytes) -> bytes:
         """Text up to the closing tag."""
@@ -413,19 +426,41 @@ def check_ibrion(ibrion: int) -> None:
         )
 
 
-def check_isif(isif: int) -> None:
-    """Raises NoRelaxation if a run with this ISIF held the positions, or a part of the cell."""
+def check_isif(isif: int, constraints: bytes = b"") -> None:
+    """Raises NoRelaxation if a run held the positions, or a part of the cell.
+
+    Args:
+      isif: ISIF. constraints: LATTICE_CONSTRAINTS, b"" where it is not said; it has no say in cells
+        that stay.
+    """
     if isif in _HELD:
-        raise NoRelaxation(
-            f"ISIF={isif} held {_HELD[isif]}: only relaxations of the positions, or of these and the whole "
-            "cell, can be learned from; give one with ISIF 2 or 3"
-        )
+        held, remedy = f"ISIF={isif} held {_HELD[isif]}", "give one with ISIF 2 or 3"
+    elif isif == 3 and b"F" in constraints.upper():
+        flags = b" ".join(constraints.split()).decode("ascii", "replace")
+        held = f"LATTICE_CONSTRAINTS={flags} held a part of the cell"
+        remedy = "give one without them"
+    else:
+        return
+    raise NoRelaxation(
+        f"{held}: only relaxations of the positions, or of these and the whole cell, can be learned "
+        f"from; {remedy}"
+    )
 
 
 def check_images(images: int) -> None:
     """Raises NoRelaxation if a run with so many IMAGES is none."""
     if images > 0:
         raise NoRelaxation("IMAGES, a path of images (NEB): give a relaxation")
+
+
+def check_force_field(on: bool) -> None:
+    """Raises NoRelaxation if a machine-learned force field was ``on``. While one is trained, some
+    steps are of DFT, and the others not."""
+    if on:
+        raise NoRelaxation(
+            "made by a machine-learned force field (ML_LMLFF), all of it or some steps: give a run of "
+            "DFT alone"
+        )
 
 
 def check_pressure(kilobar: bytes) -> None:
