@@ -429,6 +429,11 @@ def test_functional(chunk, monkeypatch):
         (b"  LUSE_VDW   =     F", b"  LUSE_VDW   =     T", "VASP GGA=PS LUSE_VDW"),
         (b"   GGA_COMPAT", b"   IVDW   =     12\n   GGA_COMPAT", "VASP GGA=PS IVDW=12"),
         (b"   GGA_COMPAT", b"   PSTRESS=      0.0 pullay stress\n   GGA_COMPAT", "VASP GGA=PS"),
+        (b"   GGA_COMPAT", b"   LSORBIT =      T    spin-orbit\n  GGA", "VASP GGA=PS LSORBIT"),
+        (b"   GGA_COMPAT", b"   ISPIN  =      2    spin polarized\n  GGA", "VASP GGA=PS ISPIN=2"),
+        (b"   GGA_COMPAT", b"   AEXX    =    1.0000 exact\n   HFSCREEN=    0.2000\n  GGA", "VASP GGA=PS"),
+        (b"LHFCALC =     F", b"LHFCALC =     T\n   AEXX    =    0.3000 exact\n   HFSCREEN=    0.2070 scr",
+         "VASP GGA=PS LHFCALC AEXX=0.3 HFSCREEN=0.207"),
         (b"   GGA_COMPAT", b" LDA+U is selected, type is set to LDAUTYPE =  2\n  GGA", "VASP GGA=PS LDAU"),
     ):
         text = outcar()

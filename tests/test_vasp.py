@@ -574,6 +574,7 @@ DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "vasp"
         ({"METAGGA": " None"}, "VASP"),
         ({"IVDW": "  12", "PSTRESS": "  0.00000000"}, "VASP IVDW=12"),
         ({"IVDW": "   0", "IMAGES": "   0"}, "VASP"),
+        ({"LSORBIT": " T  ", "GGA": "PS"}, "VASP GGA=PS LSORBIT"),
     ],
 )
 def test_functional(tags, source):
@@ -582,6 +583,29 @@ def test_functional(tags, source):
     used = "".join(f'  <i type="string" name="{k}">0</i>\n' for k in tags)
     text = vasprun().replace(b"</incar>", f"{lines}</incar>\n<parameters>\n{used}</parameters>".encode())
     assert read(text).source == source
+
+
+@pytest.mark.parametrize(
+    "tags, source",
+    [
+        ({"LHFCALC": "T", "AEXX": "0.25000000", "HFSCREEN": "0.00000000"}, "VASP LHFCALC"),
+        ({"LHFCALC": "T", "AEXX": "0.25000000", "HFSCREEN": "0.20000000"}, "VASP LHFCALC HFSCREEN=0.2"),
+        ({"LHFCALC": "T", "AEXX": "0.33333333", "HFSCREEN": "0.20700000", "LDAU": "T"},
+         "VASP LHFCALC AEXX=0.3333 HFSCREEN=0.207 LDAU"),
+        ({"LHFCALC": "T", "AEXX": "********"}, "VASP LHFCALC"),
+        ({"LHFCALC": "F", "AEXX": "1.00000000", "HFSCREEN": "0.20000000"}, "VASP"),
+        ({"ISPIN": "     1"}, "VASP"),
+        ({"ISPIN": "     2", "GGA": "PS"}, "VASP GGA=PS ISPIN=2"),
+    ],
+)  # fmt: skip
+def test_hybrids_and_spins(tags, source):
+    """By what VASP used; the mixing of hybrid functionals where it is not that of PBE0."""
+    lines = "".join(f'  <i name="{k}"> {v}</i>\n' for k, v in tags.items())
+    text = vasprun().replace(b"</incar>", f"</incar>\n<parameters>\n{lines}</parameters>".encode())
+    found = read(text[: text.index(b"</modeling>")])
+    assert found.source == source + ", unfinished"
+    # Energies of what has no moments do not depend on it.
+    assert found.family == source.removesuffix(" ISPIN=2")
 
 
 REAL = sorted(DATA.glob("*.xml.gz"))

@@ -29,6 +29,7 @@ UNFINISHED = ", unfinished"  # killed, going on, or its file cut
 UNCONVERGED = ", not converged"
 # What it says before that of a VASP run some of whose ionic steps are electronically unconverged.
 AT_NELM = ", steps at NELM"
+SPIN_POLARISED = " ISPIN=2"  # what that of a spin-polarised VASP run says before these
 MANY = (".extxyz", ".traj")  # take all frames, of several relaxations
 SUPPORTED_OUTPUTS = ".extxyz, .traj (all frames), .cif, .vasp, POSCAR*, CONTCAR* (final frame)"
 
@@ -54,8 +55,8 @@ class RelaxationTrajectory:
       charges: (N,) or None, e: net charges of the atoms, positive where electrons are missing
         (ASE's initial charges; of a VASP run, those of its PAW spheres, see `outcar.Outcar`).
       times: (n,) pseudotime in [0, 1], or None for k/(n-1).
-      source: where it came from (file, code, functional); it ends in `AT_NELM`, `UNFINISHED` or
-        `UNCONVERGED` where that is so.
+      source: where it came from (file, code, functional); it ends in `SPIN_POLARISED`, `AT_NELM`,
+        `UNFINISHED` or `UNCONVERGED` where that is so.
     """
 
     id: str
@@ -101,7 +102,10 @@ class RelaxationTrajectory:
     def family(self) -> str:
         """``source`` without what it may end in: energies of one family can be compared."""
         source = self.source
-        for ending in (UNFINISHED, UNCONVERGED, AT_NELM):
+        # Spin-polarised or not, energies of what has no moments are the same, and many sets hold
+        # both: apart, their rarer elements would have too few relaxations to compare with. What
+        # moments lower an energy by, some 0.1 eV/atom, hides in what compositions leave open.
+        for ending in (UNFINISHED, UNCONVERGED, AT_NELM, SPIN_POLARISED):
             source = source.removesuffix(ending)
         return source
 

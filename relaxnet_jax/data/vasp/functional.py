@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-FUNCTIONAL_TAGS = ("GGA", "METAGGA", "LHFCALC", "LUSE_VDW", "IVDW", "LDAU")
+from relaxnet_jax.data.trajectory import SPIN_POLARISED
+
+_SETTINGS = ("GGA", "METAGGA", "LHFCALC", "LUSE_VDW", "IVDW", "LDAU", "LSORBIT")
+# Of a hybrid functional (LHFCALC), with VASP's defaults, which are those of PBE0.
+_HYBRID = {"AEXX": 0.25, "HFSCREEN": 0.0}
+FUNCTIONAL_TAGS = (*_SETTINGS, *_HYBRID, "ISPIN")
 _UNSET = ("", "--", "NONE", "F", ".FALSE.", "0")
 
 
@@ -14,7 +19,7 @@ def is_true(value: bytes) -> bool:
 
 
 def functional_of(values: Mapping[str, Sequence[bytes]]) -> str:
-    """VASP and the INCAR tags that change the energy, e.g. "VASP GGA=PS LDAU".
+    """VASP and the INCAR tags that change the energy, e.g. "VASP GGA=PS LDAU ISPIN=2".
 
     Without GGA the functional is that of the potentials (POTCAR), which are not told apart, nor are
     the U of different elements.
@@ -22,10 +27,25 @@ def functional_of(values: Mapping[str, Sequence[bytes]]) -> str:
     Args:
       values: of `FUNCTIONAL_TAGS`, all that the file gives: as asked for, and as used.
     """
+    known = {
+        tag: [value.strip().decode("ascii", "replace").upper() for value in values.get(tag, ())]
+        for tag in FUNCTIONAL_TAGS
+    }
     words = ["VASP"]
-    for tag in FUNCTIONAL_TAGS:
-        known = [value.strip().decode("ascii", "replace").upper() for value in values.get(tag, ())]
-        value = next((v for v in known if v not in _UNSET), None)
-        if value is not None:
-            words.append(tag if value in ("T", ".TRUE.") else f"{tag}={value}")
-    return " ".join(words)
+    for tag in _SETTINGS:
+        value = next((v for v in known[tag] if v not in _UNSET), None)
+        if value is None:
+            continue
+        words.append(tag if value in ("T", ".TRUE.") else f"{tag}={value}")
+        if tag == "LHFCALC":
+            used = {t: _used(known[t], default) for t, default in _HYBRID.items()}
+            words += [f"{t}={x:g}" for t, x in used.items() if x != _HYBRID[t]]
+    return " ".join(words) + (SPIN_POLARISED if _used(known["ISPIN"], 1) == 2 else "")
+
+
+def _used(values: Sequence[str], default: float) -> float:
+    """The last number, to the four decimals of an OUTCAR; the default where there is none."""
+    try:
+        return round(float(values[-1]), 4)
+    except (IndexError, ValueError):
+        return default

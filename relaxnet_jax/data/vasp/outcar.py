@@ -20,7 +20,7 @@ from relaxnet_jax.data.trajectory import (
 )
 from relaxnet_jax.data.vasp.electronic import tell_unconverged
 from relaxnet_jax.data.vasp.functional import functional_of, is_true
-from relaxnet_jax.data.vasp.outcar_lines import Scanner, table
+from relaxnet_jax.data.vasp.outcar_lines import FUNCTIONAL_MARKS, Scanner, table
 from relaxnet_jax.data.vasp.unfinished import Cut, NoRelaxation, remark, too_few
 from relaxnet_jax.data.vasp.vasprun import (
     KILOBAR,
@@ -259,7 +259,7 @@ class Outcar:
             self._valences.append(line[len(mark) :])
         elif mark == b"LDA+U is selected":
             self.functional["LDAU"] = [b"T"]
-        elif mark in (b"GGA     =", b"METAGGA=", b"LHFCALC =", b"LUSE_VDW   ="):
+        elif mark in FUNCTIONAL_MARKS:
             tag, _, value = line.partition(b"=")
             self.functional.setdefault(tag.strip().decode(), []).append(
                 value.strip().split(b" ")[0]

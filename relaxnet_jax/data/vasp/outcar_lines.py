@@ -36,14 +36,22 @@ _MARKS = (
     b"General timing and accounting",
 )
 _DASHED = (b" Iteration ", b" aborting loop ")
-# Those of the head, which ends with the first iteration.
-_HEAD = (
-    b"NELM   =",
-    b"ISIF   =",
+# Those of the head, which ends with the first iteration: tags of `functional.functional_of` whose
+# value is one word, and others.
+FUNCTIONAL_MARKS = (
     b"GGA     =",
     b"METAGGA=",
     b"LHFCALC =",
+    b"AEXX    =",
+    b"HFSCREEN=",
     b"LUSE_VDW   =",
+    b"LSORBIT =",
+    b"ISPIN  =",
+)
+_HEAD = (
+    *FUNCTIONAL_MARKS,
+    b"NELM   =",
+    b"ISIF   =",
     b"IVDW ",
     b"LDA+U is selected",
     # Of the INCAR, which newer versions repeat.
