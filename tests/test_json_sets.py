@@ -21,6 +21,7 @@ from relaxnet_jax.data import RelaxationTrajectory, SkippedRelaxation, import_fi
 from relaxnet_jax.data import read_relaxations as read_file
 from relaxnet_jax.data.json_sets import json_layout
 from relaxnet_jax.data.json_stream import JsonDamageError, items
+from relaxnet_jax.data.quality.checks import Limits, check_store
 from relaxnet_jax.data.store import TrajectoryStore
 from relaxnet_jax.errors import InputError
 
@@ -163,7 +164,34 @@ def test_mptrj(tmp_path, monkeypatch, name, chunk):
     a, b, c = read(save(tmp_path / name, {"mp-1": frames, "mvc-2": other}))
     same(a, second, "mp-1-1")
     same(b, first, "mp-1-0")
-    assert b.source.endswith("mp-1") and (c.id, c.n_frames, c.stresses) == ("mvc-2-0", 3, None)
+    assert {t.source for t in (a, b, c)} == {name} and (c.id, c.n_frames, c.stresses) == ("mvc-2-0", 3, None)
+
+
+def test_mptrj_names_the_material(tmp_path):
+    """Where it is another task than the one that was run."""
+    content = {"mp-1": {f"mp-12-0-{k}": mptrj(a) for k, a in enumerate(steps(4))}}
+    (found,) = read(save(tmp_path / "a.json", content))
+    same(found, steps(4), "mp-1/mp-12-0")
+
+
+@pytest.mark.parametrize("layout", ["mptrj", "alexandria"])
+def test_energies_of_different_materials_are_compared(tmp_path, layout):
+    """Of one collection, whose materials do not tell what an energy is: one that is wrong is found."""
+    content = {}
+    for k in range(8):
+        images = []
+        for atoms in steps(k):
+            labels = atoms.calc.results | {"energy": atoms.get_potential_energy() - 80.0 * (k == 5)}
+            images.append(atoms.copy())
+            images[-1].calc = SinglePointCalculator(images[-1], **labels)
+        runs = {f"mp-{k}-0-{i}": mptrj(a) for i, a in enumerate(images)}
+        content[f"mp-{k}"] = runs if layout == "mptrj" else [alexandria(images)]
+    path = save(tmp_path / "a.json", content)
+    import_files([path], tmp_path / "out.h5")
+    with TrajectoryStore(tmp_path / "out.h5") as store:
+        report = check_store(store, Limits())
+    assert report.energy_unjudged == 0
+    assert [f.id for f in report.findings if f.reason == "energy"] == ["mp-5-0"]
 
 
 NO_MATCH = "number, order or species of atoms change"
@@ -266,7 +294,7 @@ def test_alexandria(tmp_path, name):
     for trajectory, (id, images) in zip(
         found, {"agm1-0": steps(1, 12), "agm1-1": steps(2), "agm2-0": steps(3)}.items(), strict=True
     ):
-        assert trajectory.stresses is None and trajectory.source == f"{name} {id[:4]} PBE"
+        assert trajectory.stresses is None and trajectory.source == f"{name} PBE"
         stresses = np.array([atoms.get_stress() for atoms in images])
         same(dataclasses.replace(trajectory, stresses=stresses), images, id)
 

@@ -17,7 +17,8 @@ MPtrj is an object of materials, each an object of frames::
     {"mp-1234": {"mp-1234-0-3": {"structure": …, "uncorrected_total_energy": …, "force": …,
      "stress": …}}}
 
-A frame's name is task, calculation and ionic step; the frames of one calculation are a relaxation.
+A frame's name is task, calculation and ionic step; the frames of one calculation are a relaxation,
+named after both, as "mp-1234-0", after the material too where that is another task: "mp-1/mp-1234-0".
 The energy is the uncorrected one (eV), which the forces (eV/Å) belong to. ``stress`` is VASP's: 3×3,
 kB, pressure positive. CHGNet trains on -0.1 times it as GPa, tension positive, and
 matbench-discovery's conversion for ASE is the same times ASE's GPa: eV/Å³ = -0.1/160.21766208 kB.
@@ -178,7 +179,8 @@ def _of_mptrj(material: Item, source: str) -> _Relaxations:
     if not _mapping(material.value):
         yield SkippedRelaxation(material.key, "no frames: remove it")
     for run, records in runs.items():
-        yield _relaxation(run, records, _pymatgen_frame, f"{source} {material.key}")
+        name = run if run.startswith(f"{material.key}-") else f"{material.key}/{run}"
+        yield _relaxation(name, records, _pymatgen_frame, source)
 
 
 def _of_alexandria(material: Item, source: str) -> _Relaxations:
@@ -194,8 +196,7 @@ def _of_alexandria(material: Item, source: str) -> _Relaxations:
             yield SkippedRelaxation(name, "no steps: remove it")
             continue
         records = [(k, f"step {k}", step) for k, step in enumerate(steps)]
-        family = f"{source} {material.key} {run.get('functional', '')}".rstrip()
-        yield _relaxation(name, records, parse, family)
+        yield _relaxation(name, records, parse, f"{source} {run.get('functional', '')}".rstrip())
 
 
 def _alignn(shown: Path, path: Path) -> _Relaxations:
