@@ -22,6 +22,7 @@ from relaxnet_jax.commands import _middle
 from relaxnet_jax.config import LossConfig, load_config
 from relaxnet_jax.data.dataset import read_trajectories
 from relaxnet_jax.data.pipeline import collate_samples
+from relaxnet_jax.data.quality.work import step_works
 from relaxnet_jax.data.sample import driftless, make_sample
 from relaxnet_jax.data.store_write import write_store
 from relaxnet_jax.data.trajectory import RelaxationTrajectory
@@ -78,6 +79,19 @@ def test_samples_and_targets():
     _, plain = collate_samples([make_sample(still, tiny_config())], shape,
                                tiny_config())  # fmt: skip
     assert plain.cells is None
+
+
+def test_no_stress_without_a_volume():
+    """Of a slab whose cell has no third vector; its plane is strained all the same."""
+    tall = relaxation(slab(), "a")
+    flat = dataclasses.replace(tall, cells=tall.cells * np.array([[1], [1], [0]])).validate()
+    assert make_sample(tall, VARIABLE).stress_mask.all()
+    sample = make_sample(flat, VARIABLE)
+    assert not sample.stress_mask.any()
+    np.testing.assert_allclose(np.linalg.matrix_rank(sample.structure.strain), 2)
+    back = flat.cells[0] @ np.swapaxes(sample.deformations, 1, 2)
+    np.testing.assert_allclose(back, flat.cells, atol=1e-12)
+    assert step_works(flat) is None and step_works(tall) is not None
 
 
 def test_loss_terms_by_hand():

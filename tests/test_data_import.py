@@ -1,6 +1,7 @@
 """Reading relaxations through ASE, and importing files into a store."""
 
 import csv
+import dataclasses
 import gzip
 import itertools
 from pathlib import Path
@@ -10,7 +11,7 @@ import h5py
 import numpy as np
 import pytest
 from ase import Atoms, units
-from ase.build import bulk
+from ase.build import bulk, fcc111
 from ase.calculators.emt import EMT
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.constraints import FixAtoms, FixCartesian
@@ -18,6 +19,7 @@ from ase.md.verlet import VelocityVerlet
 from ase.mep import NEB
 from ase.optimize import BFGS, FIRE, LBFGS, BFGSLineSearch, MDMin, QuasiNewton
 from test_data_store import assert_same, random_trajectory
+from tiny import tiny_config
 
 from relaxnet_jax.data import (
     RelaxationTrajectory,
@@ -28,6 +30,9 @@ from relaxnet_jax.data import (
     read_relaxations,
     write_store,
 )
+from relaxnet_jax.data.quality.checks import Limits, check_relaxation
+from relaxnet_jax.data.quality.duplicates import first_frame, same_structure
+from relaxnet_jax.data.sample import make_sample
 from relaxnet_jax.data.shards import write_shards
 from relaxnet_jax.data.trajectory import CALCULATOR, PREDICTED, REFINED, sound_and_unwrapped
 from relaxnet_jax.errors import InputError
@@ -117,6 +122,44 @@ def test_positions_are_unwrapped(tmp_path):
     images[2].positions[2] += [0, 8, 0]
     (traj,) = read(save(tmp_path / "a.extxyz", images))
     np.testing.assert_allclose(np.diff(traj.positions, axis=0), np.full((2, 4, 3), 0.1))
+
+
+@pytest.mark.parametrize("name", ["slab.traj", "slab.extxyz"])
+def test_slab_without_a_third_vector(tmp_path, name):
+    """As ASE makes them (c = 0, pbc T T F): the same as in vacuum, to its neighbours and its checks."""
+    slab = fcc111("Cu", (2, 2, 3))
+    assert not slab.cell[2].any() and slab.pbc.tolist() == [True, True, False]
+    slab.info.clear()
+    slab.rattle(0.1, seed=0)
+    slab.calc = EMT()
+    BFGS(slab, trajectory=str(tmp_path / "run.traj"), logfile=None).run(fmax=0, steps=4)
+    found = []
+    for file, height in ((name, 0.0), ("tall.traj", 40.0)):
+        images = ase.io.read(tmp_path / "run.traj", index=":")
+        for k, atoms in enumerate(images):
+            atoms.cell[2, 2] = height
+            atoms.positions[k] += atoms.cell[0] - 2 * atoms.cell[1]
+            atoms.calc = SinglePointCalculator(atoms, **atoms.calc.results)
+        import_files([save(tmp_path / file, images)], tmp_path / "out.h5")
+        with TrajectoryStore(tmp_path / "out.h5") as store:
+            found.append(store[0])
+    flat, tall = found
+    np.testing.assert_array_equal(flat.cells[:, :2], tall.cells[:, :2])
+    assert not flat.cells[:, 2].any() and flat.stresses is None
+    np.testing.assert_allclose(flat.positions, tall.positions, atol=1e-7)
+    assert np.linalg.norm(np.diff(flat.positions, axis=0), axis=-1).max() < 0.3  # unwrapped
+    same = dataclasses.replace(flat, cells=tall.cells)
+    assert check_relaxation(flat, Limits()) == check_relaxation(same, Limits()) != []
+    assert same_structure(first_frame(flat), first_frame(tall))
+    for relax_cell in (False, True):
+        one, other = (make_sample(t, tiny_config(dynamics__cell="variable", dynamics__mass="unit"),
+                                  relax_cell) for t in found)  # fmt: skip
+        for field in ("receivers", "senders", "shifts", "reverse", "bond"):
+            mine, its = (getattr(sample.structure.neighbors, field) for sample in (one, other))
+            np.testing.assert_array_equal(mine, its)
+        np.testing.assert_allclose(one.structure.strain, other.structure.strain, atol=1e-12)
+        np.testing.assert_allclose(one.positions, other.positions, atol=1e-7)
+        assert not one.stress_mask.any()
 
 
 @pytest.mark.parametrize("name", ["a.extxyz", "a.traj"])

@@ -173,6 +173,12 @@ BAD = [
     (with_entry("charges", 3, np.nan), "atom 3, charges: not a finite"),
     (with_entry("energies", 0, 500.0), "frame 0, energies: 126 eV/atom from the other"),
     (with_entry("cells", (1, 2), [4.0, 4, 0]), "frame 1, cells: volume .* independent"),
+    ({"pbc": np.array([True, True, False]), **with_entry("cells", (1, 2), [4.0, 4, 0])},
+     "frame 1, cells: volume .* independent"),
+    (with_entry("cells", (slice(None), 2), 0.0), "frame 0, cells: volume 0 .* needs none, but pbc F"),
+    ({"pbc": np.array([True, True, False]),
+      "cells": np.tile([[4.0, 0, 0], [8, 0, 0], [0, 0, 0]], (3, 1, 1))}, "frame 0, cells: area 0 Å²"),
+    ({"pbc": np.array([True, False, False]), "cells": np.zeros((3, 3, 3))}, "frame 0, cells: length 0 Å"),
     ({"cells": np.zeros((3, 3, 3))}, "frame 0, cells: volume 0"),
     (with_entry("positions", (1, 2), [2.1, 2, 2.0005]), "frame 1, .* atoms 1 and 2 at one"),
     # The same place in the next cell.
@@ -195,6 +201,23 @@ def test_validate_accepts():
     molecule = make(cells=np.zeros((3, 3, 3)), pbc=np.zeros(3, bool))
     molecule.validate()
     make(pbc=np.zeros(3, bool), **with_entry("positions", (2, 3), [6.2, -2, 2])).validate()
+
+
+@pytest.mark.parametrize("k", range(3))
+def test_validate_slab_without_its_third_vector(k):
+    """Atoms that are images of each other along the others are found, and none along what is missing."""
+    cells = np.repeat(4 * np.eye(3)[None], 3, axis=0) + 0.3 * np.eye(3)[::-1]
+    cells[:, k] = 0.0
+    slab = make(cells=cells, pbc=np.arange(3) != k)
+    assert slab.validate() is slab
+    for j in range(3):
+        moved = slab.positions.copy()
+        moved[1, 3] = moved[1, 1] + (cells[1, j] if j != k else 4.0 * np.eye(3)[k])
+        if j == k:
+            make(cells=cells, pbc=slab.pbc, positions=moved).validate()
+            continue
+        with pytest.raises(InputError, match="frame 1, positions: atoms 1 and 3 at one point"):
+            make(cells=cells, pbc=slab.pbc, positions=moved).validate()
 
 
 def test_validate_large_structure():

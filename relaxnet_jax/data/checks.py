@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 MAX_ENERGY_SPAN = 20.0
 # Å; atoms of a structure that makes sense are never this close.
 MIN_DISTANCE = 1e-3
-# Å³; a cell below this has lattice vectors in one plane.
+# Å³; a cell below this has lattice vectors in one plane. Also of an area in Å² and a length in Å.
 MIN_VOLUME = 1e-6
 
 
@@ -75,21 +75,37 @@ def check_geometry(traj: RelaxationTrajectory) -> None:
     """InputError if periodic lattice vectors are degenerate or two atoms at one point."""
     periodic = np.asarray(traj.pbc, dtype=bool)
     if periodic.any():
-        volumes = np.abs(np.linalg.det(traj.cells))
-        if volumes.min() < MIN_VOLUME:
-            where, what = f"frame {volumes.argmin()}, cells", f"volume {volumes.min():.3g} Å³"
-            _fail(traj, where, what, "give three independent lattice vectors or pbc F F F")
-    close = _coincident(traj.positions, traj.cells, periodic)
+        # Along the other directions lattice vectors may be missing, as in ASE's slabs.
+        given = periodic | traj.cells.any(axis=(0, 2))
+        sizes = np.linalg.svd(traj.cells[:, given], compute_uv=False).prod(axis=1)
+        if sizes.min() < MIN_VOLUME:
+            name, unit = [("length", "Å"), ("area", "Å²"), ("volume", "Å³")][given.sum() - 1]
+            where, what = f"frame {sizes.argmin()}, cells", f"{name} {sizes.min():.3g} {unit}"
+            remedy = "give independent lattice vectors; what does not repeat needs none, but pbc F"
+            _fail(traj, where, what, remedy)
+    close = _coincident(traj.positions, _completed(traj.cells), periodic)
     if close is not None:
         frame, i, j = close
         where, what = f"frame {frame}, positions", f"atoms {i} and {j} at one point"
         _fail(traj, where, what, "remove one of them")
 
 
+def _completed(cells: np.ndarray) -> np.ndarray:
+    """Cells (n, 3, 3) with vectors of 1 Å across the others in place of those that are zero."""
+    missing = ~cells.any(axis=(0, 2))
+    if not missing.any():
+        return cells
+    _, _, rows = np.linalg.svd(cells)
+    completed = cells.copy()
+    completed[:, missing] = rows[:, 3 - missing.sum() :]
+    return completed
+
+
 def _coincident(
     positions: np.ndarray, cells: np.ndarray, periodic: np.ndarray
 ) -> tuple[int, int, int] | None:
-    """(frame, i, j) of the first two atoms closer than MIN_DISTANCE, images included."""
+    """(frame, i, j) of the first two atoms closer than MIN_DISTANCE, images included; of cells
+    with three vectors."""
     from scipy.spatial import KDTree
 
     n, n_atoms = positions.shape[:2]

@@ -7,6 +7,7 @@ import dataclasses
 import numpy as np
 
 from relaxnet_jax.config import Config
+from relaxnet_jax.data.checks import MIN_VOLUME
 from relaxnet_jax.data.frames import select_frames
 from relaxnet_jax.data.trajectory import RelaxationTrajectory
 from relaxnet_jax.graph import Structure, build_structure, masses_of
@@ -91,8 +92,10 @@ def make_sample(
 
     identity = np.broadcast_to(np.eye(3), (n, 3, 3)).copy()
     identity[chosen.slots] = steps
-    # Without three periodic directions the volume, and so the stress, depends on the vacuum.
+    # Without three periodic directions the volume, and so the stress, depends on the vacuum; without
+    # a third lattice vector there is none.
     known = t.stresses is not None and bool(structure.strain.any() or np.all(t.pbc))
+    known &= abs(np.linalg.det(structure.cell)) >= MIN_VOLUME
     stresses = np.zeros_like(steps)
     if t.stresses is not None:
         stresses = from_voigt(t.stresses[chosen.indices])

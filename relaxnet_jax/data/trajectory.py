@@ -211,9 +211,9 @@ class RelaxationTrajectory:
         """Returns itself if it is sound.
 
         Sound means: shapes agree, at least one frame and one atom, atomic numbers 1 to 118,
-        every number finite, times ascending in [0, 1], energies within 20 eV/atom, lattice
-        vectors that span a volume where any direction is periodic, no two atoms (periodic
-        images included) within 1e-3 Å.
+        every number finite, times ascending in [0, 1], energies within 20 eV/atom, independent
+        lattice vectors along the periodic directions (those along others may be missing), no two
+        atoms (periodic images included) within 1e-3 Å.
 
         Raises:
           InputError: the first of these that does not hold, with id, frame and field.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from relaxnet_jax.data.checks import MIN_VOLUME
 from relaxnet_jax.data.trajectory import RelaxationTrajectory
 
 # (3, 3) matrix of a stress from its Voigt order xx yy zz yz xz xy.
@@ -43,18 +44,19 @@ def step_works(trajectory: RelaxationTrajectory) -> np.ndarray | None:
 
     Returns:
       (2, n-1), eV: by the labels of the first and of the second frame of each step. None where
-      the cell varies and there are no stresses.
+      the cell varies and there are no stresses, or no volume that they are of.
     """
     x, forces, cells = trajectory.positions, trajectory.forces, trajectory.cells
     if not trajectory.variable_cell:
         moved = np.diff(x, axis=0)
         return np.stack([(f * moved).sum(axis=(1, 2)) for f in (forces[:-1], forces[1:])])
-    if trajectory.stresses is None:
+    volumes = np.abs(np.linalg.det(cells))
+    if trajectory.stresses is None or volumes.min() < MIN_VOLUME:
         return None
     inverses = np.linalg.pinv(cells)
     change = np.diff(x @ inverses, axis=0)
     strains = (inverses[:-1] @ cells[1:] - np.eye(3), np.eye(3) - inverses[1:] @ cells[:-1])
-    stresses = (trajectory.stresses * np.abs(np.linalg.det(cells))[:, None])[:, _VOIGT]
+    stresses = (trajectory.stresses * volumes[:, None])[:, _VOIGT]
     works = []
     for ends, strain in zip((slice(None, -1), slice(1, None)), strains):
         of_forces = (forces[ends] * (change @ cells[ends])).sum(axis=(1, 2))
