@@ -62,9 +62,11 @@ def add_data(commands) -> None:
     p.add_argument("--folds", type=int, metavar="K", help="of which each is test once (default: 1)")
     p.add_argument(
         "--by",
-        choices=("group", "formula", "elements", "prototype"),
+        choices=("group", "formula", "elements", "prototype", "id"),
         help="what is never separated: a group as stored (the default), a reduced formula (that of --like), "
-        "a set of elements, a prototype (anonymous formula and space group of the final structure)",
+        "a set of elements, a prototype (anonymous formula and space group of the final structure); "
+        "id: each relaxation is alone, for sets of one composition: honest only where they are "
+        "independent of each other, not two that end alike",
     )
     p.add_argument(
         "--fractions",

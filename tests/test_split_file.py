@@ -252,3 +252,26 @@ def test_impossible_folds(path):
             make_folds(store, 20)
         with pytest.raises(InputError, match="--folds 0"):
             make_folds(store, 0)
+
+
+def test_a_set_of_one_composition(tmp_path, capsys):
+    """It has one group, whatever belongs together; alone, by their ids, relaxations can be split."""
+    path, out = tmp_path / "one.h5", tmp_path / "one.splits.json"
+    atoms = Atoms("CuAu", [[0, 0, 0], [2.5, 0, 0.1]])
+    write_store(path, [relaxation(atoms, n=3, name=f"r{k}", seed=k) for k in range(12)])
+    ways = ["1 group(s)", "import --groups CSV", "data split --by id, for data.split_file"]
+    with pytest.raises(InputError) as error:
+        load_dataset(load_config(TINY, {"data.path": str(path)}))
+    assert all(word in str(error.value) for word in [f"data.path {path}: ", *ways])
+    for by in ("group", "formula", "elements", "prototype"):
+        assert main(["data", "split", str(path), "--by", by]) == 2
+        said = capsys.readouterr().err
+        assert all(word in said for word in [f"{path}, --by {by}: ", *ways])
+    assert main(["data", "split", str(path), "--by", "id"]) == 0
+    dataset = load_dataset(load_config(TINY, {"data.path": str(path), "data.split_file": str(out)}))
+    assert {name: len(rows) for name, rows in dataset.splits.items()} == {
+        "train": 10, "validation": 1, "test": 1,
+    }  # fmt: skip
+    with TrajectoryStore(path) as store:
+        tests = [fold.test.tolist() for fold in make_folds(store, 12, "id")]
+    assert sorted(tests) == [[k] for k in range(12)]

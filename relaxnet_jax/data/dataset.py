@@ -94,5 +94,6 @@ def load_dataset(config: Config, report: Callable[[str], None] = lambda _: None)
         if unnamed:
             left_out[f"not named in {data.split_file}"] = unnamed
     else:
-        splits = split_groups(found.groups, data.splits, data.fold, data.seed)
+        name = f"data.path {data.path}"
+        splits = split_groups(found.groups, data.splits, data.fold, data.seed, name)
     return Dataset(found, splits._asdict(), left_out)

@@ -16,7 +16,7 @@ from relaxnet_jax.data.store import TrajectoryStore
 from relaxnet_jax.data.trajectory import reduced_formula
 from relaxnet_jax.errors import InputError
 
-By = Literal["group", "formula", "elements", "prototype"]
+By = Literal["group", "formula", "elements", "prototype", "id"]
 FORMAT = "relaxnet_jax splits"
 RECORD = "splits.json"  # of a training run, in its folder
 FRACTIONS = (0.9, 0.05, 0.05)
@@ -37,7 +37,8 @@ def make_folds(
       folds: 1 for one split with these ``fractions``; k > 1 for k splits whose test parts, of
         1/k each, are disjoint and together everything (validation keeps its fraction).
       by: what belongs together: relaxations of one group as stored, of one reduced formula, of
-        one set of elements, or of one prototype (see `prototypes`).
+        one set of elements, or of one prototype (see `prototypes`); or "id": nothing, each is alone,
+        which is an honest split only of relaxations that are independent of each other.
       fractions: training, validation, test, all above 0, as training needs each; used where
         ``folds`` is 1, else only validation.
 
@@ -64,7 +65,8 @@ def make_folds(
     # Of three kinds `split_groups` makes three folds, whatever is asked for.
     if folds > 1 and (folds > kinds or (kinds == 3 and folds != 3)):
         raise InputError(f"--folds {folds}: the set has {kinds} kinds of {by}: give {kinds} folds")
-    return [split_groups(labels, fractions, fold, seed) for fold in range(folds)]
+    name = f"{store.paths[0]}{', ...' * (len(store.paths) > 1)}, --by {by}"
+    return [split_groups(labels, fractions, fold, seed, name) for fold in range(folds)]
 
 
 def folds_like(
@@ -115,6 +117,8 @@ def _labels(store: TrajectoryStore, by: By) -> list[str]:
     """Of each relaxation, what it has in common with those that are never separated from it."""
     if by not in get_args(By):
         raise InputError(f"--by {by}: give one of {', '.join(get_args(By))}")
+    if by == "id":
+        return store.ids
     return store.groups if by == "group" else [_label(store, i, by) for i in range(len(store))]
 
 

@@ -23,6 +23,7 @@ def split_groups(
     fractions: tuple[float, float, float] = (0.9, 0.05, 0.05),
     fold: int = 0,
     seed: int = 0,
+    name: str = "splits",
 ) -> Splits:
     """Splits structures so that structures of one group stay together.
 
@@ -38,7 +39,7 @@ def split_groups(
       fractions: of the structures in training, validation and test, summing to 1. Training
         and test must be positive, validation may be 0 (then it is empty).
       fold: 0 to round(1/fractions[2]) - 1 (or one less than the number of groups, if lower).
-      seed: of the dealing.
+      seed: of the dealing. name: of what is split, for errors.
 
     Raises:
       InputError: fewer groups than splits, fractions that do not sum to 1, or no such fold.
@@ -54,8 +55,10 @@ def split_groups(
     )
     if len(names) < 3:
         raise InputError(
-            f"splits: {len(names)} group(s) of structures: three splits need 3 groups or more; "
-            "import more materials or set their groups"
+            f"{name}: {len(names)} group(s) of structures: three splits need 3 groups or more; import "
+            "more materials, say what belongs together (relaxnet-jax data import --groups CSV), or, where "
+            "relaxations are independent of each other, make each a group of its own (relaxnet-jax data "
+            "split --by id, for data.split_file)"
         )
     n_groups = len(names)
     # Of three groups each must be a fold, or the other splits would not get one each.
