@@ -24,6 +24,7 @@ from relaxnet_jax.errors import InputError
 BAD_INPUT = 2
 INTERRUPTED = 130
 CHANGES = "change fields of the config, e.g. train.epochs=50 data.path=mine.h5"
+MOVED = "data.path=FILE: where the run's data lie by now; they are known by their content"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -162,6 +163,7 @@ def _add_eval(commands) -> None:
         metavar="FILE",
         help="use these relaxations instead of a split: a store, or any file 'data import' reads",
     )
+    add_set(p, MOVED)
     p.add_argument(
         "--out", metavar="DIR", help="for metrics and figures (default: WORKDIR/eval-SPLIT)"
     )
@@ -217,6 +219,7 @@ def _add_predict(commands) -> None:
 def _add_demo(commands) -> None:
     p = command(commands, "demo", "demo", "show one test relaxation, predicted and true")
     p.add_argument("--workdir", required=True, metavar="DIR", help="of the training run")
+    add_set(p, MOVED)
     p.add_argument(
         "--out", metavar="DIR", help="for trajectories and figure (default: WORKDIR/demo)"
     )

@@ -10,7 +10,15 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from relaxnet_jax.config import PRETRAINED, Config, from_json, load_config, to_dict, to_json
+from relaxnet_jax.config import (
+    PRETRAINED,
+    Config,
+    from_json,
+    load_config,
+    parse_override,
+    to_dict,
+    to_json,
+)
 from relaxnet_jax.console import COMPILING, bar, note, q, result_console, say, status
 from relaxnet_jax.errors import InputError
 from relaxnet_jax.runtime import (
@@ -97,6 +105,9 @@ def evaluate(args: argparse.Namespace) -> int:
 
     if args.fmax is not None and not args.fmax > 0:
         raise InputError(f"--fmax {args.fmax:g}: give a force in eV/Å, above 0")
+    moved = _moved(args)
+    if moved is not None and args.data is not None:
+        raise InputError("--set data.path: is of a run's own data; leave it out with --data")
     named = [args.workdir, *args.committee]
     if PRETRAINED in named and args.data is None:
         raise InputError(
@@ -116,7 +127,7 @@ def evaluate(args: argparse.Namespace) -> int:
             )
     with status("predicting…"):
         members = [
-            evaluate_workdir(run, args.split, args.data, note, fmax, model)
+            evaluate_workdir(run, args.split, args.data, note, fmax, model, moved)
             for run, model in zip(runs, models)
         ]
     result = members[0]
@@ -145,6 +156,17 @@ def evaluate(args: argparse.Namespace) -> int:
     command = "relax" if committee else "predict"
     say(f"next: relaxnet-jax {command} FILE {' '.join(f'--model {q(name)}' for name in named)}")
     return 0
+
+
+def _moved(args: argparse.Namespace) -> str | None:
+    """Where a run's data lie by now: data.path of ``--set``, which takes nothing else there."""
+    given = dict(map(parse_override, args.set))
+    if other := ", ".join(given.keys() - {"data.path"}):
+        raise InputError(
+            f"--set {other}: a trained run's settings stay; only data.path may be given, where its data "
+            "lie by now"
+        )
+    return str(given["data.path"]) if given else None
 
 
 def _runs_of(name: str) -> list[str]:
@@ -245,11 +267,13 @@ def demo(args: argparse.Namespace) -> int:
     from relaxnet_jax.committee import predict_members
     from relaxnet_jax.data.sample import driftless
     from relaxnet_jax.evaluate.figures import trajectory_figure
+    from relaxnet_jax.evaluate.run_data import relaxations_of_run
     from relaxnet_jax.model import load_model
 
     out = Path(args.out or Path(args.workdir, "demo"))
     model = load_model(args.workdir)
-    found, name = _test_relaxations(Path(args.workdir), model)
+    found, _ = relaxations_of_run(Path(args.workdir), "test", model.config, note, _moved(args))
+    name = found.name
     usable = [t for t in found if set(t.atomic_numbers.tolist()) <= set(model.elements)]
     if not usable:
         raise InputError(f"{name}: no test relaxation of the model's elements; train on more data")
@@ -285,16 +309,6 @@ def _middle(relaxations: list[RelaxationTrajectory]) -> RelaxationTrajectory:
         for t in relaxations
     ]
     return relaxations[int(np.argsort(moved, kind="stable")[len(moved) // 2])]
-
-
-def _test_relaxations(workdir: Path, model: RelaxNet) -> tuple[list[RelaxationTrajectory], str]:
-    """The relaxations of a run's test split, and the name of the data."""
-    from relaxnet_jax.data.dataset import read_trajectories
-    from relaxnet_jax.data.split_file import split_of_run
-
-    ids = set(split_of_run(workdir, "test"))
-    found, _ = read_trajectories(model.config.data.path, model.config, note)
-    return list(found.named(ids)), found.name
 
 
 def _load_members(name: str) -> dict[str, RelaxNet]:

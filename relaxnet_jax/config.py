@@ -348,7 +348,7 @@ def load_config(
     if isinstance(overrides, Mapping):
         nested = _nest(overrides.items(), "overrides")
     else:
-        nested = _nest((_parse_override(item) for item in overrides), "--set")
+        nested = _nest((parse_override(item) for item in overrides), "--set")
     return check_config(_update(config, nested, "--set"))
 
 
@@ -509,7 +509,8 @@ def check_config(config: Config) -> Config:
     return config
 
 
-def _parse_override(item: str) -> tuple[str, Any]:
+def parse_override(item: str) -> tuple[str, Any]:
+    """Key and value of ``KEY=VALUE``, a Python literal or a bare word; raises InputError."""
     key, separator, text = item.partition("=")
     if not separator:
         raise InputError(f"--set {item!r}: write it as section.field=value")

@@ -17,7 +17,7 @@ from ase.calculators.singlepoint import SinglePointCalculator
 
 from relaxnet_jax import __version__, cli, structure_files
 from relaxnet_jax.config import load_config
-from relaxnet_jax.data import read_relaxations
+from relaxnet_jax.data import default_dataset, read_relaxations
 from relaxnet_jax.errors import InputError
 
 ROOT = Path(__file__).parents[1]
@@ -143,6 +143,48 @@ def test_eval_on_another_file(workdir, tmp_path, capsys):
     copy = shutil.copytree(workdir / "model", tmp_path / "run" / "model")
     assert cli.main(["eval", "--workdir", str(copy.parent), "--data", str(file)]) == 0
     assert (copy.parent / "eval-mine" / "metrics.json").is_file()
+
+
+def test_the_data_of_a_run_have_moved(workdir, tmp_path, monkeypatch, capsys):
+    """Where the run's config.json says, or --set; the model keeps the config it was exported with."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(workdir, "run", ignore=shutil.ignore_patterns("checkpoints", "eval-*", "demo"))
+    shutil.copy(default_dataset(24), "staged.h5")
+    config = Path("run/config.json")
+    recorded = json.loads(config.read_text())
+
+    def record(path):
+        config.write_text(json.dumps(recorded | {"data": recorded["data"] | {"path": path}}))
+
+    record("staged.h5")
+    for command in ("eval", "demo"):
+        assert cli.main([command, "--workdir", "run"]) == 0
+        assert "has changed" not in capsys.readouterr().err
+    name = json.loads(Path("run/eval-test/metrics.json").read_text())["data"]
+    assert name == "staged.h5, test split"
+    record("old/mine.h5")
+    moved = ["--set", "data.path=staged.h5"]
+    for command in ("eval", "demo"):
+        assert cli.main([command, "--workdir", "run"]) == 2
+        err = capsys.readouterr().err
+        assert "old/mine.h5: no such data (data.path of run)" in err and "--set data.path=FILE" in err
+        assert cli.main([command, "--workdir", "run", *moved]) == 0
+        assert cli.main([command, "--workdir", "run", *moved, "train.epochs=3"]) == 2
+        assert "--set train.epochs: a trained run's settings stay" in capsys.readouterr().err
+    assert cli.main(["eval", "--workdir", "run", "--data", "staged.h5", *moved]) == 2
+    assert "leave it out with --data" in capsys.readouterr().err
+    # Of the same ids, but not what the run began with.
+    beginning = Path("run/beginning.json")
+    beginning.write_text(json.dumps(json.loads(beginning.read_text()) | {"checksum": "0" * 64}))
+    assert cli.main(["demo", "--workdir", "run", *moved]) == 2
+    assert "staged.h5: its content is not what run began with" in capsys.readouterr().err
+    record("staged.h5")
+    assert cli.main(["demo", "--workdir", "run"]) == 0
+    assert "staged.h5: its content has changed since the run began" in capsys.readouterr().err
+    assert cli.main(["data", "emt", "--n", "3", "--seed", "5", "--out", "other.h5"]) == 0
+    beginning.unlink()  # as runs of before it was written
+    assert cli.main(["demo", "--workdir", "run", "--set", "data.path=other.h5"]) == 2
+    assert "other.h5: has none of the" in capsys.readouterr().err
 
 
 def test_predict_goes_on_past_bad_structures(workdir, tmp_path, monkeypatch, capsys):

@@ -16,11 +16,11 @@ from relaxnet_jax.data.dataset import SPLITS, read_trajectories
 from relaxnet_jax.data.frames import select_frames
 from relaxnet_jax.data.importing import import_files
 from relaxnet_jax.data.sample import centred, reference_frames
-from relaxnet_jax.data.split_file import split_of_run
 from relaxnet_jax.data.trajectory import RelaxationTrajectory
 from relaxnet_jax.errors import InputError
 from relaxnet_jax.evaluate.figures import parity_figure, per_frame_figure
 from relaxnet_jax.evaluate.origin import foreign_origin
+from relaxnet_jax.evaluate.run_data import relaxations_of_run
 from relaxnet_jax.evaluate.tables import write_metrics, write_structures
 from relaxnet_jax.graph import Structure, build_structure
 from relaxnet_jax.lbfgs import FMAX, check_potential, minimise
@@ -175,6 +175,7 @@ def evaluate_workdir(
     report: Callable[[str], None] = print,
     fmax: float | None = None,
     model: RelaxNet | None = None,
+    moved: str | None = None,
 ) -> Evaluation:
     """Evaluates the best model of a run on one of its splits, or on another file.
 
@@ -184,29 +185,25 @@ def evaluate_workdir(
       fmax: eV/Å, to which the model's energy is also minimised, as the predictor "lbfgs". A static
         model is evaluated in no other way, by default to `lbfgs.FMAX`.
       model: that of the run, where it has been read already (`model_of`).
+      moved: where the run's data lie by now, if not where its config.json says.
 
     Raises:
-      InputError: no model, no data, or nothing the model can be evaluated on; ``fmax`` with a model
-        that is no potential.
+      InputError: no model, no data, other data than the run's, or nothing the model can be evaluated
+        on; ``fmax`` with a model that is no potential.
     """
     workdir = Path(workdir)
     model = model or model_of(workdir)
     if data is None:
         if split not in SPLITS:
             raise InputError(f"split {split!r}: must be one of {', '.join(SPLITS)}")
-        ids = set(split_of_run(workdir, split, ", or evaluate a file with --data"))
-        found, _ = read_trajectories(model.config.data.path, model.config, report)
-        trajectories: Sequence[RelaxationTrajectory] = found.named(ids)
+        otherwise = ", or evaluate a file with --data"
+        found, n = relaxations_of_run(workdir, split, model.config, report, moved, otherwise)
+        trajectories: Sequence[RelaxationTrajectory] = found
         name = f"{found.name}, {split} split"
-        if len(trajectories) < len(ids):
-            report(
-                f"{model.config.data.path}: {len(ids) - len(trajectories)} of the {len(ids)} {split} "
-                "relaxations of the run are not in it any more; it has changed since"
-            )
         seen = json.loads(model.statistics).get(SEEN, {}).get(split, 0)
         if seen:
             report(
-                f"{workdir}: {seen} of the {len(ids)} {split} relaxations trained the model it "
+                f"{workdir}: {seen} of the {n} {split} relaxations trained the model it "
                 f"started from (train.start_from){_NOT_UNSEEN}"
             )
     else:

@@ -76,12 +76,8 @@ def check_same_splits(config: Config, dataset: Dataset, file: Path) -> None:
 
 
 def check_same_content(config: Config, dataset: Dataset, began: Beginning) -> None:
-    """Relaxations of the same ids may have other energies by now.
-
-    Those that the package generates differ in last bits from processor to processor, and are the same.
-    """
-    generated = config.data.path == "emt"
-    if not generated and dataset.trajectories.store.checksum != began.checksum:
+    """Relaxations of the same ids may have other energies by now."""
+    if not began.had(config.data.path, dataset.trajectories.store.checksum):
         raise InputError(
             f"{config.data.path}: its content has changed since the run began (by its checksum): resume "
             "with the data it had, or start in another --workdir (train.start_from takes its parameters)"

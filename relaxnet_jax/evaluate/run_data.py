@@ -1,0 +1,73 @@
+"""The relaxations of a training run's splits, wherever its data lie by now."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from relaxnet_jax.config import Config, from_json
+from relaxnet_jax.data.dataset import read_trajectories
+from relaxnet_jax.data.relaxations import Relaxations
+from relaxnet_jax.data.split_file import split_of_run
+from relaxnet_jax.errors import InputError
+from relaxnet_jax.train.beginning import read_beginning
+
+
+def relaxations_of_run(
+    workdir: Path,
+    split: str,
+    config: Config,
+    report: Callable[[str], None],
+    moved: str | None = None,
+    otherwise: str = "",
+) -> tuple[Relaxations, int]:
+    """Those of one of a run's splits, and how many the split had when the run began.
+
+    They are looked for where the run's config.json says, which a resumed run keeps up to date, its
+    model's own config only when it improves. What has changed since the run began is reported.
+
+    Args:
+      workdir: of the run. split: "train", "validation" or "test".
+      config: of its model.
+      report: called with one line for each remark.
+      moved: where the data lie instead; their content must be what the run began with.
+      otherwise: what else one could do, for errors.
+
+    Raises:
+      InputError: no data there, other data, or none of the split; see `split_of_run`,
+        `read_beginning` and `read_trajectories`.
+    """
+    ids = split_of_run(workdir, split, otherwise)
+    path = _recorded(workdir, config) if moved is None else moved
+    if path != "emt" and not Path(path).exists():
+        raise InputError(
+            f"{path}: no such data (data.path of {workdir}); say where they lie by now with --set "
+            f"data.path=FILE{otherwise}"
+        )
+    found, _ = read_trajectories(path, config, report)
+    began = read_beginning(workdir)
+    if began is not None and not began.had(path, found.store.checksum):
+        if moved is not None:
+            raise InputError(
+                f"{path}: its content is not what {workdir} began with (by its checksum); give --set "
+                f"data.path=FILE of the data it had{otherwise}"
+            )
+        report(f"{path}: its content has changed since the run began (by its checksum)")
+    kept = found.named(ids)
+    if not len(kept):
+        raise InputError(
+            f"{path}: has none of the {len(ids)} {split} relaxations of {workdir}; give --set "
+            f"data.path=FILE of the data it had{otherwise}"
+        )
+    if len(kept) < len(ids):
+        report(
+            f"{path}: {len(ids) - len(kept)} of the {len(ids)} {split} relaxations of the run are not "
+            "in it any more; it has changed since"
+        )
+    return kept, len(ids)
+
+
+def _recorded(workdir: Path, config: Config) -> str:
+    """``data.path`` of a run's config.json; of its model's config where there is none."""
+    file = workdir / "config.json"
+    return from_json(file.read_text(), str(file)).data.path if file.is_file() else config.data.path
