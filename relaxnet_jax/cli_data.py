@@ -15,6 +15,10 @@ def add_set(p: argparse.ArgumentParser, text: str) -> None:
     p.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help=text)
 
 
+def _add_overwrite(p: argparse.ArgumentParser, what: str = "set") -> None:
+    p.add_argument("--overwrite", action="store_true", help=f"replace a finished {what} at --out")
+
+
 def add_data(commands) -> None:
     text = "make or import training data"
     data = commands.add_parser("data", help=text, description=text[0].upper() + text[1:] + ".")
@@ -34,6 +38,7 @@ def add_data(commands) -> None:
         metavar="NAME.h5",
         help="the store to write; a name without suffix: a folder of shards",
     )
+    _add_overwrite(p)
     _add_parallel(p)
     p.add_argument(
         "--shard-size", type=int, metavar="N", help="relaxations per shard (default: 10000)"
@@ -85,8 +90,10 @@ def add_data(commands) -> None:
         "else to training: for a model that will start from this set's and be trained on the other",
     )
     p.add_argument("--out", metavar="FILE", help="default: NAME.splits.json beside the set")
+    _add_overwrite(p, "file of other splits")
     p = command(kinds, "jarvis", "data_jarvis", "download relaxations of JARVIS-DFT into a store")
     p.add_argument("--out", required=True, metavar="NAME.h5", help="the store to write")
+    _add_overwrite(p)
     p.add_argument(
         "--ids",
         metavar="IDS",
@@ -122,6 +129,7 @@ def add_data(commands) -> None:
         help="the store to write (default: in the cache, "
         "where training with data.path=emt finds it)",
     )
+    _add_overwrite(p)
 
 
 def _add_parallel(p: argparse.ArgumentParser) -> None:
@@ -157,6 +165,7 @@ def _add_generate(kinds) -> None:
     )
     p.add_argument("--n", type=int, required=True, help="relaxations")
     p.add_argument("--out", required=True, metavar="NAME.h5", help="the store to write")
+    _add_overwrite(p)
     p.add_argument("--seed", type=int, default=0, help="of all random choices (default: 0)")
     p.add_argument(
         "--rattle",
@@ -238,6 +247,7 @@ def _add_check(kinds) -> None:
         metavar="CLEAN.h5",
         help="write the relaxations that --drop leaves; a name without suffix: a folder of shards",
     )
+    _add_overwrite(p)
     p.add_argument(
         "--drop",
         nargs="+",

@@ -18,10 +18,37 @@ if TYPE_CHECKING:
     from relaxnet_jax.data.importing import ImportReport
 
 
+def _check_new(out: str | Path | None, overwrite: bool) -> None:
+    """InputError where a finished file or set of shards would be replaced unasked.
+
+    The functions that write replace what is there; this is for the commands, whose user may not know.
+    """
+    if not out and overwrite:
+        raise InputError("--overwrite: not alone: also give --out")
+    if out and not overwrite and _finished(Path(out)):
+        raise InputError(f"{out}: exists; give another --out, or --overwrite to replace it")
+
+
+def _finished(out: Path) -> bool:
+    """Whether there is a file, which appears only when it is complete, or a folder of all its shards."""
+    from relaxnet_jax.data import TrajectoryStore
+
+    if not out.is_dir():
+        return out.exists()
+    if not any(out.glob("[!.]*.h5")):
+        return False
+    try:
+        with TrajectoryStore(out) as store:
+            return not store.incomplete
+    except InputError:  # whatever it is, it is not what an import left unfinished
+        return True
+
+
 def data_import(args: argparse.Namespace) -> int:
     """``relaxnet-jax data import``."""
     from relaxnet_jax.data import import_files, read_groups
 
+    _check_new(args.out, args.overwrite)
     groups = read_groups(args.groups) if args.groups else None
     with lazy_bar("files") as progress:
         result = import_files(
@@ -58,7 +85,14 @@ def _imperfect(result: ImportReport) -> str:
 def data_split(args: argparse.Namespace) -> int:
     """``relaxnet-jax data split``."""
     from relaxnet_jax.data import TrajectoryStore
-    from relaxnet_jax.data.split_file import FRACTIONS, By, folds_like, make_folds, write_splits
+    from relaxnet_jax.data.split_file import (
+        FRACTIONS,
+        By,
+        folds_like,
+        make_folds,
+        same_splits,
+        write_splits,
+    )
 
     dealing = {"--folds": args.folds, "--fractions": args.fractions, "--seed": args.seed}
     if args.like and (given := [name for name, value in dealing.items() if value is not None]):
@@ -77,7 +111,9 @@ def data_split(args: argparse.Namespace) -> int:
             facts["seed"] = seed = args.seed or 0
             fractions = tuple(args.fractions or FRACTIONS)
             folds = make_folds(store, 1 if args.folds is None else args.folds, by, fractions, seed)
-        write_splits(out, store.ids, folds, facts)
+        if not same_splits(out, store.ids, folds, facts):
+            _check_new(out, args.overwrite)
+            write_splits(out, store.ids, folds, facts)
     for k, fold in enumerate(folds):
         sizes = ", ".join(f"{len(rows)} {name}" for name, rows in fold._asdict().items())
         say(f"fold {k}: {sizes}")
@@ -93,6 +129,7 @@ def data_jarvis(args: argparse.Namespace) -> int:
     """``relaxnet-jax data jarvis``."""
     from relaxnet_jax.data.jarvis import fetch_jarvis, read_ids
 
+    _check_new(args.out, args.overwrite)
     ids = read_ids(args.ids) if args.ids is not None else None
     result = fetch_jarvis(
         args.out,
@@ -113,7 +150,7 @@ def data_jarvis(args: argparse.Namespace) -> int:
     )
     say(f"of each archive: {result.manifest}")
     if result.failed:
-        say("the same command again fetches those that failed")
+        say("the same command with --overwrite fetches those that failed")
     say(f"next: relaxnet-jax train --config explicit.py --set data.path={q(args.out)}")
     return 0
 
@@ -148,6 +185,7 @@ def data_check(args: argparse.Namespace) -> int:
     if bool(args.out) != bool(args.drop):
         missing = "--drop all, or the reasons to drop" if args.out else "--out CLEAN.h5"
         raise InputError(f"--{'out' if args.out else 'drop'}: not alone: also give {missing}")
+    _check_new(args.out, args.overwrite)
     reasons = chosen(args.drop)
     names = ("max_force", "max_energy_change", "converged", "energy_deviations")
     limits = Limits(**{name: getattr(args, name) for name in (*names, "charge_deviations")})
@@ -175,6 +213,7 @@ def data_emt(args: argparse.Namespace) -> int:
 
     if args.n < 1:
         raise InputError(f"--n {args.n}: give 1 or more relaxations")
+    _check_new(args.out, args.overwrite)
     if args.out:
         metadata = {"generator": "emt", "n": args.n, "seed": args.seed}
         with bar("EMT relaxations", args.n) as advance:
@@ -195,17 +234,27 @@ def data_emt(args: argparse.Namespace) -> int:
 
 def data_generate(args: argparse.Namespace) -> int:
     """``relaxnet-jax data generate``."""
-    from relaxnet_jax.data.generation import Settings, generate_set
+    from relaxnet_jax.data.generation import Settings, generate_set, standing
 
     names = [field.name for field in dataclasses.fields(Settings)]
     values = {name: getattr(args, name) for name in names}
     values |= {name: tuple(values[name]) for name in ("rattle", "supercell")}
+    settings = Settings(**values)
+    following = f"next: relaxnet-jax train --config explicit.py --set data.path={q(args.out)}"
+    if not args.overwrite:
+        found = standing(args.out, args.structures, args.n, settings)
+        if found == "complete":
+            say(f"{args.out}: complete already, by this very command; --overwrite makes it anew")
+            say(following)
+            return 0
+        if found == "other":
+            _check_new(args.out, args.overwrite)
     with bar("relaxations", args.n) as advance:
         result = generate_set(
             args.structures,
             args.n,
             args.out,
-            Settings(**values),
+            settings,
             jobs=args.jobs,
             scheduler=args.scheduler,
             progress=advance,
@@ -223,5 +272,5 @@ def data_generate(args: argparse.Namespace) -> int:
         say(f"  left out {name}: {reason}")
     for indices, reason in result.broken:
         say(f"  missing {indices}: {reason}; run the command again to try them once more")
-    say(f"next: relaxnet-jax train --config explicit.py --set data.path={q(args.out)}")
+    say(following)
     return 0

@@ -234,6 +234,14 @@ def test_data_emt_to_a_file(tmp_path, capsys):
     out = tmp_path / "emt.h5"
     assert cli.main(["data", "emt", "--n", "3", "--seed", "5", "--out", str(out)]) == 0
     assert "3 relaxations" in capsys.readouterr().out and out.is_file()
+    before = out.read_bytes()
+    assert cli.main(["data", "emt", "--n", "2", "--out", str(out)]) == 2
+    assert "emt.h5: exists; give another --out, or --overwrite" in capsys.readouterr().err
+    assert out.read_bytes() == before
+    assert cli.main(["data", "emt", "--n", "2", "--out", str(out), "--overwrite"]) == 0
+    assert "2 relaxations" in capsys.readouterr().out
+    assert cli.main(["data", "emt", "--n", "2", "--overwrite"]) == 2
+    assert "--overwrite: not alone: also give --out" in capsys.readouterr().err
 
 
 def test_resume(workdir, tmp_path, capsys):

@@ -283,7 +283,11 @@ def test_dropping(store, tmp_path, capsys):
         assert kept.metadata == {
             "files": ["x"], "dropped": {"relaxations": 1, "reasons": {"outlier": 1}},
         }  # fmt: skip
-    assert main([*command, "all", "--json"]) == 0
+    before = clean.read_bytes()
+    assert main([*command, "all", "--json"]) == 2
+    assert "clean.h5: exists; give another --out, or --overwrite" in capsys.readouterr().err
+    assert clean.read_bytes() == before
+    assert main([*command, "all", "--json", "--overwrite"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert (result["written"], result["dropped"]) == (10, 2)
     with TrajectoryStore(clean) as kept:
@@ -303,7 +307,10 @@ def test_dropping_from_a_sharded_set(store, tmp_path, capsys):
             assert kept.metadata["files"] == ["x"]
             assert kept.metadata["dropped"]["relaxations"] == 2
     assert [p.name for p in (tmp_path / "clean").iterdir()] == ["shard-00000.h5"]
-    assert main([*command, str(tmp_path / "set")]) == 2
+    for name in ("clean", "set"):
+        assert main([*command, str(tmp_path / name)]) == 2
+        assert f"{name}: exists; give another --out" in capsys.readouterr().err
+    assert main([*command, str(tmp_path / "set"), "--overwrite"]) == 2
     assert "set: is also read: choose another output path" in capsys.readouterr().err
     with TrajectoryStore(tmp_path / "set") as whole:
         assert len(whole) == 12
@@ -316,7 +323,9 @@ def test_dropping_from_a_sharded_set(store, tmp_path, capsys):
         (["--out", "c.h5"], "--out: not alone: also give --drop"),
         (["--out", "c.h5", "--drop", "ugly"], "--drop ugly: no such reason: use all, or some of"),
         (["--out", "c.h5", "--drop", "all", "--max-force", "1e-9"], "every relaxation would be"),
-        (["--out", "set.h5", "--drop", "all"], "set.h5: is also read"),
+        (["--out", "set.h5", "--drop", "all"], "set.h5: exists; give another --out"),
+        (["--out", "set.h5", "--drop", "all", "--overwrite"], "set.h5: is also read"),
+        (["--overwrite"], "--overwrite: not alone: also give --out"),
         (["--max-force", "-1"], "--max-force -1.0: give a number above 0"),
     ],
 )

@@ -31,6 +31,7 @@ from relaxnet_jax.data.generation.elements import family_formula, group_of, subs
 from relaxnet_jax.data.generation.parents import sift
 from relaxnet_jax.data.generation.relaxing import relax
 from relaxnet_jax.data.generation.start import draw_start, too_close
+from relaxnet_jax.data.store_write import write_store
 from relaxnet_jax.errors import InputError
 
 
@@ -448,6 +449,69 @@ def test_command(alloys, tmp_path, monkeypatch, capsys):
     assert lines[-1].endswith("train --config explicit.py --set data.path=a.h5")
     assert "refused h2o-0: elements unknown to emt: H, O" in err
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.h5", "h2o.xyz"]
+
+
+def test_a_finished_set_is_not_replaced_unasked(alloys, tmp_path, monkeypatch, capsys):
+    """Of the very same request it is complete already; by structures, not by their file's name."""
+    monkeypatch.chdir(tmp_path)
+    ase.io.write("own.extxyz", ase.io.read(alloys, ":2"))
+    argv = ["data", "generate", "--calculator", "emt", "--structures", "own.extxyz", "--out", "a.h5"]
+
+    def run(*more, made=True):
+        before = Path("a.h5").read_bytes() if Path("a.h5").exists() else b""
+        code = cli.main([*argv, *more])
+        assert (Path("a.h5").read_bytes() != before) == made
+        return code, "".join(capsys.readouterr())
+
+    assert run("--n", "3")[0] == 0
+    monkeypatch.setattr(making, "make_relaxation", None)  # nothing is made
+    code, said = run("--n", "3", "--jobs", "2", made=False)
+    assert code == 0 and "a.h5: complete already" in said and "data.path=a.h5" in said
+    for other in (["--n", "4"], ["--n", "3", "--seed", "1"]):
+        code, said = run(*other, made=False)
+        assert code == 2 and "a.h5: exists; give another --out, or --overwrite" in said
+    ase.io.write("own.extxyz", ase.io.read(alloys, "1:"))
+    assert run("--n", "3", made=False)[0] == 2
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    assert run("--n", "3", "--overwrite")[0] == 0
+    # A calculator of one's own, by the content of its module.
+    own = "from ase.calculators.emt import EMT\n"
+    Path("own_emt.py").write_text(own)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    given = ["--n", "3", "--calculator", "own_emt:EMT"]
+    assert run(*given, made=False)[0] == 2
+    assert run(*given, "--overwrite")[0] == 0
+    assert "complete already" in run(*given, made=False)[1]
+    Path("own_emt.py").write_text(own + "# of another functional\n")
+    assert run(*given, made=False)[0] == 2
+    assert run("--n", "3", "--overwrite")[0] == 0
+    write_store("a.h5", stored("a.h5"))  # of whatever origin
+    assert run("--n", "3", made=False)[0] == 2
+
+
+def test_a_set_with_broken_parts_is_gone_on_with(alloys, tmp_path, monkeypatch, capsys):
+    """By the same command, as it says; a part may break for want of memory."""
+    monkeypatch.chdir(tmp_path)
+    argv = ["data", "generate", "--calculator", "emt", "--structures", alloys]
+    argv += ["--n", "10", "--jobs", "1", "--out", "a.h5"]
+    original = making.make_relaxation
+
+    def breaking(settings, calculator, index, parent):
+        if index == 9:
+            raise MemoryError("none left")
+        return original(settings, calculator, index, parent)
+
+    monkeypatch.setattr(making, "make_relaxation", breaking)
+    assert cli.main(argv) == 0
+    assert "missing 8 to 9: MemoryError: none left; run the command again" in capsys.readouterr().out
+    assert len(stored("a.h5")) == 8
+    assert cli.main([*argv, "--seed", "1"]) == 2
+    monkeypatch.setattr(making, "make_relaxation", original)
+    assert cli.main(argv) == 0
+    assert len(stored("a.h5")) == 10 and not Path("a.h5.parts").exists()
+    assert cli.main([*argv[:-1], "b.h5"]) == 0
+    assert Path("a.h5").read_bytes() == Path("b.h5").read_bytes()
 
 
 def make_slabs(*arguments):

@@ -355,6 +355,13 @@ def test_command(server, tmp_path, capsys):
                                "reason": "not in the index under DFT-SCF"}  # fmt: skip
     assert got["JVASP-4.zip"]["status"] == "came"
     assert "a single ionic step" in got["JVASP-4.zip"]["not_read"][0]
+    # A finished store is not replaced unasked; what came is not fetched again.
+    before, asked = out.read_bytes(), len(server.log)
+    again = [*command, str(downloads), "--index", str(index)]
+    assert main(again) == 2
+    assert "set.h5: exists; give another --out, or --overwrite" in capsys.readouterr().err
+    assert main([*again, "--overwrite"]) == 0
+    assert out.read_bytes() == before and len(server.log) == asked
     # Nothing of it: one line, and no store.
     none = tmp_path / "none.h5"
     assert main(["data", "jarvis", "--out", str(none), "--ids", "JVASP-9", "--index", url]) == 2

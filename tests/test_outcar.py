@@ -539,6 +539,7 @@ def test_initial_cif(tmp_path):
     assert all(message in reasons[name] for name, (_, message) in bad.items()), reasons
     assert "no CIF of this run beside it" in reasons["none"]
     assert import_files([tmp_path], out).read == 6  # unless asked for
+    out.unlink()
     assert main(["data", "import", str(tmp_path), "--out", str(out), "--initial", "cif"]) == 0
 
 

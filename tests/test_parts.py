@@ -21,6 +21,7 @@ from relaxnet_jax.data.import_tasks import ReadTask, split_task, stamped
 from relaxnet_jax.data.parts import Mark, run_parts
 from relaxnet_jax.data.shards import write_shards
 from relaxnet_jax.data.sources import Source
+from relaxnet_jax.data.store_write import write_store
 from relaxnet_jax.errors import InputError
 
 HERE = Path(__file__).parent
@@ -323,12 +324,34 @@ def test_command(tmp_path, capsys):
     assert sorted(os.listdir(out)) == [f"shard-{k:05d}.h5" for k in range(3)]
     for options, message in (
         ((str(tmp_path / "a.h5"), "--shard-size", "20"), "shards need a folder"),
-        ((str(out), "--shard-size", "0"), "0 relaxations per shard: give 1 or more"),
-        ((str(out), "--jobs", "0"), "jobs 0: give 1 or more"),
+        ((str(out), "--overwrite", "--shard-size", "0"), "0 relaxations per shard: give 1 or more"),
+        ((str(out), "--overwrite", "--jobs", "0"), "jobs 0: give 1 or more"),
+        ((str(out), "--jobs", "1"), "set: exists; give another --out, or --overwrite"),
     ):
         assert main([*command, *options]) == 2
         assert message in capsys.readouterr().err
     assert len(os.listdir(out)) == 3
+    # What was cut off is gone on with, unasked: a set without its last shard, and one without any.
+    for left in (2, 0):
+        for shard in sorted(out.iterdir())[left:]:
+            shard.rename(out / f".{shard.stem}.1-a.tmp.h5")
+        assert main([*command, str(out), "--shard-size", "20", "--jobs", "2"]) == 0
+        assert sorted(os.listdir(out)) == [f"shard-{k:05d}.h5" for k in range(3)]
+    assert main([*command, str(out), "--overwrite"]) == 0
+    assert os.listdir(out) == ["shard-00000.h5"]
+
+
+def test_command_replaces_no_finished_store_unasked(tmp_path, capsys):
+    out = tmp_path / "set.h5"
+    write_store(out, [random_trajectory(0)])
+    before = out.read_bytes()
+    source = save(tmp_path / "a.extxyz", frames("a"))
+    command = ["data", "import", str(source), "--out", str(out)]
+    assert main(command) == 2
+    assert f"{out}: exists; give another --out, or --overwrite" in capsys.readouterr().err
+    assert out.read_bytes() == before
+    assert main([*command, "--overwrite"]) == 0
+    assert out.read_bytes() != before
 
 
 def test_dask(tmp_path, monkeypatch):

@@ -90,8 +90,13 @@ def test_command_and_training_agree(path, capsys):
     }
     assert not dataset.left_out
     first = out.read_bytes()
-    main(["data", "split", str(path), "--folds", "3", "--by", "formula", "--seed", "5"])
+    again = ["data", "split", str(path), "--folds", "3", "--by", "formula", "--seed"]
+    assert main([*again, "5"]) == 0  # nothing to replace
+    assert main([*again, "6"]) == 2
+    assert f"{out}: exists; give another --out, or --overwrite" in capsys.readouterr().err
     assert out.read_bytes() == first
+    assert main([*again, "6", "--overwrite"]) == 0
+    assert out.read_bytes() != first
 
 
 @pytest.mark.parametrize("of_run", [False, True])

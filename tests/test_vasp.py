@@ -558,7 +558,7 @@ def test_command(tmp_path, capsys):
             "VASP", "VASP", "VASP, unfinished",
         ]  # fmt: skip
     fill(tmp_path)
-    assert main(["data", "import", str(tmp_path), "--out", str(out), "--energy", "sigma0"]) == 0
+    assert main(["data", "import", str(tmp_path), "--out", str(out), "--energy", "sigma0", "--overwrite"]) == 0
     assert "3 relaxations with 9 ionic steps; 0 skipped" in capsys.readouterr().out
     with TrajectoryStore(out) as store:
         np.testing.assert_allclose(store[0].energies, steps()[-1] + 0.1, atol=1e-7)

@@ -82,8 +82,9 @@ def import_files(
     Args:
       paths: files of ionic steps and stores (see `read_relaxations`), and folders to search for them (see
         `find_sources`).
-      out: the store to write, ending in .h5; an existing one is replaced. Without suffix, or
-        where it is a folder, a folder of shards (see `write_shards`).
+      out: the store to write, ending in .h5; an existing one is replaced (the command refuses that
+        without --overwrite). Without suffix, or where it is a folder, a folder of shards (see
+        `write_shards`).
       report: called with one line for each file and each thing left out.
       groups: group of a relaxation by id (see `read_groups`), instead of the file's own.
       energy: which energy of a vasprun.xml, see `read_vasprun`.

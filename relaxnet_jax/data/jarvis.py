@@ -124,7 +124,8 @@ def fetch_jarvis(
     call. An archive that cannot be had never stops the rest.
 
     Args:
-      out: the store to write, ending in .h5; the manifest ``NAME.manifest.jsonl`` is beside it.
+      out: the store to write, ending in .h5; an existing one is replaced (the command refuses that
+        without --overwrite). The manifest ``NAME.manifest.jsonl`` is beside it.
       ids: materials, "JVASP-39"; by default all.
       limit: at most so many archives.
       downloads: folder for the archives, by default ``NAME-downloads`` beside the store.

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from relaxnet_jax.data.files import atomic_path
+from relaxnet_jax.data.files import write_text
 from relaxnet_jax.data.prototypes import prototype
 from relaxnet_jax.data.splits import Splits, split_groups
 from relaxnet_jax.data.store import TrajectoryStore
@@ -132,10 +132,22 @@ def _label(store: TrajectoryStore, i: int, by: By) -> str:
 
 
 def write_splits(path: Path, ids: list[str], folds: list[Splits], facts: dict[str, Any]) -> None:
-    """Writes the ids of every fold; the file appears only when it is complete."""
+    """Writes the ids of every fold; the file appears only when it is complete, and replaces another
+    (the command refuses that without --overwrite, see `same_splits`)."""
+    write_text(path, json.dumps(_content(ids, folds, facts), indent=1))
+
+
+def same_splits(path: Path, ids: list[str], folds: list[Splits], facts: dict[str, Any]) -> bool:
+    """Whether a file is what `write_splits` would write."""
+    try:
+        return json.loads(path.read_text()) == _content(ids, folds, facts)
+    except (OSError, ValueError):
+        return False
+
+
+def _content(ids: list[str], folds: list[Splits], facts: dict[str, Any]) -> dict[str, Any]:
     named = [{k: [ids[i] for i in v] for k, v in fold._asdict().items()} for fold in folds]
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps({"format": FORMAT, **facts, "folds": named}, indent=1))
+    return {"format": FORMAT, **facts, "folds": named}
 
 
 def read_splits(

@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import threadpoolctl
@@ -28,10 +28,14 @@ from relaxnet_jax.data.generation.relaxing import relax
 from relaxnet_jax.data.generation.settings import GENERATOR_VERSION, Settings
 from relaxnet_jax.data.generation.start import MIN_CONTACT, draw_start
 from relaxnet_jax.data.parts import PartResult, run_parts
+from relaxnet_jax.data.store import TrajectoryStore
 from relaxnet_jax.data.store_write import SUFFIXES, write_store
 from relaxnet_jax.data.trajectory import UNCONVERGED, RelaxationTrajectory, reduced_formula
 from relaxnet_jax.errors import InputError
 from relaxnet_jax.runtime import usable_cores
+
+if TYPE_CHECKING:
+    from ase import Atoms
 
 # Relaxations in a part: what a kill loses at most. Not dependent on the number of jobs, so that
 # parts made with one number serve with another.
@@ -39,6 +43,7 @@ CHUNK = 8
 SHOWN = 20  # refused structures named one by one; prototypes come by the thousand
 _ORDER = 0x6F726465  # keeps the draws of the parents' order apart from all others
 _ATTEMPT = ", attempt "
+MISSING = "missing"  # in a store's metadata: relaxations whose process failed
 
 
 class Chunk(NamedTuple):
@@ -93,7 +98,8 @@ def generate_set(
     Args:
       structures: files ASE reads, and "prototypes" (see `parents.read_parents`).
       n: number of relaxations; one all of whose attempts fail is left out.
-      out: the store to write, ending in .h5; an existing one is replaced.
+      out: the store to write, ending in .h5; an existing one is replaced (the command refuses that
+        without --overwrite, see `standing`).
       settings: how each is made.
       jobs: processes that work at once, None for as many as there are usable cores.
       scheduler: address of a Dask scheduler instead.
@@ -104,15 +110,117 @@ def generate_set(
       InputError: a setting, the calculator or a file is wrong, no structure is usable, or no
         relaxation came of them.
     """
-    settings.check()
     jobs = usable_cores() if jobs is None else jobs
     if jobs < 1:
         raise InputError(f"--jobs {jobs}: give 1 or more processes")
-    if n < 1:
-        raise InputError(f"--n {n}: give 1 or more relaxations")
     target = Path(out)
     if target.suffix not in SUFFIXES:
         raise InputError(f"{target}: unknown suffix {target.suffix!r}: end the store in .h5")
+    plan = _plan(structures, n, settings, report)
+    folder = target.with_name(f"{target.name}.parts")
+    if folder.exists():
+        remove_leftovers(target)
+    results = run_parts(
+        plan.chunks,
+        make_chunk,
+        folder,
+        key=chunk_key,
+        jobs=jobs,
+        scheduler=scheduler,
+        progress=None if progress is None else lambda done, _: progress(min(n, done * CHUNK)),
+    )
+    tally = _Tally(plan.chunks)
+
+    def facts() -> dict[str, Any]:
+        broken = [indices for indices, _ in tally.broken]
+        made = _facts(structures, n, settings, plan.calculator)
+        return made | ({MISSING: broken} if broken else {})
+
+    try:
+        write_store(target, tally.through(results), metadata=facts)
+        if not tally.broken:
+            _remove(folder)
+    except _NothingMadeError as error:
+        # Failures that a repaired calculator would not repeat must not be found again.
+        _remove(folder)
+        raise InputError(
+            f"{target}: not one of {n} relaxations succeeded ({error}): change the settings, the "
+            "structures or the calculator"
+        ) from None
+    return tally.report(plan.parents)
+
+
+def standing(
+    out: str | os.PathLike[str], structures: Sequence[str], n: int, settings: Settings
+) -> Literal["absent", "unfinished", "complete", "other"]:
+    """What `generate_set` with these arguments would find in the place of its store.
+
+    Returns:
+      "complete": the store it would make, by its metadata and by what its relaxations start from;
+      "unfinished": the same, but without some relaxations whose process failed; "other": anything else.
+
+    Raises:
+      InputError: as `generate_set`, of its arguments.
+    """
+    if not Path(out).exists():
+        return "absent"
+    plan = _plan(structures, n, settings)
+    expected = json.loads(json.dumps(_facts(structures, n, settings, plan.calculator)))
+    try:
+        with TrajectoryStore(out) as store:
+            found = store.metadata
+            missing = found.pop(MISSING, None)
+            if found != expected or not plan.began(store, settings):
+                return "other"
+    except InputError:
+        return "other"
+    return "complete" if missing is None else "unfinished"
+
+
+class _Plan(NamedTuple):
+    """All that is to be made, and of what."""
+
+    calculator: Calculator
+    parents: Parents
+    chunks: list[Chunk]
+
+    def began(self, relaxations: Iterable[RelaxationTrajectory], settings: Settings) -> bool:
+        """Whether each of the relaxations is of this plan, by its name, its calculator and its start."""
+        planned = {
+            relaxation_id(self.calculator, settings, index, parent): (index, parent)
+            for chunk in self.chunks
+            for index, parent in zip(chunk.indices, chunk.parents)
+        }
+
+        def starts(index: int, parent: Parent) -> Iterator[Atoms]:
+            for attempt in range(settings.attempts):
+                start = attempt_start(settings, self.calculator, index, parent, attempt)
+                if start is not None:
+                    yield start
+
+        return all(
+            t.id in planned
+            and t.family == self.calculator.source
+            and any(
+                np.array_equal(start.numbers, t.atomic_numbers)
+                and np.allclose(start.positions, t.positions[0], atol=1e-6)
+                and np.allclose(start.cell.array, t.cells[0], atol=1e-6)
+                for start in starts(*planned[t.id])
+            )
+            for t in relaxations
+        )
+
+
+def _plan(
+    structures: Sequence[str],
+    n: int,
+    settings: Settings,
+    report: Callable[[str], None] | None = None,
+) -> _Plan:
+    """The plan of `generate_set`, which has the arguments and what is raised."""
+    settings.check()
+    if n < 1:
+        raise InputError(f"--n {n}: give 1 or more relaxations")
     calculator = check_calculator(settings.calculator, settings.relax_cell)
     parents = sift(read_parents(structures), settings, calculator.elements)
     if report is not None:
@@ -127,33 +235,18 @@ def generate_set(
             f"({name}: {reason}): give others"
         )
     chunks = _chunks(parents.usable, n, settings, calculator.version)
-    folder = target.with_name(f"{target.name}.parts")
-    if folder.exists():
-        remove_leftovers(target)
-    results = run_parts(
-        chunks,
-        make_chunk,
-        folder,
-        key=chunk_key,
-        jobs=jobs,
-        scheduler=scheduler,
-        progress=None if progress is None else lambda done, _: progress(min(n, done * CHUNK)),
-    )
-    tally = _Tally(chunks)
-    metadata = {"generator": "relaxations", "version": GENERATOR_VERSION, "n": n}
-    metadata |= {"structures": [Path(s).name for s in structures], **dataclasses.asdict(settings)}
-    try:
-        write_store(target, tally.through(results), metadata=metadata)
-        if not tally.broken:
-            _remove(folder)
-    except _NothingMadeError as error:
-        # Failures that a repaired calculator would not repeat must not be found again.
-        _remove(folder)
-        raise InputError(
-            f"{target}: not one of {n} relaxations succeeded ({error}): change the settings, the "
-            "structures or the calculator"
-        ) from None
-    return tally.report(parents)
+    return _Plan(calculator, parents, chunks)
+
+
+def _facts(
+    structures: Sequence[str], n: int, settings: Settings, calculator: Calculator
+) -> dict[str, Any]:
+    """The store's metadata."""
+    facts: dict[str, Any] = {"generator": "relaxations", "version": GENERATOR_VERSION, "n": n}
+    facts |= {"structures": [Path(s).name for s in structures], **dataclasses.asdict(settings)}
+    if ":" in settings.calculator:  # the user's own, whose source does not tell the version
+        facts |= {"calculator_version": calculator.version}
+    return facts
 
 
 class _NothingMadeError(Exception):
@@ -259,11 +352,10 @@ def make_relaxation(
     settings: Settings, calculator: Calculator, index: int, parent: Parent
 ) -> Iterator[RelaxationTrajectory | SkippedRelaxation]:
     """Relaxation ``index`` of the data set, after its failed attempts."""
-    name = f"{calculator.label}-{settings.seed}-{index:05d}-{parent.name}"
+    name = relaxation_id(calculator, settings, index, parent)
     reason = ""
     for attempt in range(settings.attempts):
-        rng = np.random.default_rng((settings.seed, index, attempt))
-        start = draw_start(parent.atoms, settings, calculator.elements, rng)
+        start = attempt_start(settings, calculator, index, parent, attempt)
         if start is None:
             made: RelaxationTrajectory | str = (
                 f"no start: atoms closer than {MIN_CONTACT} of their covalent radii"
@@ -282,6 +374,19 @@ def make_relaxation(
         reason = made
         yield SkippedRelaxation(f"{name}{_ATTEMPT}{attempt}", reason)
     yield SkippedRelaxation(name, f"{settings.attempts} attempts failed, the last: {reason}")
+
+
+def relaxation_id(calculator: Calculator, settings: Settings, index: int, parent: Parent) -> str:
+    """The name of relaxation ``index``."""
+    return f"{calculator.label}-{settings.seed}-{index:05d}-{parent.name}"
+
+
+def attempt_start(
+    settings: Settings, calculator: Calculator, index: int, parent: Parent, attempt: int
+) -> Atoms | None:
+    """What an attempt at relaxation ``index`` starts from; None where no start was found."""
+    rng = np.random.default_rng((settings.seed, index, attempt))
+    return draw_start(parent.atoms, settings, calculator.elements, rng)
 
 
 def group_label(parent: Parent, settings: Settings, numbers: np.ndarray) -> str:

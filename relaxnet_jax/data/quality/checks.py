@@ -198,7 +198,8 @@ def write_clean(
     The metadata of the new store say how many were dropped, and why.
 
     Args:
-      out: a store, ending in .h5, or without suffix a folder of shards (see `write_shards`).
+      out: a store, ending in .h5, or without suffix a folder of shards (see `write_shards`); an
+        existing one is replaced (the command refuses that without --overwrite).
 
     Returns:
       Numbers of relaxations written and dropped.
