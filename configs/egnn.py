@@ -6,6 +6,9 @@
 
 Inputs, energy head, attention block, data and training are those of static.py. With
 dynamics.latent=implicit or explicit the same layers are the encoder of the ODE.
+
+Score on 1,141 relaxations of 12-atom DFT slabs, unseen compositions: in 4 minutes of one core 31.1 ± 0.8 meV/atom
+where its relaxations end, 0.72 ± 0.04 of doing nothing in coordinates (three seeds; docs/benchmarks.md).
 """
 
 

@@ -3,7 +3,9 @@
   relaxnet-jax train --config explicit.py                                # generated EMT alloys
   relaxnet-jax train --config explicit.py --set data.path=MY.h5 train.max_minutes=60
 
-Cost: docs/speed.md. Scores: docs/benchmarks.md.
+Cost and score on 1,141 relaxations of 12-atom DFT slabs, unseen compositions: an epoch takes 9 s on one
+core; in 4 minutes final coordinates come to 0.276 ± 0.010 of doing nothing and energies to 27.8 ± 0.8
+meV/atom (three seeds; docs/benchmarks.md, docs/speed.md).
 
 Where it departs from the paper, each by a measurement on DFT slabs (docs/choices.md):
 unit masses, learned friction and a learned time scale; three-body messages as moments; the

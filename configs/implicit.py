@@ -6,7 +6,9 @@ The encoder runs 20 times per trajectory of 5 frames, and its gradient with it, 
 more than ten times the explicit scheme's. It is narrower than the explicit one for that reason, and
 the first 25 epochs fit energies and forces at the data's own frames, without the ODE, at a twentieth
 of the cost. With a short train.max_minutes on many data, lower train.static_epochs.
-Cost: docs/speed.md. Scores: docs/benchmarks.md.
+Cost and score on 1,141 relaxations of 12-atom DFT slabs, unseen compositions: a static epoch takes 9 s on one
+core, one of the ODE 100 s; in 12 minutes (3 to 5 epochs of the ODE) final coordinates come to 0.44 of doing
+nothing and energies to 31.8 ± 0.9 meV/atom (three seeds; docs/benchmarks.md, docs/speed.md).
 """
 
 

@@ -6,6 +6,9 @@
 Trained on energies and forces of single frames: in every epoch one of each relaxation, drawn from
 all there are. With the inputs, encoder and energy head of implicit.py, it is what that learns
 without paths. dynamics.cell=variable adds the stress, and the cell to what is relaxed.
+
+Score on 1,141 relaxations of 12-atom DFT slabs, unseen compositions: in 4 minutes of one core 29.7 ± 1.3 meV/atom
+where its relaxations end, 0.65 ± 0.05 of doing nothing in coordinates (three seeds; docs/benchmarks.md).
 """
 
 

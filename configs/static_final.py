@@ -7,6 +7,9 @@ The displacement is what the ODE's u(0) would be, the energy that of the final s
 in between lie on a straight line, with the final energy, and no forces are predicted. Encoder, sizes
 and the loss's errors are those of explicit.py. With dynamics.cell=variable loss.stress=0 loss.cell=20
 the final cell is predicted too.
+
+Score on 1,141 relaxations of 12-atom DFT slabs, unseen compositions: in 2 minutes of one core 0.297 ± 0.003 of
+doing nothing in coordinates, 29.9 ± 2.4 meV/atom (three seeds; docs/benchmarks.md).
 """
 
 
