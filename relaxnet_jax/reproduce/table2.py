@@ -119,10 +119,7 @@ def section(lab: Lab) -> Section:
             "Errors of all frames are over each model's own, as in the paper: of few frames the final one, "
             "whose forces are easily told, is a larger part. What is ours about numbers of frames is tested on "
             f"{DENSE} of all models.",
-            *unlike(
-                setting,
-                ("implicit", *(() if setting.why_not("static_final") else ("static_final",))),
-            ),
+            *unlike(setting, ("implicit", "static_final")),
         ],
     )
 

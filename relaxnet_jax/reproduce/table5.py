@@ -72,8 +72,7 @@ def section(lab: Lab) -> Section:
             f"{source} was trained on other data and another functional: its energies are not "
             f"comparable and not shown. {_relaxed_on(setting, outside)}"
         )
-    roles = ["implicit", *POTENTIALS] + (["static_final"] if "direct" in methods else [])
-    remarks += unlike(setting, roles)
+    remarks += unlike(setting, ["implicit", *POTENTIALS, "static_final"])
     given = errors([lab.points(run).comparisons for run in found["egnn"]], "energy_mae")
     nothing = doing_nothing(own["explicit"])
     path = setting.out / "table5.png"

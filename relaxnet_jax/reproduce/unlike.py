@@ -27,11 +27,14 @@ def unlike(setting: Setting, roles: Iterable[str], than: str = "explicit") -> li
     """A remark for each role whose configuration differs from that of another one.
 
     A comparison of two schemes is one of everything else that differs, too: widths, cutoffs, the loss.
-    Fields that mean nothing to a role (a loss of paths to a model without paths) are left out.
+    Fields that mean nothing to a role (a loss of paths to a model without paths) are left out, and so are
+    roles that cannot be trained with these settings.
     """
     reference = dict(_fields(setting.config(than)))
     remarks = []
     for role in roles:
+        if setting.why_not(role):
+            continue
         config = setting.config(role)
         without = _meaningless(config)
         own = [
