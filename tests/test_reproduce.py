@@ -64,6 +64,7 @@ from relaxnet_jax.reproduce.verdict import (
     FAILS,
     HOLDS,
     OPEN,
+    RULE,
     Claim,
     Outcome,
     all_of,
@@ -286,7 +287,7 @@ def test_verdicts():
     names = "A", "B"
     assert lower(a, b, names).verdict == HOLDS and lower(b, a, names).verdict == FAILS
     assert lower(a, noisy, names).verdict == OPEN
-    assert "not told apart" in lower(a, noisy, names).reason
+    assert "not significant" in lower(a, noisy, names).reason
     assert lower(b, a, names, factor=3.0).verdict == HOLDS
     assert "of both" not in lower(a, b, names).reason
     fewer = score(2 * [{"x": 2.0, "y": 2.1, "z": 9.0}])
@@ -374,7 +375,7 @@ def test_few_seeds_and_many_cases_need_more():
         assert found.verdict == verdict, found.reason
         assert found.p == pytest.approx(len(others + many) * min(o.p for o in others))
     found = all_of([chance, *many])
-    assert "1 of 3 do not hold, which of 3 cases may be by chance (p = 0.09)" in found.reason
+    assert "1 of 3 do not hold, which may be chance in 3 cases (p = 0.09)" in found.reason
     # Claims of claims: as if all cases were one list.
     assert all_of([all_of([sure, *many]), all_of(3 * many)]).p == pytest.approx(2 * 3 * 0.004)
 
@@ -653,7 +654,7 @@ def test_numbers_of_frames_are_compared_on_the_same_ones(tmp_path):
     assert verdicts["explicit: more frames, lower force errors"] == HOLDS
     assert verdicts["explicit: more frames, lower force errors on 10 frames"] == OPEN
     assert verdicts["explicit: more frames, lower energy errors on 10 frames"] == OPEN
-    more = "with as many frames in all, more structures have lower force errors"
+    more = "for the same total number of frames, more structures give lower force errors"
     assert (verdicts[more], verdicts[f"{more} on 10 frames"]) == (FAILS, OPEN)
 
 
@@ -749,8 +750,8 @@ def test_pages_tell_of_runs_that_saw_no_path_and_of_load(tmp_path):
         write_facts(folder_of(tmp_path, run), facts)
         loads = [machine | {"load_average": load} for load in (0.5, 2.0, 1.0)]
         lines = provenance(own, [run], "x", "seeds", loads)
-        assert any("static first epochs only: implicit, seed 0" in x for x in lines) == told
-        assert any("Of 1 implicit runs 1 were trained on paths for 1 epoch(s) only" in x for x in lines) == few
+        assert any("never on a path: implicit, seed 0" in x for x in lines) == told
+        assert any("1 of 1 implicit runs were trained on paths for only 1 epoch(s)" in x for x in lines) == few
         assert sum("Predicted on: d (cpu), 2 cores, , load 0.5 to 2" in x for x in lines) == 1
 
 
@@ -783,19 +784,19 @@ def test_what_differs_beside_the_method_is_told(tmp_path):
     """What acts on both and is not the same; nothing of paths where there are none."""
     own = setting(tmp_path, changes=("data.n_emt=24", "model.features=32"))
     (text,) = unlike(own, ["implicit"])
-    assert "implicit has (in brackets: explicit)" in text and "graph.triplet_cutoff 3.5 (4)" in text
+    assert "implicit that differ from explicit (in brackets): " in text and "graph.triplet_cutoff 3.5 (4)" in text
     assert "static_epochs 25 (0)" in text and "model.features" not in text and "latent" not in text
     static, egnn, direct = unlike(own, ["static", "egnn", "static_final"])
     assert "loss.errors squared (norm)" in static and "train.noise" not in static
     assert "model.triplet_features 16 (48)" in static and "triplet" not in egnn
     assert "model.architecture egnn (dtnn)" in egnn and "loss.positions" not in static + egnn
-    assert "direct has" in direct and "train.noise 0 (0.1)" in direct and "dynamics" not in direct
+    assert "direct that differ" in direct and "train.noise 0 (0.1)" in direct and "dynamics" not in direct
     same = setting(tmp_path, changes=("loss.errors=norm", "loss.forces=3", *SMALL))
     assert "loss" not in "".join(unlike(same, ["static"]))
     assert unlike(own, ["explicit"]) == []
     for name in ("table2", "table4", "table5"):
         remarks = EXPERIMENTS[name].section(Inventor(own)).remarks
-        assert any(r.startswith("Not only the method differs") for r in remarks), name
+        assert any(r.startswith("Settings of ") for r in remarks), name
 
 
 def test_static_models_are_all_compared_with(tmp_path):
@@ -846,10 +847,10 @@ def test_outside_potentials_have_no_comparable_energies(tmp_path):
     assert row["/ doing nothing"].mean == pytest.approx(0.5, abs=0.05)
     outside = [c for c in made.claims if "outside" in c.text]
     assert [c.outcome.verdict for c in outside] == [HOLDS, HOLDS]
-    assert sum(r.endswith("LBFGS, on a machine that was not noted.") for r in made.remarks) == 1
+    assert sum(r.endswith("LBFGS, on a machine that was not recorded.") for r in made.remarks) == 1
     machine = Predicted((), {"machine": {"device": "d", "processor": "some CPU", "cores": 2}})
     text = table5._relaxed_on(own, machine)
-    assert text.endswith("where 2 cores could be used (some CPU); its linear algebra used one.")
+    assert text.endswith("with 2 usable cores (some CPU); its linear algebra used one.")
 
 
 def test_errors_are_those_of_the_metrics():
@@ -922,8 +923,8 @@ def test_time_is_that_of_the_best_pass(monkeypatch):
         found, times = predictions.timed(lambda calls=calls: calls.append(0) or calls)
         assert times == pytest.approx(seconds) and len(found) == made
     told = [Predicted((), facts) for facts in ({}, {"passes": 3}, {"passes": 2})]
-    assert "one pass" in passes(told[:1]) and "best of 3 passes" in passes(told[1:2])
-    assert "best of 1 to 3 passes" in passes(told)  # some of an earlier version
+    assert "one pass" in passes(told[:1]) and "in 3 passes" in passes(told[1:2])
+    assert "in 1 to 3 passes" in passes(told)  # some of an earlier version
 
 
 def test_static_models_are_asked_about_what_they_are_compared_on(tmp_path, monkeypatch):
@@ -1137,8 +1138,11 @@ def test_reports_do_not_mix_data(report, tmp_path):
     (copy / "fig3b.json").write_text(json.dumps(kept | {"data": "another"}))
     assert cli.main(["reproduce", "figA1", "figA3", *more]) == 0
     text = (copy / "REPORT.md").read_text()
-    assert "not in this report: fig3b" in text and "## Figure 3b" not in text
+    assert "they are of other data: fig3b" in text and "## Figure 3b" not in text
     assert "| fig3b |" not in text and "| figA3 |" in text
+    assert text.count(RULE) == 1 and RULE in (copy / "figA3.md").read_text()
+    (counts,) = re.findall(r"Of (\d+) claims of the paper: (\d+) hold, (\d+) do not hold, (\d+) are", text)
+    assert int(counts[0]) == sum(map(int, counts[1:])) == text.count("| the paper |") > 2
 
 
 def test_runs_side_by_side(report, tmp_path, capsys):

@@ -105,12 +105,12 @@ def section(lab: Lab) -> Section:
     return Section(
         "ablation",
         "Dynamics, solver and encoder, one choice at a time",
-        "The explicit scheme's config and variants of it, each given time by its weight, which knows of "
-        "frames, substeps and solver, not of the encoder: a dearer encoder gets fewer epochs. Not in the "
-        "paper.",
+        "The config of the explicit scheme and variants of it (not in the paper). Each is given training time by its "
+        "weight, which accounts for frames, substeps and solver but not for the encoder: a more expensive encoder "
+        "gets fewer epochs.",
         [Table("Test split", COLUMNS, rows)],
         _claims(places, energy),
-        [(path, "final frame by variant")],
+        [(path, "final frame of each variant")],
         [passes([p for predicted in made.values() for p in predicted])],
     )
 

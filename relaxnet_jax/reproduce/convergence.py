@@ -8,8 +8,8 @@ from typing import Any
 
 LEVELS = (0.85, 0.95, 0.99)
 RULE = (
-    "x % convergence: the validation loss has fallen by x % of the way from that of the first epoch "
-    "to the best of the run; wall time from the start, compilation included"
+    "x % convergence is the wall time, compilation included, until the validation loss has fallen by x % "
+    "of the way from its value after the first epoch to the best of the run"
 )
 
 

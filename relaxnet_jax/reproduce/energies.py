@@ -74,15 +74,15 @@ def section(lab: Lab) -> Section:
     charts.bars(panels, path, f"Explicit scheme, test split of {setting.name}.", marks)
     return Section(
         "energies",
-        "The energy a relaxation releases",
-        "The paper's loss knows the energy of each frame by itself. Most of an energy is its composition's, "
-        "which is learned from few compositions and the same on all frames; the change along the path is "
-        "small beside that error. Here with and without a term of the changes, E(t) - E(1), in the loss "
-        "(`loss.energy_change`). The changes are compared with the work of the same paths' forces, too, "
+        "The energy that a relaxation releases",
+        "The paper's loss compares the energy of each frame separately. Most of an energy belongs to the composition, "
+        "is learned from few compositions and is the same on all frames; the change along the path is "
+        "small beside the error of that. Models are trained with and without a loss term on the changes E(t) - E(1) "
+        "(`loss.energy_change`). The changes are also compared with the work of the forces along the same paths, "
         "which needs no predicted energies.",
         [Table("Test split, explicit scheme", COLUMNS, rows)],
         _claims(change, work, energy, places, forces, released),
-        [(path, "energies and positions, with the term and without")],
+        [(path, "energies and positions, with and without the term")],
     )
 
 
@@ -104,10 +104,10 @@ def _claims(change, work, energy, places, forces, released: Score) -> list[Claim
     own = ("E(1) - E(0)", "work")
     outcomes = {
         "the term makes E(1) - E(0) better": lower(change[WITH], change[WITHOUT], both, unit),
-        "with it E(1) - E(0) is better than none": lower(
+        "with it E(1) - E(0) is better than doing nothing": lower(
             change[WITH], released, ("with the term", "doing nothing"), unit
         ),
-        "without it E(1) - E(0) is better than none": lower(
+        "without it E(1) - E(0) is better than doing nothing": lower(
             change[WITHOUT], released, ("without", "doing nothing"), unit
         ),
         "with it E(1) - E(0) is better than the work of the same paths' forces": lower(

@@ -51,22 +51,22 @@ def section(lab: Lab) -> Section:
     return Section(
         "fig3a",
         "Figure 3a: errors along the path",
-        f"Implicit scheme, {frames} frames, a fifth of the training split (table 2). Per-frame errors "
-        "are means over the structures that have the frame; cumulative ones over all frames up to it.",
+        f"Implicit scheme, {frames} frames, a fifth of the training split (as in table 2). Per-frame errors "
+        "are means over the structures that have the frame, cumulative errors over all frames up to it.",
         [Table("Test split", COLUMNS, rows)],
         [
             Claim(
                 "energy and force errors decrease from frame to frame and are lowest at the final one",
                 all_of([_lowest(single[m], label) for m, label in METRICS.items()]),
-                "the final frame's are lower than those of every other frame",
+                "the errors of the final frame are lower than those of every other frame",
             ),
             Claim(
-                "the distribution of force errors shifts to lower ones with every frame",
+                "the distribution of force errors shifts to lower values with every frame",
                 _shifting([structure_medians(predicted, k) for k in range(frames)]),
-                "the median of a structure's errors falls in every step, on the structures with both frames",
+                "the median of the errors of a structure falls in every step, over the structures with both frames",
             ),
         ],
-        [(path, "errors by frame")],
+        [(path, "errors against the frame")],
     )
 
 

@@ -57,11 +57,11 @@ def section(lab: Lab) -> Section:
         "fig3b",
         "Figure 3b: coordinate errors by frame, and of a static model",
         "Mean absolute difference, over the coordinates of a structure's free atoms, between every "
-        "predicted frame and the true final one: frame 0 is doing nothing. Means are over the "
-        "structures whose relaxation has the frame. (The paper does not say "
-        "which frame its errors are against; this reading fits its words that the static model's "
-        "distribution parallels that of frame 0.) The static model predicts the final positions at "
-        "once, by the same encoder.",
+        "predicted frame and the true final one; frame 0 is doing nothing. Means are over the "
+        "structures whose relaxation has the frame. The paper does not say "
+        "which frame its errors refer to; this reading fits its statement that the static model's "
+        "distribution parallels that of frame 0. The static model predicts the final positions "
+        "directly, with the same encoder.",
         [Table("Test split", COLUMNS, rows)],
         [
             Claim(

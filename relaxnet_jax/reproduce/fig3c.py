@@ -49,7 +49,7 @@ def section(lab: Lab) -> Section:
         ["final aligned RMSD (Å)", rmsd, nothing[1], paper.RMSD],
         ["path length / displacement", length, None, None],
         ["… of the true path", true, None, None],
-        ["steps that go on forward (%)", scaled(forward, 100), None, None],
+        ["steps that go forward (%)", scaled(forward, 100), None, None],
     ]
     path = setting.out / "fig3c.png"
     files = [(path, "predicted and true pathways")] if _draw(dense[0], path, setting.name) else []
@@ -57,10 +57,10 @@ def section(lab: Lab) -> Section:
         "fig3c",
         "Figure 3c: pathways",
         f"Explicit scheme, predicted on {FRAMES} frames. Path length is the sum of an atom's steps "
-        f"over its net displacement, or over {MOVES:g} Å if that is less, meant over the free atoms that "
-        f"come farther than {MOVES:g} Å from where they began. A step goes on forward if "
+        f"over its net displacement (or over {MOVES:g} Å if that is larger), averaged over the free atoms that "
+        f"get further than {MOVES:g} Å from their start. A step goes forward if "
         "it makes an angle of less than 90° with the one before. True paths are those of the optimiser "
-        "that made the data, on as many frames as there are, at most so many.",
+        "that made the data, on all of their frames, but no more than the predicted ones.",
         [Table("Test split", ("quantity", "RelaxNet", "doing nothing", "paper"), rows)],
         [
             Claim(
@@ -71,7 +71,7 @@ def section(lab: Lab) -> Section:
                     f"of {sum(map(len, dense))} paths",
                 ),
                 f"paths are shorter than {SMOOTH:g} times the displacement, and more than {TURNING:.0%} "
-                "of steps go on forward",
+                "of steps go forward",
             )
         ],
         files,
@@ -104,7 +104,7 @@ def smooth(length: Score, forward: Score) -> Outcome:
     if not length.seeds:
         return decided(None, f"no atom moves more than {MOVES:g} Å")
     names = ("path length / displacement", "bound")
-    turning = ("bound", "share of steps that go on forward")
+    turning = ("bound", "share of steps that go forward")
     return all_of(
         [
             lower(length, bound(SMOOTH, length), names),

@@ -41,7 +41,7 @@ def section(lab: Lab) -> Section:
     return Section(
         "figA1",
         "Figure A.1: the data",
-        "Distributions over the relaxations of the store; the paper's is JARVIS-DFT.",
+        "Distributions over the relaxations in the data set; the paper's is JARVIS-DFT.",
         [Table(setting.name, ("quantity", "count or median", "least", "most", "paper"), rows)],
         [
             Claim(
@@ -55,7 +55,7 @@ def section(lab: Lab) -> Section:
             Claim(
                 "most displacements are between 0.001 and 0.01 Å",
                 common(summary.values["displacement"]),
-                "more than half of the relaxations' mean displacements",
+                "more than half of the mean displacements of the relaxations",
             ),
         ],
         [(path, "distributions")],

@@ -35,16 +35,16 @@ def section(lab: Lab) -> Section:
     return Section(
         "figA2",
         "Figure A.2: parity of energies",
-        "Implicit scheme, 10 frames, a fifth of the training split (table 2); all frames of all test "
-        "structures. Total energies correlate for whatever knows the composition, so the second row "
-        "and the figure are of what the composition does not explain.",
+        "Implicit scheme, 10 frames, a fifth of the training split (as in table 2); all frames of all test "
+        "structures. Anything that knows the composition predicts total energies that correlate with the true "
+        "ones, so the second row and the figure show what the composition does not explain.",
         [Table("Pearson's correlation of predicted and true", COLUMNS, rows)],
         [
             Claim(
                 "predicted energies agree strongly with true ones (the paper: PCC 0.979)",
                 agreement(total["model"], total["composition"].mean),
-                f"the correlation of total energies is at least {paper.PEARSON}; cannot be tested where "
-                "the composition alone comes to that",
+                f"the correlation of total energies is at least {paper.PEARSON}; inconclusive if "
+                "the composition alone reaches that",
             )
         ],
         files,

@@ -55,15 +55,15 @@ def section(lab: Lab) -> Section:
         "figA3",
         "Figure A.3: energy errors, energies and displacements",
         "Explicit scheme, all frames of all test structures: absolute energy error against the true "
-        "energy and against the mean distance of the free atoms from where they began (true frames "
-        "after the first). Correlations are Spearman's; their p values are of as many points as there "
-        "are structures, since the frames of one are not independent.",
+        "energy and against the mean distance of the free atoms from their start (true frames "
+        "after the first). Correlations are Spearman's. Their p values count one point per structure, "
+        "as the frames of a structure are not independent.",
         [Table("Test split", ("quantity", "RelaxNet", "doing nothing"), rows)],
         [
             Claim(
                 "most true displacements are between 0.001 and 0.01 Å",
                 common(points[0]["moved"]),
-                "more than half of the true frames'",
+                "more than half of the true frames",
             ),
             Claim(
                 "energy errors fall as displacements grow",

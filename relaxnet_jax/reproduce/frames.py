@@ -59,11 +59,11 @@ def section(lab: Lab) -> Section:
     names = "all frames", "equidistant"
     return Section(
         "frames",
-        "All frames of a relaxation, or equidistant ones",
-        "The paper needs exactly n frames of every relaxation. Here a relaxation may have any number, "
-        "each frame at its own pseudotime and absent ones masked: both selections are trained on the "
-        "same relaxations, and compared on their final frames and on "
-        f"{DENSE} equidistant ones (as many as a relaxation has).",
+        "All frames of a relaxation against equidistant ones",
+        "The paper needs exactly n frames of every relaxation. Here a relaxation may have any number of frames, "
+        "each at its own pseudotime, with absent ones masked. Models with both selections of frames are trained on the "
+        "same relaxations, and compared on the final frame and on "
+        f"{DENSE} equidistant frames (fewer if a relaxation has fewer).",
         [Table("Test split", COLUMNS, rows)],
         [
             Claim(text, lower(scores["all"], scores["equidistant"], names, unit), ours=True)

@@ -134,9 +134,9 @@ def passes(predicted: Sequence[Predicted]) -> str:
     found = {p.facts.get("passes", 1) for p in predicted}  # earlier versions made one
     least, most = min(found, default=1), max(found, default=1)
     if most == 1:
-        return "The time of predicted paths is that of one pass over the test split."
+        return "Predicted paths were timed in one pass over the test split."
     count = f"{most}" if least == most else f"{least} to {most}"
-    return f"The time of predicted paths is that of the best of {count} passes over the test split."
+    return f"Predicted paths were timed in {count} passes over the test split, of which the best counts."
 
 
 def seeds(setting: Setting, role: str, **changes) -> list[Run]:

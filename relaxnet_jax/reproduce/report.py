@@ -20,13 +20,16 @@ from relaxnet_jax.reproduce.experiment import Experiment
 from relaxnet_jax.reproduce.lab import Lab
 from relaxnet_jax.reproduce.plan import Plan
 from relaxnet_jax.reproduce.runs import Run, folder_of, read_facts
-from relaxnet_jax.reproduce.section import SEEDS, Section, Table, claims_table
+from relaxnet_jax.reproduce.section import SEEDS, VERDICTS, Section, Table, claims_table
 from relaxnet_jax.reproduce.setting import Setting
 from relaxnet_jax.reproduce.training import StoppedError, train_all
+from relaxnet_jax.reproduce.verdict import FAILS, HOLDS, OPEN
 from relaxnet_jax.train.start import SEEN
 
 REPORT = "REPORT.md"
 SHOWN = 5  # reasons why structures were left out
+WHOSE = {False: "the paper", True: "this package"}
+_COUNTED = {HOLDS: "hold", FAILS: "do not hold", OPEN: "are inconclusive"}
 FEW = 10  # epochs of the ODE after which an implicit run has hardly begun
 RUN_COLUMNS = (
     *("run", "name", "training relaxations", "minutes", "time limit (min)", "epochs"),
@@ -130,9 +133,9 @@ def _begun(setting: Setting, runs: Sequence[Run]) -> list[str]:
             seen = facts["statistics"].get(SEEN, {}).get("test", 0)
             starts[start] = max(seen, starts.get(start, 0))
     return [
-        f"Begun from the parameters of {start} (train.start_from)"
-        + (f", which was trained on {n} of the test relaxations: their errors are not those of "
-           "unseen structures" if n else "")
+        f"Initialised from the parameters of {start} (train.start_from)"
+        + (f", which was trained on {n} of the test relaxations: these structures are not unseen"
+           if n else "")
         for start, n in starts.items()
     ]  # fmt: skip
 
@@ -178,8 +181,8 @@ def _uneven(runs: Sequence[Run], facts: Sequence[dict[str, Any]]) -> list[str]:
     if max(rates) <= 1.5 * min(rates):
         return []
     return [
-        f"The runs were given {min(rates):.2f} to {max(rates):.2f} minutes for a weight of 1, by different "
-        "commands: comparisons between them are uneven; another --out trains all anew"
+        f"Different commands gave the runs {min(rates):.2f} to {max(rates):.2f} minutes for a weight of 1, "
+        "so comparisons between them are uneven; another --out trains all of them anew"
     ]
 
 
@@ -188,8 +191,8 @@ def _versions(facts: Sequence[dict[str, Any]]) -> list[str]:
     if len({f.get("code", "") for f in facts}) < 2:
         return []
     return [
-        "The runs were trained by different versions of this package, or of those it traces with (runs.csv, "
-        "column code): another --out trains all anew"
+        "The runs were trained by different versions of this package or of the packages it traces with "
+        "(column code of runs.csv); another --out trains all of them anew"
     ]
 
 
@@ -205,14 +208,14 @@ def _static_only(runs: Sequence[Run], facts: Sequence[dict[str, Any]]) -> list[s
     lines = []
     if never:
         lines.append(
-            f"Never trained on a path, but in their static first epochs only: {'; '.join(never)}. "
+            f"Trained only in their static first epochs, never on a path: {'; '.join(never)}. "
             "They need more time, or fewer train.static_epochs"
         )
     if few:
         span = f"{min(few)}" if min(few) == max(few) else f"{min(few)} to {max(few)}"
         lines.append(
-            f"Of {len(solved)} implicit runs {len(few)} were trained on paths for {span} epoch(s) only, after "
-            "their static first ones: what is said of the implicit scheme here is of little training"
+            f"{len(few)} of {len(solved)} implicit runs were trained on paths for only {span} epoch(s) after "
+            "their static first ones: the implicit scheme is undertrained here"
         )
     return lines
 
@@ -228,10 +231,18 @@ def _keep_claims(made: Section, setting: Setting) -> None:
         temporary.write_text(json.dumps(kept, indent=1, ensure_ascii=False), encoding="utf-8")
 
 
+def _count(whose: str, rows: Sequence[Sequence[str]]) -> str:
+    """How many claims, (experiment, claim, whose, verdict) each, came to which verdict; "" of none."""
+    found = [verdict for _, _, owner, verdict in rows if owner == whose]
+    each = ", ".join(f"{found.count(v)} {_COUNTED[v]}" for v in _COUNTED)
+    return f"Of {len(found)} claims of {whose}: {each}." if found else ""
+
+
 def write_report(setting: Setting, names: Iterable[str], command: str) -> Path:
     """REPORT.md of the pages there are on these data, of this command or earlier ones: a summary of
     the verdicts, then every page."""
-    rows, pages, others = [], [], []
+    rows: list[list[str]] = []
+    pages, others = [], []
     for name in names:
         page, verdicts = setting.out / f"{name}.md", setting.out / f"{name}.json"
         kept: dict[str, Any] = {"claims": []}
@@ -241,18 +252,19 @@ def write_report(setting: Setting, names: Iterable[str], command: str) -> Path:
             others.append(name)
             continue
         if page.is_file():
-            pages.append(page.read_text(encoding="utf-8"))
+            pages.append(page.read_text(encoding="utf-8").replace(f"{VERDICTS}\n\n", ""))
         for claim in kept["claims"]:
-            whose = "ours" if claim["ours"] else "the paper's"
-            rows.append([name, claim["claim"], whose, claim["verdict"]])
-    summary = Table("", ("experiment", "claim", "whose", "verdict"), rows).markdown()
+            rows.append([name, claim["claim"], WHOSE[claim["ours"]], claim["verdict"]])
+    summary = Table("", ("experiment", "claim", "made by", "verdict"), rows).markdown()
     head = [
-        f"# {paper.NAME}: what holds on {setting.name}",
-        f"Last command: `{command}`; every section names its own.",
-        "The paper's data are JARVIS-DFT, its machine two V100: beside other data and machines its "
-        "figures are to be compared in kind, not in size.",
+        f"# {paper.NAME}: which claims hold on {setting.name}",
+        f"Last command: `{command}`. Every section names its own.",
+        "The paper used JARVIS-DFT and two V100 GPUs. On other data and machines, compare trends with its "
+        "figures, not sizes.",
+        *[line for whose in WHOSE.values() if (line := _count(whose, rows))],
+        VERDICTS,
         summary,
-        *([f"Of other data, and not in this report: {', '.join(others)}."] if others else []),
+        *([f"Not in this report, as they are of other data: {', '.join(others)}."] if others else []),
     ]
     path = setting.out / REPORT
     with atomic_path(path) as temporary:

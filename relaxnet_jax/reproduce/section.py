@@ -15,6 +15,7 @@ from relaxnet_jax.reproduce.verdict import RULE, Claim
 
 SEEDS = "seeds"  # what most scores' rows are
 OURS = " (ours, not the paper's)"
+VERDICTS = f"How verdicts are reached: {RULE}"  # said once in a report of several pages
 Cell = str | float | int | Score | None
 
 
@@ -109,8 +110,9 @@ class Section:
         parts += [table.markdown() for table in self.tables]
         if self.claims:
             parts.append(claims_table(self.claims).markdown())
-            own = [f"- {c.text}: {c.rule}" for c in self.claims if c.rule]
-            parts.append("\n".join([f"Rule: {RULE}", *own]))
+            parts.append(VERDICTS)
+            if own := [f"- {c.text}: {c.rule}" for c in self.claims if c.rule]:
+                parts.append("\n".join(["Specific rules:", "", *own]))
         parts += [f"![{caption}]({path.name})" for path, caption in self.figures]
         if self.remarks:
             parts.append("\n".join(f"- {remark}" for remark in self.remarks))

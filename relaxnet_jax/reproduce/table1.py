@@ -85,15 +85,15 @@ def section(lab: Lab) -> Section:
     return Section(
         "table1",
         "Table 1: the encoder alone, predicting the final frame",
-        "One pass of the encoder over the initial structure gives the energy (and the positions) of "
-        "the final one; no ODE. The training splits are nested parts of one, in the paper's ratio "
-        f"1 : 2 : 5; validation and test split are the same for all. {convergence.RULE}.",
+        "One pass of the encoder over the initial structure gives the energy and the positions of "
+        "the final one, without an ODE. The training splits are nested, in the paper's ratio "
+        f"1 : 2 : 5; validation and test splits are the same for all. {convergence.RULE}.",
         [Table("Final frame of the test split", COLUMNS, rows)],
         _claims(lab, found, energy, seconds, walls, memory),
         [(path, "energy error and time by size of the training split")],
         [
-            "Memory: peak of the training step of the largest batch as XLA compiled it (arguments, "
-            "results, temporaries); the paper's is not said how.",
+            "Memory is the peak of the compiled training step of the largest batch (arguments, "
+            "results, temporaries, as XLA reports them). The paper does not say how it measured its own.",
         ],
     )
 
@@ -155,8 +155,8 @@ def _claims(
         Claim(
             f"85 % convergence comes within {paper.TABLE1_85_PERCENT} min at all sizes",
             quickly(quick, shortest, len(lab.setting.seeds)),
-            f"cannot be tested where the runs were too short for it to fail, i.e. took less than "
-            f"{paper.TABLE1_85_PERCENT} min, or where one did not converge at all",
+            f"inconclusive if the runs were too short for it to fail, i.e. took less than "
+            f"{paper.TABLE1_85_PERCENT} min, or if one did not converge at all",
         ),
         Claim(
             "memory of DTNN and EGNN layers is comparable (the paper: 1.35 times)",

@@ -106,19 +106,19 @@ def section(lab: Lab) -> Section:
     return Section(
         "table2",
         "Table 2: implicit and explicit latent evolution by frames and structures",
-        "Energy and force errors of the final frame and of all, on n equidistant frames. The paper "
-        "leaves out relaxations with fewer than n frames; here they stay, with the frames they have, so "
-        "that all rows share validation and test split. Changes against the direct predictor of table "
-        "1 (2 DTNN layers, same relaxations) and, for the explicit scheme, against the implicit one.",
+        "Energy and force errors of the final frame and of all frames, on n equidistant frames. The paper "
+        "drops relaxations with fewer than n frames. Here they stay, with the frames they have, so "
+        "that all rows share their validation and test splits. Changes are given relative to the direct predictor of "
+        "table 1 (2 DTNN layers, same relaxations) and, for the explicit scheme, relative to the implicit one.",
         [Table("Test split", COLUMNS, rows)],
         _claims(energy, forces, seconds, {c: base[c[2]][0] for c in ALL}, _dense(lab, found)),
         [(path, "errors and time by number of frames")],
         [
-            "Time per epoch of the implicit scheme is that of its solution; its static first epochs "
-            "are faster. A dash: it got no further than these.",
-            "Errors of all frames are over each model's own, as in the paper: of few frames the final one, "
-            "whose forces are easily told, is a larger part. What is ours about numbers of frames is tested on "
-            f"{DENSE} of all models.",
+            "The time per epoch of the implicit scheme is that of epochs with the ODE; its static first epochs "
+            "are faster. A dash means that training ended within these.",
+            "Errors of all frames are averaged over each model's own frames, as in the paper. With few frames the final "
+            "one, whose forces are easy to predict, counts for more. Our own claims about numbers of frames "
+            f"are therefore tested on {DENSE} frames for all models.",
             *unlike(setting, ("implicit", "static_final")),
         ],
     )
@@ -139,10 +139,10 @@ COLUMNS = (
     "final coordinate MAE (Å)",
     "time/epoch (s)",
     "paper: time/epoch (s)",
-    "energy against direct",
-    "time against direct",
-    "energy against implicit",
-    "time against implicit",
+    "energy, change from direct",
+    "time, change from direct",
+    "energy, change from implicit",
+    "time, change from implicit",
     "epochs",
 )
 
@@ -229,11 +229,11 @@ def _claims(energy, forces, seconds, direct: dict[Case, Score], dense) -> list[C
             ours=True,
         ),
         Claim(
-            "with as many frames in all, more structures have lower force errors",
+            "for the same total number of frames, more structures give lower force errors",
             compare(forces["all"], same_total, "meV/Å"),
         ),
         Claim(
-            f"with as many frames in all, more structures have lower force errors on {DENSE} frames",
+            f"for the same total number of frames, more structures give lower force errors on {DENSE} frames",
             compare(dense[1], same_total, "meV/Å"),
             ours=True,
         ),

@@ -115,13 +115,13 @@ def section(lab: Lab) -> Section:
         "Table 3: perturbed initial positions",
         "Gaussian noise on the initial positions of the free atoms, with a standard deviation of α Å "
         "in training and β Å in prediction (the same draws for every model). Errors of the final frame "
-        "against the true one of the unperturbed relaxation. The last column but one is how far the "
-        "predicted final positions move because of the noise, over how far the initial ones were "
-        "moved (root mean squares): below 1 the model contracts, as a relaxation does. Doing nothing "
+        "are against the true final frame of the unperturbed relaxation. 'Moved / noise' is how far the noise moves the "
+        "predicted final positions, over how far it moved the initial ones (root mean squares): below 1 the "
+        "model contracts, as a relaxation does. Doing nothing "
         "keeps the perturbed positions and the energy and forces of the unperturbed structure.",
         [Table("Final frame of the test split", COLUMNS, rows)],
         _claims(energy, forces, places, contraction, trained),
-        [(path, "errors and contraction by the noise after training")],
+        [(path, "errors and contraction against the noise after training")],
     )
 
 
@@ -172,9 +172,9 @@ def _claims(energy, forces, places, contraction, trained: Sequence[float]) -> li
     moved = contraction[shipped, 0.1]
     return [
         Claim(
-            "errors are near-constant whatever the noise after training (0 to 1 Å; α = 0)",
+            "errors hardly depend on the noise after training (0 to 1 Å; α = 0)",
             all_of(constant),
-            f"no scale changes either error by more than {CONSTANT:.0%}, and nothing fails",
+            f"no noise changes either error by more than {CONSTANT:.0%}, and no prediction fails",
         ),
         Claim("noise in training makes errors larger", all_of(worse)),
         Claim(

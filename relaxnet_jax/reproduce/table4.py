@@ -18,7 +18,7 @@ from relaxnet_jax.reproduce.verdict import Claim, Outcome, all_of, decided, lowe
 
 MODELS = {"explicit": "RelaxNet explicit", "static": "static RelaxNet", "egnn": "EGNN"}
 VALIDATION = 0.05
-PAIRED = "standard errors are of the folds' paired differences"
+PAIRED = "standard errors are those of the paired differences over folds"
 
 
 def case_runs(setting: Setting, role: str) -> list[Run]:
@@ -78,15 +78,15 @@ def section(lab: Lab) -> Section:
     return Section(
         "table4",
         f"Table 4: energies by {setting.folds}-fold cross-validation",
-        "Every relaxation is tested once, by a model that saw none of its group; ± is the standard "
-        "deviation over folds. Static models are given the true positions of every frame and say its "
-        "energy, RelaxNet is given the initial ones only and says the whole path. The paper's others "
-        "are those of the JARVIS leaderboard (55,713 structures, all frames; RelaxNet 24,311). Hardly any "
-        "of these structures had a part in choosing the configs, as the test split of the other sections had.",
+        "Every relaxation is tested once, by a model trained on none of its group; ± is the standard "
+        "deviation over folds. Static models are given the true positions of every frame and predict its "
+        "energy; RelaxNet is given only the initial positions and predicts the whole path. The paper's other models "
+        "are those of the JARVIS leaderboard (55,713 structures, all frames; RelaxNet 24,311). The configs "
+        "were chosen on the test split of the other sections; few of the structures tested here are part of it.",
         [Table("Test splits of all folds", COLUMNS, rows, "folds")],
         [
             Claim(
-                "RelaxNet's all-frame energies are as good as static models', given less",
+                "RelaxNet's all-frame energies are as good as those of static models, from less input",
                 all_of(
                     [
                         lower(
@@ -98,7 +98,7 @@ def section(lab: Lab) -> Section:
                         for role, own in compared.items()
                     ]
                 ),
-                f"lower than those of both; {PAIRED}",
+                f"lower than those of both static models; {PAIRED}",
             ),
             Claim(
                 "final-frame energies are better than all-frame ones",
@@ -109,7 +109,7 @@ def section(lab: Lab) -> Section:
                 Claim(
                     f"energy errors, {frames}, reach the paper's {theirs} meV/atom (of other data)",
                     _reached(found, theirs),
-                    "the mean over folds is not above it",
+                    "the mean over folds is at most that",
                     ours=True,
                 )
                 for frames, found, theirs in (

@@ -27,9 +27,9 @@ from relaxnet_jax.reproduce.unlike import unlike
 from relaxnet_jax.reproduce.verdict import Claim, Outcome, all_of, lower
 
 TIMING = (
-    "Inference is timed with the graphs but without compilation, in batches of 16 structures; the paper relaxed one "
-    "structure at a time with ASE. Failed are predictions that are no numbers: they are left out of "
-    "the means, and of comparisons on both sides."
+    "Inference times include building the graphs, not compilation, in batches of 16 structures; the paper relaxed one "
+    "structure at a time with ASE. Failed predictions are those that are not finite. They are left out of "
+    "the means, and of both sides of a comparison."
 )
 MINIMISED = "Minimisations were timed once."
 POTENTIALS = {"static": "static RelaxNet", "egnn": "EGNN, 2 layers"}
@@ -69,7 +69,7 @@ def section(lab: Lab) -> Section:
         source = setting.reference.source if setting.reference else ""
         methods["reference"] = (f"{source} + LBFGS (C1)", foreign(method([outside])))
         remarks.append(
-            f"{source} was trained on other data and another functional: its energies are not "
+            f"{source} was trained on other data with another functional, so its energies are not "
             f"comparable and not shown. {_relaxed_on(setting, outside)}"
         )
     remarks += unlike(setting, ["implicit", *POTENTIALS, "static_final"])
@@ -84,12 +84,12 @@ def section(lab: Lab) -> Section:
     return Section(
         "table5",
         "Table 5: end-to-end RelaxNet against relaxation with an interatomic potential",
-        "All methods see the initial structures of the test split and say where they relax to. "
+        "All methods are given the initial structures of the test split and predict the relaxed ones. "
         "Potentials are trained on the energies and forces of all frames and minimised with L-BFGS "
-        "(steps of at most 0.2 Å, at most 500) to a largest force of 0.05 eV/Å (C1) or of RelaxNet's "
-        f"own final force (C2: {c2} eV/Å, by seed; the paper's is {paper.C2}). Forces are those each "
-        "method predicts for its own final structure, against those of DFT at its. Doing nothing "
-        "takes the initial structure, with its true energy and forces, for the final one.",
+        "(steps of at most 0.2 Å, at most 500 of them) until the largest force is below 0.05 eV/Å (C1) or below RelaxNet's "
+        f"own final force (C2: {c2} eV/Å, by seed; the paper's is {paper.C2}). Forces are those that each "
+        "method predicts for its own final structure, compared with those of DFT at the final DFT structure. Doing nothing "
+        "takes the initial structure, with its true energy and forces, as the final one.",
         [methods_table(methods, nothing)],
         _claims(methods, nothing, given),
         [(path, "final frames by method")],
@@ -102,12 +102,12 @@ def _relaxed_on(setting: Setting, outside: Predicted) -> str:
     known = outside.facts.get("machine")
     text = "One structure at a time, by ASE's LBFGS"
     if known is None:
-        return f"{text}, on a machine that was not noted."
+        return f"{text}, on a machine that was not recorded."
     threads = (
         "; its linear algebra used one" if setting.reference and setting.reference.serial else ""
     )
     name = known.get("processor", known["device"])
-    return f"{text}, where {known['cores']} cores could be used ({name}){threads}."
+    return f"{text}, with {known['cores']} usable cores ({name}){threads}."
 
 
 def _claims(methods: dict[str, tuple[str, Method]], nothing: Method, given: Score) -> list[Claim]:
@@ -128,12 +128,12 @@ def _claims(methods: dict[str, tuple[str, Method]], nothing: Method, given: Scor
         label, theirs = methods["reference"]
         outside = [
             Claim(
-                "final geometry: better than the outside potential's",
+                "final geometry: better than the outside potential",
                 lower(explicit.positions, theirs.positions, ("RelaxNet explicit", label), "Å"),
                 ours=True,
             ),
             Claim(
-                "inference takes at most a twentieth of the outside potential's time",
+                "inference takes at most a twentieth of the time of the outside potential",
                 lower(explicit.seconds, theirs.seconds, ("RelaxNet explicit", label), "s", 1 / 20),
                 ours=True,
             ),
@@ -142,13 +142,13 @@ def _claims(methods: dict[str, tuple[str, Method]], nothing: Method, given: Scor
     direct = methods["direct"][1].positions if "direct" in methods else EMPTY
     return [
         Claim("RelaxNet's final energies are better than EGNN + LBFGS's", against("energy", "eV")),
-        Claim("so are its final forces", against("forces", "meV/Å")),
+        Claim("RelaxNet's final forces are better than EGNN + LBFGS's", against("forces", "meV/Å")),
         Claim(
-            "inference takes less time (in the paper explicit takes a sixth)",
+            "RelaxNet's inference takes less time than EGNN + LBFGS (in the paper, a sixth in the explicit scheme)",
             against("seconds", "s"),
         ),
         Claim(
-            "EGNN's energy errors are larger where its relaxations end than at the true final structures",
+            "EGNN's energy errors are larger at the end of its own relaxations than at the true final structures",
             all_of(
                 [
                     lower(given, methods[p][1].energy, ("at the true ones", methods[p][0]), "eV")
@@ -165,7 +165,7 @@ def _claims(methods: dict[str, tuple[str, Method]], nothing: Method, given: Scor
             lower(explicit.seconds, implicit.seconds, ("explicit", "implicit"), "s"),
         ),
         Claim(
-            "inference takes at most a sixth of EGNN + LBFGS's time",
+            "RelaxNet's inference takes at most a sixth of the time of EGNN + LBFGS",
             against("seconds", "s", 1 / 6),
             ours=True,
         ),

@@ -53,7 +53,7 @@ def section(lab: Lab) -> Section:
     return Section(
         "table6",
         "Table 6: EGNN of 2 and 4 layers as a potential for relaxation",
-        "As table 5, for potentials with EGNN layers of two depths.",
+        "As table 5, for EGNN potentials of two depths.",
         [methods_table(methods, nothing)],
         _claims(methods),
         [(path, "EGNN by depth")],

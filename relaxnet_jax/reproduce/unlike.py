@@ -45,7 +45,7 @@ def unlike(setting: Setting, roles: Iterable[str], than: str = "explicit") -> li
         if own:
             name = SHOWN.get(role, role)
             remarks.append(
-                f"Not only the method differs: {name} has (in brackets: {than}) {', '.join(own)}."
+                f"Settings of {name} that differ from {than} (in brackets): {', '.join(own)}."
             )
     return remarks
 

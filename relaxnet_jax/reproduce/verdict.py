@@ -9,24 +9,24 @@ from typing import Literal
 from relaxnet_jax.reproduce.formats import number
 from relaxnet_jax.reproduce.scores import Score, difference
 
-Verdict = Literal["holds", "does not hold", "cannot be tested"]
+Verdict = Literal["holds", "does not hold", "inconclusive"]
 HOLDS: Verdict = "holds"
 FAILS: Verdict = "does not hold"
-OPEN: Verdict = "cannot be tested"
+OPEN: Verdict = "inconclusive"
 SIGNIFICANT = 0.05  # two-sided p
 ONE_SEED = "one seed: the spread between trainings is unknown"
 SHOWN = 4  # cases of a claim whose numbers are told
 RULE = (
-    f"A is lower than B if the difference of their means has a two-sided p below {SIGNIFICANT:g} by "
-    "Student's t (its variance is the sum of those of the seeds' means, or of their differences where "
-    "both are of the same runs, and of the structures' paired differences, its degrees of freedom "
-    "are Welch's and Satterthwaite's); B than A likewise; "
-    "otherwise the data cannot tell, and the claim cannot be tested. Nor can it where A or B was "
-    "trained with one seed: the spread between trainings is unknown. What no training is behind "
-    "(doing nothing, an outside potential, a bound) has no such spread; of two such numbers the sign "
-    "decides. Nor is A said to be lower where it has no number (a prediction that diverged) more often "
-    "than B. A claim about several cases holds if it holds in all, and does not if "
-    "it does not hold in one, even by the least p of these times the number of cases (Bonferroni)."
+    "the claim that A is lower than B holds if the difference of their means is significant (two-sided "
+    f"p < {SIGNIFICANT:g} by Student's t, with the degrees of freedom of Welch and Satterthwaite), and does not "
+    "hold if B is lower than A by the same test; otherwise it is inconclusive. The "
+    "variance of the difference is the sum of two: that of the paired differences over the test structures, and "
+    "that of the means over seeds (of their differences, where both come from the same runs). A claim "
+    "is also inconclusive if A or B was trained with one seed only, as the spread "
+    "between trainings is then unknown, and if A lacks numbers (diverged predictions) more often than B. Doing "
+    "nothing, an outside potential and a bound involve no training and have no such spread; between two such "
+    "numbers the sign decides. A claim about several cases holds if it holds in every case, and does not hold if it "
+    "fails in one of them with a p that is still significant when multiplied by the number of cases (Bonferroni)."
 )
 
 
@@ -45,7 +45,7 @@ class Outcome:
 
 @dataclasses.dataclass(frozen=True)
 class Claim:
-    """Something the paper says.
+    """A statement that the measurements confirm or refute.
 
     Attributes:
       text: what. outcome: see there. rule: when it holds, where it is not `RULE` alone.
@@ -75,7 +75,7 @@ def lower(
     )
     if found is None:
         absent = [n for n, s in zip(names, (a, b)) if not s.seeds]
-        return Outcome(OPEN, f"no numbers of {' and '.join(absent) or 'both on one structure'}")
+        return Outcome(OPEN, f"no numbers for {' and '.join(absent) or 'both on one structure'}")
     if found.one_seed:
         return Outcome(OPEN, f"{what}; {ONE_SEED}")
     if found.error is None:
@@ -86,7 +86,7 @@ def lower(
     if found.structures < max(a.structures, b.structures):
         what += f" on the {found.structures} structures of both"
     if not p < SIGNIFICANT:
-        return Outcome(OPEN, f"{what}: not told apart", p)
+        return Outcome(OPEN, f"{what}: not significant", p)
     outcome = Outcome(HOLDS if found.value > 0 else FAILS, what, p)
     if not found.more_missing:
         return outcome
@@ -122,7 +122,7 @@ def all_of(outcomes: Sequence[Outcome]) -> Outcome:
     if verdict == FAILS:
         p = min(1.0, len(outcomes) * min(o.p for o in chosen))
         if not p < SIGNIFICANT:
-            chance = f"which of {len(outcomes)} cases may be by chance (p = {number(p, 1)})"
+            chance = f"which may be chance in {len(outcomes)} cases (p = {number(p, 1)})"
             return Outcome(OPEN, f"{text} do not hold, {chance}: {reasons}", p)
         return Outcome(FAILS, f"{text}: {reasons}", p)
     # All must hold: the least certain of them says how certain that is.
