@@ -1,14 +1,15 @@
-"""The EGNN baseline: static.py with the layers of Satorras et al. (2021) in place of DTNN's.
+"""The EGNN baseline: static.py with the layers of Satorras et al. (2021) instead of DTNN's.
 
   relaxnet-jax train --config egnn.py --set data.path=MY.h5 train.max_minutes=60
   relaxnet-jax train --config egnn.py --set model.layers=4 data.path=MY.h5 train.max_minutes=60
   relaxnet-jax eval --workdir runs/egnn        # relaxes the test split with it: MLIP + LBFGS
 
 Inputs, energy head, attention block, data and training are those of static.py. With
-dynamics.latent=implicit or explicit the same layers are the encoder of the ODE.
+dynamics.latent=implicit or explicit, the same layers become the encoder of the ODE.
 
-Score on 1,141 relaxations of 12-atom DFT slabs, unseen compositions: in 4 minutes of one core 31.1 ± 0.8 meV/atom
-where its relaxations end, 0.72 ± 0.04 of doing nothing in coordinates (three seeds; docs/benchmarks.md).
+Score on 1,141 relaxations of 12-atom DFT slabs, unseen compositions: after 4 minutes on one core, 31.1 ± 0.8
+meV/atom where its relaxations end, and 0.72 ± 0.04 of doing nothing in coordinates (three seeds;
+docs/benchmarks.md).
 """
 
 

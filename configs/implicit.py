@@ -2,13 +2,15 @@
 
   relaxnet-jax train --config implicit.py --set data.path=MY.h5 train.max_minutes=60
 
-The encoder runs 20 times per trajectory of 5 frames, and its gradient with it, so a step costs
-more than ten times the explicit scheme's. It is narrower than the explicit one for that reason, and
-the first 25 epochs fit energies and forces at the data's own frames, without the ODE, at a twentieth
-of the cost. With a short train.max_minutes on many data, lower train.static_epochs.
+The encoder and its gradient run 20 times per trajectory of 5 frames, so a step costs more than ten times as
+much as in the explicit scheme. The model is therefore narrower than the explicit one, and the first 25 epochs
+fit energies and forces at the data's own frames, without the ODE, at a twentieth of the cost. With a short
+train.max_minutes on a lot of data, lower train.static_epochs.
+
 Cost and score on 1,141 relaxations of 12-atom DFT slabs, unseen compositions: a static epoch takes 9 s on one
-core, one of the ODE 100 s; in 12 minutes (3 to 5 epochs of the ODE) final coordinates come to 0.360 ± 0.021 of
-doing nothing and energies to 32.7 ± 2.2 meV/atom (three seeds; docs/benchmarks.md, docs/speed.md).
+core and an epoch of the ODE 100 s. In 12 minutes (3 to 5 epochs of the ODE) the final coordinates reach
+0.360 ± 0.021 of doing nothing and the energies 32.7 ± 2.2 meV/atom (three seeds; docs/benchmarks.md,
+docs/speed.md).
 """
 
 

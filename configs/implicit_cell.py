@@ -1,10 +1,10 @@
-"""RelaxNet whose cells relax too (VASP's ISIF=3), with implicit latent evolution: a potential.
+"""RelaxNet with relaxing cells (VASP's ISIF=3) and implicit latent evolution: a potential.
 
   relaxnet-jax train --config implicit_cell.py --set data.path=MY.h5 train.max_minutes=60
 
 The first 25 epochs fit energies, forces and stresses at the data's own frames, without the ODE (see
-implicit.py). Data may mix bulk crystals whose cell changes with fixed cells, slabs and molecules: each structure's
-cell is strained only where it was in the data, and never across a direction without periodicity.
+implicit.py). Data may mix bulk crystals whose cell changes with fixed cells, slabs and molecules. Each
+structure's cell is strained only if it was strained in the data, and never across a non-periodic direction.
 Cost: docs/speed.md. Scores: docs/benchmarks.md.
 """
 

@@ -3,12 +3,13 @@
   relaxnet-jax train --config static.py --set data.path=MY.h5 train.max_minutes=60
   relaxnet-jax eval --workdir runs/static      # relaxes the test split with it: MLIP + LBFGS
 
-Trained on energies and forces of single frames: in every epoch one of each relaxation, drawn from
-all there are. With the inputs, encoder and energy head of implicit.py, it is what that learns
-without paths. dynamics.cell=variable adds the stress, and the cell to what is relaxed.
+Trained on energies and forces of single frames: in every epoch, one frame of each relaxation, drawn from all
+its frames. It has the inputs, encoder and energy head of implicit.py, so it shows what that model learns
+without paths. dynamics.cell=variable adds the stress, and relaxes the cell too.
 
-Score on 1,141 relaxations of 12-atom DFT slabs, unseen compositions: in 4 minutes of one core 29.7 ± 1.3 meV/atom
-where its relaxations end, 0.65 ± 0.05 of doing nothing in coordinates (three seeds; docs/benchmarks.md).
+Score on 1,141 relaxations of 12-atom DFT slabs, unseen compositions: after 4 minutes on one core, 29.7 ± 1.3
+meV/atom where its relaxations end, and 0.65 ± 0.05 of doing nothing in coordinates (three seeds;
+docs/benchmarks.md).
 """
 
 

@@ -3,13 +3,13 @@
   relaxnet-jax train --config static_final.py --set data.path=MY.h5 train.max_minutes=60
   relaxnet-jax train --config static_final.py --set model.architecture=egnn data.path=MY.h5
 
-The displacement is what the ODE's u(0) would be, the energy that of the final structure; the frames
-in between lie on a straight line, with the final energy, and no forces are predicted. Encoder, sizes
-and the loss's errors are those of explicit.py. With dynamics.cell=variable loss.stress=0 loss.cell=20
-the final cell is predicted too.
+The displacement is what u(0) of the ODE would be, and the energy is that of the final structure. The frames
+in between lie on a straight line, with the final energy. No forces are predicted. The encoder, its sizes and
+the errors in the loss are those of explicit.py. With dynamics.cell=variable loss.stress=0 loss.cell=20, the
+final cell is predicted too.
 
-Score on 1,141 relaxations of 12-atom DFT slabs, unseen compositions: in 2 minutes of one core 0.297 ± 0.003 of
-doing nothing in coordinates, 29.9 ± 2.4 meV/atom (three seeds; docs/benchmarks.md).
+Score on 1,141 relaxations of 12-atom DFT slabs, unseen compositions: after 2 minutes on one core,
+0.297 ± 0.003 of doing nothing in coordinates and 29.9 ± 2.4 meV/atom (three seeds; docs/benchmarks.md).
 """
 
 
