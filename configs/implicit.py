@@ -2,9 +2,9 @@
 
   relaxnet-jax train --config implicit.py --set data.path=MY.h5 train.max_minutes=60
 
-The encoder and its gradient run 20 times per trajectory of 5 frames, so a step costs more than ten times as
+The encoder and its gradient run 17 times per trajectory of 5 frames, so a step costs about ten times as
 much as in the explicit scheme. The model is therefore narrower than the explicit one, and the first 25 epochs
-fit energies and forces at the data's own frames, without the ODE, at a twentieth of the cost. With a short
+fit energies and forces at the data's own frames, without the ODE, at a tenth of the cost. With a short
 train.max_minutes on a lot of data, lower train.static_epochs.
 
 Cost and score on 1,141 relaxations of 12-atom DFT slabs, unseen compositions: a static epoch takes 9 s on one

@@ -1,4 +1,4 @@
-"""RelaxNet with implicit latent evolution and the settings of the paper, to the letter.
+"""RelaxNet with implicit latent evolution and the settings that the paper prints, to the letter.
 
   relaxnet-jax train --config paper_implicit.py --set data.path=MY.h5
   relaxnet-jax reproduce all --data MY.h5 --budget 600 --config explicit=paper_explicit.py implicit=paper_implicit.py
