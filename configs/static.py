@@ -4,7 +4,8 @@
   relaxnet-jax eval --workdir runs/static      # relaxes the test split with it: MLIP + LBFGS
 
 Trained on energies and forces of single frames: in every epoch, one frame of each relaxation, drawn from all
-its frames. It has the inputs, encoder and energy head of implicit.py, but squared errors in the loss. dynamics.cell=variable adds the stress, and relaxes the cell too.
+its frames. It has the inputs, encoder and energy head of implicit.py, but squared errors in the loss.
+dynamics.cell=variable adds the stress, and relaxes the cell too.
 
 Score on 1,141 relaxations of 12-atom DFT slabs, unseen compositions: after 4 minutes on one core, 29.7 ± 1.3
 meV/atom where its relaxations end, and 0.65 ± 0.05 of doing nothing in coordinates (three seeds;

@@ -264,7 +264,7 @@ def write_report(setting: Setting, names: Iterable[str], command: str) -> Path:
         *[line for whose in WHOSE.values() if (line := _count(whose, rows))],
         VERDICTS,
         summary,
-        *([f"Not in this report, as they are of other data: {', '.join(others)}."] if others else []),
+        *([f"Left out, as they are of other data: {', '.join(others)}."] if others else []),
     ]
     path = setting.out / REPORT
     with atomic_path(path) as temporary:

@@ -116,8 +116,8 @@ def section(lab: Lab) -> Section:
         [
             "The time per epoch of the implicit scheme is that of epochs with the ODE; its static first epochs "
             "are faster. A dash means that training ended within these.",
-            "Errors of all frames are averaged over each model's own frames, as in the paper. With few frames the final "
-            "one, whose forces are easy to predict, counts for more. Our own claims about numbers of frames "
+            "Errors of all frames are averaged over each model's own frames, as in the paper. With few frames the "
+            "final one, whose forces are easy to predict, counts for more. Our own claims about numbers of frames "
             f"are therefore tested on {DENSE} frames for all models.",
             *unlike(setting, ("implicit", "static_final")),
         ],

@@ -115,8 +115,8 @@ def section(lab: Lab) -> Section:
         "Table 3: perturbed initial positions",
         "Gaussian noise on the initial positions of the free atoms, with a standard deviation of α Å "
         "in training and β Å in prediction (the same draws for every model). Errors of the final frame "
-        "are against the true final frame of the unperturbed relaxation. 'Moved / noise' is how far the noise moves the "
-        "predicted final positions, over how far it moved the initial ones (root mean squares): below 1 the "
+        "are against the true final frame of the unperturbed relaxation. 'Moved / noise' is how far the noise moves "
+        "the predicted final positions, over how far it moved the initial ones (root mean squares): below 1 the "
         "model contracts, as a relaxation does. Doing nothing "
         "keeps the perturbed positions and the energy and forces of the unperturbed structure.",
         [Table("Final frame of the test split", COLUMNS, rows)],

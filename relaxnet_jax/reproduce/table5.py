@@ -86,10 +86,10 @@ def section(lab: Lab) -> Section:
         "Table 5: end-to-end RelaxNet against relaxation with an interatomic potential",
         "All methods are given the initial structures of the test split and predict the relaxed ones. "
         "Potentials are trained on the energies and forces of all frames and minimised with L-BFGS "
-        "(steps of at most 0.2 Å, at most 500 of them) until the largest force is below 0.05 eV/Å (C1) or below RelaxNet's "
-        f"own final force (C2: {c2} eV/Å, by seed; the paper's is {paper.C2}). Forces are those that each "
-        "method predicts for its own final structure, compared with those of DFT at the final DFT structure. Doing nothing "
-        "takes the initial structure, with its true energy and forces, as the final one.",
+        "(steps of at most 0.2 Å, at most 500 of them) until the largest force is below 0.05 eV/Å (C1) or below "
+        f"RelaxNet's own final force (C2: {c2} eV/Å, by seed; the paper's is {paper.C2}). Forces are those that each "
+        "method predicts for its own final structure, compared with those of DFT at the final DFT structure. Doing "
+        "nothing takes the initial structure, with its true energy and forces, as the final one.",
         [methods_table(methods, nothing)],
         _claims(methods, nothing, given),
         [(path, "final frames by method")],
