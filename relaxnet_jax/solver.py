@@ -26,8 +26,8 @@ from relaxnet_jax.typing import AnyArray, Graph, Params, Positions, Times
 class RK4(diffrax.AbstractERK):
     """The classical fourth-order Runge-Kutta method (Kutta 1901), for fixed steps: no error estimate.
 
-    As a diffrax solver, e.g. ``diffeqsolve(…, solver=RK4(), stepsize_controller=StepTo(ts))``; for
-    trajectories `solve_with_rates` takes its steps in a scan of its own.
+    Usable as a diffrax solver, e.g. ``diffeqsolve(…, solver=RK4(), stepsize_controller=StepTo(ts))``.
+    For trajectories, `solve_with_rates` runs the steps in its own scan.
     """
 
     tableau: ClassVar = diffrax.ButcherTableau(
@@ -44,8 +44,13 @@ class RK4(diffrax.AbstractERK):
 
 
 def _stages(n_steps: int) -> np.ndarray:
-    """Of every stage of ``n_steps`` steps of `RK4`, and of the first of one more: (a, b, whether the
-    step ends). A stage depends on the one before it only: k_s = h f(y + a_s k_{s-1})."""
+    """Coefficients of the stages of ``n_steps`` steps of `RK4`, plus the first stage of one more step.
+
+    Each stage depends only on the one before it: k_s = h f(y + a_s k_{s-1}).
+
+    Returns:
+      (4 n_steps + 1, 3): for each stage a_s, b_s, and 1 if the step ends with this stage, else 0.
+    """
     tableau = RK4.tableau
     before = np.array([0.0, *(row[-1] for row in tableau.a_lower)])
     step = np.stack([before, tableau.b_sol, np.arange(4) == 3], axis=1)
@@ -54,12 +59,16 @@ def _stages(n_steps: int) -> np.ndarray:
 
 @storable
 class Stages(NamedTuple):
-    """How far structures went wherever RK4 evaluated the vector field: at the frames, and between them,
-    where they can leave a neighbour list though no frame does. Of Tsit5: at the frames.
+    """How far atoms and cells moved at the points where the solver evaluated the vector field.
+
+    For RK4 these are all stages. Those between frames matter: atoms can outrun the neighbour list
+    there even if they do not at any frame. For Tsit5, only the frames are available.
 
     Attributes:
-      moved: (N,) Å, the furthest each atom was from where the strained initial structure has it.
-      deformation: (s, G, 3, 3) of the cells at each of the s stages; None where they are fixed.
+      moved: (N,) Å, largest distance of each atom from its position in the initial structure
+        strained with the cell.
+      deformation: (s, G, 3, 3), deformation gradients of the cells at each of the s stages; None for
+        fixed cells.
     """
 
     moved: Array
@@ -68,18 +77,20 @@ class Stages(NamedTuple):
 
 @storable
 class Trajectory(NamedTuple):
-    """A batch of predicted trajectories, all but ``stages`` on the n frames asked for.
+    """A batch of predicted trajectories at the n requested frames.
 
     Attributes:
-      positions: (n, N, 3) Å. velocities: (n, N, 3) Å, the state u of the second-order dynamics:
-        dx/dt = s u with the learned time scale s, and what the strain adds (far below
-        dynamics.max_speed, see `dynamics`); zero in first order.
+      positions: (n, N, 3) Å.
+      velocities: (n, N, 3) Å, the state u of the second-order dynamics: far below
+        dynamics.max_speed (see `dynamics`), dx/dt is s u, with the learned time scale s, plus the
+        contribution of the strain. Zero in first order.
       energies: (n, G) eV, relative to the composition energies.
       forces: (n, N, 3) eV/Å, raw: also on fixed atoms.
-      reference: (n, N, 3) Å, positions mapped back to the initial cell; None for fixed cells, as
-        the next two.
-      deformation: (n, G, 3, 3), of the cells. virial: (n, G, 3, 3) eV, dE/d(strain).
-      stages: of the solution, without a gradient; None where none was solved for.
+      reference: (n, N, 3) Å, positions mapped back to the initial cell; None for fixed cells.
+      deformation: (n, G, 3, 3), deformation gradients of the cells; None for fixed cells.
+      virial: (n, G, 3, 3) eV, dE/d(strain); None for fixed cells.
+      stages: the solver's stages, with gradients stopped; None for direct predictors, which solve
+        no ODE.
     """
 
     positions: Array
@@ -93,8 +104,14 @@ class Trajectory(NamedTuple):
 
 
 class Solved(NamedTuple):
-    """States (any tree of arrays) on the frame grid, their time derivatives, both with leaves (n, ...), and the
-    states of all stages, (s, ...); of Tsit5, whose own are not known, the frames again."""
+    """The solution of an ODE whose state is any tree of arrays.
+
+    Attributes:
+      states: states on the frame grid, leaves (n, ...).
+      rates: their time derivatives, leaves (n, ...).
+      stages: states at all stages of the solver, leaves (s, ...). For Tsit5, whose stages
+        are not available, the states on the frame grid.
+    """
 
     states: Any
     rates: Any
@@ -102,7 +119,7 @@ class Solved(NamedTuple):
 
 
 def frame_grid(config: DynamicsConfig) -> np.ndarray:
-    """Pseudotimes k/(n-1) of the n frames: (n,)."""
+    """The pseudotimes k/(n-1) of the n frames, shape (n,)."""
     return np.linspace(0.0, 1.0, config.frames)
 
 
@@ -112,17 +129,17 @@ def solve_with_rates(
     config: DynamicsConfig,
     controlled: Callable[[Any], Any] = lambda state: state,
 ) -> Solved:
-    """Solves d(state)/dt = field(state) from t = 0 to 1, for the frames.
+    """Solves d(state)/dt = field(state) from t = 0 to 1 and returns the solution on the frame grid.
 
-    RK4 runs the stages of all its steps in one scan (diffrax's "manual stepping"):
+    RK4 runs the stages of all its steps in one scan (diffrax's "manual stepping"), because
     `diffrax.diffeqsolve` with `RecursiveCheckpointAdjoint` puts two more copies of the vector field
-    into the traced gradient, and `jax.pmap` cannot trace its loops. Kept for the reverse pass is the
-    state of each stage; the field itself is recomputed. The derivatives are the solver's own first
-    stages, and that of the last frame is one stage more: no evaluation is wasted.
+    into the traced gradient, and `jax.pmap` cannot trace its loops. The reverse pass stores the state
+    of each stage and recomputes the field. The time derivatives at the frames are the first stages of
+    the steps that start there; only the last frame needs one extra stage, so no evaluation is wasted.
 
-    Tsit5 chooses its steps by the largest error of any number in ``controlled(state)``, for the
-    whole batch at once, so there a structure's result depends, within the tolerances, on the others
-    in its batch; with fixed steps it does not.
+    Tsit5 chooses its steps for the whole batch at once, by the largest error of any number in
+    ``controlled(state)``. A structure's result therefore depends, within the tolerances, on the other
+    structures in its batch; with the fixed steps of RK4 it does not.
     """
     dtype = jnp.result_type(*jax.tree.leaves(start))
     if config.solver == "rk4":
@@ -132,7 +149,7 @@ def solve_with_rates(
         zero = jax.tree.map(jnp.zeros_like, start)
 
         def stage(carry, coefficients):
-            y, k, total = carry  # at the step's beginning; h f of the last stage; sum of b_s k_s
+            y, k, total = carry  # state at the start of the step; h f of the last stage; sum of b_s k_s
             a, b, ends = coefficients
             at = jax.tree.map(lambda y, k: y + a * k, y, k)
             rate = checkpointed(at)
@@ -161,13 +178,13 @@ def solve_with_rates(
         ),
         adjoint=diffrax.RecursiveCheckpointAdjoint(checkpoints=config.max_steps),
         max_steps=config.max_steps,
-        throw=False,  # a solve that fails gives values that are not finite
+        throw=False,  # a failed solve returns non-finite values
     )
     return Solved(solution.ys, jax.lax.map(jax.checkpoint(field), solution.ys), solution.ys)
 
 
 def _largest(tree: Any) -> Array:
-    """The largest absolute value; padding, which is zero, does not count, as in a mean it would."""
+    """The largest absolute value in a tree; unlike a mean, it is unaffected by zero padding."""
     return jnp.max(jnp.stack([jnp.max(jnp.abs(x), initial=0.0) for x in jax.tree.leaves(tree)]))
 
 
@@ -175,13 +192,14 @@ def interpolate_states(states: State, rates: State, times: Array, index: AnyArra
     """Cubic Hermite interpolation of states on the frame grid, at each structure's own times.
 
     Args:
-      states, rates: values and time derivatives on the grid: leaves (n, N, ...) of atoms, and
-        (n, G, 3, 3) of cells.
-      times: (m, G) pseudotimes in [0, 1], which is not checked. index: (N,) structure of each atom.
+      states: values on the grid, with leaves (n, N, ...) for atoms and (n, G, 3, 3) for cells.
+      rates: their time derivatives, in the same layout.
+      times: (m, G) pseudotimes in [0, 1]; the range is not checked.
+      index: (N,) structure of each atom.
 
     Returns:
-      States with leaves (m, N, ...) and (m, G, 3, 3); at the grid's own times the grid's values, to
-      rounding.
+      States with leaves (m, N, ...) and (m, G, 3, 3). At the times of the grid they equal its values
+      to rounding.
     """
     intervals = states.positions.shape[0] - 1
 
@@ -205,7 +223,7 @@ def interpolate_states(states: State, rates: State, times: Array, index: AnyArra
 
 
 def _furthest(graph: Graph, states: State) -> Stages:
-    """From the states of all stages, the first of them the initial one."""
+    """Reduces the states of all stages, the first of which is the initial state, to `Stages`."""
     x, steps = states.positions, states.deformation
     moved = x - x[:1]
     if steps is not None:
@@ -222,11 +240,11 @@ def _direct_trajectory(
     times: Times | None,
     positions: Positions,
 ) -> Trajectory:
-    """Of the "direct" scheme: u(0) is the whole displacement, the path to it a straight line.
+    """The trajectory of a direct predictor: u(0) is the total displacement, the path a straight line.
 
-    Where the cell relaxes, L(0) is its whole logarithmic strain, D(t) = exp(t L) the path there.
-    Only the final frame is a prediction: its energy stands at every frame, and forces and virials
-    are zero, those of a relaxed structure.
+    Where the cell relaxes, L(0) is its total logarithmic strain, and the cell follows
+    D(t) = exp(t L). Only the final frame is a prediction: every frame gets its energy, and forces and
+    virials are zero, as in a relaxed structure.
     """
     encoding = call(network, params, "encode", graph, positions)
     moved = call(network, params, "initial_velocity", encoding, graph)
@@ -255,8 +273,10 @@ def _direct_trajectory(
 def _deformed(
     graph: Graph, reference: Array, velocities: Array, deformation: Array
 ) -> tuple[Array, Array, Array]:
-    """x = D y (n, N, 3), D u, and D (n, G, 3, 3): one where no strain is allowed, not even by
-    rounding."""
+    """Returns x = D y (n, N, 3), D u (n, N, 3), and D (n, G, 3, 3).
+
+    Where a cell may not be strained, D is exactly the identity and x exactly y, free of rounding.
+    """
     index = graph.nodes["graph"]
     allowed = relaxing_cells(graph)[:, None, None]
     deformation = jnp.where(allowed, deformation, jnp.eye(3, dtype=deformation.dtype))
@@ -276,20 +296,24 @@ def solve_trajectory(
 ) -> Trajectory:
     """The relaxation trajectories of a padded batch: a pure function of its arguments.
 
-    It jits, vmaps over batches of equal shape, and is reverse-mode differentiable with
-    respect to ``params`` and ``positions``.
+    It works under `jax.jit` and under `jax.vmap` over batches of equal shape, and is reverse-mode
+    differentiable with respect to ``params`` and ``positions``.
 
     Args:
       network: the learned functions (static).
-      params: their parameters. scale: eV, energy unit of the network.
+      params: their parameters.
+      scale: eV, the network's unit of energy.
       graph: padded batch, see `relaxnet_jax.graph`.
-      times: None for the frame grid k/(n-1) of the configuration; or (m,) pseudotimes in
-        [0, 1] for all structures, or (m, G) for each structure its own. The ODE is always
-        solved on the configuration's grid; other times are read off the cubic interpolation.
-      positions: (N, 3) Å initial positions; the graph's own by default.
+      times: pseudotimes in [0, 1], either (m,) for all structures or (m, G) for each structure
+        separately; None for the configuration's frame grid k/(n-1). The ODE is always solved on
+        that grid; states at other times are interpolated with cubic polynomials.
+      positions: (N, 3) Å, initial positions; the graph's own by default.
 
     Returns:
-      `Trajectory`; energies relative to the composition energies.
+      A `Trajectory`, with energies relative to the composition energies.
+
+    Raises:
+      InputError: the model is static, i.e. has no trajectory of its own.
     """
     positions = graph.nodes["positions"] if positions is None else positions
     if network.dynamics.latent == "static":
@@ -303,8 +327,8 @@ def solve_trajectory(
     def evaluate(state):
         return dynamics.evaluate(network, params, scale, graph, state)
 
-    # Energies and forces ride along as rates of quantities nobody integrates: the solver has
-    # computed them at every frame already.
+    # The solver evaluates energies and forces at every frame anyway: returned as the rates of unused
+    # extra states, they need no further evaluation.
     def field(augmented):
         state, _ = augmented
         result = evaluate(state)
@@ -326,7 +350,7 @@ def solve_trajectory(
         states = interpolate_states(states, rates, times, graph.nodes["graph"])
         result = jax.lax.map(jax.checkpoint(evaluate), states)
         energies, forces, virials = result.energies, result.forces, result.virial
-    # Interpolation rounds; what is held fixed must not move by a bit.
+    # Interpolation rounds, but fixed atoms must not move at all.
     held = jnp.where(dynamics.movable(graph), states.positions, positions)
     if states.deformation is None:
         return Trajectory(held, states.velocities, energies, forces, stages=stages)

@@ -1,4 +1,4 @@
-"""Batches of structures solved on one device or on several, of a kind and size that fit in memory."""
+"""Solves batches of structures on one or several devices, split so that they fit in memory."""
 
 from __future__ import annotations
 
@@ -31,23 +31,30 @@ from relaxnet_jax.solver import Stages
 from relaxnet_jax.strain import from_reference, to_voigt
 from relaxnet_jax.typing import Graph
 
-AHEAD = 1  # groups of batches that wait for the devices while the one before them is solved
+AHEAD = 1  # groups of batches queued on the devices while the group before them is solved
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Path:
-    """One structure's predicted path: NumPy, float64.
+    """The predicted path of one structure (NumPy, float64).
 
     Attributes:
-      times (n,), positions (n, N, 3) Å, velocities (n, N, 3), see `solver.Trajectory`, energies (n,) eV total,
-      forces (n, N, 3) eV/Å, cells (n, 3, 3) Å; skin: Å, of the neighbour list that was used; None
-      where each frame had its own.
-      approached: Å, how much two atoms may have approached at any of the solver's stages (of the adaptive
-        one, whose stages are not known: frames) and at the times asked for.
-      stresses: (n, 6) eV/Å³ in ASE's order, tension positive; None where cells are fixed.
-      failure: why there is no prediction (all values are then NaN), else empty.
-      unconverged: where a minimisation ended above fmax: after how many steps; else 0.
-      listed: the structure, with the neighbour list that was used; None where each frame had its own.
+      times: (n,) pseudotimes.
+      positions: (n, N, 3) Å.
+      velocities: (n, N, 3) Å, see `solver.Trajectory`.
+      energies: (n,) eV, total.
+      forces: (n, N, 3) eV/Å.
+      cells: (n, 3, 3) Å.
+      skin: Å, of the neighbour list that was used; `predict.FOLLOWED` where lists followed the atoms;
+        None where no pair can be missed, as with a direct predictor.
+      failure: why there is no prediction (all values are then NaN); empty otherwise.
+      stresses: (n, 6) eV/Å³ in ASE's order, tension positive; None for fixed cells.
+      approached: Å, by how much two atoms may have approached each other at the requested times or
+        at any of the solver's stages (for the adaptive solver, whose stages are not available, at
+        its frames).
+      unconverged: number of steps of a minimisation that ended above fmax; 0 otherwise.
+      listed: the structure with the neighbour list that was used; None where lists followed the
+        atoms.
     """
 
     times: np.ndarray
@@ -64,7 +71,7 @@ class Path:
     listed: Structure | None = None
 
     def at(self, rows: np.ndarray) -> Path:
-        """Some of its frames."""
+        """The path restricted to some of its frames."""
         return dataclasses.replace(
             self,
             positions=self.positions[rows],
@@ -77,17 +84,17 @@ class Path:
 
 
 class Batch(NamedTuple):
-    """Structures that are solved together, in a padded shape."""
+    """Structures that are solved together, and their padded shape."""
 
     structures: list[Structure]
     shape: BatchShape
 
 
 def usable_devices(model: RelaxNet) -> int:
-    """On how many of this process's devices batches of a model may be solved at the same time.
+    """The number of this process's devices on which batches of a model may be solved in parallel.
 
-    One where JAX is told which to use, by its settings or by where the parameters are, and for the
-    adaptive solver, whose loops `jax.pmap` cannot trace.
+    It is 1 if JAX's settings or the placement of the parameters select a device, if compilation is
+    disabled, and for the adaptive solver, whose loops `jax.pmap` cannot trace.
     """
     settings: Any = jax.config
     told = settings.jax_default_device is not None or settings.jax_disable_jit
@@ -98,15 +105,15 @@ def usable_devices(model: RelaxNet) -> int:
 
 
 class _Everywhere:
-    """`solve_compiled` on several devices at once, for a batch each of one shape."""
+    """`solve_compiled` on several devices at once, one batch each, all of the same shape."""
 
     def __init__(self, network: RelaxNetwork, n_devices: int) -> None:
         def solve(params, scale, graph, times):
             return solve_compiled.inline(network, params, scale, graph, times)
 
         devices = jax.local_devices()[:n_devices]
-        # An axis without a name gets one that no other process has, and no other process would find
-        # the compiled program.
+        # JAX gives an unnamed axis a name unique to this process, with which no other process would
+        # find the compiled program in the cache.
         self._mapped = jax.pmap(
             solve, axis_name="devices", in_axes=(None, None, 0, None), devices=devices
         )
@@ -124,12 +131,12 @@ _everywhere = functools.lru_cache(maxsize=32)(_Everywhere)
 
 
 def compiled_shapes() -> int:
-    """How many batch shapes have been compiled for prediction in this process."""
+    """The number of batch shapes compiled for prediction in this process."""
     return solve_compiled.cache_size()
 
 
 class _Running(NamedTuple):
-    """What devices have been given: the centred structures and graphs of batches, and the result to come."""
+    """Batches dispatched to the devices: centred structures, graphs, and the pending result."""
 
     starts: list[list[Structure]]
     graphs: list[Graph]
@@ -137,14 +144,15 @@ class _Running(NamedTuple):
 
 
 class Batches:
-    """Solves batches, on several devices at once, and smaller ones where they do not fit in memory.
+    """Solves batches on several devices at once, and splits those that do not fit in memory.
 
     Attributes:
-      n_devices: each solves a batch at the same time; of one shape, so that there is one program.
-      used: the shapes of the batches so far.
-      kind: of the program, see `batching.known_shape`.
-      too_much: the least padded cost that did not fit so far. A batch of that cost is split
-        without being tried: what is tried is compiled first.
+      n_devices: number of devices that each solve one batch at the same time. These batches have the
+        same shape and so share one program.
+      used: shapes of the batches solved so far.
+      kind: the kind of program, see `batching.known_shape`.
+      too_much: lowest padded cost so far that did not fit in memory. A batch of at least that cost is
+        split without being tried, since trying it means compiling it first.
     """
 
     def __init__(
@@ -159,14 +167,17 @@ class Batches:
         self.too_much = math.inf
 
     def known_shape(self, structures: Sequence[Structure], shape: BatchShape) -> BatchShape:
-        """One that was used before, if it has room for these and costs little more than ``shape``."""
+        """A shape used before that holds the structures and costs at most `REUSE` times ``shape``.
+
+        Where there is none, ``shape`` itself.
+        """
         return known_shape(self.kind, structures, shape, REUSE)
 
     def solve(self, batches: Sequence[Batch]) -> Iterator[tuple[int, list[Path]]]:
-        """The place in ``batches`` of each, and its paths, as they are solved.
+        """Yields the index in ``batches`` and the paths of each batch, in the order they are solved.
 
-        Values of frames that are not asked for are there too, see `Path.at`. While the devices are
-        busy the next batches are made.
+        The paths have all solved frames, including those not requested, see `Path.at`. The next
+        batches are prepared while the devices are busy.
         """
         running: deque[tuple[list[int], _Running | None]] = deque()
         for group in self._groups(batches):
@@ -177,7 +188,7 @@ class Batches:
             yield from self._end(batches, *running.popleft())
 
     def _groups(self, batches: Sequence[Batch]) -> Iterator[list[int]]:
-        """Batches of one shape, as many as there are devices."""
+        """Yields groups of batches of one shape, at most one batch per device."""
         by_shape: dict[BatchShape, list[int]] = {}
         for k, batch in enumerate(batches):
             by_shape.setdefault(batch.shape, []).append(k)
@@ -186,7 +197,7 @@ class Batches:
                 yield alike[first : first + self.n_devices]
 
     def _begin(self, group: list[Batch]) -> _Running | None:
-        """Gives a batch to each device; None where they do not, or would not, fit in memory."""
+        """Gives a batch to each device; None if they do not, or would not, fit in memory."""
         shape, model = group[0].shape, self.model
         if shape.cost >= self.too_much and any(len(b.structures) > 1 for b in group):
             return None
@@ -197,7 +208,7 @@ class Batches:
             if self.n_devices == 1:
                 result = solve_compiled(model.network, *known, graphs[0], self.times)
             else:
-                # Devices without a batch solve the last one too: they would wait for the others anyway.
+                # Devices without a batch repeat the last one: they would wait for the others anyway.
                 full = graphs + graphs[-1:] * (self.n_devices - len(graphs))
                 stacked = jax.tree.map(lambda *parts: np.stack(parts), *full)
                 result = _everywhere(model.network, self.n_devices)(*known, stacked, self.times)
@@ -209,10 +220,10 @@ class Batches:
     def _end(
         self, batches: Sequence[Batch], group: list[int], running: _Running | None
     ) -> Iterator[tuple[int, list[Path]]]:
-        """What became of batches that were begun; those that do not fit are solved in parts."""
+        """Yields the paths of dispatched batches; those that do not fit in memory are solved in parts."""
         members = [batches[k] for k in group]
         solved = None if running is None else self._result(running, members[0].shape)
-        # Out here the exception, and the arrays its traceback holds, are gone.
+        # At this point the exception, and the arrays its traceback holds, have been released.
         running = None if solved is None else running
         for row, (k, batch) in enumerate(zip(group, members)):
             if running is None:
@@ -223,7 +234,7 @@ class Batches:
             yield k, _paths(self.model, batch.structures, near, graph, own)
 
     def _result(self, running: _Running, shape: BatchShape) -> Any:
-        """What the devices have found, on the host; None where it did not fit in their memory."""
+        """The result, copied to the host; None if it did not fit in the devices' memory."""
         try:
             result = jax.device_get(running.result)
         except ERRORS as error:
@@ -240,11 +251,14 @@ class Batches:
         self.too_much = min(self.too_much, shape.cost)
 
     def _in_parts(self, batch: Batch) -> list[Path]:
-        """The paths of a batch that does not fit in memory."""
+        """The paths of a batch that does not fit in memory, solved in two halves.
+
+        A single structure is retried in a shape of its own if that is smaller.
+        """
         structures, shape = batch
         if len(structures) == 1:
             own = batch_shape(structures, 1)
-            if own.cost < shape.cost:  # it was tried in one that others share
+            if own.cost < shape.cost:  # it was tried in a shape shared with others
                 return self._alone(Batch(structures, own))
             return [_without_memory(structures[0], self.n_frames)]
         middle = len(structures) // 2
@@ -272,7 +286,7 @@ def _without_memory(structure: Structure, n_frames: int) -> Path:
 
 def batch_shape(structures: Sequence[Structure], batch_size: int) -> BatchShape:
     shape = fitting_shape(structures, rounded=True)
-    # The last, smaller batch of a set takes the full number of structures: one shape fewer.
+    # A last, smaller batch is padded to the full number of structures, which saves one shape.
     return dataclasses.replace(
         shape, n_graphs=max(shape.n_graphs, batch_size + 1 if len(structures) > 1 else 2)
     )
@@ -285,7 +299,7 @@ def _paths(
     graph: Graph,
     result,
 ) -> list[Path]:
-    """The paths of a batch's structures from its result, which is of the structures' centred copies."""
+    """The paths of a batch's structures, from the result for their centred copies ``near``."""
     reference = result.positions if result.reference is None else result.reference
     split = [
         split_nodes(np.asarray(x, np.float64), graph)
@@ -295,7 +309,7 @@ def _paths(
     paths = []
     for index, (structure, start, x, u, f) in enumerate(zip(structures, near, *split)):
         energies = np.asarray(result.energies[:, index], np.float64)
-        # Exact initial positions: the network's precision must not move an atom at t = 0.
+        # Start from the exact positions: rounding to the network's precision must not move an atom at t = 0.
         x = structure.positions + (x - np.asarray(start.positions, graph.nodes["positions"].dtype))
         energies = energies + model.composition_energy(structure.atomic_numbers)
         cells, stresses = np.repeat(structure.cell[None], len(energies), axis=0), None
@@ -303,7 +317,7 @@ def _paths(
             steps = np.asarray(result.deformation[:, index], np.float64)
             virial = np.asarray(result.virial[:, index], np.float64)
             x, cells, stresses = _deformed(x, structure, steps, virial)
-        # From the structure the list was made for.
+        # Relative to the structure that the neighbour list was made for.
         seen = np.stack([structure.positions, *x]), np.stack([structure.cell, *cells])
         approached = max(at_stages[index], approach(*seen, structure.neighbors.reach))
         paths.append(
@@ -315,7 +329,7 @@ def _paths(
 def _approached_at_stages(
     structures: Sequence[Structure], graph: Graph, stages: Stages | None
 ) -> list[float]:
-    """Å: how much two atoms of each structure may have approached at the solver's stages."""
+    """By how much (Å) two atoms of each structure may have approached at the solver's stages."""
     if stages is None:
         return [0.0] * len(structures)
     found = []
@@ -330,12 +344,12 @@ def _approached_at_stages(
 
 def _deformed(reference: np.ndarray, s: Structure, steps: np.ndarray, virial: np.ndarray):
     """Positions, cells and stresses of a path from its reference positions and deformations."""
-    if not s.strain.any():  # the cell is held
+    if not s.strain.any():  # the cell is fixed
         x, cells = reference, np.repeat(s.cell[None], len(steps), axis=0)
     else:
         x, cells = from_reference(reference, steps), from_reference(s.cell, steps)
-    with np.errstate(all="ignore"):  # of cells that are not finite: they are flagged
+    with np.errstate(all="ignore"):  # cells that are not finite are flagged elsewhere
         volumes = np.abs(np.linalg.det(cells))
-    if not s.pbc.all() or volumes.min() == 0:  # no volume, no stress
+    if not s.pbc.all() or volumes.min() == 0:  # stress needs a volume
         return x, cells, None
     return x, cells, to_voigt(virial / volumes[:, None, None])
