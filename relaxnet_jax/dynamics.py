@@ -4,24 +4,25 @@
   dx/dt = s F/m          u = 0                                 (first order)
   dh/dt = MLP(h, p(x), |u|²)                                   (explicit scheme only)
 
-with F = -dE/dx, m the atomic mass (or 1, or a function of h), s and gamma 1 and 0 unless learned. s, gamma
-and t are dimensionless, so u is in Å and, for m in amu, a force of 1 eV/Å on 1 amu
-accelerates by 1 Å per squared unit of pseudotime: pseudotime has no other meaning.
+with F = -dE/dx and m the atomic mass (or 1, or a function of h). Unless learned, s = 1 and gamma = 0.
+s, gamma and t are dimensionless, so u is in Å and, with m in amu, a force of 1 eV/Å on 1 amu
+accelerates by 1 Å per squared unit of pseudotime. Pseudotime has no other meaning.
 
 Where the cell relaxes too (`relaxnet_jax.strain`), the state's positions are the reference
-positions y, with u = dy/dt and -dE/dy = Dᵀ F in place of F, and the deformation gradient D
-follows a symmetric strain rate L, which holds no rotation:
+positions y, with u = dy/dt and -dE/dy = Dᵀ F in place of F. The deformation gradient D follows a
+symmetric strain rate L, which contains no rotation:
 
   dD/dt = s L D          dL/dt = s (-P W P / (N M) - gamma' L)  (second order)
   dD/dt = -s P W P / (N M) D                                     (first order)
 
 with W = dE/d(strain) in eV, N the number of atoms, M > 0 a learned fictitious mass of the cell
-(eV per atom) and P the projector on the directions in which the structure's cell may be strained.
+(eV per atom) and P the projector onto the directions in which the structure's cell may be strained.
 
-Where an atom would move faster than dynamics.max_speed or a cell strain faster than
-dynamics.max_strain_rate, the u and L of dx/dt, dD/dt and dh/dt (F/m and P W P / (N M) in first order) are
-`limited`, which far below are they themselves. What that takes from an atom and not from the others
-would move the centre of mass, and is taken off all: a speed can exceed its limit by that, no more than twofold.
+The speeds of atoms saturate at dynamics.max_speed and the strain rates of cells at
+dynamics.max_strain_rate: u and L in dx/dt, dD/dt and dh/dt (in first order, F/m and P W P / (N M)) are
+`limited`, which leaves them unchanged far below the limits. Slowing down some atoms more than others
+would move the centre of mass, so its motion is subtracted from all atoms. A speed can exceed its limit
+because of this, but at most by a factor of two.
 """
 
 from __future__ import annotations
@@ -40,10 +41,14 @@ from relaxnet_jax.typing import AnyArray, Graph, Latent, Params, Positions, Velo
 
 
 class State(NamedTuple):
-    """Positions (N, 3) Å, velocities (N, 3) Å, latent h (N, F) or (N, 0).
+    """The state of the ODE, or its time derivative in the same layout.
 
-    Of variable cells also the deformation gradient and the strain rate, (G, 3, 3) each, and the
-    positions are then the reference positions.
+    Attributes:
+      positions: (N, 3) Å; the reference positions for variable cells.
+      velocities: (N, 3) Å.
+      latent: h, (N, F) in the explicit scheme, otherwise (N, 0).
+      deformation: (G, 3, 3), deformation gradients; None for fixed cells.
+      strain_rate: (G, 3, 3); None for fixed cells.
     """
 
     positions: Positions
@@ -54,21 +59,21 @@ class State(NamedTuple):
 
 
 def inertia(network: RelaxNetwork, graph: Graph) -> Array:
-    """What weighs atoms in the motion of the whole: (N,) masses in amu, or ones."""
+    """The weights of the atoms in the centre of mass: (N,) atomic masses in amu, or ones."""
     masses = graph.nodes["masses"]
     return masses if network.dynamics.mass == "atomic" else jnp.ones_like(masses)
 
 
 def movable(graph: Graph) -> Array:
-    """(N, 1) bool: real atoms that are not held fixed."""
+    """Mask (N, 1) bool of real atoms that are not fixed."""
     return (graph.nodes["mask"] & ~graph.nodes["fixed"])[:, None]
 
 
 def constrain_velocity(graph: Graph, velocities: Velocities, masses: Array) -> Velocities:
-    """Velocities that respect fixed atoms and total momentum.
+    """Zeroes the velocities of fixed atoms and the total momentum of free structures.
 
-    Fixed and padding atoms get zero. A structure without fixed atoms gets zero total
-    momentum; one with fixed atoms is held by them and keeps what it has.
+    Fixed and padding atoms get zero velocity. In structures without fixed atoms, the total momentum
+    is removed; in those with fixed atoms, which hold the structure in place, it is kept.
     """
     index, n_graphs = graph.nodes["graph"], graph.n_node.shape[0]
     velocities = jnp.where(movable(graph), velocities, 0.0)
@@ -83,11 +88,14 @@ def constrain_velocity(graph: Graph, velocities: Velocities, masses: Array) -> V
 def limited(rate: Array, limit: float, axis: tuple[int, ...] = (-1,)) -> Array:
     """rate (1 + |rate|⁴/limit⁴)^(-1/4): the rate itself far below the limit, and never above it.
 
-    Smooth. Where a learned energy has no repulsion, atoms or cells would fall into each other, and out
-    of all bounds with the next step; 1 % is taken off at 0.45 of the limit, 1e-5 at 0.08.
+    Where a learned energy lacks repulsion, atoms or cells could otherwise collapse and, with the next
+    step, leave all bounds. The function is smooth; it reduces a rate of 0.45 of the limit by 1 %, and
+    one of 0.08 by 1e-5.
 
     Args:
-      rate: (..., 3) or, by ``axis``, (..., 3, 3), whose norm counts. limit: in its unit; 0: none.
+      rate: (..., 3), or (..., 3, 3) with two axes in ``axis``.
+      limit: in the unit of the rate; 0 for no limit.
+      axis: the axes over which the norm is taken.
     """
     if limit == 0:
         return rate
@@ -98,7 +106,7 @@ def limited(rate: Array, limit: float, axis: tuple[int, ...] = (-1,)) -> Array:
 def initial_state(
     network: RelaxNetwork, params: Params, graph: Graph, positions: Positions
 ) -> State:
-    """x(0), u(0) from the edge expansion, and h(0) = encoder(x(0)) in the explicit scheme."""
+    """The initial state: x(0), u(0) from the edge expansion and, if explicit, h(0) = encoder(x(0))."""
     encoding = call(network, params, "encode", graph, positions)
     moving = network.dynamics.order == "second" and network.dynamics.latent != "static"
     if moving:
@@ -119,7 +127,7 @@ def initial_state(
 
 
 def strainable(graph: Graph, tensor: Array) -> Array:
-    """P T P: what of a tensor (G, 3, 3) the cells may follow."""
+    """P T P: the part of tensors T (G, 3, 3) that the cells may follow."""
     projector = jnp.asarray(graph.globals["strain"], tensor.dtype)
     return projector @ tensor @ projector
 
@@ -127,7 +135,7 @@ def strainable(graph: Graph, tensor: Array) -> Array:
 def evaluate(
     network: RelaxNetwork, params: Params, scale: AnyArray, graph: Graph, state: State
 ) -> Evaluation:
-    """Energies, Cartesian forces and, of variable cells, virials of a state."""
+    """Energies, Cartesian forces and, for variable cells, virials of a state."""
     x, deformation = state.positions, state.deformation
     if deformation is not None:
         x = deform_positions(deformation, x, graph.nodes["graph"])
@@ -137,14 +145,14 @@ def evaluate(
 def vector_field(
     network: RelaxNetwork, params: Params, graph: Graph, state: State, result: Evaluation
 ) -> State:
-    """The time derivative of a state with this `evaluate` result, itself laid out as a `State`."""
+    """The time derivative of a state, as a `State`, given the state's `evaluate` result."""
     forces, learned = result.forces, network.dynamics.mass == "learned"
     if state.deformation is not None:
         transposed = jnp.swapaxes(state.deformation, -1, -2)
         forces = deform_positions(transposed, forces, graph.nodes["graph"])
     if learned:
         forces = forces * call(network, params, "mobility", state.latent)
-        # Of unequal masses the centre of mass is at rest, but the frames keep their centroid.
+        # With unequal masses the centre of mass would stay at rest; in the frames, the centroid does.
         acceleration = constrain_velocity(graph, forces, inertia(network, graph))
     else:
         acceleration = jnp.where(movable(graph), forces / inertia(network, graph)[:, None], 0.0)
@@ -152,7 +160,7 @@ def vector_field(
     max_speed, max_rate = network.dynamics.max_speed, network.dynamics.max_strain_rate
     first = network.dynamics.order == "first"
     velocities = limited(acceleration if first else state.velocities, max_speed)
-    if max_speed > 0:  # which takes more off the fastest: the centre of mass would drift
+    if max_speed > 0:  # limiting slows the fastest atoms most: the centre of mass would drift
         velocities = constrain_velocity(graph, velocities, inertia(network, graph))
     raw = state.strain_rate
     strain_rate = None if raw is None else limited(raw, max_rate, (-2, -1))

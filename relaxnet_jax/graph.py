@@ -1,21 +1,22 @@
-"""The schema: a structure as a padded graph.
+"""Structures and the schema of their padded graphs.
 
 A batch is one `jraph.GraphsTuple` of G structures, the last of which is padding:
 
-  nodes:   positions (N, 3) Å, atomic_numbers (N,), masses (N,) amu, charges (N,) e,
-           fixed (N,) bool, mask (N,) bool, graph (N,) index of the structure,
-           bond_slots (N, K) index of each atom's bonds, bond_slot_mask (N, K): the bonds
-           again, in equal numbers for every atom; K = 0 where triplets are not listed.
-  edges:   offsets (E, 3) Å, lattice shift of the sender, mask (E,) bool, reverse (E,) index of the
+  nodes:   positions (N, 3) Å; atomic_numbers (N,); masses (N,) amu; charges (N,) e;
+           fixed (N,) bool; mask (N,) bool; graph (N,), index of the structure;
+           bond_slots (N, K), indices of each atom's bonds, padded to K slots per atom, with
+           bond_slot_mask (N, K) bool; K = 0 where triplets are not listed.
+  edges:   offsets (E, 3) Å, lattice shift of the sender; mask (E,) bool; reverse (E,), index of the
            reversed edge; pair_index (E,) and pair_edges (P, 2), see `ops.PairMap`;
-           ``pairs``, the first edge of each pair, with receivers, senders, offsets and mask (P, ...) of
-           their own, P = E/2; and ``bonds``, the nodes of the bond graph: those edges that are within the
-           triplet range, with reverse as well.
-  globals: cell (G, 3, 3) Å, mask (G,) bool, strain (G, 3, 3) projector on the directions in
+           ``pairs``, the first edge of each pair, P = E/2, with receivers, senders, offsets and mask
+           (P, ...) of its own; ``bonds``, the nodes of the bond graph, i.e. the edges within the
+           triplet range, with receivers, senders, reverse, offsets and mask (B, ...) of their own.
+  globals: cell (G, 3, 3) Å; mask (G,) bool; strain (G, 3, 3), projector onto the directions in
            which the cell may be strained: the identity, a plane, or zero for a fixed cell.
 
-Receivers ascend. Padding edges and pairs run from the last atom to itself, edges their own reverse. The edges of
-the bond graph, the triplets, need no arrays: they are the ordered pairs of bonds at one atom.
+Receivers ascend. Padding edges and pairs connect the last atom to itself; a padding edge is its own
+reverse. The triplets, which are the edges of the bond graph, need no arrays: they are the ordered
+pairs of bonds at one atom.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     from ase import Atoms
 
 MAX_ATOMIC_NUMBER = 118
-# Unused slots get a vector of this length (Å), beyond any cutoff: finite in every basis
+# Length (Å) of the vectors of padding edges. Beyond any cutoff, it gives finite values in every basis
 # and zero, with zero gradient, in every envelope.
 FAR = 1.0e3
 
@@ -49,8 +50,14 @@ class Structure:
     """One structure with its neighbour list (NumPy), ready to be put in a batch.
 
     Attributes:
-      atomic_numbers (N,), positions (N, 3) Å, cell (3, 3) Å, pbc (3,), fixed_mask (N,),
-      charges (N,) e, strain (3, 3) see `strain_projector`, neighbors: see `neighbors.Neighbors`.
+      atomic_numbers: (N,).
+      positions: (N, 3) Å.
+      cell: (3, 3) Å.
+      pbc: (3,) bool.
+      fixed_mask: (N,) bool.
+      charges: (N,) e.
+      strain: (3, 3), see `strain_projector`; zero for a fixed cell.
+      neighbors: the neighbour list.
     """
 
     atomic_numbers: np.ndarray
@@ -64,18 +71,18 @@ class Structure:
 
     @property
     def n_atoms(self) -> int:
-        """N."""
+        """N, the number of atoms."""
         return len(self.atomic_numbers)
 
     @property
     def origin(self) -> np.ndarray:
-        """(3,) Å, the centroid of the atoms: what positions are taken relative to on a device."""
+        """The centroid of the atoms, (3,) Å; on a device, positions are relative to it."""
         return self.positions.mean(axis=0)
 
     def centred(self) -> Structure:
-        """The same about the coordinate origin: far from it the float32 of a device would round distances.
+        """The structure shifted to the coordinate origin, far from which float32 would round distances.
 
-        Positions that share its neighbour list are shifted alike, by `origin`.
+        Other positions that are used with its neighbour list have to be shifted by `origin` as well.
         """
         return dataclasses.replace(self, positions=self.positions - self.origin)
 
@@ -96,17 +103,24 @@ def build_structure(
     """Checks a structure and finds its neighbours.
 
     Args:
-      atomic_numbers: (N,). positions: (N, 3) Å. cell: (3, 3) Å. pbc: (3,) bool.
-      fixed_mask: (N,) bool or None. charges: (N,) e or None. name: for error messages.
-      relax_cell: whether the cell relaxes, along its periodic directions, if dynamics.cell says
-        that cells do.
-      later: frames that are known to come, see `neighbors.build_neighbors`.
-      bond_skin: Å, of the list of bonds; by default `Config.triplet_skin`, which counts on bonds being
-        looked at in these positions alone where the latent evolution says so.
+      atomic_numbers: (N,).
+      positions: (N, 3) Å.
+      cell: (3, 3) Å.
+      pbc: (3,) bool.
+      config: determines the cutoffs, skins and kind of neighbour list, and whether cells relax.
+      fixed_mask: (N,) bool; None for no fixed atoms.
+      charges: (N,) e; None for zero charges.
+      name: for error messages.
+      relax_cell: whether the cell relaxes along its periodic directions, provided that
+        dynamics.cell="variable".
+      later: known later frames of the path, see `neighbors.build_neighbors`.
+      bond_skin: Å, skin of the list of bonds. By default `Config.triplet_skin`, which is zero for
+        models that visit triplets only at the initial positions.
 
     Raises:
-      InputError: no atoms, an unknown atomic number, non-finite positions, cell or charges, a
-        periodic cell without volume, two atoms at one point. The message begins with ``name``.
+      InputError: no atoms, positions of the wrong shape, an unknown atomic number, non-finite
+        positions, cell or charges, a periodic cell without volume, or two atoms at one point. The
+        message begins with ``name``.
     """
     numbers = np.asarray(atomic_numbers, np.int32)
     positions, cell = np.asarray(positions, np.float64), np.asarray(cell, np.float64)
@@ -166,8 +180,11 @@ def build_structure(
 
 
 def strain_projector(cell: np.ndarray, pbc: np.ndarray) -> np.ndarray:
-    """(3, 3) projector on the space the periodic lattice vectors span: I for a bulk crystal, the
-    plane of a slab, zero for a molecule."""
+    """Projector (3, 3) onto the space spanned by the periodic lattice vectors.
+
+    It is the identity for a bulk crystal, the projector onto the plane of a slab, and zero for a
+    molecule.
+    """
     periodic = np.asarray(cell, np.float64)[np.asarray(pbc, bool)]
     return np.linalg.pinv(periodic) @ periodic if len(periodic) else np.zeros((3, 3))
 
@@ -179,8 +196,14 @@ def structure_from_atoms(
     relax_cell: bool = True,
     bond_skin: float | None = None,
 ) -> Structure:
-    """A `Structure` from ASE Atoms; those that cannot move (see `held_atoms`) are fixed, those held
-    in some directions only are free. Otherwise as `build_structure`. Raises InputError."""
+    """Builds a `Structure` from ASE Atoms, see `build_structure`.
+
+    Atoms that cannot move at all (see `held_atoms`) are fixed; those constrained in some directions
+    only are free.
+
+    Raises:
+      InputError: as `build_structure`.
+    """
     charges = atoms.get_initial_charges()
     return build_structure(
         atoms.numbers,
@@ -202,17 +225,17 @@ def masses_of(atomic_numbers: np.ndarray) -> np.ndarray:
 
 
 def pair_list(graph: Graph) -> EdgeList:
-    """The edges of the atom graph."""
+    """The edges of the atom graph, i.e. all ordered pairs of neighbours."""
     return EdgeList(graph.receivers, graph.senders, graph.edges["reverse"])
 
 
 def pair_map(graph: Graph) -> PairMap:
-    """Which two edges are a pair."""
+    """The map between edges and the pairs they form."""
     return PairMap(graph.edges["pair_index"], graph.edges["pair_edges"])
 
 
 def unordered_pairs(graph: Graph) -> PairList:
-    """Receivers and senders of each pair's first edge."""
+    """The receivers and senders of the first edge of each pair."""
     pairs = graph.edges["pairs"]
     return PairList(pairs["receivers"], pairs["senders"])
 
@@ -224,13 +247,13 @@ def bond_list(graph: Graph) -> EdgeList:
 
 
 def edge_vectors(edges: EdgeList, offsets: AnyArray, mask: AnyArray, positions: Positions) -> Array:
-    """positions[sender] + offset - positions[receiver]: (E, 3) Å; FAR along x in padding edges."""
+    """positions[sender] + offset - positions[receiver]: (E, 3) Å; FAR along x for padding edges."""
     vectors = gather_senders(positions, edges) - spread(positions, edges.receivers)
     return _shifted(vectors, offsets, mask)
 
 
 def _shifted(vectors: Array, offsets: AnyArray, mask: AnyArray) -> Array:
-    """The vectors to other lattice cells; FAR along x in padding."""
+    """Adds the lattice offsets to vectors; FAR along x where masked."""
     vectors = vectors + jnp.asarray(offsets, vectors.dtype)
     return jnp.where(mask[:, None], vectors, jnp.array([FAR, 0.0, 0.0], vectors.dtype))
 
@@ -242,7 +265,7 @@ def pair_vectors(graph: Graph, positions: Positions) -> Array:
 
 
 def once_per_pair(graph: Graph, positions: Positions) -> Array:
-    """The vector of each pair's first edge: (P, 3) Å; FAR along x in padding."""
+    """The vector of the first edge of each pair: (P, 3) Å; FAR along x for padding."""
     pairs = graph.edges["pairs"]
     vectors = unordered_pairs(graph).difference(positions)
     return _shifted(vectors, pairs["offsets"], pairs["mask"])
@@ -255,14 +278,18 @@ def bond_vectors(graph: Graph, positions: Positions) -> Array:
 
 
 def relaxing_cells(graph: Graph) -> Array:
-    """(G,) bool: structures whose cell may change."""
+    """Mask (G,) bool of structures whose cell may change."""
     return jnp.any(graph.globals["strain"] != 0, axis=(-2, -1))
 
 
 def deform(graph: Graph, deformation: Array) -> Graph:
-    """The graph with its lattice deformed: offsets D·offset, D (G, 3, 3) of each structure.
+    """The graph with its lattices deformed: each offset is replaced by D·offset.
 
-    Positions are not part of it: they are arguments of whatever takes a graph.
+    Positions are not deformed, since functions of a graph take them as a separate argument.
+
+    Args:
+      graph: a padded batch.
+      deformation: (G, 3, 3), the deformation gradient D of each structure.
     """
     of_atom = deformation[graph.nodes["graph"]]
 

@@ -1,4 +1,4 @@
-"""Structures in, trajectories out: batched, in few padded shapes, with the skin checked."""
+"""Predicts the trajectories of many structures: in batches of few padded shapes, checking the skin."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from relaxnet_jax.model import RelaxNet, atoms_list, check_one
 from relaxnet_jax.solving import Batch, Batches, Path, batch_shape, usable_devices
 from relaxnet_jax.trust import NOT_CONVERGED, Flag, constraint_flags, trust_flags
 
-# Neighbour lists are rebuilt with a wider skin at most this often before giving up: an atom
-# that outruns every skin is a diverged prediction, not a short list.
+# A neighbour list is rebuilt with a wider skin at most this many times: if an atom still outruns it,
+# the prediction has diverged, and the list is not to blame.
 MAX_WIDENINGS = 3
 MAX_SKIN = 6.0  # Å
-FOLLOWED = 1e3  # Å, stands for the skin where neighbour lists follow the atoms
+FOLLOWED = 1e3  # Å, placeholder for the skin where neighbour lists follow the atoms
 
-Divided = list[tuple[list[int], BatchShape]]  # batches: structures by number, and a shape
+Divided = list[tuple[list[int], BatchShape]]  # batches: indices of structures, and their shape
 
 
 def _on_grid(grid: np.ndarray, times: np.ndarray) -> np.ndarray | None:
-    """Where on the grid (n,) the times (m,) are; None where one is not."""
+    """Indices (m,) of the times (m,) on the grid (n,); None unless all of them are on it."""
     nearest = np.abs(grid[:, None] - times).argmin(axis=0)
     return nearest if np.abs(grid[nearest] - times).max() < 1e-12 else None
 
@@ -45,23 +45,25 @@ def predict_structures(
     fmax: float = FMAX,
     steps: int = STEPS,
 ) -> list[Path]:
-    """Predicted paths of many structures, in the order given.
+    """Predicts the paths of many structures, in the order given.
 
-    Batches are of similar cost, whatever the sizes of the structures, and their shapes rounded up,
-    so that few are compiled; what is solved again comes in shapes that are compiled already.
-    Where atoms approach by more than the skin, the neighbour list could miss a pair: those
-    structures are solved again with a wider one. Several batches are solved at the same time, one on each
-    of this process's devices (`solving.usable_devices`). A batch that does not fit in a device's memory
-    is halved until it does; the path of a structure that does not fit alone says so in
-    ``failure``, and the others go on.
+    Batches have similar costs, whatever the sizes of the structures, and their shapes are rounded up,
+    so that few shapes are compiled. Several batches are solved at the same time, one on each of this
+    process's devices (`solving.usable_devices`). A batch that does not fit in a device's memory is
+    halved until it does. If a single structure does not fit, the ``failure`` of its path says so, and
+    the others are still predicted.
 
-    Static models have no path of their own: theirs is `lbfgs.minimise`'s, see `minimised_path`.
+    If atoms approach each other by more than the skin, the neighbour list could miss a pair. Such
+    structures are solved again with a wider skin, where possible in shapes already compiled.
+
+    Static models define no path of their own; theirs is the path of `lbfgs.minimise`, see
+    `minimised_path`.
 
     Args:
       times: (n,) pseudotimes in [0, 1]; the configuration's frames by default.
       batch_size: structures per batch and device; by default 16 on a CPU, 128 on an accelerator.
       progress: called with the number of structures done.
-      fmax, steps: of static models, see `lbfgs.minimise`.
+      fmax, steps: for static models only, see `lbfgs.minimise`.
 
     Raises:
       InputError: times that are not pseudotimes, or a batch_size below 1.
@@ -74,13 +76,13 @@ def predict_structures(
     if model.config.dynamics.latent == "static":
         found = minimise(model, structures, fmax, steps, batch_size=batch_size, progress=progress)
         return [minimised_path(m, times) for m in found.paths]
-    # The solver's own frames cost nothing; others are evaluated in their place.
+    # The solver's own frames come for free; at any other times the states are evaluated anew.
     rows = _on_grid(grid, times)
     asked, n_frames = (times, len(times)) if rows is None else (None, len(grid))
     rows = np.arange(n_frames) if rows is None else rows
     done: dict[int, Path] = {}
     batches, cutoff = None, model.config.graph.cutoff
-    # A direct predictor looks at no positions but the first: it misses no pair wherever atoms end.
+    # A direct predictor evaluates only the initial positions, so it misses no pair wherever atoms go.
     at_start = model.config.dynamics.latent == "direct" and not model.config.model.update_positions
     pending = dict(enumerate(structures))
     for widening in range(MAX_WIDENINGS + 1):
@@ -120,7 +122,7 @@ def _solver(
     structures: Mapping[int, Structure],
     divided: Divided,
 ) -> Batches:
-    """On all devices where there are several batches, or one for which a program is compiled there."""
+    """A solver on all devices if there are several batches, or one with a program compiled there."""
     everywhere = Batches(model, times, n_frames, usable_devices(model))
     if len(divided) > 1 or _known(everywhere, structures, divided) != divided:
         return everywhere
@@ -128,7 +130,7 @@ def _solver(
 
 
 def _known(batches: Batches, structures: Mapping[int, Structure], divided: Divided) -> Divided:
-    """The same in shapes that were used before, where there is one with room."""
+    """The same batches, in shapes that were used before wherever one has room."""
     return [
         (members, batches.known_shape([structures[i] for i in members], shape))
         for members, shape in divided
@@ -136,10 +138,13 @@ def _known(batches: Batches, structures: Mapping[int, Structure], divided: Divid
 
 
 def minimised_path(found: Minimisation, times: np.ndarray) -> Path:
-    """A minimisation of k steps as a path: at pseudotime t it is where it was after t·k steps.
+    """A minimisation of k steps as a path: pseudotime t is the state after t·k steps, rounded.
+
+    If the minimisation failed, positions, energies, forces and stresses are NaN, and ``failure`` gives
+    the reason.
 
     Args:
-      times: (n,) in [0, 1]. What failed is not a number, and says why.
+      times: (n,) pseudotimes in [0, 1].
     """
     rows = np.rint(np.asarray(times, np.float64) * found.steps).astype(int)
     stresses = np.zeros(0) if found.stresses is None else found.stresses[rows]
@@ -177,8 +182,11 @@ def _with_skin(model: RelaxNet, s: Structure, skin: float) -> Structure:
 def _divide(
     structures: Mapping[int, Structure], batch_size: int, used: Sequence[BatchShape]
 ) -> Divided:
-    """Batches of structures by number, and their shapes: such that have been used where there is
-    room, in smaller batches if need be, since a new one is compiled for much longer than it runs."""
+    """Divides structures into batches, given by their indices, and chooses the batches' shapes.
+
+    Shapes that were already used are preferred, even if batches have to be smaller to fit in them: a
+    new shape takes much longer to compile than to run.
+    """
     placed, rest = [], list(structures)
     if used:
         waiting, rest = _packed(structures, rest, batch_size), []
@@ -237,19 +245,21 @@ def relax(model, atoms, n_frames=5, batch_size=None, relax_cell=True, fmax=FMAX,
       batch_size: structures solved at once; by default 16 on a CPU, 128 on an accelerator.
       relax_cell: whether cells relax along their periodic directions, if the model was trained for
         that (dynamics.cell="variable"); other models keep them.
-      fmax, steps: of a static model: eV/Å, the largest force of a relaxed structure, and the most
-        LBFGS steps (`lbfgs.minimise`).
+      fmax: eV/Å, largest force of a relaxed structure; for static models only.
+      steps: largest number of LBFGS steps (`lbfgs.minimise`); for static models only.
 
     Returns:
-      A `RelaxationTrajectory` (a list of them for a sequence). Of a structure too large for the
-      device's memory all values are NaN. A warning names this and every other structure whose
-      prediction should not be used (`trust.trust_flags`, which says more), those with
-      constraints that the path ignores (`head_start` moves atoms under them), and those that a
-      static model did not relax to ``fmax`` within ``steps``.
+      A `RelaxationTrajectory` (a list of them for a sequence). For a structure too large for the
+      device's memory, all values are NaN. Warnings name
+
+      - every structure whose prediction should not be used (see `trust.trust_flags`), including
+        those too large;
+      - structures with constraints that the path ignores (`head_start` moves atoms under them);
+      - structures that a static model did not relax to ``fmax`` within ``steps``.
 
     Raises:
-      InputError: something that is not one model (of several: `relax_committee`); a structure that
-        cannot be used, named by its place in the sequence; n_frames < 2 or batch_size < 1.
+      InputError: ``model`` is not a single model (for several, use `relax_committee`); a structure
+        cannot be used (the message names its place in the sequence); n_frames < 2 or batch_size < 1.
     """
     check_one(model)
     if n_frames < 2:
@@ -275,7 +285,14 @@ def relax(model, atoms, n_frames=5, batch_size=None, relax_cell=True, fmax=FMAX,
 
 
 class Judged(NamedTuple):
-    """A predicted path, what speaks against it (`trust.trust_flags`), `Path.failure` and `Path.listed`."""
+    """A predicted path with its trust flags.
+
+    Attributes:
+      path: the predicted trajectory.
+      flags: reasons not to trust it, see `trust.trust_flags`.
+      failure: see `solving.Path`.
+      listed: see `solving.Path`.
+    """
 
     path: RelaxationTrajectory
     flags: tuple[Flag, ...]
@@ -286,10 +303,11 @@ class Judged(NamedTuple):
 def judge(
     model: RelaxNet, named: Sequence[tuple[str, Structure]], n_frames: int, **options: Any
 ) -> list[Judged]:
-    """Paths of ``n_frames`` equidistant frames of structures by name, in their order, with flags.
+    """Predicts paths of ``n_frames`` equidistant frames for named structures, and flags them.
 
     Args:
-      options: of `predict_structures`.
+      named: names and structures; the results have the same order.
+      options: passed to `predict_structures`.
     """
     times = np.linspace(0.0, 1.0, n_frames)
     found = []
