@@ -1,4 +1,4 @@
-"""Padded batches of structures, and the few shapes ("buckets") they come in."""
+"""Padded batches of structures, in a small number of shapes ("buckets")."""
 
 from __future__ import annotations
 
@@ -13,19 +13,22 @@ import numpy as np
 from relaxnet_jax.graph import Structure, masses_of
 from relaxnet_jax.typing import Graph
 
+# An already compiled shape is reused if it costs at most this many times what is needed: `WASTE` for
+# programs that run hundreds of times in one shape, `REUSE` for those that run once.
 WASTE = 2.0
-# What runs once takes a shape that is compiled already up to so many times as expensive; what runs in one
-# shape hundreds of times, up to `WASTE` times.
 REUSE = 4.0
 
 
 @dataclasses.dataclass(frozen=True, order=True)
 class BatchShape:
-    """The static shape of a batch, padding structure included in ``n_graphs``.
+    """The static shape of a batch, including padding.
 
     Attributes:
-      n_graphs, n_atoms, n_edges, n_bonds: G, N, E, B.
-      n_slots: K, bonds per atom where triplets are listed one by one, else 0.
+      n_graphs: G, number of structures, including one of padding.
+      n_atoms: N.
+      n_edges: E.
+      n_bonds: B.
+      n_slots: K, bond slots per atom; 0 where triplets are not listed one by one.
     """
 
     n_graphs: int
@@ -36,24 +39,24 @@ class BatchShape:
 
     @property
     def cost(self) -> int:
-        """Edges, bonds and triplets: what a batch of this shape costs."""
+        """The cost of a batch of this shape: its total number of edges, bonds and triplets."""
         return self.n_edges + self.n_bonds + self.n_atoms * self.n_slots**2
 
     def holds(self, other: BatchShape) -> bool:
-        """Whether a batch of another shape has room in this one."""
+        """Whether a batch of another shape fits into this one."""
         mine, others = dataclasses.astuple(self), dataclasses.astuple(other)
         return all(a >= b for a, b in zip(mine, others))
 
 
 def structure_cost(structure: Structure) -> int:
-    """Edges, bonds and triplets a structure really has, comparable with `BatchShape.cost`."""
+    """A structure's total number of edges, bonds and triplets, comparable with `BatchShape.cost`."""
     n = structure.neighbors
     per_atom = np.bincount(n.receivers[n.bond], minlength=1)
     return n.n_edges + n.n_bonds + (int((per_atom**2).sum()) if n.n_slots else 0)
 
 
 def round_up(value: int) -> int:
-    """Next size on a geometric ladder of multiples of 4: few shapes, at most a quarter wasted."""
+    """Rounds up to a multiple of 4 on a geometric scale: few sizes, and at most a quarter wasted."""
     size = 4
     while size < value:
         size = max(size + 4, int(size * 1.25) // 4 * 4)
@@ -66,9 +69,9 @@ def fitting_shape(structures: Sequence[Structure], rounded: bool = False) -> Bat
     n_slots = max((s.neighbors.n_slots for s in structures), default=0)
     n_edges = sum(s.neighbors.n_edges for s in structures)
     n_bonds = sum(s.neighbors.n_bonds for s in structures)
-    if rounded:  # few combinations of the two: a quarter of the edges are bonds as a rule
+    if rounded:  # limits the combinations of the two; typically a quarter of the edges are bonds
         n_bonds = max(n_bonds, up(n_edges) // 4)
-    # A device without structures gets an empty batch; arrays of no edges trouble some kernels.
+    # A device without structures gets an empty batch, but some kernels cannot handle zero edges.
     return BatchShape(
         n_graphs=len(structures) + 1,
         n_atoms=up(max(1, sum(s.n_atoms for s in structures))),
@@ -79,7 +82,7 @@ def fitting_shape(structures: Sequence[Structure], rounded: bool = False) -> Bat
 
 
 def shape_of(graph: Graph) -> BatchShape:
-    """The shape of a padded graph, as `collate` makes it."""
+    """The shape of a padded graph made by `collate`."""
     return BatchShape(
         n_graphs=graph.n_node.shape[0],
         n_atoms=graph.nodes["mask"].shape[0],
@@ -90,10 +93,14 @@ def shape_of(graph: Graph) -> BatchShape:
 
 
 def pack(costs: Sequence[int], batch_size: int) -> list[list[int]]:
-    """Indices in as few batches as there must be, of costs as equal as can be.
+    """Packs indices into as few batches as possible, with costs as equal as possible.
 
-    The most expensive first, each goes to the cheapest batch that has room: batches of one shape
-    come out, not one for every size of crystal.
+    Starting with the most expensive, each index goes to the cheapest batch that has room. The batches
+    then have similar shapes, rather than one for every size of crystal.
+
+    Args:
+      costs: cost of each index.
+      batch_size: largest number of indices in a batch.
     """
     room = [(0, k) for k in range(-(-len(costs) // batch_size))]
     batches: list[list[int]] = [[] for _ in room]
@@ -106,15 +113,15 @@ def pack(costs: Sequence[int], batch_size: int) -> list[list[int]]:
 
 
 def largest_shape(shapes: Sequence[BatchShape]) -> BatchShape:
-    """The smallest in which all of these have room; there is at least one."""
+    """The smallest shape that holds each of these shapes, of which there is at least one."""
     return BatchShape(*map(max, zip(*map(dataclasses.astuple, shapes))))
 
 
 def shared_shapes(shapes: Sequence[BatchShape]) -> list[BatchShape]:
-    """For each of these shapes one as large or larger; few different ones.
+    """Enlarges shapes so that there are few different ones.
 
-    Shapes share one, the largest of every size, with those up to `WASTE` times their cost: a
-    shape has to be traced, and compiled or read from the cache, which costs more than that.
+    Shapes whose costs differ by at most a factor of `WASTE` share one that is large enough for all of
+    them. Tracing a further shape, and compiling it or reading it from the cache, costs more than that.
     """
     result = list(shapes)
     order = sorted(range(len(shapes)), key=lambda i: -shapes[i].cost)
@@ -128,24 +135,33 @@ def shared_shapes(shapes: Sequence[BatchShape]) -> list[BatchShape]:
     return result
 
 
-# What shapes a kind of program has run in, so that they are known to fit in memory. A kind: the
-# program's name, and all of its arguments that are no arrays of the batch's shape.
+# The shapes in which each kind of program has run, and which are thus known to fit in memory. A kind
+# is the program's name together with all arguments that are not arrays of the batch's shape.
 _known: dict[tuple[Any, ...], list[BatchShape]] = {}
 
 
 def known_shape(
     kind: tuple[Any, ...], structures: Sequence[Structure], shape: BatchShape, reuse: float
 ) -> BatchShape:
-    """A shape that such a program has run in, if it has room for these structures and costs at most
-    ``reuse`` times ``shape``; else ``shape``. In a loop over structures nearly every one would have its
-    own, and compiled."""
+    """The cheapest shape in which this kind of program has run and that suits these structures.
+
+    It has to hold the structures and to cost at most ``reuse`` times ``shape``; if there is none,
+    returns ``shape``. Without this reuse, a loop over structures would compile a shape for nearly every
+    one of them.
+
+    Args:
+      kind: the program's name, and all of its arguments that are not arrays of the batch's shape.
+      structures: the structures of the batch.
+      shape: a shape that holds them.
+      reuse: the largest factor in cost, `WASTE` or `REUSE`.
+    """
     needed = fitting_shape(structures)
     roomy = [s for s in _known.get(kind, ()) if s.holds(needed) and s.cost <= reuse * shape.cost]
     return min(roomy, key=lambda s: s.cost, default=shape)
 
 
 def remember_shape(kind: tuple[Any, ...], shape: BatchShape) -> None:
-    """Says that such a program has run in a shape."""
+    """Records that this kind of program has run in a shape, for `known_shape`."""
     known = _known.setdefault(kind, [])
     if shape not in known:
         known.append(shape)
@@ -154,8 +170,8 @@ def remember_shape(kind: tuple[Any, ...], shape: BatchShape) -> None:
 def collate(structures: Sequence[Structure], shape: BatchShape, dtype=np.float32) -> Graph:
     """One padded graph (NumPy) of the given shape; see `relaxnet_jax.graph` for its fields.
 
-    Positions are given relative to each structure's first atom's cell as they are: nothing is
-    wrapped or centred. Padding atoms belong to the last structure and sit at the origin.
+    Positions are used as they are, neither wrapped nor centred. Padding atoms belong to the last
+    structure, which is padding, and sit at the origin.
 
     Raises:
       ValueError: the structures do not fit (a programming error, not bad input).
@@ -212,7 +228,7 @@ def collate(structures: Sequence[Structure], shape: BatchShape, dtype=np.float32
 
 
 class _PaddedEdges:
-    """Arrays of E edges, filled structure by structure; the rest stay at the last atom."""
+    """Arrays of E edges, filled structure by structure; the remaining edges stay at the last atom."""
 
     def __init__(self, size: int, n_atoms: int, dtype) -> None:
         self.used = 0
@@ -235,7 +251,7 @@ class _PaddedEdges:
 
 
 def _pairs(edges: dict[str, np.ndarray], n_atoms: int) -> dict[str, Any]:
-    """Edges and their reverses as pairs, P = E/2 and at least one; see `relaxnet_jax.graph`."""
+    """Groups edges and their reverses into P = E/2 pairs, at least one; see `relaxnet_jax.graph`."""
     reverse = edges["reverse"]
     size = len(reverse)
     count = max(size // 2, 1)
@@ -252,7 +268,7 @@ def _pairs(edges: dict[str, np.ndarray], n_atoms: int) -> dict[str, Any]:
 
 
 def _bond_slots(receivers: np.ndarray, n_atoms: int, n_slots: int) -> dict[str, np.ndarray]:
-    """Each atom's bonds, which follow one another, in K slots; unused ones point at bond 0."""
+    """Distributes each atom's bonds, which are contiguous, over K slots; unused slots point to bond 0."""
     count = np.bincount(receivers, minlength=n_atoms)[:n_atoms, None]
     first = np.cumsum(count)[:, None] - count
     slots = np.arange(n_slots, dtype=np.int32)
@@ -264,7 +280,7 @@ def _bond_slots(receivers: np.ndarray, n_atoms: int, n_slots: int) -> dict[str, 
 
 
 def split_nodes(values: np.ndarray, graph: Graph) -> list[np.ndarray]:
-    """Per-structure pieces of a node array whose atom axis is axis -2 (n, N, 3) or 0 (N,)."""
+    """Splits a node array, (n, N, 3) or (N,), into one array per structure, along the atom axis."""
     axis = 0 if values.ndim == 1 else values.ndim - 2
     counts = np.asarray(graph.n_node)[np.asarray(graph.globals["mask"])]
     ends = np.cumsum(counts)

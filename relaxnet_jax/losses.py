@@ -1,7 +1,7 @@
-"""The five-term loss of equation (7), a term of energy changes and two for cells, as sums and counts.
+"""The five terms of the loss of equation (7), a term for energy changes, and two terms for cells.
 
-Every term is a numerator and a denominator, so that several devices can add up both
-and get exactly the loss of one large batch.
+Every term is kept as a numerator and a denominator, so that several devices can add up both
+and obtain exactly the loss of one large batch.
 """
 
 from __future__ import annotations
@@ -21,16 +21,18 @@ from relaxnet_jax.strain import log_strain, stress
 from relaxnet_jax.typing import AnyArray, Graph
 
 TERMS = ("energy", "energy_change", "monotonicity", "forces", "positions", "direction")
-CELL_TERMS = ("stress", "cell")  # of models whose cells relax
+CELL_TERMS = ("stress", "cell")  # only for models whose cells relax
 
 
 class CellTargets(NamedTuple):
     """The true cells of a padded batch, for models whose cells relax.
 
     Attributes:
-      deformation, inverse: (n, G, 3, 3), of each frame's cell and its inverse.
-      stress: (n, G, 3, 3) eV/Å³, tension positive. stress_mask: (n, G) bool, where it is known
-        and means something: of crystals, and of what else has a cell that relaxes.
+      deformation: (n, G, 3, 3), deformation gradient of each frame's cell.
+      inverse: (n, G, 3, 3), its inverse.
+      stress: (n, G, 3, 3) eV/Å³, tension positive.
+      stress_mask: (n, G) bool, where the stress is known and meaningful: for crystals and for other
+        structures whose cell relaxes.
     """
 
     deformation: AnyArray
@@ -43,11 +45,13 @@ class Targets(NamedTuple):
     """The true frames of a padded batch.
 
     Attributes:
-      positions: (n, N, 3) Å. forces: (n, N, 3) eV/Å.
+      positions: (n, N, 3) Å.
+      forces: (n, N, 3) eV/Å.
       energies: (n, G) eV, relative to the composition energies.
-      frame_mask: (n, G) bool, frames that exist.
+      frame_mask: (n, G) bool, which frames exist.
       last: (G,) int, index of each structure's final frame.
-      times: (n, G) pseudotimes, or None for the frame grid.
+      times: (n, G) pseudotimes; None for the frame grid.
+      cells: the true cells; None for models with fixed cells.
     """
 
     positions: AnyArray
@@ -61,37 +65,39 @@ class Targets(NamedTuple):
 
 @storable
 class Term(NamedTuple):
-    """A loss term as sum / number of things summed (both scalar arrays)."""
+    """A loss term as a sum and the number of summands (both scalar arrays)."""
 
     total: Any
     number: Any
 
     def mean(self) -> Array:
-        """total / number, zero when there is nothing to count."""
+        """total / number; zero if there are no summands."""
         return safe_divide(self.total, self.number)
 
 
 def loss_terms(
     prediction: Trajectory, targets: Targets, graph: Graph, config: LossConfig
 ) -> dict[str, Term]:
-    """The unweighted terms of equation (7) for one batch, that of energy changes and those of its cells.
+    """The unweighted loss terms of one batch: equation (7), energy changes, and cells that relax.
+
+    A hat marks predictions.
 
     energy: |E - Ê| per structure and frame (per atom with energy_per="atom").
-    energy_change: likewise |(E - E_last) - (Ê - Ê_last)|, against the final frame, which every start
-      leads to, of the frames before it.
-    monotonicity: ReLU(Ê_{t+1} - Ê_t) over pairs of frames that both exist.
-    forces: (F - F̂)² per component of free atoms, or with errors="norm" |F - F̂| per free atom, or
-      with huber_forces=d the pseudo-Huber loss √(d² + |F - F̂|²) - d per free atom.
-    positions: (x - x̂)² or |x - x̂| likewise, over the frames after the first, which is given.
-    direction: (1 - cos theta_i) |Δx_i| over |Δx_i|, Δx_i the true total displacement of free
-      atom i and theta_i its angle with the predicted one. Atoms that do not move count zero,
-      and an atom predicted not to move has cos theta = 0.
-    stress: (s - ŝ)² per component or the Frobenius norm |s - ŝ|, of crystals and of structures whose
-      cell relaxes, projected on the directions in which it may. cell: likewise of the logarithmic
-      strain between the true cell and the predicted one, over the frames after the first, of
-      structures whose cell relaxes.
+    energy_change: likewise |(E - E_last) - (Ê - Ê_last)|, over the frames before the final one, the
+      common end of paths from any start.
+    monotonicity: ReLU(Ê_{t+1} - Ê_t) over consecutive frames that both exist (per atom as above).
+    forces: (F - F̂)² per component over free atoms; |F - F̂| per free atom with errors="norm"; or the
+      pseudo-Huber loss √(d² + |F - F̂|²) - d per free atom with huber_forces=d.
+    positions: likewise (x - x̂)² or |x - x̂|, over all frames but the first, which is given.
+    direction: the sum of (1 - cos theta_i) |Δx_i| divided by the sum of |Δx_i|, with Δx_i the true
+      total displacement of free atom i and theta_i its angle to the predicted one. Atoms that do
+      not move contribute nothing, and an atom predicted not to move has cos theta = 0.
+    stress: (s - ŝ)² per component, or the Frobenius norm |s - ŝ|, for crystals and for structures
+      whose cell relaxes, projected onto the directions in which it may relax.
+    cell: likewise for the logarithmic strain between the true and the predicted cell, over all frames
+      but the first, for structures whose cell relaxes.
 
-    Positions are reference positions where cells relax: strain is the cell term's affair.
+    Where cells relax, positions are reference positions, and strain enters through the cell term only.
     """
     positions = prediction.positions if prediction.reference is None else prediction.reference
     mask = targets.frame_mask & graph.globals["mask"]
@@ -141,7 +147,7 @@ def loss_terms(
     cells = targets.cells
     assert cells is not None and prediction.virial is not None
     relaxes = relaxing_cells(graph)
-    # The stress of a cell that is held says as much about the energy as that of one that moves.
+    # The stress of a fixed cell is as informative about the energy as that of a relaxing one.
     identity = jnp.eye(3, dtype=prediction.deformation.dtype)
     projector = jnp.where(relaxes[:, None, None], graph.globals["strain"], identity)
     found = stress(prediction.virial, graph.globals["cell"], prediction.deformation)
@@ -154,7 +160,7 @@ def loss_terms(
 
 
 def _free_atoms(targets: Targets, graph: Graph) -> Array:
-    """(n, N) bool: free atoms of frames that exist."""
+    """Mask (n, N) bool of the free atoms of frames that exist."""
     mask = targets.frame_mask & graph.globals["mask"]
     return mask[:, graph.nodes["graph"]] & graph.nodes["mask"] & ~graph.nodes["fixed"]
 
@@ -168,20 +174,20 @@ def _flat(tensors: Array) -> Array:
 
 
 def strain_between(prediction: Trajectory, cells: CellTargets) -> Array:
-    """Logarithmic strain that takes the true cells to the predicted ones: (n, G, 3, 3)."""
+    """Logarithmic strain from the true to the predicted cells: (n, G, 3, 3)."""
     assert prediction.deformation is not None
     return log_strain(prediction.deformation @ jnp.asarray(cells.inverse))
 
 
 def weighted_loss(terms: dict[str, Term], config: LossConfig) -> tuple[Array, dict[str, Array]]:
-    """sum_k lambda_k total_k/count_k, and the unweighted means by name."""
+    """The loss sum_k lambda_k total_k/number_k, and the unweighted means by name."""
     means = {name: term.mean() for name, term in terms.items()}
     counted = (name for name in (*TERMS, *CELL_TERMS) if name in means)
     return sum(getattr(config, name) * means[name] for name in counted), means
 
 
 def force_error(prediction: Trajectory, targets: Targets, graph: Graph) -> Term:
-    """|F - F̂| per component of free atoms over all frames, eV/Å, whatever the loss makes of forces."""
+    """|F - F̂| per component over free atoms and all frames, eV/Å, whatever the loss uses for forces."""
     where = _free_atoms(targets, graph)
     off = jnp.sum(jnp.abs(prediction.forces - targets.forces), -1)
     off = jnp.where(where, off, 0.0)
@@ -189,10 +195,10 @@ def force_error(prediction: Trajectory, targets: Targets, graph: Graph) -> Term:
 
 
 def coordinate_error(prediction: Trajectory, targets: Targets, graph: Graph) -> tuple[Term, Term]:
-    """Final-frame |x - x̂| per structure, and |x - x(0)|: of the model, and of doing nothing.
+    """Errors of the final positions, of the model, |x - x̂|, and of doing nothing, |x - x(0)|, in Å.
 
-    Mean over the coordinates of each structure's free atoms, then over structures; Å. Of reference
-    positions where cells relax.
+    Averaged over the coordinates of each structure's free atoms, then over structures. Where cells
+    relax, the errors are those of the reference positions.
     """
     positions = prediction.positions if prediction.reference is None else prediction.reference
     node, n_graphs = graph.nodes["graph"], graph.n_node.shape[0]
@@ -211,9 +217,10 @@ def coordinate_error(prediction: Trajectory, targets: Targets, graph: Graph) -> 
 
 
 def strain_error(prediction: Trajectory, targets: Targets, graph: Graph) -> tuple[Term, Term]:
-    """Final-frame mean |logarithmic strain| to the true cell: of the model, and of doing nothing.
+    """Errors of the final cell, of the model and of doing nothing: mean |logarithmic strain|.
 
-    Mean over components, then over the structures whose cell relaxes.
+    The strain is that between the true and the predicted (or initial) cell. Averaged over
+    components, then over structures whose cell relaxes.
     """
     cells, relaxes = targets.cells, relaxing_cells(graph)
     assert cells is not None

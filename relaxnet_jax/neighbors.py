@@ -1,7 +1,7 @@
 """Periodic neighbour lists (NumPy; built once per trajectory).
 
-The pairs are a flat list sorted by receiver, and by distance within each. Those within the triplet
-cutoff are the bonds.
+A list contains ordered pairs, sorted by receiver and then by distance. Pairs within the triplet
+cutoff are called bonds.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from relaxnet_jax.strain import deformations
 
 Frames = Sequence[tuple[np.ndarray, np.ndarray]]
 
-MAX_SPREAD = 2000.0  # Å along open directions; the search's time grows with the square
-CLOSED_UP = 100.0  # reaches; from there on gaps are taken out
-MIN_DISTANCE = 0.05  # Å; nothing bound is closer, and bases divide by the distance
+MAX_SPREAD = 2000.0  # Å along open directions; the time of the search grows with its square
+CLOSED_UP = 100.0  # extent, in units of the reach, beyond which gaps are closed
+MIN_DISTANCE = 0.05  # Å; no bonded atoms are closer, and bases divide by the distance
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -27,12 +27,13 @@ class Neighbors:
     """Neighbour list of one structure.
 
     Attributes:
-      receivers, senders: (E,) int32, the centre i and its neighbour j; receivers ascend.
-      shifts: (E, 3) int32, vector = positions[j] + shifts @ cell - positions[i].
-      reverse: (E,) int32, the pair with i and j exchanged.
+      receivers: (E,) int32, the central atom i of each pair; ascending.
+      senders: (E,) int32, its neighbour j.
+      shifts: (E, 3) int32, lattice shifts: vector = positions[j] + shifts @ cell - positions[i].
+      reverse: (E,) int32, index of the pair with i and j exchanged.
       bond: (E,) bool, whether the pair is within the triplet range.
-      n_slots: K, most bonds of any atom; 0 where triplets are not listed one by one.
-      reach: Å, the distance up to which the list is complete in the structure it was made for.
+      n_slots: K, the largest number of bonds of any atom; 0 where triplets are not listed one by one.
+      reach: Å, distance up to which the list is complete in the structure it was built for.
     """
 
     receivers: np.ndarray
@@ -50,25 +51,28 @@ class Neighbors:
 
     @property
     def n_bonds(self) -> int:
-        """B, the number of bonds among them."""
+        """B, the number of bonds among the pairs."""
         return int(self.bond.sum())
 
 
 def pairs_within(positions, cell, pbc, reach: float):
-    """All ordered pairs closer than ``reach``, every periodic image counted.
+    """Finds all ordered pairs closer than ``reach``, including all periodic images.
 
     Args:
-      positions: (N, 3) Å. cell: (3, 3) Å. pbc: (3,) bool. reach: Å.
+      positions: (N, 3) Å.
+      cell: (3, 3) Å.
+      pbc: (3,) bool.
+      reach: Å.
 
     Returns:
-      receivers (P,), senders (P,), shifts (P, 3) int, distances (P,) Å; an atom pairs
-      with its own images.
+      receivers (P,), senders (P,), shifts (P, 3) int and distances (P,) Å. An atom also pairs with
+      its own images.
 
     Raises:
-      InputError: a degenerate cell, or atoms strewn over more than `MAX_SPREAD` along an open
+      InputError: a degenerate cell, or atoms spread over more than `MAX_SPREAD` along an open
         direction.
     """
-    import vesin  # where PyTorch is installed it imports that, for what may never be called
+    import vesin  # imported late: it imports PyTorch where that is installed, perhaps for nothing
 
     pbc = np.asarray(pbc, dtype=bool)
     positions = _closed_up(positions, cell, pbc, reach)
@@ -93,16 +97,23 @@ def build_neighbors(
     slots: bool = True,
     later: Frames = (),
 ) -> Neighbors:
-    """The pairs within ``cutoff + skin``.
-
-    Bonds are those within ``triplet_cutoff + triplet_skin``. ``slots``: whether to count K.
+    """Builds the list of pairs within ``cutoff + skin``; bonds are within ``triplet_cutoff + triplet_skin``.
 
     Args:
-      later: positions (N, 3) Å, unwrapped, and cell (3, 3) Å of frames that are known to come: pairs
-        within the cutoffs there are listed too, though they be out of reach at first.
+      positions: (N, 3) Å.
+      cell: (3, 3) Å.
+      pbc: (3,) bool.
+      cutoff: Å, of pairs.
+      triplet_cutoff: Å, of bonds.
+      skin: Å, of pairs.
+      triplet_skin: Å, of bonds; 0 where triplets are visited only at ``positions``.
+      slots: whether to determine the number K of bond slots; otherwise it is 0.
+      later: unwrapped positions (N, 3) Å and cells (3, 3) Å of known later frames. Pairs within the
+        cutoffs there are listed as well, even if they are out of reach at ``positions``.
 
     Raises:
-      InputError: two atoms at (almost) one point, or a degenerate cell.
+      InputError: two atoms at (almost) the same point, a degenerate cell, or atoms spread too far
+        apart, see `pairs_within`.
     """
     reach = cutoff + skin
     i, j, shifts, distances = pairs_within(positions, cell, pbc, reach)
@@ -112,7 +123,7 @@ def build_neighbors(
             f"atoms {i[worst]} and {j[worst]} are {distances[worst]:.3g} Å apart (closest allowed "
             f"{MIN_DISTANCE} Å); remove the duplicate atom"
         )
-    nearest = distances  # what says whether a pair is a bond
+    nearest = distances  # determines whether a pair is a bond
     if later:
         pairs = np.column_stack([i, j, shifts])
         pairs, nearest = _with_later(pairs, distances, pbc, later, cutoff, triplet_skin)
@@ -121,7 +132,7 @@ def build_neighbors(
         distances = np.linalg.norm(vectors, axis=1)
     order, back = _ordered(len(positions), i, j, shifts, distances)
     i, j, shifts, nearest = i[order], j[order], shifts[order], nearest[order]
-    # The reverse of a bond is a bond, also where rounding puts one of them beyond the range.
+    # The reverse of a bond is a bond, even if rounding puts one of the two beyond the range.
     bond = np.minimum(nearest, nearest[back]) < triplet_cutoff + triplet_skin
     most = int(np.bincount(i[bond], minlength=1).max())
     return Neighbors(
@@ -143,10 +154,13 @@ def _with_later(
     cutoff: float,
     triplet_skin: float,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Pairs (E, 5) i, j, S at first or later, and what to hold against the triplets' range and skin:
-    the distance at first, or later, where the skin has no further use, that plus the skin.
+    """Merges the pairs of the first frame with those of later frames.
 
-    Without a skin triplets are visited at first only.
+    Returns:
+      The pairs (E, 5) as rows i, j, S, and for each the distance (E,) Å to compare with the triplet
+      cutoff plus skin. It is the smallest over the frames, where those of later frames, which need no
+      skin, count with the skin added. Without a skin, triplets are visited in the first frame only,
+      and later distances do not count.
     """
     rows, ranges = [pairs], [distances]
     for positions, cell in later:
@@ -160,13 +174,18 @@ def _with_later(
 
 
 def approach(positions: np.ndarray, cells: np.ndarray, reach: float) -> float:
-    """Å: the most two atoms can have approached each other on a path.
+    """Upper bound (Å) on how far two atoms have approached each other on a path.
 
-    The sum of the two largest displacements, and what a shrinking cell takes off the length of
-    the longest pairs of interest.
+    It is the sum of the two largest displacements, plus the amount by which a shrinking cell shortens
+    pairs of length ``reach``.
 
     Args:
-      positions: (n, N, 3) Å. cells: (n, 3, 3) Å. reach: Å, of the neighbour list.
+      positions: (n, N, 3) Å.
+      cells: (n, 3, 3) Å.
+      reach: Å, of the neighbour list.
+
+    Returns:
+      The bound; infinite where positions or cells are not finite.
     """
     if not (np.isfinite(positions).all() and np.isfinite(cells).all()):
         return np.inf
@@ -178,11 +197,12 @@ def approach(positions: np.ndarray, cells: np.ndarray, reach: float) -> float:
 
 
 def approach_of(moved: np.ndarray, steps: np.ndarray | None, reach: float) -> float:
-    """`approach`, Å, from how far atoms moved and how the cell was deformed.
+    """`approach` (Å), computed from the atoms' displacements and the cell's deformations.
 
     Args:
-      moved: (N,) Å, the furthest each atom was from where the deformed first structure has it.
-      steps: (n, 3, 3) deformations of the cell; None where it stays. reach: Å, of the neighbour list.
+      moved: (N,) Å, largest distance of each atom from its position in the deformed first structure.
+      steps: (n, 3, 3), deformation gradients of the cell; None for a fixed cell.
+      reach: Å, of the neighbour list.
     """
     shrunk = 0.0
     if steps is not None:
@@ -192,21 +212,25 @@ def approach_of(moved: np.ndarray, steps: np.ndarray | None, reach: float) -> fl
         shrunk = max(0.0, 1.0 - float(smallest)) * reach
     if not np.isfinite(moved).all():
         return np.inf
-    # An atom also neighbours its own images, which move with it; hence the two largest.
+    # An atom and its own images move alike, so only two different atoms can approach each other.
     return shrunk + (float(np.sort(moved)[-2:].sum()) if len(moved) > 1 else 0.0)
 
 
 def skin_for(positions: np.ndarray, cells: np.ndarray, cutoff: float) -> float:
-    """Å: the skin with which the list of a path's first frame has all pairs within ``cutoff`` of every frame.
+    """The skin (Å) with which a list built for the first frame of a path suffices for all frames.
 
-    `approach` counts what a shrinking cell takes off the list's reach, skin included: with the motion
-    m and the shrinkage s, skin = m + s (cutoff + skin).
+    The list then contains all pairs within ``cutoff`` in every frame. Since `approach` includes the
+    shortening of the list's whole reach by a shrinking cell, skin = m + s (cutoff + skin) for atomic
+    motion m and shrinkage s.
 
     Args:
-      positions: (n, N, 3) Å. cells: (n, 3, 3) Å. cutoff: Å.
+      positions: (n, N, 3) Å.
+      cells: (n, 3, 3) Å.
+      cutoff: Å.
 
     Returns:
-      Infinite where there is none: values that are not finite, or a cell that shrinks to nothing.
+      The skin; infinite if there is none, i.e. for non-finite values or a cell that shrinks to
+      nothing.
     """
     moved = approach(positions, cells, 0.0)
     if not np.isfinite(moved):
@@ -214,21 +238,24 @@ def skin_for(positions: np.ndarray, cells: np.ndarray, cutoff: float) -> float:
     shrunk = approach(positions, cells, 1.0) - moved
     if shrunk > 1 - 1e-6:
         return np.inf
-    # The margin is for rounding: what was found is exactly on the edge.
+    # A margin for rounding, since this skin reaches the pairs only just.
     return (moved + shrunk * cutoff) / (1 - shrunk) * (1 + 1e-9)
 
 
 def _ordered(
     n_atoms: int, i: np.ndarray, j: np.ndarray, shifts: np.ndarray, distances: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Which edges (i, j, S), each given once, to take in which order: by i, distance, j and S; and the
-    place of each one's reverse in that order. Edges without a reverse are left out."""
+    """Sorts edges (i, j, S), each given once, by i, distance, j and S; drops those without a reverse.
+
+    Returns:
+      The indices of the kept edges in sorted order, and the place of each one's reverse in that order.
+    """
     forward, backward = _edge_keys(n_atoms, i, j, shifts)
     rows = np.argsort(forward)
     keys, wanted = forward[rows], backward[rows]
     back = np.minimum(np.searchsorted(keys, wanted), max(0, len(keys) - 1))
     paired = keys[back] == wanted
-    if not paired.all():  # rounding can list a pair at the very edge of the reach once only
+    if not paired.all():  # at the very edge of the reach, rounding can leave out one of the two
         rows, back = rows[paired], (np.cumsum(paired) - 1)[back[paired]]
     nearer = np.lexsort((distances[rows], i[rows]))  # stable: equal distances stay in order of j, S
     place = np.empty(len(rows), np.int64)
@@ -239,11 +266,11 @@ def _ordered(
 def _edge_keys(
     n_atoms: int, i: np.ndarray, j: np.ndarray, shifts: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """An integer for each edge (i, j, S), in the order of such rows, and that of its reverse."""
+    """Integer keys that order edges like rows (i, j, S), and the keys of the edges' reverses."""
     largest = np.abs(shifts).max(axis=0, initial=0)
     digits, widths = shifts + largest, 2 * largest + 1
     if n_atoms**2 * math.prod(widths.tolist()) >= 2**63:  # atoms very far outside their cell
-        # Shifts and their negatives by rank: the reverse still counts from the other end.
+        # Use the ranks of the shifts and their negatives: negation still mirrors the range.
         ranked = [np.unique(np.concatenate([s, -s]), return_inverse=True) for s in shifts.T]
         digits = np.column_stack([ranks.ravel()[: len(i)] for _, ranks in ranked])
         widths = np.array([len(values) for values, _ in ranked])
@@ -254,10 +281,13 @@ def _edge_keys(
 
 
 def _closed_up(positions, cell, pbc: np.ndarray, reach: float) -> np.ndarray:
-    """The positions, without most of every gap wider than the reach along open directions.
+    """Narrows gaps wider than the reach along open directions, if the atoms are spread very far.
 
-    No pair within reach spans such a gap, whatever its image: periodic vectors are orthogonal to
-    these directions. vesin hangs or kills the process on atoms that are too far apart.
+    No pair within reach spans such a gap, in any image, since these directions are orthogonal to the
+    periodic vectors. Without this, vesin hangs or kills the process on atoms that are too far apart.
+
+    Raises:
+      InputError: atoms spread over more than `MAX_SPREAD` even so.
     """
     positions = np.array(positions, np.float64)
     if pbc.all() or not len(positions):
@@ -282,7 +312,7 @@ def _closed_up(positions, cell, pbc: np.ndarray, reach: float) -> np.ndarray:
 
 
 def _complete_cell(cell, positions, pbc, reach: float) -> np.ndarray:
-    """The cell with vectors supplied along aperiodic directions that have none."""
+    """Supplies missing lattice vectors along aperiodic directions."""
     cell = np.array(cell, dtype=np.float64)
     if abs(np.linalg.det(cell)) > 1e-9:
         return cell
@@ -290,7 +320,7 @@ def _complete_cell(cell, positions, pbc, reach: float) -> np.ndarray:
         raise InputError(
             "the cell has zero volume along a periodic direction; give its lattice vectors"
         )
-    # Orthogonal complement of the periodic vectors: any vectors do, nothing repeats along them.
+    # Any vectors in the orthogonal complement of the periodic ones will do: nothing repeats there.
     _, _, rows = np.linalg.svd(np.where(pbc[:, None], cell, 0.0))
     free = rows[int(pbc.sum()) :]
     cell[~pbc] = free * (np.ptp(positions, axis=0).max() + 2 * reach + 1.0)
