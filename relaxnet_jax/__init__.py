@@ -1,7 +1,7 @@
-"""RelaxNet in JAX: whole relaxation trajectories from the unrelaxed structure.
+"""RelaxNet in JAX: predicts whole relaxation trajectories from the unrelaxed structure.
 
-The names below load on first use, so that importing the package (or its data layer,
-which needs no JAX) stays cheap.
+The public names are loaded on first use, so that importing the package (or its data layer, which
+does not need JAX) stays cheap.
 """
 
 import importlib

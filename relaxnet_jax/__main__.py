@@ -1,4 +1,4 @@
-"""``python -m relaxnet_jax`` is the command line, where its script is not on the path."""
+"""``python -m relaxnet_jax`` runs the command line, e.g. where its script is not on the PATH."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""ASE's constraints: which atoms they hold in their places, and atoms moved under them."""
+"""ASE constraints: which atoms they fix, and moving atoms subject to them."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ if TYPE_CHECKING:
 
 
 def held_atoms(atoms: Atoms) -> tuple[np.ndarray, np.ndarray]:
-    """Atoms that cannot move at all, and those that can in some directions only.
+    """Finds the atoms that cannot move at all, and those that can move in some directions only.
 
-    ``FixAtoms``, ``FixCartesian``, ``FixScaled``, ``FixedLine`` and ``FixedPlane`` hold atoms;
-    other constraints (bond lengths, symmetry) do not count.
+    ``FixAtoms``, ``FixCartesian``, ``FixScaled``, ``FixedLine`` and ``FixedPlane`` are considered;
+    other constraints (bond lengths, symmetry) are not.
 
     Returns:
-      (N,) bool and (N,) bool; no atom is in both.
+      Two masks (N,) bool, of the atoms that are fixed and of those that are partly constrained; no
+      atom is in both.
     """
     from ase.constraints import FixAtoms, FixCartesian, FixedLine, FixedPlane, FixScaled
 
@@ -36,19 +37,20 @@ def held_atoms(atoms: Atoms) -> tuple[np.ndarray, np.ndarray]:
 
 
 def move_to_end(atoms: Atoms, path: RelaxationTrajectory) -> None:
-    """Gives the atoms cell and positions of a path's last frame, their constraints applied.
+    """Moves atoms and cell to the last frame of a path, subject to the atoms' constraints.
 
     Raises:
-      RuntimeError, ValueError or ArithmeticError: ASE cannot satisfy them (rigid bonds and angles).
+      RuntimeError, ValueError or ArithmeticError: ASE cannot satisfy the constraints (rigid bonds and
+        angles).
     """
     for constraint in atoms.constraints:
-        # What is rigid without given lengths keeps those it has before the cell changes. Lengths
-        # alone would keep ASE from initializing the rest.
+        # Rigid constraints without given lengths keep those from before the cell changes. Setting
+        # the lengths alone would keep ASE from initializing the rest.
         if getattr(constraint, "bondlengths", None) is None:
             if hasattr(constraint, "initialize"):
                 constraint.initialize(atoms)
             elif hasattr(constraint, "initialize_bond_lengths"):
                 constraint.bondlengths = constraint.initialize_bond_lengths(atoms)
-    # Scaled: what constraints hold keeps its place in the lattice, as it does on the path.
+    # Scale the atoms: constrained ones keep their place in the lattice, as on the path.
     atoms.set_cell(path.cells[-1], scale_atoms=True)
     atoms.set_positions(path.positions[-1])

@@ -1,8 +1,8 @@
-"""The one exception users see for input they can mend."""
+"""The exception raised for input that users can correct."""
 
 
 class InputError(ValueError):
-    """Bad input: the message names the culprit (file, field) and the way out, on one line.
+    """Bad input. The message, of one line, names the cause (file, field) and the remedy.
 
     The command line prints it without a traceback and exits with code 2.
     """

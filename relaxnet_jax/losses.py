@@ -83,8 +83,8 @@ def loss_terms(
     A hat marks predictions.
 
     energy: |E - Ê| per structure and frame (per atom with energy_per="atom").
-    energy_change: likewise |(E - E_last) - (Ê - Ê_last)|, over the frames before the final one, the
-      common end of paths from any start.
+    energy_change: likewise |(E - E_last) - (Ê - Ê_last)|, over the frames before the final one, in
+      which the paths from all starts end.
     monotonicity: ReLU(Ê_{t+1} - Ê_t) over consecutive frames that both exist (per atom as above).
     forces: (F - F̂)² per component over free atoms; |F - F̂| per free atom with errors="norm"; or the
       pseudo-Huber loss √(d² + |F - F̂|²) - d per free atom with huber_forces=d.

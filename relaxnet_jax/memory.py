@@ -1,4 +1,4 @@
-"""How many structures go to a device at once, and what to say and catch where it has no memory left."""
+"""Default batch sizes, and detecting and reporting that a device has run out of memory."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ import jax
 
 from relaxnet_jax.errors import InputError
 
-# What JAX raises there, among other things: see `out_of_memory`.
+# What may be raised when memory runs out, among other reasons; see `out_of_memory`.
 ERRORS = (jax.errors.JaxRuntimeError, MemoryError)
 
-# Structures of a batch. More gain nothing on a CPU, where a batch no longer fits in its caches; a GPU is
-# not busy with as few.
+# Structures per batch. On a CPU, larger batches gain nothing, since they no longer fit in its caches; a
+# GPU is not fully used by batches this small.
 ON_CPU, ON_ACCELERATOR = 16, 128
 
 
 def batch_size_of(given: int | None) -> int:
-    """A batch size as given, or by default what suits JAX's first device.
+    """The batch size as given, or a default that suits JAX's default backend.
 
     Raises:
-      InputError: it is below 1.
+      InputError: the batch size is below 1.
     """
     if given is None:
         return ON_CPU if jax.default_backend() == "cpu" else ON_ACCELERATOR
@@ -28,12 +28,12 @@ def batch_size_of(given: int | None) -> int:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether a program did not fit in the device's (or the host's) memory."""
+    """Whether an error means that a program did not fit in the device's (or the host's) memory."""
     return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
 
 
 def does_not_fit(n_atoms: int) -> str:
-    """Why a structure of so many atoms has no prediction."""
+    """A message that a structure of ``n_atoms`` atoms does not fit in the memory of a device."""
     device = jax.devices()[0].device_kind
     return (
         f"its {n_atoms} atoms do not fit in the memory of one device ({device}); "

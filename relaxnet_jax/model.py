@@ -1,7 +1,7 @@
-"""`RelaxNet`: parameters, element energies and configuration as one pytree; saving and loading.
+"""`RelaxNet`, a pytree of parameters, element energies and configuration; saving and loading it.
 
-A saved model is a folder: ``config.json``, ``parameters.npz`` (no pickles), ``model.json``
-(elements, statistics, versions, checksum). Nothing else is needed to use it.
+A saved model is a folder with ``config.json``, ``parameters.npz`` (no pickles) and ``model.json``
+(elements, statistics, versions, checksums). Nothing else is needed to use it.
 """
 
 from __future__ import annotations
@@ -63,13 +63,15 @@ class Prediction(NamedTuple):
     """Predicted trajectories of a padded batch of G structures on n frames.
 
     Attributes:
-      positions: (n, N, 3) Å. velocities: (n, N, 3) Å, u of `solver.Trajectory`.
-      energies: (n, G) eV, total: on the scale of the training data. In the parameters' float32: of
-        all-electron energies, -45 keV an atom, 4 meV are the last bit; `relax` adds the composition
-        energies in float64, and `solve_trajectory` gives energies without them.
+      positions: (n, N, 3) Å.
+      velocities: (n, N, 3) Å, u of `solver.Trajectory`.
+      energies: (n, G) eV, total energies on the scale of the training data, in the precision of the
+        parameters. In float32, the last bit of an all-electron energy of -45 keV per atom is 4 meV;
+        `relax` adds the composition energies in float64, and `solve_trajectory` returns energies
+        without them.
       forces: (n, N, 3) eV/Å, raw: also on fixed atoms.
-      cells: (n, G, 3, 3) Å. stresses: (n, G, 3, 3) eV/Å³, tension positive; None where the model
-        keeps cells fixed.
+      cells: (n, G, 3, 3) Å.
+      stresses: (n, G, 3, 3) eV/Å³, tension positive; None for models with fixed cells.
     """
 
     positions: Array
@@ -87,10 +89,10 @@ class RelaxNet:
     Attributes:
       params: Flax parameters.
       element_energies: (119,) eV, composition energy of each element.
-      energy_scale: () eV, the training set's spread per atom.
-      config: static.
-      elements: static, sorted atomic numbers the model was trained on; empty if untrained.
-      statistics: static, facts of the training data as JSON text.
+      energy_scale: () eV, the training set's spread of energies per atom.
+      config: the configuration (static).
+      elements: sorted atomic numbers the model was trained on; empty if untrained (static).
+      statistics: facts about the training data as JSON text (static).
     """
 
     params: Params
@@ -108,7 +110,7 @@ class RelaxNet:
 
     @property
     def network(self) -> RelaxNetwork:
-        """The learned functions."""
+        """The Flax module of the learned functions."""
         return network_of(self.config)
 
     def structure(
@@ -118,10 +120,17 @@ class RelaxNet:
         relax_cell: bool = True,
         skin: float | None = None,
     ) -> Structure:
-        """Checked structure with neighbours. Raises InputError, also for unseen elements.
+        """Checks a structure and finds its neighbours.
 
-        ``relax_cell`` only matters to models whose cells relax (dynamics.cell="variable"); ``skin`` as
-        in `graph`.
+        Args:
+          atoms: the structure.
+          name: for error messages; by default the chemical formula.
+          relax_cell: whether the cell relaxes; only matters to models whose cells relax
+            (dynamics.cell="variable").
+          skin: Å, as in `graph`.
+
+        Raises:
+          InputError: as `graph.build_structure`; not ASE Atoms; an unseen element; a negative skin.
         """
         (atoms,) = atoms_list(atoms)
         self.check_elements(atoms.numbers, name or atoms.get_chemical_formula())
@@ -137,21 +146,22 @@ class RelaxNet:
     ) -> Graph:
         """A padded graph of one structure or several.
 
+        Positions are those of ``atoms`` in the parameters' precision: in float32, 1000 Å from the
+        coordinate origin, they are rounded to 6e-5 Å. `relax`, `energy_and_forces` and
+        `RelaxNetCalculator` take them relative to their centroid.
+
         Args:
           atoms: one structure, or a sequence of them.
           relax_cell: as in `structure`.
-          like: another graph, whose padded shape this one shall have: what is compiled for one serves
-            the other.
-          skin: Å, how much two atoms may approach before the graph lacks a pair or a bond. By default that
-            of the configuration for pairs, and none for the bonds of the explicit scheme, which looks at
-            them where the path begins: give one where you put other positions in place of the graph's.
-
-        Positions are those of ``atoms`` in the parameters' precision: in float32, 1000 Å from the
-        coordinate origin, rounded to 6e-5 Å. `relax`, `energy_and_forces` and `RelaxNetCalculator`
-        take them relative to their centroid.
+          like: another graph, whose padded shape to use, so that programs compiled for one graph also
+            serve the other.
+          skin: Å, how far two atoms may approach each other before the graph lacks a pair or a bond.
+            By default, pairs have the configuration's skin, and so have bonds, except in the explicit
+            scheme, which visits bonds only at the start of the path and lists them without a skin.
+            Give a skin if you replace the graph's positions by others.
 
         Raises:
-          InputError: as `structure`; no structure at all; no room in the shape of ``like``, a
+          InputError: as `structure`; no structure at all; the shape of ``like`` is too small; a
             negative skin.
         """
         structures = [self.structure(a, None, relax_cell, skin) for a in atoms_list(atoms)]
@@ -167,7 +177,7 @@ class RelaxNet:
         return jax.tree.map(jnp.asarray, collate(structures, shape, dtype_of(self.params)))
 
     def graphs(self, atoms: Sequence[Atoms], relax_cell: bool = True) -> Graph:
-        """A padded graph of each structure by itself, all of one shape and stacked: for `jax.vmap`.
+        """Padded graphs, one per structure, all of the same shape and stacked for `jax.vmap`.
 
         Raises:
           InputError: as `structure`; no structure at all.
@@ -182,15 +192,20 @@ class RelaxNet:
     def energy_and_forces(
         self, atoms: Atoms, reference: Atoms | None = None
     ) -> tuple[float, np.ndarray]:
-        """Energy (eV) and forces (N, 3) eV/Å of a structure, as on a trajectory's frames.
+        """Energy (eV) and forces (N, 3) eV/Å of a structure, as at the frames of a trajectory.
 
-        Implicit scheme and static models: F = -dE/dx of E(x). Explicit scheme: the latent h is a state of its own,
-        and E(x; h) depends on the structure it was encoded from: ``reference`` (the initial
-        structure of a relaxation; by default ``atoms`` itself). F = -dE/dx at that fixed h.
+        For the implicit scheme and static models, F = -dE/dx of E(x). In the explicit scheme, the
+        latent h is a separate state, and E(x; h) depends on the structure that h was encoded from;
+        F = -dE/dx at that fixed h.
+
+        Args:
+          atoms: the structure.
+          reference: the structure to encode in the explicit scheme, usually the initial structure of
+            a relaxation; by default ``atoms`` itself. Not used by other models.
 
         Raises:
-          InputError: an unseen element; a reference of other atoms, or of another cell where cells
-            are fixed; a direct predictor.
+          InputError: an unseen element; positions or a cell that cannot be used; a reference with
+            other atoms, or with another cell where cells are fixed; a direct predictor.
         """
         if self.config.dynamics.latent == "direct":
             raise InputError(NO_ENERGY_SURFACE)
@@ -212,8 +227,12 @@ class RelaxNet:
     def _from_reference(
         self, atoms: Atoms, reference: Atoms
     ) -> tuple[Structure, np.ndarray, np.ndarray]:
-        """The reference's structure, with all neighbours the atoms have; the atoms' positions mapped
-        back to its cell (N, 3) Å, and their deformation (3, 3)."""
+        """Describes the atoms relative to the reference.
+
+        Returns:
+          The reference's structure, with a neighbour list that includes all neighbours of the atoms;
+          the atoms' positions mapped back to its cell (N, 3) Å; and their deformation gradient (3, 3).
+        """
         same = np.array_equal(reference.numbers, atoms.numbers)
         if not (same and np.array_equal(reference.pbc, atoms.pbc)):
             raise InputError(
@@ -246,11 +265,15 @@ class RelaxNet:
         return structure, to_reference(x[1], deformation), deformation
 
     def composition_energy(self, atomic_numbers: np.ndarray) -> float:
-        """Sum of the element energies, eV, in float64."""
+        """The sum of the element energies, eV, in float64."""
         return float(np.asarray(self.element_energies, np.float64)[atomic_numbers].sum())
 
     def check_elements(self, atomic_numbers: np.ndarray, name: str) -> None:
-        """Raises InputError for elements the model was not trained on."""
+        """Checks that the model was trained on all elements.
+
+        Raises:
+          InputError: an element the model was not trained on.
+        """
         unseen = sorted(set(np.asarray(atomic_numbers).tolist()) - set(self.elements))
         if self.elements and unseen:
             symbols = ", ".join(chemical_symbols[z] for z in unseen)
@@ -266,38 +289,42 @@ def network_of(config: Config) -> RelaxNetwork:
     return RelaxNetwork(config.graph, config.model, config.dynamics)
 
 
-# By the network, which is all of a model that is no array: what else a model knows, of its data and
-# training, makes no other program.
+# Its static argument is the network alone: models that differ only in what they record of their data
+# and training share one program.
 solve_compiled = Program(solver.solve_trajectory)
 
 
 @in_float32
 def predict_trajectory(model: RelaxNet, graph: Graph, times: Times | None = None) -> Prediction:
-    """Relaxation trajectories of every structure of a padded graph: a pure function.
+    """Predicts the relaxation trajectories of all structures of a padded graph: a pure function.
 
-    Compiled once for each padded shape and architecture. Works under `jax.jit`, under `jax.vmap` over graphs of
-    equal shape (`RelaxNet.graphs`) and over models (`stack_models`), and under `jax.grad` with respect to the model and
-    to ``graph.nodes["positions"]``; in reverse mode only: second derivatives are `jax.jacrev` of `jax.grad`.
+    It is compiled once for each padded shape and architecture. It works under `jax.jit`, under
+    `jax.vmap` over graphs of equal shape (`RelaxNet.graphs`) and over models (`stack_models`), and
+    under `jax.grad` with respect to the model and to ``graph.nodes["positions"]``. Only reverse mode is
+    supported: compute second derivatives as `jax.jacrev` of `jax.grad`.
 
-    The neighbour list is the graph's, whatever moves. Where two atoms approach by more than the
-    configuration's ``graph.skin`` along the path, it may lack a pair, and nothing here tells, nor do the
-    frames, which `neighbors.approach` takes: the solver's stages go further. `relax` looks at both and makes
-    a longer list. Where positions are put in place of the graph's, it may lack bonds, too, which the explicit
-    scheme lists without a skin: derivatives at the graph's own positions are exact, other positions want a
-    graph with the ``skin`` by which they approach.
+    The neighbour list is always the graph's. If two atoms approach each other by more than the
+    configuration's ``graph.skin`` along the path, it may lack a pair. This function does not detect
+    that, and `neighbors.approach` at the returned frames may miss it, since the solver's stages can go
+    further than the frames. `relax` checks both and builds a longer list.
+
+    If you replace the graph's positions by others, the graph may also lack bonds, which the explicit
+    scheme lists without a skin. Derivatives at the graph's own positions are exact; for other
+    positions, build the graph with a ``skin`` of at least the distance by which atoms approach.
 
     Args:
       model: from `create_model` or `load_model`.
       graph: from `RelaxNet.graph`.
-      times: (m,) pseudotimes in [0, 1], or (m, G) for each structure its own; by default the
-        frames the model was trained on, k/(n-1). Of traced ones (arguments of a function under `jax.jit`)
-        nothing is known here: outside [0, 1] the path is extrapolated, without a word.
+      times: pseudotimes in [0, 1], either (m,) for all structures or (m, G) for each structure
+        separately; by default the frames the model was trained on, k/(n-1). Values of traced times
+        (arguments of a function under `jax.jit`) cannot be checked: outside [0, 1] the path is
+        silently extrapolated.
 
     Returns:
-      `Prediction`; what stands at padding atoms and structures has no meaning.
+      A `Prediction`. Its values for padding atoms and padding structures have no meaning.
 
     Raises:
-      InputError: something that is no graph; times outside [0, 1].
+      InputError: ``graph`` is not a graph; times outside [0, 1]; a static model.
     """
     if not hasattr(graph, "nodes"):
         raise InputError(
@@ -320,7 +347,11 @@ def predict_trajectory(model: RelaxNet, graph: Graph, times: Times | None = None
 
 
 def _pseudotimes(times: Array) -> Array:
-    """The times as they are; InputError where they are known and outside [0, 1]."""
+    """Returns the times unchanged.
+
+    Raises:
+      InputError: the values are known, i.e. not traced, and outside [0, 1].
+    """
     if not isinstance(times, jax.core.Tracer):
         values = np.asarray(times)
         if not ((values >= 0) & (values <= 1)).all():
@@ -340,7 +371,16 @@ def _evaluate(
     at: Array,
     deformation: Array,
 ) -> Evaluation:
-    """At reference positions (N, 3) and deformations (G, 3, 3), with h of the graph's own positions."""
+    """Evaluates a padded graph, with h encoded from the graph's own positions.
+
+    Args:
+      network: the learned functions (static).
+      params: their parameters.
+      scale: eV, the network's unit of energy.
+      graph: padded batch.
+      at: (N, 3) Å, reference positions at which to evaluate.
+      deformation: (G, 3, 3), deformation gradients; not used for fixed cells.
+    """
     start = jnp.asarray(graph.nodes["positions"])
     state = dynamics.initial_state(network, params, graph, start)
     changed = None if state.deformation is None else deformation
@@ -349,7 +389,11 @@ def _evaluate(
 
 
 def atoms_list(atoms: Any) -> list[Atoms]:
-    """One structure, or a sequence of them, as a list; InputError where they are not ASE's."""
+    """Returns one structure, or a sequence of them, as a list.
+
+    Raises:
+      InputError: one of them is not an ASE Atoms object.
+    """
     several = isinstance(atoms, Iterable) and not isinstance(atoms, Atoms | str)
     many: list[Any] = list(atoms) if several else [atoms]
     for place, one in enumerate(many):
@@ -362,7 +406,11 @@ def atoms_list(atoms: Any) -> list[Atoms]:
 
 
 def check_one(model: Any) -> None:
-    """Raises InputError unless it is one model."""
+    """Checks that the argument is a single model.
+
+    Raises:
+      InputError: it is not.
+    """
     if isinstance(model, RelaxNet):
         return
     way_out = "give a model from load_model or create_model"
@@ -377,10 +425,15 @@ def dtype_of(params: Params) -> Any:
 
 
 def create_model(config: Config | str = "explicit.py", seed: int = 0, dtype=np.float32) -> RelaxNet:
-    """An untrained model with random parameters; it accepts every element.
+    """Creates an untrained model with random parameters, which accepts every element.
+
+    Args:
+      config: a `Config`, or a config file or name as for `load_config`.
+      seed: of the random parameters.
+      dtype: of the parameters.
 
     Raises:
-      InputError: a wrong configuration; a dtype that JAX does not have (float64 needs
+      InputError: an invalid configuration; a dtype that is not enabled in JAX (float64 needs
         ``jax.config.update("jax_enable_x64", True)`` first).
     """
     if jax.dtypes.canonicalize_dtype(dtype) != np.dtype(dtype):
@@ -402,12 +455,14 @@ def create_model(config: Config | str = "explicit.py", seed: int = 0, dtype=np.f
 
 
 def stack_models(models: Sequence[RelaxNet]) -> RelaxNet:
-    """Models of one architecture as one, whose leaves have a leading axis of models: for `jax.vmap`.
+    """Stacks models of one architecture, along a new leading axis of all leaves, for `jax.vmap`.
 
-    Its static parts are the first's, but for ``elements``: those that all were trained on.
+    The static parts are those of the first model, except for ``elements``: the stack has the elements
+    that all trained models were trained on.
 
     Raises:
-      InputError: no model, or such that differ in more than parameters, data and training.
+      InputError: no model; models that differ in more than parameters, data and training; trained
+        models without a common element.
     """
     if not models:
         raise InputError("stack_models: no model given")
@@ -429,7 +484,7 @@ def stack_models(models: Sequence[RelaxNet]) -> RelaxNet:
 
 
 def save_model(model: RelaxNet, folder: str | Path) -> Path:
-    """Writes the model folder, as a whole or not at all; replaces a model already there."""
+    """Saves a model in a folder, atomically, replacing any model already there."""
     flat = {
         "/".join(k): np.asarray(v) for k, v in flax.traverse_util.flatten_dict(model.params).items()
     }
@@ -453,11 +508,10 @@ def save_model(model: RelaxNet, folder: str | Path) -> Path:
 
 
 def load_committee(*folders: str | Path) -> list[RelaxNet]:
-    """The models of these folders, for `relax_committee` and `head_start`; without any, the
-    committee that comes with the package.
+    """Loads several models, for `relax_committee` and `head_start`.
 
     Args:
-      folders: see `load_model`.
+      folders: see `load_model`; by default the committee that comes with the package.
 
     Raises:
       InputError: as `load_model`.
@@ -467,11 +521,11 @@ def load_committee(*folders: str | Path) -> list[RelaxNet]:
 
 
 def load_model(folder: str | Path = PRETRAINED) -> RelaxNet:
-    """Reads a model; executes nothing in its folder.
+    """Loads a model, without executing any code from its folder.
 
     Args:
-      folder: a folder written by `save_model`, or a training run that holds one; by default the
-        first model of the committee that comes with the package (its card: ``docs/pretrained.md``).
+      folder: a folder written by `save_model`, or a training run that contains one; by default the
+        first model of the committee that comes with the package (model card: ``docs/pretrained.md``).
 
     Raises:
       InputError: no such folder, or a file in it is missing, damaged or of another format.
@@ -511,7 +565,7 @@ def load_model(folder: str | Path = PRETRAINED) -> RelaxNet:
         ) from None
     params = flax.traverse_util.unflatten_dict(
         {
-            tuple(k.split("/")[1:]): jax.device_put(v)  # asarray compiles a copy for each shape
+            tuple(k.split("/")[1:]): jax.device_put(v)  # jnp.asarray compiles a copy per shape
             for k, v in arrays.items()
             if k.startswith("params/")
         }
@@ -524,7 +578,7 @@ def load_model(folder: str | Path = PRETRAINED) -> RelaxNet:
         elements,
         json.dumps(facts["statistics"]),
     )
-    # Tracing the network for its shapes takes 2 s: only where they are not the pair exported.
+    # Tracing the network for its shapes takes 2 s; skip it if the config is the one exported.
     if facts.get("config_sha256") != _digest(folder / "config.json"):
         expected = jax.tree.map(jnp.shape, create_model(config).params)
         if jax.tree.map(jnp.shape, params) != expected:
@@ -539,7 +593,7 @@ def _versions() -> dict[str, str]:
     for name in ("relaxnet-jax", "jax", "flax", "diffrax", "e3nn-jax"):
         try:
             found[name] = version(name)
-        except PackageNotFoundError:  # run from a source tree that is not installed
+        except PackageNotFoundError:  # e.g. a source tree that is not installed
             found[name] = "not installed"
     return found
 

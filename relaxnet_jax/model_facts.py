@@ -1,4 +1,4 @@
-"""What a saved model is, from the text files of its folder: for people to read."""
+"""A readable description of a saved model, from the text files in its folder."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ _KINDS = {
 
 
 def facts(config: Config, model: Mapping[str, Any]) -> dict[str, str]:
-    """Lines about a model, by what they tell.
+    """Describes a model as lines of text, keyed by their labels.
 
     Args:
-      model: contents of its model.json.
+      config: the model's configuration.
+      model: the contents of its model.json.
     """
     d, told = config.dynamics, model["statistics"]
     elements = model["elements"]

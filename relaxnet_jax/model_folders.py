@@ -1,4 +1,4 @@
-"""Where saved models lie, and what tells them apart: known before JAX starts."""
+"""Locations and checksums of saved models, available without importing JAX."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ _SHIPPED = Path(__file__).with_name(PRETRAINED)
 def model_folder(folder: str | Path = PRETRAINED) -> Path:
     """The model folder of a training run, the folder itself, or that of the first pretrained model.
 
-    Raises InputError if absent.
+    Raises:
+      InputError: no such folder.
     """
     if folder == PRETRAINED:
         return member_folders(PRETRAINED)[0]
@@ -27,15 +28,17 @@ def model_folder(folder: str | Path = PRETRAINED) -> Path:
 
 
 def member_folders(name: str | Path = PRETRAINED) -> list[Path]:
-    """The model folders that a name stands for: the pretrained committee's, or `model_folder`'s."""
+    """The model folders a name stands for: all of the pretrained committee, or that of `model_folder`."""
     if name == PRETRAINED:
         return sorted(path.parent for path in _SHIPPED.glob("*/model.json"))
     return [model_folder(name)]
 
 
 def checksum(names: Sequence[str]) -> str:
-    """Of the parameters of all models that the names stand for, in whatever order; empty where one
-    cannot be read, which is for `load_model` to say."""
+    """A checksum of the parameters of all models the names stand for, independent of their order.
+
+    It is empty if a model cannot be read; `load_model` then reports why.
+    """
     try:
         files = [folder / "model.json" for name in names for folder in member_folders(name)]
         known = sorted(str(json.loads(file.read_text())["sha256"]) for file in files)

@@ -1,4 +1,4 @@
-"""A head start for any ASE optimiser: atoms moved to where the model expects them to relax."""
+"""A head start for any ASE optimiser: moves atoms to where the model expects them to relax."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class HeadStart(NamedTuple):
 
     Attributes:
       path: the predicted relaxation.
-      flags: what speaks against it, see `trust.trust_flags`.
-      moved: whether the atoms were moved; False where a flag says the geometry is unusable.
+      flags: reasons not to trust it, see `trust.trust_flags`.
+      moved: whether the atoms were moved; False if a flag says the geometry is unusable.
     """
 
     path: RelaxationTrajectory
@@ -36,29 +36,31 @@ def head_start(
     n_frames: int = 5,
     relax_cell: bool = True,
 ) -> HeadStart:
-    """Moves the atoms, and the cell where the model relaxes cells, to the relaxed structure it
-    predicts, in place:
+    """Moves atoms, and the cell if the model relaxes it, to the predicted relaxed structure, in place.
+
+    For example, before a relaxation with ASE's LBFGS:
 
         head_start(atoms, model)
         LBFGS(atoms).run(fmax=0.05)
 
-    The model itself holds what `FixAtoms` (or `FixCartesian` in all directions) holds, relative to
-    the lattice: where the cell changes, a fixed atom goes along with it. Other
-    constraints are applied by ASE to the final positions, as whenever positions are set, and
-    flagged. Where the prediction is unusable the atoms stay where they are, with a warning, so
-    that an optimiser starts from there.
+    Atoms fixed by `FixAtoms` (or by `FixCartesian` in all directions) are fixed in the model too,
+    relative to the lattice: if the cell changes, a fixed atom moves along with it. ASE applies other
+    constraints to the final positions, as it does whenever positions are set, and a flag reports them.
+    If the prediction is unusable, the atoms stay where they are, with a warning, so that an optimiser
+    starts from there.
 
     Args:
-      atoms: moved; its calculator is not used.
-      model: from `load_model` or `create_model`, of either scheme; or several, whose mean
-        predicts: `load_committee`.
-      n_frames: of the path that is returned and judged, at least 2.
+      atoms: the atoms to move; their calculator is not used.
+      model: a model from `load_model` or `create_model`, of any kind; or several models (e.g. from
+        `load_committee`), which predict their mean.
+      n_frames: number of frames of the returned path, at least 2.
       relax_cell: whether the cell relaxes along its periodic directions, if the model was trained
-        for that; give False before an optimiser that keeps the cell, and for slabs with vacuum in
-        a cell that is periodic along it.
+        for that. Give False before an optimiser that keeps the cell, and for slabs in a cell that is
+        periodic along the vacuum.
 
     Raises:
-      InputError: atoms that cannot be used, an element the model never saw, or n_frames < 2.
+      InputError: atoms that cannot be used, an element the model was not trained on, n_frames < 2, or
+        models that do not form a committee.
     """
     models = [model] if isinstance(model, RelaxNet) else list(model)
     if len(models) != 1:

@@ -1,9 +1,9 @@
-"""Cells that change: deformation gradients, strains, stresses (pure functions).
+"""Deformation gradients, strains and stresses of cells that change (pure functions).
 
-A deformation gradient D (3, 3) maps the initial crystal on the deformed one: a lattice vector a
-becomes D a, so cells, whose rows are lattice vectors, become cell·Dᵀ, and an atom that stays where
-it is in the lattice moves from y to x = D y. The *reference positions* y of a relaxation are those
-of its atoms mapped back to the initial cell: they hold the internal displacements, D the strain.
+A deformation gradient D (3, 3) maps the initial crystal to the deformed one. A lattice vector a
+becomes D a, so cells, whose rows are lattice vectors, become cell·Dᵀ, and an atom that keeps its
+place in the lattice moves from y to x = D y. The *reference positions* y of a relaxation are its
+positions mapped back to the initial cell: y contains the internal displacements, D the strain.
 """
 
 from __future__ import annotations
@@ -19,14 +19,20 @@ from relaxnet_jax.typing import AnyArray
 
 
 def deform_positions(deformation: Array, positions: Array, index: AnyArray) -> Array:
-    """x = D y of each atom: (..., G, 3, 3), (..., N, 3), structure of each atom (N,)."""
+    """The deformed position x = D y of each atom: (..., N, 3).
+
+    Args:
+      deformation: (..., G, 3, 3), D of each structure.
+      positions: (..., N, 3), y of each atom.
+      index: (N,), structure of each atom.
+    """
     return jnp.einsum("...nab,...nb->...na", deformation[..., index, :, :], positions)
 
 
 def deformations(cells: np.ndarray) -> np.ndarray:
-    """D of every frame from its cell (n, 3, 3), the first being the initial one: (n, 3, 3).
+    """D of every frame (n, 3, 3), from the cells (n, 3, 3), the first of which is the initial one.
 
-    Along directions in which the initial cell has no lattice vector D is the identity.
+    Along directions in which the initial cell has no lattice vector, D is the identity.
     """
     inverse = np.linalg.pinv(cells[0])
     return np.swapaxes(inverse @ cells + np.eye(3) - inverse @ cells[0], -1, -2)
@@ -43,21 +49,29 @@ def from_reference(reference: np.ndarray, deformation: np.ndarray) -> np.ndarray
 
 
 def reference_positions(positions: np.ndarray, cells: np.ndarray) -> np.ndarray:
-    """(n, N, 3) Å, a path's positions mapped back to its first cell; as they are where it stays.
+    """A path's positions mapped back to its first cell; unchanged if the cell is fixed.
 
     Args:
-      positions: (n, N, 3) Å. cells: (n, 3, 3) Å.
+      positions: (n, N, 3) Å.
+      cells: (n, 3, 3) Å.
+
+    Returns:
+      (n, N, 3) Å.
     """
     if (cells == cells[:1]).all():
-        return positions  # exactly
+        return positions  # unchanged, without rounding
     return to_reference(positions, deformations(cells))
 
 
 def internal_displacements(positions: np.ndarray, cells: np.ndarray) -> np.ndarray:
-    """(N, 3) Å, from the first frame to the last, without what atoms move along with the cell.
+    """Displacements from the first frame to the last, excluding the motion of atoms with the cell.
 
     Args:
-      positions: (n, N, 3) Å. cells: (n, 3, 3) Å.
+      positions: (n, N, 3) Å.
+      cells: (n, 3, 3) Å.
+
+    Returns:
+      (N, 3) Å.
     """
     return reference_positions(positions[[0, -1]], cells[[0, -1]])[1] - positions[0]
 
@@ -65,9 +79,17 @@ def internal_displacements(positions: np.ndarray, cells: np.ndarray) -> np.ndarr
 def mean_deformed(
     positions: Sequence[np.ndarray], deformation: Sequence[np.ndarray]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Means of the positions (..., N, 3) of one crystal deformed in several ways, and of the
-    deformations (..., 3, 3): what is averaged are the reference positions, so that atoms go along
-    with the mean cell."""
+    """The mean positions and mean deformation of one crystal deformed in several ways.
+
+    The reference positions are averaged, so that atoms move along with the mean cell.
+
+    Args:
+      positions: several arrays (..., N, 3).
+      deformation: their deformation gradients (..., 3, 3).
+
+    Returns:
+      Mean positions (..., N, 3) and mean deformation gradient (..., 3, 3).
+    """
     mean = np.mean(deformation, axis=0)
     reference = np.mean([to_reference(x, d) for x, d in zip(positions, deformation)], axis=0)
     return from_reference(reference, mean), mean
@@ -81,22 +103,23 @@ def symmetric(matrix: Array) -> Array:
 def log_strain(deformation: Array) -> Array:
     """The logarithmic (Hencky) strain ½ log(DᵀD): (..., 3, 3) -> (..., 3, 3), symmetric.
 
-    Free of rotations. With X = DᵀD - 1, by the Padé approximant log(1 + X) ≈
-    (X + X²/2)(1 + X + X²/6)⁻¹, whose derivatives, unlike those of eigenvalues, are finite at equal
-    ones, in particular at D = 1: for stretches from 0.75 to 1.33 it is wrong by less than 0.1 %.
+    It is free of rotations. With X = DᵀD - 1, the logarithm is computed by the Padé approximant
+    log(1 + X) ≈ (X + X²/2)(1 + X + X²/6)⁻¹. Unlike those of an eigendecomposition, its derivatives are
+    finite at equal eigenvalues, in particular at D = 1. For stretches from 0.75 to 1.33 its error is
+    below 0.1 %.
     """
     identity = jnp.eye(3, dtype=deformation.dtype)
     excess = jnp.swapaxes(deformation, -1, -2) @ deformation - identity
     square = excess @ excess
-    # All are functions of one symmetric matrix, so the order of factors does not matter.
+    # The factors are functions of one symmetric matrix, so they commute.
     return (excess + square / 2) @ _inverse(identity + excess + square / 6) / 2
 
 
 def exponential(strain: Array) -> Array:
-    """exp of a symmetric strain (..., 3, 3): the deformation gradient whose `log_strain` it is.
+    """The exponential of a symmetric strain (..., 3, 3), i.e. the inverse of `log_strain`.
 
-    The Taylor series to fourth order, positive for every strain; relative error below 1e-6 up to
-    strains of 0.15.
+    It is computed by the Taylor series to fourth order, which is positive definite for every strain
+    and has a relative error below 1e-6 for strains up to 0.15.
     """
     identity = jnp.eye(3, dtype=strain.dtype)
     square = strain @ strain
@@ -104,7 +127,7 @@ def exponential(strain: Array) -> Array:
 
 
 def _inverse(matrix: Array) -> Array:
-    """Inverse (..., 3, 3) by cofactors."""
+    """Inverse of (..., 3, 3), by cofactors."""
     a, b, c = (matrix[..., row, :] for row in range(3))
     cofactors = jnp.stack([jnp.cross(b, c), jnp.cross(c, a), jnp.cross(a, b)], -1)
     return cofactors / determinant(matrix)[..., None, None]
@@ -119,7 +142,9 @@ def stress(virial: Array, cell: Array, deformation: Array) -> Array:
     """Stress (1/V) dE/d(strain), eV/Å³, tension positive (ASE's sign); zero without a volume.
 
     Args:
-      virial: (..., 3, 3) eV, dE/d(strain). cell: (..., 3, 3) Å, initial. deformation: D.
+      virial: (..., 3, 3) eV, dE/d(strain).
+      cell: (..., 3, 3) Å, the initial cell.
+      deformation: (..., 3, 3), the deformation gradient D.
     """
     volume = jnp.abs(determinant(cell)) * determinant(deformation)
     return safe_divide(virial, volume[..., None, None])
@@ -129,12 +154,12 @@ VOIGT = ((0, 0), (1, 1), (2, 2), (1, 2), (0, 2), (0, 1))  # ASE's order: xx yy z
 
 
 def to_voigt(matrix: np.ndarray) -> np.ndarray:
-    """(..., 3, 3) symmetric -> (..., 6) in ASE's order."""
+    """Symmetric matrices (..., 3, 3) to Voigt vectors (..., 6) in ASE's order."""
     return np.stack([matrix[..., a, b] for a, b in VOIGT], -1)
 
 
 def from_voigt(vector: np.ndarray) -> np.ndarray:
-    """(..., 6) in ASE's order -> (..., 3, 3) symmetric."""
+    """Voigt vectors (..., 6) in ASE's order to symmetric matrices (..., 3, 3)."""
     out = np.zeros((*vector.shape[:-1], 3, 3))
     for k, (a, b) in enumerate(VOIGT):
         out[..., a, b] = out[..., b, a] = vector[..., k]

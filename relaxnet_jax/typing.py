@@ -1,7 +1,7 @@
-"""Names for the arrays that cross module boundaries: shape and unit in one place.
+"""Type aliases for arrays that cross module boundaries, with their shapes and units.
 
-N atoms, E edges (ordered pairs of neighbours), P pairs of an edge and its reverse, B bonds (the
-edges that form triplets), K bond slots per atom, G structures, n frames, F features.
+Dimensions: N atoms, E edges (ordered pairs of neighbours), P pairs (an edge and its reverse), B bonds
+(the edges that form triplets), K bond slots per atom, G structures, n frames, F features.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The energy that a path's own forces take it down by."""
+"""The change in energy along a path, computed from the path's forces."""
 
 from __future__ import annotations
 
@@ -6,16 +6,18 @@ import numpy as np
 
 
 def work(positions: np.ndarray, forces: np.ndarray, fixed_mask: np.ndarray) -> np.ndarray:
-    """-∫ F·dx over the free atoms from the first frame on, by the trapezoid rule: E(t) - E(0).
+    """E(t) - E(0) as -∫ F·dx over the free atoms from the first frame on, by the trapezoid rule.
 
-    Where a model's energies were learned each by itself (``loss.energy_change=0``), their differences
-    carry the errors of both; its forces are their slope.
+    If a model's loss treats each frame's energy separately (``loss.energy_change=0``), a difference of
+    two predicted energies carries the errors of both, whereas the forces give the slope directly.
 
     Args:
-      positions: (n, N, 3) Å, unwrapped, in a fixed cell. forces: (n, N, 3) eV/Å. fixed_mask: (N,).
+      positions: (n, N, 3) Å, unwrapped, in a fixed cell.
+      forces: (n, N, 3) eV/Å.
+      fixed_mask: (N,) bool, the atoms to leave out.
 
     Returns:
-      (n,) eV, 0 first, negative along a relaxation.
+      (n,) eV, starting with 0; negative along a relaxation.
     """
     free = ~np.asarray(fixed_mask, bool)
     steps = np.diff(positions, axis=0)[:, free]
