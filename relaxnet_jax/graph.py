@@ -114,7 +114,7 @@ def build_structure(
       relax_cell: whether the cell relaxes along its periodic directions, provided that
         dynamics.cell="variable".
       later: known later frames of the path, see `neighbors.build_neighbors`.
-      bond_skin: Å, skin of the list of bonds. By default `Config.triplet_skin`, which is zero for
+      bond_skin: skin of the list of bonds, Å. By default `Config.triplet_skin`, which is zero for
         models that visit triplets only at the initial positions.
 
     Raises:

@@ -89,7 +89,7 @@ class RelaxNet:
     Attributes:
       params: Flax parameters.
       element_energies: (119,) eV, composition energy of each element.
-      energy_scale: () eV, the training set's spread of energies per atom.
+      energy_scale: scalar, eV, the training set's spread of energies per atom.
       config: the configuration (static).
       elements: sorted atomic numbers the model was trained on; empty if untrained (static).
       statistics: facts about the training data as JSON text (static).
@@ -161,8 +161,7 @@ class RelaxNet:
             Give a skin if you replace the graph's positions by others.
 
         Raises:
-          InputError: as `structure`; no structure at all; the shape of ``like`` is too small; a
-            negative skin.
+          InputError: as `structure`; no structure at all; the shape of ``like`` is too small.
         """
         structures = [self.structure(a, None, relax_cell, skin) for a in atoms_list(atoms)]
         if not structures:
@@ -429,8 +428,8 @@ def create_model(config: Config | str = "explicit.py", seed: int = 0, dtype=np.f
 
     Args:
       config: a `Config`, or a config file or name as for `load_config`.
-      seed: of the random parameters.
-      dtype: of the parameters.
+      seed: seed of the random parameters.
+      dtype: precision of the parameters.
 
     Raises:
       InputError: an invalid configuration; a dtype that is not enabled in JAX (float64 needs

@@ -62,7 +62,7 @@ def pairs_within(positions, cell, pbc, reach: float):
       positions: (N, 3) Å.
       cell: (3, 3) Å.
       pbc: (3,) bool.
-      reach: Å.
+      reach: largest distance, Å.
 
     Returns:
       receivers (P,), senders (P,), shifts (P, 3) int and distances (P,) Å. An atom also pairs with
@@ -103,10 +103,10 @@ def build_neighbors(
       positions: (N, 3) Å.
       cell: (3, 3) Å.
       pbc: (3,) bool.
-      cutoff: Å, of pairs.
-      triplet_cutoff: Å, of bonds.
-      skin: Å, of pairs.
-      triplet_skin: Å, of bonds; 0 where triplets are visited only at ``positions``.
+      cutoff: range of pairs, Å.
+      triplet_cutoff: range of bonds, Å.
+      skin: margin added to the range of pairs, Å.
+      triplet_skin: margin added to the range of bonds, Å; 0 where triplets are visited only at ``positions``.
       slots: whether to determine the number K of bond slots; otherwise it is 0.
       later: unwrapped positions (N, 3) Å and cells (3, 3) Å of known later frames. Pairs within the
         cutoffs there are listed as well, even if they are out of reach at ``positions``.
@@ -182,7 +182,7 @@ def approach(positions: np.ndarray, cells: np.ndarray, reach: float) -> float:
     Args:
       positions: (n, N, 3) Å.
       cells: (n, 3, 3) Å.
-      reach: Å, of the neighbour list.
+      reach: reach of the neighbour list, Å.
 
     Returns:
       The bound; infinite where positions or cells are not finite.
@@ -202,7 +202,7 @@ def approach_of(moved: np.ndarray, steps: np.ndarray | None, reach: float) -> fl
     Args:
       moved: (N,) Å, largest distance of each atom from its position in the deformed first structure.
       steps: (n, 3, 3), deformation gradients of the cell; None for a fixed cell.
-      reach: Å, of the neighbour list.
+      reach: reach of the neighbour list, Å.
     """
     shrunk = 0.0
     if steps is not None:
@@ -226,7 +226,7 @@ def skin_for(positions: np.ndarray, cells: np.ndarray, cutoff: float) -> float:
     Args:
       positions: (n, N, 3) Å.
       cells: (n, 3, 3) Å.
-      cutoff: Å.
+      cutoff: range of pairs, Å.
 
     Returns:
       The skin; infinite if there is none, i.e. for non-finite values or a cell that shrinks to
@@ -238,7 +238,7 @@ def skin_for(positions: np.ndarray, cells: np.ndarray, cutoff: float) -> float:
     shrunk = approach(positions, cells, 1.0) - moved
     if shrunk > 1 - 1e-6:
         return np.inf
-    # A margin for rounding, since this skin reaches the pairs only just.
+    # A margin for rounding, without which the list would only just reach the pairs.
     return (moved + shrunk * cutoff) / (1 - shrunk) * (1 + 1e-9)
 
 

@@ -238,6 +238,13 @@ def relax(
 def relax(model, atoms, n_frames=5, batch_size=None, relax_cell=True, fmax=FMAX, steps=STEPS):
     """Predicts the relaxation of one structure or of many; a static model minimises its energy.
 
+    For a structure too large for the device's memory, all values of the path are NaN. Warnings name
+
+    - every structure whose prediction should not be used (see `trust.trust_flags`), including those
+      too large;
+    - structures with constraints that the path ignores (`head_start` moves atoms under them);
+    - structures that a static model did not relax to ``fmax`` within ``steps``.
+
     Args:
       model: from `load_model` or `create_model`.
       atoms: ASE Atoms, or a sequence of them; `FixAtoms` are respected.
@@ -249,13 +256,7 @@ def relax(model, atoms, n_frames=5, batch_size=None, relax_cell=True, fmax=FMAX,
       steps: largest number of LBFGS steps (`lbfgs.minimise`); for static models only.
 
     Returns:
-      A `RelaxationTrajectory` (a list of them for a sequence). For a structure too large for the
-      device's memory, all values are NaN. Warnings name
-
-      - every structure whose prediction should not be used (see `trust.trust_flags`), including
-        those too large;
-      - structures with constraints that the path ignores (`head_start` moves atoms under them);
-      - structures that a static model did not relax to ``fmax`` within ``steps``.
+      A `RelaxationTrajectory` (a list of them for a sequence).
 
     Raises:
       InputError: ``model`` is not a single model (for several, use `relax_committee`); a structure

@@ -109,8 +109,8 @@ class Solved(NamedTuple):
     Attributes:
       states: states on the frame grid, leaves (n, ...).
       rates: their time derivatives, leaves (n, ...).
-      stages: states at all stages of the solver, leaves (s, ...). For Tsit5, whose stages
-        are not available, the states on the frame grid.
+      stages: states at all stages of the solver, leaves (s, ...). For Tsit5, whose stages are not
+        available, the states on the frame grid.
     """
 
     states: Any

@@ -45,8 +45,8 @@ class Path:
       energies: (n,) eV, total.
       forces: (n, N, 3) eV/Å.
       cells: (n, 3, 3) Å.
-      skin: Å, of the neighbour list that was used; `predict.FOLLOWED` where lists followed the atoms;
-        None where no pair can be missed, as with a direct predictor.
+      skin: skin of the neighbour list that was used, Å; `predict.FOLLOWED` where lists followed the
+        atoms; None where no pair can be missed, as with a direct predictor.
       failure: why there is no prediction (all values are then NaN); empty otherwise.
       stresses: (n, 6) eV/Å³ in ASE's order, tension positive; None for fixed cells.
       approached: Å, by how much two atoms may have approached each other at the requested times or

@@ -53,7 +53,7 @@ def head_start(
       atoms: the atoms to move; their calculator is not used.
       model: a model from `load_model` or `create_model`, of any kind; or several models (e.g. from
         `load_committee`), which predict their mean.
-      n_frames: number of frames of the returned path, at least 2.
+      n_frames: number of frames of the path that is returned and judged, at least 2.
       relax_cell: whether the cell relaxes along its periodic directions, if the model was trained
         for that. Give False before an optimiser that keeps the cell, and for slabs in a cell that is
         periodic along the vacuum.
