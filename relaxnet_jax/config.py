@@ -1,4 +1,4 @@
-"""Configuration: ``get_config()`` files in, frozen dataclasses out. Read here and nowhere else.
+"""Configuration: reads ``get_config()`` files, here and nowhere else, into frozen dataclasses.
 
 A config file is a Python file with a function ``get_config()`` that returns a
 nested dict with only the fields it changes, e.g. ``{"dynamics": {"latent": "implicit"}}``.
@@ -21,8 +21,8 @@ from typing import Any, Literal
 
 from relaxnet_jax.errors import InputError
 
-# Stands for the model that comes with the package wherever a model folder is asked for; a folder
-# of one's own by that name is "./pretrained".
+# Stands for the model shipped with the package wherever a model folder is expected; a user's own
+# folder of that name is "./pretrained".
 PRETRAINED = "pretrained"
 
 
@@ -33,8 +33,8 @@ class GraphConfig:
     Attributes:
       cutoff: Å, range of the pair interactions.
       triplet_cutoff: Å, range of the bonds that form triplets (at most ``cutoff``).
-      skin: Å, the lists reach this much further than the cutoffs, so that two atoms
-        may approach by it during the trajectory without being missed.
+      skin: Å, by how much the neighbour lists reach beyond the cutoffs: two atoms may approach
+        each other by this distance along the trajectory without a pair being missed.
     """
 
     cutoff: float = 5.0
@@ -47,31 +47,32 @@ class ModelConfig:
     """The energy network: bases, DTNN encoder, attention, head.
 
     Attributes:
-      architecture: the encoder's layers: "dtnn", or "egnn" (a baseline without three-body messages:
-        their fields and `update_positions` have no effect on it).
+      architecture: layers of the encoder: "dtnn", or "egnn" (a baseline without three-body
+        messages; the fields of these and `update_positions` have no effect on it).
       features: width F of the scalar node features h.
       vector_features: number of vector channels of v.
-      layers: number L of the encoder's layers.
-      interaction: three-body messages by "moments" (a sum over the third atom inside the MLP, by
-        the addition theorem: cost grows with the bonds) or "triplets" (one MLP per triplet).
+      layers: number L of encoder layers.
+      interaction: three-body messages through "moments" (the sum over the third atom is taken
+        inside the MLP, by the addition theorem; the cost grows with the number of bonds) or
+        "triplets" (one MLP evaluation per triplet).
       triplet_features: hidden width of the triplet MLPs.
-      moment_channels: weights of the third atom, with "moments".
+      moment_channels: number of weights of the third atom, with "moments".
       pair_features: width of the pair pass that reads the geometry at every ODE step of
         the explicit scheme.
-      n_gaussian: Gaussian radial basis functions.
-      n_bessel: roots per degree of the spherical Bessel basis.
+      n_gaussian: number of Gaussian radial basis functions.
+      n_bessel: number of roots per degree of the spherical Bessel basis.
       l_max: highest degree of the spherical-harmonic edge expansion.
       l_angle: highest degree of the zonal harmonics of the triplet angles.
-      expansion_channels: channels of the power-spectrum node features.
-      attention: switches the attention block.
-      attention_heads: its heads.
-      vector_messages: switches MLP_v, MLP_g and MLP_m of the TripletMPNN.
-      update_positions: positions inside the encoder move by sum_j MLP_c(m_ij) r_ij/|r_ij|.
-      envelope_power: p of the polynomial cutoff envelope.
-      charges: per-atom charges are an input.
-      matmul: precision of the dense layers' matrix products: "float32", or "bfloat16" (accumulated
+      expansion_channels: number of channels of the power-spectrum node features.
+      attention: whether the attention block is used.
+      attention_heads: number of attention heads.
+      vector_messages: whether MLP_v, MLP_g and MLP_m of the TripletMPNN are used.
+      update_positions: whether positions inside the encoder move by sum_j MLP_c(m_ij) r_ij/|r_ij|.
+      envelope_power: exponent p of the polynomial cutoff envelope.
+      charges: whether per-atom charges are an input.
+      matmul: precision of the matrix products of dense layers: "float32", or "bfloat16" (accumulated
         in float32; for GPUs and TPUs, slower on a CPU). Geometry and sums stay in float32, and
-        the parameters serve both.
+        the same parameters serve both.
     """
 
     architecture: Literal["dtnn", "egnn"] = "dtnn"
@@ -102,22 +103,23 @@ class DynamicsConfig:
 
     Attributes:
       latent: "explicit" (h is part of the ODE state) or "implicit" (h = encoder(x)); or, without an
-        ODE, "static" (an interatomic potential E(x), trained on single frames: a path is a
-        minimisation with it) or "direct" (the final positions and energy from one encoder pass).
+        ODE, "static" (an interatomic potential E(x), trained on single frames: its paths are
+        minimisations) or "direct" (the final positions and energy from one encoder pass).
       order: "second" (Newton) or "first" (dx/dt = mobility * F).
-      mass: "atomic" (amu), "unit", or "learned": each atom's own, a function of its latent h, and
-        likewise each cell's (explicit scheme). How far an atom moves under a force is its
-        surroundings' stiffness, not its weight.
-      friction: learned friction, du/dt = F/m - gamma u.
-      time_scale: learned scale s of pseudotime, dx/dt = s u, du/dt = s F/m.
+      mass: "atomic" (amu), "unit", or "learned": a mass for each atom, a function of its latent h,
+        and likewise for each cell (explicit scheme). How far an atom moves under a force depends
+        on the stiffness of its surroundings, not on its weight.
+      friction: whether a friction is learned, du/dt = F/m - gamma u.
+      time_scale: whether a scale s of pseudotime is learned, dx/dt = s u, du/dt = s F/m.
       cell: "fixed", or "variable": the lattice relaxes too (see `relaxnet_jax.strain`).
-      max_speed: Å per unit of pseudotime (before ``time_scale``), and max_strain_rate: per unit of
-        pseudotime, at which motions saturate, see `dynamics.limited` (0: no limit).
+      max_speed: Å per unit of pseudotime (before ``time_scale``), speed at which the motion of atoms
+        saturates, see `dynamics.limited` (0: no limit).
+      max_strain_rate: per unit of pseudotime, likewise for the strain of the cell.
       solver: "rk4" (fixed steps) or "tsit5" (adaptive, with rtol and atol).
-      substeps: RK4 steps between two frames.
+      substeps: number of RK4 steps between two frames.
       frames: number n of frames, at pseudotimes k/(n-1).
       rtol, atol: tolerances of the adaptive solver; no effect on rk4.
-      max_steps: bound on the adaptive solver's steps.
+      max_steps: maximum number of steps of the adaptive solver.
     """
 
     latent: Literal["explicit", "implicit", "static", "direct"] = "explicit"
@@ -138,27 +140,28 @@ class DynamicsConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-    """Weights of the five terms of equation (7), of energy changes, and of two for variable cells.
+    """Weights of the five terms of equation (7), of energy changes, and of two terms for variable cells.
 
     Attributes:
       energy: lambda_1, per eV (or eV/atom).
-      energy_change: per eV (or eV/atom), of the energies' differences from the final frame's. An
-        energy is the composition's, which few compositions teach; the change along a path is small beside
-        its error, and has to be learned as such. Of paths: static epochs and models, and direct ones,
-        know no changes.
+      energy_change: per eV (or eV/atom), weight of the energy differences from the final frame. An
+        energy is mostly that of the composition, which few compositions teach poorly; the change
+        along a path is small compared with that error and has to be learned as such. Applies to
+        paths only: static models, static epochs and direct predictors have no energy changes.
       monotonicity: lambda_2, per eV (or eV/atom).
       forces: lambda_3, per (eV/Å)².
       positions: lambda_4, per Å².
       direction: lambda_5, dimensionless.
-      stress: per (eV/Å³)². cell: per squared logarithmic strain. Both only count with
-        dynamics.cell="variable".
-      errors: of forces, positions, stresses and cells: "squared", the paper's, whose mean the few
-        largest displacements decide; or "norm", the length of each error vector (the Frobenius norm
-        of a tensor), whose weights are then per eV/Å, Å, eV/Å³ and logarithmic strain.
-      huber_forces: eV/Å; of forces the pseudo-Huber loss d (√(1 + (|F - F̂|/d)²) - 1) of this d instead
-        of ``errors`` (0: not). Where most frames are nearly relaxed, plain lengths of errors are
-        smallest with no forces at all.
-      energy_per: "atom" or "structure", for the first three terms.
+      stress: per (eV/Å³)², with dynamics.cell="variable" only.
+      cell: per squared logarithmic strain, with dynamics.cell="variable" only.
+      errors: how the errors of forces, positions, stresses and cells count: "squared", as in the
+        paper, where the few largest displacements dominate the mean; or "norm", the length of each
+        error vector (the Frobenius norm of a tensor), with weights per eV/Å, Å, eV/Å³ and
+        logarithmic strain.
+      huber_forces: eV/Å, width d of a pseudo-Huber loss d (√(1 + (|F - F̂|/d)²) - 1) of the forces,
+        used instead of ``errors`` (0: not used). Where most frames are nearly relaxed, the plain
+        length of the errors is smallest with no forces at all.
+      energy_per: "atom" or "structure", what the energies of the first three terms are taken per.
     """
 
     energy: float = 1.0
@@ -179,24 +182,24 @@ class DataConfig:
     """Which relaxations, and how they are split.
 
     Attributes:
-      path: an HDF5 file of ``relaxnet-jax data import``, or "emt" for the data the
+      path: an HDF5 file written by ``relaxnet-jax data import``, or "emt" for the data that the
         package generates itself.
-      frame_selection: "equidistant" (n frames on the grid k/(n-1), the paper's) or
+      frame_selection: "equidistant" (n frames on the grid k/(n-1), as in the paper) or
         "all" (every frame at its own pseudotime, up to ``max_frames``).
-      max_frames: most frames per structure with frame_selection="all".
+      max_frames: maximum number of frames per structure with frame_selection="all".
       splits: train, validation and test fractions of the groups.
-      fold: which of ``1/splits[2]`` rotations of the groups (or of the folds of ``split_file``)
+      fold: which of the ``1/splits[2]`` rotations of the groups (or of the folds of ``split_file``)
         is the test split.
-      seed: of the split.
-      split_file: of ``relaxnet-jax data split``, or a run's splits.json, instead of ``splits`` and
-        ``seed`` ("": none).
-      limit: at most this many relaxations (0: all), drawn with ``seed``.
-      later_starts: so many times each training relaxation is trained on again from a later frame on,
-        at a half, a quarter, an eighth, … of its frames: the way from there is as true as from the
-        beginning. For relaxations of many more frames than ``dynamics.frames``.
-      variable_cell: relaxations whose cell changes are an "error" or "drop"ped (counted) where
-        dynamics.cell is "fixed".
-      n_emt: number of relaxations of the generated data.
+      seed: random seed of the split.
+      split_file: a file written by ``relaxnet-jax data split``, or a run's splits.json, used instead
+        of ``splits`` and ``seed`` ("": none).
+      limit: maximum number of relaxations (0: all), drawn with ``seed``.
+      later_starts: how many times each training relaxation is repeated from a later frame, at a
+        half, a quarter, an eighth, … of its frames: the path from there is as valid as the whole.
+        Meant for relaxations of many more frames than ``dynamics.frames``.
+      variable_cell: what to do with relaxations whose cell changes where dynamics.cell is "fixed":
+        raise an "error", or "drop" and count them.
+      n_emt: number of relaxations in the generated data.
     """
 
     path: str = "emt"
@@ -218,35 +221,35 @@ class TrainConfig:
 
     Attributes:
       batch_size: structures per batch and device.
-      learning_rate, weight_decay: of AdamW.
+      learning_rate, weight_decay: parameters of AdamW.
       clip_norm: largest global gradient norm.
-      start_from: a model folder or training run whose parameters training begins with, e.g. to
-        fine-tune on other data, or "pretrained" for the package's first ("": random ones); its layers
-        and cutoffs must be this config's.
-      static_epochs: so many first epochs fit energies and forces at the data's own frames, one
-        random frame of each relaxation, without solving the ODE: an interatomic potential's
-        training, at a fraction of the cost. Implicit scheme only (0: none).
-      epochs: most epochs.
-      max_minutes: wall-clock limit (0: none); ends cleanly with a usable model.
-      cooldown: with ``max_minutes``, the learning rate falls linearly to zero over this last
-        fraction of the time (or of the epochs, where these end first), nothing else ends the run,
-        and its last model is kept unless its validation loss is more than a tenth above the best;
-        a run without a time limit does not use it.
-      plateau_factor, plateau_patience: learning rate is multiplied by the factor after
-        more than so many epochs without a better validation loss.
-      early_stop_patience: epochs without a better validation loss before stopping.
-      ema: decay of the exponential moving average of the parameters that is evaluated
+      start_from: a model folder or training run whose parameters training starts from, e.g. to
+        fine-tune on other data, or "pretrained" for the first model of the package ("": random
+        parameters). Its layers and cutoffs must be those of this config.
+      static_epochs: number of initial epochs that fit energies and forces at the data's own frames,
+        one random frame of each relaxation, without solving the ODE: the training of an
+        interatomic potential, at a fraction of the cost. Implicit scheme only (0: none).
+      epochs: maximum number of epochs.
+      max_minutes: wall-clock limit (0: none); the run then ends cleanly with a usable model.
+      cooldown: with ``max_minutes``, the last fraction of the time (or of the epochs, where these
+        end first) over which the learning rate falls linearly to zero. Nothing else ends such a
+        run, and its last model is kept unless its validation loss is more than a tenth above the
+        best. Not used by runs without a time limit.
+      plateau_factor, plateau_patience: the learning rate is multiplied by the factor after
+        more than ``plateau_patience`` epochs without a better validation loss.
+      early_stop_patience: epochs without a better validation loss before training stops.
+      ema: decay of the exponential moving average of the parameters, which is what is evaluated
         and exported (0: off).
-      seed: of initialisation and shuffling.
-      max_buckets: most padded batch shapes (compilations).
-      max_padding: padding fraction below which no further bucket is opened.
-      noise: Å, standard deviation of Gaussian noise on the initial positions (see `train.perturb`);
-        of paths: static models and static epochs have none.
-      strain_noise: likewise of a strain of the initial cell, where it relaxes.
+      seed: random seed of initialisation and shuffling.
+      max_buckets: maximum number of padded batch shapes (compilations).
+      max_padding: fraction of padding below which no further bucket is opened.
+      noise: Å, standard deviation of Gaussian noise on the initial positions (see `train.perturb`).
+        Applies to paths only: static models and static epochs have no noise.
+      strain_noise: likewise for a strain of the initial cell, where the cell relaxes.
       noise_share: share of the structures that get noise, drawn at every step.
       checkpoint_every: epochs between checkpoints.
-      checkpoint_minutes: after which there is one within an epoch, too.
-      tensorboard: also write TensorBoard events (needs the ``tensorboard`` extra).
+      checkpoint_minutes: minutes after which a checkpoint is also written within an epoch.
+      tensorboard: whether to write TensorBoard events, too (needs the ``tensorboard`` extra).
     """
 
     batch_size: int = 16
@@ -275,7 +278,7 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Everything a run is determined by, apart from the data themselves."""
+    """Everything that determines a run, apart from the data themselves."""
 
     name: str = "explicit"
     graph: GraphConfig = GraphConfig()
@@ -287,21 +290,21 @@ class Config:
 
     @property
     def is_potential(self) -> bool:
-        """Whether the energy is a function of the positions alone: F = -dE/dx, no other state."""
+        """Whether the energy is a function of the positions alone, without other state: F = -dE/dx."""
         return self.dynamics.latent in ("implicit", "static")
 
     @property
     def triplet_skin(self) -> float:
-        """Å. Zero where triplets are visited only at t = 0, else ``graph.skin``.
+        """Skin of the triplets, Å: zero where they are visited only at t = 0, else ``graph.skin``.
 
-        A shorter list is a cheaper one: with a skin of 0.5 Å beyond 4 Å, rattled copper has up to
+        A shorter list is cheaper: with a skin of 0.5 Å beyond 4 Å, rattled copper has up to
         35 bonds per atom instead of 18, and four times the triplets.
         """
         moves = self.is_potential or self.model.update_positions
         return self.graph.skin if moves else 0.0
 
     def with_skin(self, skin: float) -> Config:
-        """The same with another ``graph.skin`` (Å). Raises InputError for one that is none."""
+        """The config with another ``graph.skin`` (Å). Raises InputError unless finite and at least 0."""
         if not 0 <= skin < math.inf:
             raise InputError(f"skin={skin}: give a length in Å, at least 0")
         return dataclasses.replace(self, graph=dataclasses.replace(self.graph, skin=float(skin)))
@@ -314,8 +317,8 @@ def load_config(
 
     Args:
       source: a path to a Python file with ``get_config()``, the name of a shipped one
-        ("explicit.py", "implicit"), or a nested mapping. A path as given wins over a
-        shipped file of the same name.
+        ("explicit.py", "implicit"), or a nested mapping. An existing path takes
+        precedence over a shipped file of the same name.
       overrides: ``"section.field=value"`` strings (values as Python literals or bare
         words), or a nested or dotted mapping.
 
@@ -360,7 +363,7 @@ def shipped_configs() -> Path:
 
 
 def find_config(name: str | Path) -> Path:
-    """The config file as given, else the shipped one of that name. Raises InputError."""
+    """The config file at this path, else the shipped one of that name; InputError if neither exists."""
     path = Path(name)
     candidates = [path]
     if path.name == str(name):  # a bare name: a mistyped path must not find another file
@@ -373,17 +376,17 @@ def find_config(name: str | Path) -> Path:
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-    """Nested plain dict, ready for JSON."""
+    """The config as a nested plain dict, ready for JSON."""
     return dataclasses.asdict(config)
 
 
 def to_json(config: Config) -> str:
-    """JSON text that `from_json` reads back."""
+    """The config as JSON text that `from_json` reads back."""
     return json.dumps(to_dict(config), indent=2)
 
 
 def from_json(text: str, origin: str = "config.json") -> Config:
-    """A `Config` from `to_json`'s text; raises InputError on anything else."""
+    """The `Config` in the text of `to_json`; raises InputError on anything else."""
     try:
         values = json.loads(text)
     except json.JSONDecodeError as error:
@@ -510,7 +513,7 @@ def check_config(config: Config) -> Config:
 
 
 def parse_override(item: str) -> tuple[str, Any]:
-    """Key and value of ``KEY=VALUE``, a Python literal or a bare word; raises InputError."""
+    """Key and value of ``KEY=VALUE``, with a Python literal or bare word as value; raises InputError."""
     key, separator, text = item.partition("=")
     if not separator:
         raise InputError(f"--set {item!r}: write it as section.field=value")
@@ -564,7 +567,7 @@ def _update(instance: Any, values: Mapping[str, Any], origin: str, prefix: str =
 
 
 def _coerce(value: Any, hint: Any, where: str) -> Any:
-    """The value as the annotated type; int→float and list→tuple are the only conversions."""
+    """The value in the annotated type; int→float and list→tuple are the only conversions."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
         if value not in args:

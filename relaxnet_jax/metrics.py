@@ -1,4 +1,4 @@
-"""Errors of predicted relaxations: the one definition of every number we report.
+"""Errors of predicted relaxations: the single definition of every number we report.
 
 Averages are *macro* averages: first over atoms and Cartesian components and, for
 ``all_frames``, over the frames present (t = 0 included, as in the paper) within one
@@ -9,14 +9,14 @@ could move) enter force and coordinate errors; a structure without any has no su
 Three predictors are measured on the same structures:
 
 - ``model``: the prediction.
-- ``nothing``: the first true frame, held. Its energies and forces are the *true* ones of
-  that frame, so it is an oracle that costs one DFT step and is exact at t = 0.
-- ``composition``: the composition energy sum_i eps(Z_i), no forces, the initial positions.
+- ``nothing``: the first true frame, kept throughout ("doing nothing"). Its energies and forces
+  are the *true* ones of that frame, so it is an oracle that costs one DFT step and is exact at t = 0.
+- ``composition``: the composition energy sum_i eps(Z_i), zero forces, the initial positions.
 
 A structure whose prediction is not finite has no error to average. It is left out of the
 means of all three predictors alike, counted in ``Metrics.n_nonfinite``, and counts as a
-failure in the two fractions and in the median. So that the columns of one table are means over
-the same structures, ``evaluate`` can be told which ones (`finite_ids`).
+failure in the two fractions and in the median. To make the columns of one table means over
+the same structures, pass their ids (`finite_ids`) to ``evaluate``.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ from relaxnet_jax.work import work
 
 Predictor = Literal["model", "nothing", "composition"]
 
-# Å, of doing nothing's coordinate MAE: what is this near its end is at rest. It is moved by no more
-# than the rounding of files and of cells mapped on each other, and ratios to it say nothing.
+# Å. A structure whose coordinate MAE of doing nothing is below this is at rest: its displacements
+# are no more than rounding, of files and of cells mapped onto each other, and ratios to them say nothing.
 AT_REST = 1e-4
-MONOTONE_TOLERANCE = 1e-6  # eV, rise of the energy that still counts as falling; see `falls`
+MONOTONE_TOLERANCE = 1e-6  # eV, largest rise of an energy that still counts as falling; see `falls`
 _PER_FRAME = ("energy_mae_per_atom", "forces_mae", "positions_mae")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Comparison:
-    """One structure: the m frames present of its true relaxation, and the predicted ones.
+    """One structure: the m frames present of its true relaxation, and the same frames as predicted.
 
     Entry 0 is the first frame and entry m-1 the final one.
 
@@ -53,17 +53,17 @@ class Comparison:
       atomic_numbers: (N,) int.
       cell: (3, 3), Å, rows are lattice vectors.
       pbc: (3,) bool.
-      fixed_mask: (N,) bool, True where the atom was held fixed.
+      fixed_mask: (N,) bool, True for atoms that were held fixed.
       true_positions, pred_positions: (m, N, 3), Å, unwrapped.
       true_energies, pred_energies: (m,), eV per structure.
       true_forces, pred_forces: (m, N, 3), eV/Å.
       composition_energy: eV per structure, sum_i eps(Z_i).
-      slots: (m,) int, increasing, place of each entry on the frame grid 0 … n_frames-1.
+      slots: (m,) int, increasing, position of each entry on the frame grid 0 … n_frames-1.
       n_frames: length of that grid.
       true_cells, pred_cells: (m, 3, 3), Å, where the cell relaxes; None where it is fixed.
-      usable: whether nothing forbids using the predicted final geometry (`trust.unusable`).
-      final_only: whether the model predicts no energies but the final one and no forces, as direct
-        models do: their errors are NaN, whatever stands in their places.
+      usable: whether the predicted final geometry may be used (see `trust.unusable`).
+      final_only: whether the model predicts only the final energy and no forces, as direct
+        predictors do; errors of the other energies and of forces are then NaN, whatever the arrays hold.
     """
 
     id: str
@@ -86,7 +86,7 @@ class Comparison:
     final_only: bool = False
 
     def __post_init__(self) -> None:
-        """Converts the arrays (floats to float64) and checks them; InputError names the field."""
+        """Converts the arrays (floats to float64) and checks them; an InputError names the field."""
         n, m = np.size(self.atomic_numbers), np.size(self.slots)
         shapes: dict[str, tuple[type, tuple[int, ...]]] = {
             "atomic_numbers": (int, (n,)), "slots": (int, (m,)), "cell": (float, (3, 3)),
@@ -117,7 +117,7 @@ class Comparison:
 
     @property
     def free_mask(self) -> np.ndarray:
-        """(N,) bool, atoms that could move."""
+        """(N,) bool, True for atoms that could move."""
         return ~self.fixed_mask
 
     @property
@@ -127,7 +127,7 @@ class Comparison:
         return all(bool(np.isfinite(a).all()) for a in arrays if a is not None)
 
     def cells(self, predictor: Predictor) -> np.ndarray:
-        """Cells (m, 3, 3) Å of a predictor; only where ``relaxes_cell``."""
+        """Cells (m, 3, 3) Å of a predictor; defined only where ``relaxes_cell``."""
         assert self.true_cells is not None and self.pred_cells is not None
         return self.pred_cells if predictor == "model" else np.repeat(
             self.true_cells[:1], len(self.slots), axis=0
@@ -136,9 +136,9 @@ class Comparison:
     def prediction(self, predictor: Predictor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Positions (m, N, 3) Å, energies (m,) eV and forces (m, N, 3) eV/Å of a predictor.
 
-        Where the cell relaxes, positions are those of the predicted lattice coordinates in the
-        *true* cell of the frame: what is left to compare is the internal displacement. Energies and
-        forces are NaN where the model predicts none (``final_only``).
+        Where the cell relaxes, the predicted lattice coordinates are placed in the *true* cell of
+        the frame, so that only internal displacements are compared. Energies and forces are NaN
+        where the model predicts none (``final_only``).
         """
         if predictor == "model":
             positions = self._in_true_cell(self.pred_positions, predictor)
@@ -166,13 +166,13 @@ class Comparison:
 
 
 def together(members: Sequence[Sequence[Comparison]]) -> list[tuple[Comparison, ...]]:
-    """What the members of a committee predict of each structure, in the first one's order.
+    """Groups the comparisons of a committee's members by structure, in the order of the first member.
 
     Args:
-      members: of each, the comparisons on the same relaxations, in any order.
+      members: the comparisons of each member on the same relaxations, in any order.
 
     Raises:
-      InputError: they were not compared on the same relaxations, or not on the same frames.
+      InputError: the members were not compared on the same relaxations, or not on the same frames.
     """
     by_id = [{c.id: c for c in comparisons} for comparisons in members]
     for other in by_id[1:]:
@@ -191,8 +191,11 @@ def together(members: Sequence[Sequence[Comparison]]) -> list[tuple[Comparison, 
 
 
 def averaged(members: Sequence[Comparison]) -> Comparison:
-    """The mean of what members predict of one structure, as `committee.join` makes it: of those whose
-    prediction is usable; where there is none of the finite ones, if there are."""
+    """Averages the members' predictions of one structure, as `committee.join` does.
+
+    Only usable predictions are averaged; if there are none, the finite ones; if there are none
+    of these either, all.
+    """
     first, finite = members[0], [c for c in members if c.finite]
     members = [c for c in finite if c.usable] or finite or members
     mean = {
@@ -209,27 +212,29 @@ def averaged(members: Sequence[Comparison]) -> Comparison:
 
 
 def _deformations(initial: np.ndarray, cells: np.ndarray) -> np.ndarray:
-    """D (m, 3, 3) of cells (m, 3, 3) from the initial one (3, 3)."""
+    """Deformation gradients D (m, 3, 3) that take the initial cell (3, 3) to the cells (m, 3, 3)."""
     return deformations(np.concatenate([initial[None], cells]))[1:]
 
 
 @dataclasses.dataclass(frozen=True)
 class FrameMetrics:
-    """Errors at one choice of frames; None where undefined.
+    """Errors over one choice of frames; None where undefined.
 
     Attributes:
       energy_mae: eV/structure.
       energy_mae_per_atom: meV/atom.
-      relaxation_energy_mae_per_atom: meV/atom, of E(t) - E(0): what is left of the error where the
-        first frame's energy is known, e.g. from DFT; of doing nothing it is `energy_mae_per_atom`.
-      work_mae_per_atom: meV/atom, likewise of E(t) - E(0) as the `work` of the predicted forces along
-        the predicted path, over the structures whose cell is fixed.
+      relaxation_energy_mae_per_atom: meV/atom, error of E(t) - E(0): what remains of the energy
+        error if the energy of the first frame is known, e.g. from DFT; for doing nothing it
+        equals `energy_mae_per_atom`.
+      work_mae_per_atom: meV/atom, error of E(t) - E(0) computed as the `work` of the predicted
+        forces along the predicted path, over the structures whose cell is fixed.
       forces_mae: meV/Å, per component, free atoms.
       positions_mae: Å, per coordinate, free atoms, before alignment.
       rmsd: Å, ``aligned_rmsd``, free atoms.
-      volume: %, |V/V_true - 1|; of a slab or chain the area or the length that repeats.
-      lengths: Å, of the periodic lattice vectors. angles: degrees, between them.
-        The three over the structures whose cell relaxes.
+      volume: %, |V/V_true - 1|, over the structures whose cell relaxes; for a slab or chain, of
+        the periodic area or length.
+      lengths: Å, of the periodic lattice vectors, over the structures whose cell relaxes.
+      angles: degrees, between the periodic lattice vectors, over the structures whose cell relaxes.
       pearson: correlation of true and predicted energy per atom, pooled over all frames.
     """
 
@@ -248,13 +253,13 @@ class FrameMetrics:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PerFrame:
-    """Errors by frame slot, each (n_frames,), over structures with that frame; NaN if none.
+    """Errors by frame slot, each (n_frames,), over the structures with that frame; NaN if there are none.
 
     Attributes:
       energy_mae_per_atom: meV/atom.
       forces_mae: meV/Å.
       positions_mae: Å.
-      counts: int, structures that have the frame (and are averaged over).
+      counts: int, number of structures that have the frame (and are averaged over).
     """
 
     energy_mae_per_atom: np.ndarray
@@ -265,21 +270,22 @@ class PerFrame:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Metrics:
-    """What one predictor achieves on a set of structures; see the module's docstring.
+    """Errors of one predictor on a set of structures; see the module's docstring.
 
     Attributes:
       predictor: "model", "nothing" or "composition".
-      n_structures: number of structures, those without a finite prediction included.
-      n_nonfinite: structures whose (model's) prediction is not finite.
-      n_averaged: structures over which the means are taken.
+      n_structures: number of structures, including those without a finite prediction.
+      n_nonfinite: number of structures whose prediction by the model is not finite.
+      n_averaged: number of structures over which the means are taken.
       final, all_frames: errors of the final frame, and of all frames present.
-      monotone_fraction: of structures with more than one frame, those whose energy `falls`.
+      monotone_fraction: fraction whose energy `falls`, of the structures with more than one frame.
       final_ratio: mean final ``positions_mae`` over that of doing nothing (ratio of means); None
-        where the latter is at rest (`AT_REST`).
-      median_ratio: median over structures of final ``positions_mae`` over that of doing nothing, of
-        those that move by more than `AT_REST`: the means are made by the few that move far.
-      improved_fraction: structures whose final ``positions_mae`` is strictly below that of
-        doing nothing; a structure that does not move (`AT_REST`) cannot be improved.
+        where the latter is at most `AT_REST`.
+      median_ratio: median, over the structures that move by more than `AT_REST`, of the final
+        ``positions_mae`` over that of doing nothing; the means are dominated by the few
+        structures that move far.
+      improved_fraction: fraction of structures whose final ``positions_mae`` is strictly below that
+        of doing nothing; a structure that does not move (`AT_REST`) cannot be improved.
       per_frame: errors by frame.
     """
 
@@ -296,12 +302,12 @@ class Metrics:
     per_frame: PerFrame
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain dict, lists, int and float, ready for JSON: None stands for undefined."""
+        """The metrics as plain dicts, lists, int and float, ready for JSON; None where undefined."""
         return plain(dataclasses.asdict(self))
 
 
 def plain(value: Any) -> Any:
-    """Containers, NumPy arrays and numbers as plain Python; non-finite floats become None."""
+    """Converts containers, NumPy arrays and numbers to plain Python; non-finite floats become None."""
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, np.ndarray | np.generic):
@@ -315,7 +321,7 @@ def coordinate_errors(pred: np.ndarray, true: np.ndarray, free_mask: np.ndarray)
     """Mean absolute difference over free atoms and components, in the unit of the input.
 
     Args:
-      pred, true: (..., N, 3), e.g. unwrapped positions in Å. No alignment is made.
+      pred, true: (..., N, 3), e.g. unwrapped positions in Å. They are not aligned.
       free_mask: (N,) bool.
 
     Returns:
@@ -329,11 +335,11 @@ def coordinate_errors(pred: np.ndarray, true: np.ndarray, free_mask: np.ndarray)
 def aligned_rmsd(
     pred: np.ndarray, true: np.ndarray, cell: np.ndarray, pbc: np.ndarray, free_mask: np.ndarray
 ) -> np.ndarray:
-    """RMSD sqrt(mean_i |d_i|²) over free atoms after the alignment that the boundary allows.
+    """RMSD sqrt(mean_i |d_i|²) over free atoms after the alignment that the boundary conditions allow.
 
     - any pbc: rigid translation and minimum image, no rotation (the lattice fixes it);
     - no pbc: rigid translation and proper rotation (Kabsch, Acta Cryst. A32, 922, 1976);
-    - any fixed atom: neither translation nor rotation, fixed atoms pin the frame
+    - any fixed atom: neither translation nor rotation, as fixed atoms pin the frame
       (minimum image along periodic directions only).
 
     Args:
@@ -354,8 +360,8 @@ def aligned_rmsd(
             pred, true = _superpose(pred, true)
         return _rms(_minimum_image(pred - true, _reduced(cell[pbc])))
     d, lattice = pred - true, _reduced(cell[pbc])
-    # A translation by about half a cell sends atoms to different images: take images also
-    # relative to the circular mean, which knows no cell boundary, and keep the better.
+    # A translation by about half a cell sends atoms to different images: also take images
+    # relative to the circular mean, which has no cell boundary, and keep the better result.
     phase = np.exp(2j * np.pi * (d @ np.linalg.pinv(lattice))).mean(axis=-2, keepdims=True)
     residuals = []
     for shift in (np.zeros_like(d[..., :1, :]), np.angle(phase) / (2 * np.pi) @ lattice):
@@ -374,10 +380,10 @@ def pearson(x: np.ndarray, y: np.ndarray) -> float | None:
 
 
 def finite_ids(*columns: Sequence[Comparison]) -> frozenset[str]:
-    """Ids of the structures of which every one of several methods has a finite prediction.
+    """Ids of the structures for which each of several methods has a finite prediction.
 
     Args:
-      columns: of each method, the comparisons on the same relaxations.
+      columns: the comparisons of each method on the same relaxations.
     """
     own = ({c.id for c in comparisons if c.finite} for comparisons in columns)
     return frozenset.intersection(*map(frozenset, own))
@@ -386,8 +392,9 @@ def finite_ids(*columns: Sequence[Comparison]) -> frozenset[str]:
 def falls(c: Comparison, predictor: Predictor = "model") -> bool:
     """Whether the energy of a structure never rises from frame to frame.
 
-    A rise by 1e-6 eV is none, nor by four units in the last place of float32, in which models
-    compute energies relative to the composition's: 3e-5 eV where these are 100 eV.
+    A rise of up to 1e-6 eV does not count, nor one of up to four units in the last place of
+    float32, in which models compute energies relative to the composition energy: 3e-5 eV where
+    such an energy is 100 eV.
     """
     energies = c.prediction(predictor)[1]
     largest = np.float32(np.abs(energies - c.composition_energy).max())
@@ -403,8 +410,10 @@ def evaluate(
     """All metrics of one predictor; the module's docstring says how they are averaged.
 
     Args:
-      comparisons: one of each structure. among: ids to which the means are confined (`finite_ids`);
-        fractions and median are of all structures, as failures count in them.
+      comparisons: one for each structure.
+      predictor: "model", "nothing" or "composition".
+      among: ids of the structures over which the means are taken (see `finite_ids`; None: all); the
+        fractions and the median are over all structures, because failures count in them.
 
     Raises:
       InputError: no comparisons, or no such predictor.
@@ -456,20 +465,22 @@ def evaluate(
 
 
 def _final_error(c: Comparison, predictor: Predictor) -> float:
-    """Å, ``positions_mae`` of the final frame."""
+    """``positions_mae`` of the final frame, Å."""
     final = c.prediction(predictor)[0][-1]
     return float(coordinate_errors(final, c.true_positions[-1], c.free_mask))
 
 
 def _median(values: Sequence[float]) -> float | None:
-    """None of nothing, and where half of the values are infinite."""
+    """The median; None if there are no values or if half of them are infinite."""
     found = float(np.median(values)) if values else math.inf
     return found if math.isfinite(found) else None
 
 
 def structure_errors(c: Comparison, predictor: Predictor = "model") -> dict[str, np.ndarray]:
-    """Errors (m,) of one structure's frames, by the names and in the units of ``FrameMetrics``; NaN
-    where the predictor predicts nothing."""
+    """Errors (m,) of the frames of one structure, with the names and units of ``FrameMetrics``.
+
+    NaN where the predictor predicts nothing.
+    """
     positions, energies, forces = c.prediction(predictor)
     off, per_atom = energies - c.true_energies, 1e3 / len(c.atomic_numbers)
     found = {
@@ -488,16 +499,19 @@ def structure_errors(c: Comparison, predictor: Predictor = "model") -> dict[str,
 
 
 def cell_errors(cells: np.ndarray, true: np.ndarray, pbc: np.ndarray) -> dict[str, np.ndarray]:
-    """Errors (m,) of cells (m, 3, 3) Å: see ``FrameMetrics``; means over the periodic vectors.
+    """Errors (m,) of cells (m, 3, 3) Å as in ``FrameMetrics``, means over the periodic vectors.
 
     Only the lattice of the periodic directions is compared: a vector along which nothing repeats,
-    as that through the vacuum of a slab, is a choice and no result.
+    such as that through the vacuum of a slab, is a choice rather than a result.
 
     Args:
+      cells: (m, 3, 3) Å, predicted.
+      true: (m, 3, 3) Å.
       pbc: (3,) bool.
 
     Returns:
-      NaN where undefined: angles of fewer than two vectors, all of none.
+      Errors by name; NaN where undefined: angles if fewer than two vectors are periodic, all
+      errors if none is.
     """
     periodic = np.asarray(pbc, bool)
     sizes, lengths, angles = zip(*(_lattice(c[:, periodic]) for c in (cells, true)))
@@ -510,8 +524,15 @@ def cell_errors(cells: np.ndarray, true: np.ndarray, pbc: np.ndarray) -> dict[st
 
 
 def _lattice(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of lattices of k vectors (m, k, 3) Å: volumes, areas or lengths (m,), lengths (m, k) Å of the
-    vectors, and the angles between any two of them in degrees (m, k(k-1)/2)."""
+    """Sizes, lengths and angles of lattices.
+
+    Args:
+      vectors: (m, k, 3) Å, the k vectors of each lattice.
+
+    Returns:
+      The volumes, areas or lengths (m,) that the vectors span, their lengths (m, k) in Å, and the
+      angles between any two of them in degrees (m, k(k-1)/2).
+    """
     lengths = np.linalg.norm(vectors, axis=2)
     unit = vectors / lengths[..., None]
     pairs = itertools.combinations(range(vectors.shape[1]), 2)
@@ -523,12 +544,12 @@ def _lattice(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def _row_means(table: np.ndarray) -> np.ndarray:
-    """(m,) means of (m, k); NaN where k is 0."""
+    """Means (m,) over the rows of a table (m, k); NaN if k is 0."""
     return table.mean(1) if table.shape[1] else np.full(len(table), np.nan)
 
 
 def _rmsd(c: Comparison, positions: np.ndarray) -> np.ndarray:
-    """``aligned_rmsd`` (m,) of each frame, in its true cell."""
+    """``aligned_rmsd`` (m,) of each frame in its true cell."""
     if c.true_cells is None:
         return aligned_rmsd(positions, c.true_positions, c.cell, c.pbc, c.free_mask)
     frames = zip(positions, c.true_positions, c.true_cells)
@@ -538,7 +559,13 @@ def _rmsd(c: Comparison, positions: np.ndarray) -> np.ndarray:
 def _frame_metrics(
     errors: dict[str, list[np.ndarray]], pairs: list[np.ndarray], frames: slice
 ) -> FrameMetrics:
-    """Macro means of the errors, each (m,), over the chosen frames; pairs are (2, m) eV/atom."""
+    """Macro means of the errors over the chosen frames.
+
+    Args:
+      errors: by name, an array (m,) for each structure.
+      pairs: true and predicted energies (2, m) eV/atom of each structure.
+      frames: the chosen frames.
+    """
     means = {k: _mean([float(v[frames].mean()) for v in vs]) for k, vs in errors.items() if vs}
     both = np.concatenate([p[:, frames] for p in pairs] or [np.empty((2, 0))], axis=1)
     correlation = pearson(*both) if np.isfinite(both).all() else None
@@ -546,19 +573,19 @@ def _frame_metrics(
 
 
 def _mean(values: Sequence[float]) -> float | None:
-    """Mean without NaNs (a structure without free atoms); None of nothing."""
+    """Mean without NaNs (e.g. of structures without free atoms); None if nothing is left."""
     kept = [float(v) for v in values if not math.isnan(v)]
     return math.fsum(kept) / len(kept) if kept else None
 
 
 def _column_means(table: np.ndarray) -> np.ndarray:
-    """(n,) means of the columns of (S, n) without their NaNs; NaN where a column has nothing."""
+    """Means (n,) of the columns of a table (S, n) without NaNs; NaN where a column has nothing else."""
     means = [_mean(column) for column in table.T.tolist()]
     return np.array([math.nan if mean is None else mean for mean in means])
 
 
 def _rms(d: np.ndarray) -> np.ndarray:
-    """sqrt(mean_i |d_i|²) of (..., N, 3), in Å: (...)."""
+    """Root mean square lengths sqrt(mean_i |d_i|²) of displacements (..., N, 3): (...), Å."""
     return np.sqrt((d**2).sum(axis=-1).mean(axis=-1))
 
 
@@ -574,8 +601,8 @@ def _superpose(pred: np.ndarray, true: np.ndarray) -> tuple[np.ndarray, np.ndarr
 def _reduced(lattice: np.ndarray) -> np.ndarray:
     """Minkowski-reduced basis of the k <= 3 periodic vectors (k, 3), Å.
 
-    Reduced means |b_i| <= |b_i + sum_{j != i} x_j b_j| for x_j in {-1, 0, 1}: then the
-    nearest image of a point is at most one basis vector from where rounding puts it.
+    Reduced means |b_i| <= |b_i + sum_{j != i} x_j b_j| for x_j in {-1, 0, 1}. The nearest
+    image of a point is then at most one basis vector from where rounding puts it.
     """
     lattice = np.array(lattice, float)
     if len(lattice) and np.linalg.matrix_rank(lattice) < len(lattice):
@@ -593,17 +620,17 @@ def _reduced(lattice: np.ndarray) -> np.ndarray:
 
 
 def _steps(k: int) -> np.ndarray:
-    """(3^k, k), all combinations of -1, 0, 1."""
+    """All combinations of k numbers from -1, 0, 1: (3^k, k)."""
     return np.array(list(itertools.product((0.0, 1.0, -1.0), repeat=k)))
 
 
 def _minimum_image(d: np.ndarray, lattice: np.ndarray) -> np.ndarray:
-    """Shortest image of each (..., 3) vector under a reduced lattice (k, 3), Å."""
+    """Shortest periodic image of each vector (..., 3) under a reduced lattice (k, 3), Å."""
     if len(lattice) == 0:
         return d
     d = d - np.round(d @ np.linalg.pinv(lattice)) @ lattice
     if 4 * (d**2).sum(axis=-1).max(initial=0) <= (lattice**2).sum(axis=-1).min():
-        return d  # within half the shortest lattice vector nothing is nearer
+        return d  # a vector within half the shortest lattice vector is the shortest image
     images = d[..., None, :] + _steps(len(lattice)) @ lattice
     nearest = (images**2).sum(axis=-1).argmin(axis=-1)
     return np.take_along_axis(images, nearest[..., None, None], axis=-2)[..., 0, :]
