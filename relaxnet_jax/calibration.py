@@ -1,4 +1,4 @@
-"""How well the spread of a committee tells the true errors of its mean."""
+"""Calibration: how well the spread of a committee estimates the true errors of its mean."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from relaxnet_jax.data.files import atomic_path
 from relaxnet_jax.errors import InputError
 from relaxnet_jax.metrics import Comparison, together
 
-# (quantity, unit it is shown in, factor)
+# (quantity, unit for display, factor to that unit)
 QUANTITIES = (("positions", "Å", 1.0), ("energy", "meV/atom", 1e3))
 
 
 class Errors(NamedTuple):
-    """Of the final frame of each of S structures.
+    """Spreads and errors of the final frames of S structures.
 
     Attributes:
-      ids: S names.
-      spread, error: by quantity (S,). positions: Å, root mean square over the free atoms of an
-        atom's deviation (a vector), in the true cell where it relaxes; energy: eV/atom.
-      left_out: how many more structures were compared, without two members that are finite and
-        usable, or without free atoms.
+      ids: names of the S structures.
+      spread, error: (S,) for each quantity. "positions": Å, root mean square over the free atoms of
+        each atom's deviation (a vector), in the true cell where it relaxes. "energy": eV/atom.
+      left_out: number of structures that were compared but left out, because they have fewer than
+        two members with a finite and usable prediction, or no free atoms.
     """
 
     ids: list[str]
@@ -39,17 +39,19 @@ class Errors(NamedTuple):
 
 
 class Calibration(NamedTuple):
-    """Of one quantity.
+    """Calibration of the spread of one quantity.
+
+    The statistics from ``spearman`` to ``error`` are None if there are no structures.
 
     Attributes:
-      n: structures; without those at rest.
-      at_rest: structures whose positions neither spread nor err by `committee.AT_ONE`: symmetry
-        holds their atoms, and what is left is rounding.
+      n: number of structures, without those at rest.
+      at_rest: number of structures whose spread and error of positions are both below
+        `committee.AT_ONE`: symmetry holds their atoms in place, and only rounding is left.
       spearman: rank correlation of spread and error; None where one of them is constant.
-      within_one, within_two: fraction of structures whose error is within so many spreads.
+      within_one, within_two: fractions of structures whose error is within one or two spreads.
       ratio: median of error over spread.
-      spread, error: medians. These six are None of no structures.
-      left_out: see `Errors`; neither in n nor in at_rest.
+      spread, error: medians over the structures.
+      left_out: see `Errors`; counted neither in n nor in at_rest.
     """
 
     n: int
@@ -66,12 +68,12 @@ class Calibration(NamedTuple):
 def committee_errors(members: Sequence[Sequence[Comparison]]) -> Errors:
     """Spreads of the members' predictions and errors of their mean.
 
-    Of each structure those members count whose prediction is finite and usable, as in the mean that
-    `relax` predicts. Structures with fewer than two of them, or without free atoms, are left out
-    and counted.
+    For each structure, only members whose prediction is finite and usable count, as in the mean
+    that `relax` predicts. Structures with fewer than two such members, or without free atoms, are
+    left out and counted.
 
     Args:
-      members: of each, the comparisons on the same relaxations, in any order.
+      members: the comparisons of each member on the same relaxations, in any order.
 
     Raises:
       InputError: the members were not compared on the same structures, or none is left.
@@ -99,7 +101,7 @@ def committee_errors(members: Sequence[Sequence[Comparison]]) -> Errors:
 
 
 def calibrate(found: Errors) -> dict[str, Calibration]:
-    """By quantity."""
+    """The calibration of each quantity, by name."""
     from scipy.stats import spearmanr
 
     result = {}
@@ -126,7 +128,7 @@ def calibrate(found: Errors) -> dict[str, Calibration]:
 
 
 def calibration_table(found: dict[str, Calibration], members: int) -> Table:
-    """For ``rich.console.Console().print``."""
+    """The calibration as a table for ``rich.console.Console().print``."""
     caption = (
         f"final frames; spread: standard deviation of {members} models; error: of the mean of their "
         "predictions"
@@ -160,7 +162,7 @@ _FILES = ("calibration.json", "calibration.csv")
 
 
 def remove_calibration(folder: Path) -> None:
-    """Removes what `write_calibration` wrote there earlier."""
+    """Removes the files that `write_calibration` wrote to this folder earlier."""
     for name in _FILES:
         (folder / name).unlink(missing_ok=True)
 
@@ -168,7 +170,7 @@ def remove_calibration(folder: Path) -> None:
 def write_calibration(
     found: Errors, calibrated: dict[str, Calibration], members: Sequence[str], folder: Path
 ) -> list[Path]:
-    """calibration.json, and calibration.csv with a row per structure; returns their paths."""
+    """Writes calibration.json, and calibration.csv with a row per structure; returns their paths."""
     files = [folder / name for name in _FILES]
     document: dict[str, Any] = {
         "members": list(members),
@@ -188,7 +190,7 @@ def write_calibration(
 
 
 def _distance(positions: np.ndarray, c: Comparison) -> float:
-    """Å, root mean square over the free atoms; rigid translations aside where none is fixed."""
+    """Root mean square error of the free atoms, Å; without rigid translations where no atom is fixed."""
     away = positions - c.true_positions[-1]
     if not c.fixed_mask.any():
         away = away - away.mean(axis=0)

@@ -1,9 +1,9 @@
-"""Committees: the mean of several models' paths, and how far they disagree.
+"""Committees: the mean of the paths of several models, and how far the models disagree.
 
-The members are trained alike from different seeds (``--set train.seed=…``). Their mean is nearer
-to the truth than each of them on average. What they have in
-common, the errors of the data and of the architecture among it, does not show in their spread:
-``relaxnet-jax eval --committee`` measures how much of the true error it is.
+The members are trained alike from different seeds (``--set train.seed=…``). Their mean is closer
+to the truth than the members are on average. Errors that the members share, among them those of
+the data and of the architecture, do not show in their spread: ``relaxnet-jax eval --committee``
+measures how much of the true error the spread accounts for.
 """
 
 from __future__ import annotations
@@ -42,18 +42,18 @@ if TYPE_CHECKING:
     from relaxnet_jax.predict import Judged
 
 
-AT_ONE = 1e-3  # Å; where symmetry holds atoms, members differ by rounding
+AT_ONE = 1e-3  # Å; where symmetry holds the atoms in place, members differ by rounding only
 
 
 class Spread(NamedTuple):
-    """Standard deviations (n - 1) of what the members say of the final frame.
+    """Standard deviations (n - 1) of the members' predictions of the final frame.
 
     Attributes:
-      members: how many.
+      members: number of members.
       energy_per_atom: eV/atom.
-      positions: Å, root mean square over the free atoms of the deviation of an atom (a vector);
-        of the internal displacements where the cell relaxes.
-      largest: Å, that of the atom on which they disagree most.
+      positions: Å, root mean square over the free atoms of each atom's deviation (a vector);
+        where the cell relaxes, the deviation of its internal displacement.
+      largest: Å, the deviation of the atom about which the members disagree most.
       volume: relative; None where the cell stays.
     """
 
@@ -68,9 +68,10 @@ class CommitteePath(NamedTuple):
     """A relaxation predicted by a committee.
 
     Attributes:
-      path: the mean of the members' (`mean_path`). flags: what speaks against it.
-      spread: of the members; None where only one has a usable path.
-      paths: each member's.
+      path: mean of the members' paths (`mean_path`).
+      flags: warnings about the mean path (see `trust.trust_flags`).
+      spread: disagreement of the members; None where only one has a usable path.
+      paths: the path of each member.
     """
 
     path: RelaxationTrajectory
@@ -90,10 +91,10 @@ def relax_committee(
 
 
 def relax_committee(models, atoms, n_frames=5, relax_cell=True):
-    """The mean of what the members predict (see `relax`), and how far they disagree.
+    """Predicts the mean of the members' relaxations (see `relax`), and how far they disagree.
 
-    A member that cannot take a structure, or whose prediction is unusable, does not count, and a
-    flag names it.
+    Members that cannot take a structure, or whose prediction is unusable, are left out of the
+    mean and named by a flag.
 
     Args:
       models: two or more, e.g. from `load_committee`.
@@ -101,11 +102,12 @@ def relax_committee(models, atoms, n_frames=5, relax_cell=True):
       n_frames, relax_cell: see `relax`.
 
     Returns:
-      A `CommitteePath` (a list of them for a sequence). A warning names every structure of which no
-      member's prediction should be used.
+      A `CommitteePath` (a list of them for a sequence). A warning names every structure whose
+      prediction should not be used.
 
     Raises:
-      InputError: as `check_members` and `relax_by`.
+      InputError: fewer than two models, models of different kinds or one given twice;
+        n_frames < 2, or a structure that no member can take.
     """
     check_members(models)
     judged = relax_by(models, atoms, n_frames, relax_cell)
@@ -120,8 +122,10 @@ def relax_committee(models, atoms, n_frames=5, relax_cell=True):
 def relax_by(
     models: Sequence[RelaxNet], atoms: Atoms | Sequence[Atoms], n_frames: int, relax_cell: bool
 ) -> list[tuple[CommitteePath, str]]:
-    """What one model or several predict of each structure, and why it should not be used; empty where
-    it may.
+    """Predictions of one or several models for each structure, and why they should not be used.
+
+    Returns:
+      For each structure, the prediction and the reason against using it, empty if there is none.
 
     Raises:
       InputError: n_frames < 2, or a structure that no member can take.
@@ -152,13 +156,13 @@ def _judged(said: Said, members: Mapping[str, RelaxNet], atoms: Atoms) -> tuple[
     found = CommitteePath(path, flags, apart, tuple(one.path for one in every))
     if not unusable(flags):
         return found, ""
-    # A path that is not finite is the first member's, whose failure says more than the flag.
+    # A path that is not finite is that of the first member, whose failure is more specific than the flag.
     failure = every[0].failure if flags[0].name == "not finite" else ""
     return found, failure or f"{flags[0].name}: {flags[0].detail}"
 
 
 def check_members(models: Sequence[RelaxNet]) -> None:
-    """Raises InputError unless there are two models or more, of one kind, and no two the same."""
+    """Raises InputError unless there are at least two models, all of one kind and no two the same."""
     if len(models) < 2:
         raise InputError(f"a committee has at least 2 members, {len(models)} given")
     for field in ("latent", "cell"):
@@ -186,11 +190,11 @@ def _same(one: RelaxNet, other: RelaxNet) -> bool:
 
 
 def mean_path(paths: Sequence[RelaxationTrajectory]) -> RelaxationTrajectory:
-    """The mean of paths of one structure, frame by frame.
+    """The mean of several paths of one structure, frame by frame.
 
-    Deformations of the cell and reference positions (`relaxnet_jax.strain`) are averaged, so that
-    atoms go along with the mean cell; energies, forces and stresses are the means of the members',
-    each of which is at its own member's frame.
+    Cells and positions are averaged as deformations and reference positions
+    (`relaxnet_jax.strain`), so that the atoms follow the mean cell. Energies, forces and stresses
+    are averages of the members' values, each evaluated at its own member's frame.
     """
     first = paths[0]
     own = [p.positions for p in paths]
@@ -207,12 +211,12 @@ def mean_path(paths: Sequence[RelaxationTrajectory]) -> RelaxationTrajectory:
 
 
 def _kept(mean: np.ndarray, members: Sequence[np.ndarray]) -> np.ndarray:
-    """The mean, but exactly the members' value where they agree: what is held stays held."""
+    """The mean, but exactly the members' value where they agree, so that what is fixed stays fixed."""
     return np.where(np.all([m == members[0] for m in members], axis=0), members[0], mean)
 
 
 def spread(paths: Sequence[RelaxationTrajectory]) -> Spread:
-    """Of the final frames of paths of one structure; NaN where a path is."""
+    """`Spread` of the final frames of several paths of one structure; NaN where a path is NaN."""
     first = paths[0]
     energies = np.array([p.energies[-1] for p in paths]) / first.n_atoms
     initial = first.cells[0]
@@ -234,10 +238,11 @@ def spread(paths: Sequence[RelaxationTrajectory]) -> Spread:
 
 
 def deviations(positions: np.ndarray, fixed_mask: np.ndarray) -> np.ndarray:
-    """Å, standard deviation (n - 1) of each free atom's position over the members.
+    """Standard deviation (n - 1) of each free atom's position over the members, Å.
 
     Args:
-      positions: (members, N, 3) Å. A rigid translation is no disagreement where no atom is fixed.
+      positions: (members, N, 3) Å. Rigid translations do not count as disagreement where no atom
+        is fixed.
       fixed_mask: (N,) bool.
     """
     if not fixed_mask.any():
@@ -247,8 +252,10 @@ def deviations(positions: np.ndarray, fixed_mask: np.ndarray) -> np.ndarray:
 
 
 def disagreement(path: RelaxationTrajectory, found: Spread) -> Flag | None:
-    """A flag where the members disagree about more than they move atoms: a prediction that by its
-    own estimate is no better than doing nothing."""
+    """Flags a path whose atoms move by less than the members disagree; None otherwise.
+
+    By its own error estimate, such a prediction is no better than doing nothing.
+    """
     moved = internal_displacements(path.positions, path.cells)[~path.fixed_mask]
     size = float(np.sqrt((moved**2).sum(-1).mean())) if len(moved) else 0.0
     if not found.positions > max(size, AT_ONE):
@@ -258,10 +265,11 @@ def disagreement(path: RelaxationTrajectory, found: Spread) -> Flag | None:
 
 
 class Said(NamedTuple):
-    """What the members say of one structure.
+    """Predictions of the members for one structure.
 
     Attributes:
-      found: predictions by member, unusable ones included. lost: why others have none, by member.
+      found: predictions by member, unusable ones included.
+      lost: reasons why the other members have none, by member.
     """
 
     found: dict[str, Judged]
@@ -269,9 +277,13 @@ class Said(NamedTuple):
 
 
 def join(said: Said, members: Mapping[str, RelaxNet]) -> Predicted:
-    """What the members predict of one structure as one prediction: `mean_path` of those that are
-    usable, its flags by the first of these, who of them did not converge, and the `spread`. Without a
-    usable one, the first."""
+    """Joins the members' predictions of one structure into one.
+
+    Returns:
+      The `mean_path` of the usable predictions, with their `spread` and with the flags of the mean
+      path as judged by the first usable member, followed by flags that name the members that did
+      not converge or were lost. If no prediction is usable, the first one.
+    """
     lost, usable = dict(said.lost), {}
     for member, one in said.found.items():
         grave = next((flag for flag in one.flags if flag.unusable), None)
@@ -290,13 +302,13 @@ def join(said: Said, members: Mapping[str, RelaxNet]) -> Predicted:
     paths = [one.path for one in usable.values()]
     path, value = mean_path(paths), spread(paths)
     apart = disagreement(path, value)
-    # Whether a pair was missed has been judged member by member; the mean has no neighbour list.
+    # Missed pairs have been checked for each member; the mean has no neighbour list.
     flags = trust_flags(path, members[next(iter(usable))], None) + _late(usable)
     return Predicted(path, flags + ((apart,) if apart else ()) + gap, value)
 
 
 def _late(usable: Mapping[str, Judged]) -> tuple[Flag, ...]:
-    """A flag that names the members whose minimisation ended before fmax: only they know."""
+    """A flag that names the members whose minimisation ended above fmax, as the mean path cannot tell."""
     text = "; ".join(
         f"{member}: {flag.detail}"
         for member, one in usable.items()
@@ -313,12 +325,17 @@ def predict_members(
     progress: Callable[[int], None] = lambda _: None,
     options: Options = DEFAULT,
 ) -> tuple[list[Predicted], list[Failure]]:
-    """What one model or a committee predicts, in the order given, and complaints about what no
-    member can take or predict.
+    """Predictions of one model or a committee, in the order of the structures, and failures.
 
     Args:
-      members: by name. structures: by distinct names.
-      progress: called with the number of structures done, by all members.
+      members: models by name.
+      structures: name and atoms of each; the names are distinct.
+      frames: number of frames of each path.
+      progress: called with the number of structures done, averaged over the members.
+      options: how structures are predicted.
+
+    Returns:
+      The predictions, and a failure for each structure that no member can take or predict.
     """
     done, bad = [], []
     asked = _ask(members, structures, frames, progress, options)
@@ -344,13 +361,13 @@ def _ask(
     progress: Callable[[int], None],
     options: Options,
 ) -> list[Said]:
-    """What every member says of each structure."""
+    """Predictions of every member for each structure."""
     from relaxnet_jax.predict import judge
 
     said = {name: Said({}, {}) for name, _ in structures}
     known: dict[Any, tuple[list[tuple[str, Structure]], list[Failure]]] = {}
     for count, (member, model) in enumerate(members.items()):
-        # Members see the same neighbours as a rule, and outrun the same skins.
+        # Members usually have the same neighbour lists, and their atoms exceed the same skins.
         alike = model.config.graph, model.config.dynamics.cell, model.config.model, model.elements
         if alike not in known:
             known[alike] = usable_structures(model, structures, lambda _: None, options)
