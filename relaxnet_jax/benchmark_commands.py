@@ -1,4 +1,4 @@
-"""What ``relaxnet-jax benchmark …`` does. Each takes the parsed arguments and returns an exit code."""
+"""The commands ``relaxnet-jax benchmark …``. Each takes the parsed arguments and returns an exit code."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from relaxnet_jax.console import note, result_console, say
 from relaxnet_jax.errors import InputError
 from relaxnet_jax.runtime import batch_shares, check_devices, enable_compilation_cache
 
-FAST_RELAXATIONS = 60  # of the generated data
+FAST_RELAXATIONS = 60  # relaxations of the generated data with --fast
 
 
 def benchmark_speed(args: argparse.Namespace) -> int:
@@ -90,9 +90,9 @@ def _check_minutes(args: argparse.Namespace) -> None:
 
 
 def _configs(args: argparse.Namespace) -> list[Config]:
-    """The configurations given, or all shipped ones that solve the ODE, on the data given.
+    """The given configurations, or all shipped ones that solve the ODE, on the given data.
 
-    The paper's, with 64 structures in a batch, only when given.
+    Configurations of the paper, with 64 structures in a batch, are used only when given.
     """
     if args.config:
         return [load_config(name, _changes(args)) for name in args.config]
@@ -102,7 +102,7 @@ def _configs(args: argparse.Namespace) -> list[Config]:
 
 
 def _of_sizes(config: Config, sizes: Sequence[int] | None) -> list[Config]:
-    """The configuration with batches of each size, named after it; as it is where none are given."""
+    """The configuration with each of the batch sizes, named after them; unchanged if there are none."""
     if sizes is None:
         return [config]
     if min(sizes) < 1:
@@ -118,12 +118,12 @@ def _of_sizes(config: Config, sizes: Sequence[int] | None) -> list[Config]:
 
 
 def peers_config(args: argparse.Namespace) -> Config:
-    """The configuration both sides run: its starts are not shaken, which the peer cannot follow."""
+    """The configuration that both sides run: without noise on the initial positions, which the peer lacks."""
     return load_config(args.config, _changes(args) | {"train.noise": 0.0})
 
 
 def _changes(args: argparse.Namespace) -> dict[str, object]:
-    """What --data and --fast change in a configuration."""
+    """The changes that --data and --fast make to a configuration."""
     if args.data:
         return {"data.path": args.data, "data.variable_cell": "drop"}
     return {"data.n_emt": FAST_RELAXATIONS} if args.fast else {}

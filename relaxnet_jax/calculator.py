@@ -43,13 +43,13 @@ NOT_A_POTENTIAL = (
 
 @Program
 def _encode(network: RelaxNetwork, params: Params, graph: Graph) -> Latent:
-    """h of the graph's own positions in the explicit scheme."""
+    """Latent h in the explicit scheme, encoded at the graph's own positions."""
     positions = jnp.asarray(graph.nodes["positions"])
     return dynamics.initial_state(network, params, graph, positions).latent
 
 
 class _Neighbourhood(NamedTuple):
-    """A neighbour list, on the device as a padded graph, and the structure it was made for."""
+    """A neighbour list, as a padded graph on the device, and the structure it was built for."""
 
     atoms: Atoms
     origin: np.ndarray  # Å, of the graph's positions
@@ -59,41 +59,41 @@ class _Neighbourhood(NamedTuple):
 
 
 class RelaxNetCalculator(Calculator):
-    """Energy (eV), forces (eV/Å) and free energy (the same) of a model, for ASE.
+    """ASE calculator for the energy (eV), free energy (the same) and forces (eV/Å) of a model.
 
-    An implicit or static model is a potential: E(x) = E(encoder(x)), F = -dE/dx of exactly that energy, so
-    optimisers, molecular dynamics and phonons may use it.
+    An implicit or static model is a potential: E(x) = E(encoder(x)), and F = -dE/dx is the exact
+    gradient of that energy, so it can be used for optimisation, molecular dynamics and phonons.
 
-    An explicit model is none. Its latent h is a state of its own that starts at encoder(x(0)) and
-    evolves along a path; forces are -∂E(x; h)/∂x at fixed h. Encoding anew at every x would give
-    forces that are not the gradient of the energies beside them: optimisers would stall and
-    dynamics drift. So h is held at ``reference``, E(x; h(reference)) is a function of x with its
-    exact gradient, and positions further from the reference than half the skin, where no training
-    frame ever paired them with that h, are refused.
+    An explicit model is not a potential. Its latent h is a state of its own that starts at
+    encoder(x(0)) and evolves along a path; forces are -∂E(x; h)/∂x at fixed h. Encoding anew at
+    every x would give forces that are not the gradient of the energies: optimisers would stall and
+    molecular dynamics would drift. Therefore h is held at ``reference``, which makes
+    E(x; h(reference)) a function of x with an exact gradient. Positions further from the reference
+    than half the skin are refused, because no training frame paired such positions with that h.
 
-    The neighbour list, made for pairs up to the cutoff plus ``skin``, is kept until two atoms may have
-    approached by more than ``skin``, as they move and as the cell shrinks; or until elements, charges
-    or periodicity change, or the cell of a model that keeps cells fixed. Programs are
-    compiled once per padded shape; a shape that was compiled for other atoms or by another calculator is
-    used again where it has room and costs at most twice as much. Forces are raw; ASE applies constraints.
-    Stress (eV/Å³, tension positive) is that of models trained with
-    dynamics.cell="variable"; of others, which never saw a strained cell, it is not implemented:
-    ASE's ``PropertyNotImplementedError``.
+    The neighbour list, built for pairs up to the cutoff plus ``skin``, is kept until two atoms may
+    have approached each other by more than ``skin``, by their motion and the shrinking of the cell;
+    or until elements, charges or periodicity change, or the cell if the model keeps cells fixed.
+    Programs are compiled once per padded shape; a shape compiled for other atoms or by another
+    calculator is reused where it has room and costs at most twice as much. Forces are raw; ASE
+    applies constraints. Stress (eV/Å³, tension positive) is available for models trained with
+    dynamics.cell="variable"; other models, which never saw a strained cell, raise ASE's
+    ``PropertyNotImplementedError``.
 
     Args:
       model: from `load_model` or `create_model`.
-      reference: the structure h is encoded from; needed by an explicit model, refused for an
-        implicit one.
-      skin: Å, at least 0; that of the model's configuration by default.
+      reference: the structure from which h is encoded; required for an explicit model, refused for
+        an implicit one.
+      skin: Å, at least 0; by default that of the model's configuration.
 
     Raises:
       InputError: something that is not one model, a wrong combination of scheme and ``reference``,
-        or a negative skin; and, when energies are asked for, an element the model never saw, a
+        or a negative skin; and, when properties are calculated, an element the model never saw, a
         structure that cannot be used, or one that is too far from the reference.
     """
 
     name = CALCULATOR
-    # Declared as ASE's base class declares them.
+    # Declared as in ASE's base class.
     implemented_properties: list[str] = ["energy", "free_energy", "forces"]  # noqa: RUF012
     ignored_changes: set[str] = {"initial_magmoms"}  # noqa: RUF012
 
@@ -123,7 +123,7 @@ class RelaxNetCalculator(Calculator):
         self._reference = None if reference is None else self._around(reference.copy())
 
     def calculate(self, atoms=None, properties=("energy",), system_changes=all_changes) -> None:
-        """ASE's entry: fills ``results``."""
+        """Calculates all properties and stores them in ``results`` (ASE's entry point)."""
         super().calculate(atoms, properties, system_changes)
         assert self.atoms is not None
         near = self._neighbourhood(self.atoms)
@@ -153,10 +153,10 @@ class RelaxNetCalculator(Calculator):
             self.results["stress"] = to_voigt(virial / self.atoms.get_volume())
 
     def _neighbourhood(self, atoms: Atoms) -> _Neighbourhood:
-        """The list in use if it still serves these atoms, otherwise a new one.
+        """The current neighbour list if it is still valid for these atoms, otherwise a new one.
 
-        What changed is asked of the list's own atoms: ASE's ``system_changes`` compares with the
-        last call, which may have failed.
+        Changes are determined against the atoms of the list itself, because ASE's
+        ``system_changes`` refers to the last call, which may have failed.
         """
         if self._reference is not None:
             return self._reference
@@ -169,7 +169,7 @@ class RelaxNetCalculator(Calculator):
         return self._near
 
     def _serves(self, built: Atoms, atoms: Atoms) -> bool:
-        """Whether every pair within the cutoff is in the list of ``built``."""
+        """Whether the list built for ``built`` holds every pair of ``atoms`` within the cutoff."""
         if not _same_crystal(built, atoms):
             return False
         cells = np.stack([built.cell.array, atoms.cell.array])
@@ -179,8 +179,11 @@ class RelaxNetCalculator(Calculator):
         return approach(np.stack([built.positions, atoms.positions]), cells, reach) <= self.skin
 
     def _near_reference(self, atoms: Atoms, reference: Atoms) -> np.ndarray:
-        """(N, 3) Å, the positions without whole lattice vectors from the reference's: those that its
-        neighbour list is for. InputError where it does not hold."""
+        """Positions (N, 3), Å, in the periodic images nearest to the reference, as its list assumes.
+
+        Raises:
+          InputError: the atoms are not those of the reference, or too far from it.
+        """
         same_cell = np.array_equal(reference.cell.array, atoms.cell.array)
         if not (same_cell and _same_crystal(reference, atoms)):
             raise InputError(
@@ -200,7 +203,7 @@ class RelaxNetCalculator(Calculator):
         return both[1]
 
     def _around(self, atoms: Atoms) -> _Neighbourhood:
-        """Neighbour list and padded graph of these atoms, on the device."""
+        """Builds the neighbour list and padded graph of these atoms, on the device."""
         model = self.model
         name = atoms.get_chemical_formula()
         model.check_elements(atoms.numbers, name)
@@ -220,7 +223,7 @@ class RelaxNetCalculator(Calculator):
 
 
 def _same_crystal(a: Atoms, b: Atoms) -> bool:
-    """But for positions and cell."""
+    """Whether elements, periodicity and charges are equal (not positions and cell)."""
     return (
         np.array_equal(a.numbers, b.numbers)
         and np.array_equal(a.pbc, b.pbc)
@@ -229,6 +232,6 @@ def _same_crystal(a: Atoms, b: Atoms) -> bool:
 
 
 def _moved(a: np.ndarray, b: np.ndarray) -> float:
-    """Å, the largest displacement; inf where a position is not finite."""
+    """The largest displacement, Å; inf if a position is not finite."""
     largest = np.linalg.norm(b - a, axis=1).max(initial=0.0)
     return float(largest) if np.isfinite(largest) else np.inf

@@ -1,7 +1,7 @@
 """The command line ``relaxnet-jax``: arguments and exit codes. `commands` does the work.
 
-Exit codes: 0 done, 1 done in part (relax, reproduce), 2 bad input (one line on stderr says what and how
-to mend it), 130 interrupted, 143 stopped by SIGTERM with a checkpoint.
+Exit codes: 0 done, 1 partly done (relax, reproduce), 2 bad input (one line on stderr says what is wrong
+and how to fix it), 130 interrupted, 143 stopped by SIGTERM with a checkpoint.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ MOVED = "data.path=FILE: where the run's data lie by now; they are known by thei
 
 
 class _Parser(argparse.ArgumentParser):
-    """Complains on one line, the way all other errors are told."""
+    """Reports errors on one line, like all other errors."""
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message}; see {self.prog} --help")
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit code.
 
     Args:
-      argv: the arguments after the program's name; those of the process by default.
+      argv: the arguments after the program's name; by default those of the process.
     """
     given = list(sys.argv[1:] if argv is None else argv)
     if not given:
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nrelaxnet-jax: interrupted", file=sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:  # the reader of the output went away, e.g. head
+    except BrokenPipeError:  # the reader of the output has exited, e.g. head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _module(run: str) -> ModuleType:
-    """The module that has the function of this name."""
+    """The module that defines the function of this name."""
     from relaxnet_jax import benchmark_commands, commands, data_commands
 
     by_prefix = {"data_": data_commands, "benchmark_": benchmark_commands}

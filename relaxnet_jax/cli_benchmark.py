@@ -7,7 +7,7 @@ import argparse
 from relaxnet_jax.cli_data import command
 from relaxnet_jax.relaxation.minima import WRONG_MINIMUM, WRONG_MINIMUM_WHOLE
 
-# The parts of `benchmark.speed` and `benchmark.peers`, which are not imported here: they start JAX.
+# The parts of `benchmark.speed` and `benchmark.peers`, which are not imported here because that starts JAX.
 SPEED_PARTS = ("steps", "atoms", "frames", "training")
 PEER_PARTS = ("torch", "chgnet", "torch-sim")
 

@@ -6,7 +6,7 @@ import argparse
 
 from relaxnet_jax.cli_data import add_set, command
 
-# The names of `reproduce.registry`, which is not imported here: it starts JAX.
+# The names in `reproduce.registry`, which is not imported here because that starts JAX.
 NAMES = (
     *(f"table{k}" for k in range(1, 7)),
     *("fig3a", "fig3b", "fig3c", "figA1", "figA2", "figA3"),
@@ -22,7 +22,7 @@ exit codes: 0 done; 1 some experiments could not be done; 2 bad input; 143 stopp
 def add_reproduce(commands) -> None:
     text = "measure what the paper claims: its tables and figures on your data"
     p = command(commands, "reproduce", "reproduce", text)
-    # The names first: options that take several values would swallow them.
+    # The names come first: options that take several values would swallow them.
     p.usage = "relaxnet-jax reproduce NAME [NAME ...] --data SET.h5 [options]"
     p.epilog = EPILOG
     p.formatter_class = argparse.RawDescriptionHelpFormatter

@@ -1,7 +1,7 @@
-"""What the commands of `cli` do. Each takes the parsed arguments and returns an exit code.
+"""The commands of `cli`. Each takes the parsed arguments and returns an exit code.
 
-Results go to stdout, progress and remarks to stderr. Imports that start JAX come after
-`runtime.enable_compilation_cache`, inside the functions.
+Results go to stdout, progress and remarks to stderr. Imports that start JAX are inside the
+functions, after `runtime.enable_compilation_cache`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from relaxnet_jax.runtime import (
 )
 
 SOME_LEFT_OUT = 1
-TERMINATED = 143  # as shells say it of a process that SIGTERM ended
+TERMINATED = 143  # the shell's exit code of a process ended by SIGTERM
 
 if TYPE_CHECKING:
     from relaxnet_jax.data.trajectory import RelaxationTrajectory
@@ -70,7 +70,7 @@ def train(args: argparse.Namespace) -> int:
 
 
 def _run_of(args: argparse.Namespace) -> tuple[Config, Path]:
-    """Config and workdir of a training run: those given, or the run's own on --resume."""
+    """Config and workdir of a training run: as given, or the run's own with --resume."""
     if args.config:
         config = load_config(args.config, args.set)
         return config, Path(args.workdir or Path("runs", config.name))
@@ -144,7 +144,7 @@ def evaluate(args: argparse.Namespace) -> int:
 
         try:
             errors = calibration.committee_errors([m.comparisons for m in members])
-        except InputError as error:  # the table stands without it
+        except InputError as error:  # the table is valid without it
             note(f"no calibration: {error}")
             calibration.remove_calibration(out)
         else:
@@ -159,7 +159,7 @@ def evaluate(args: argparse.Namespace) -> int:
 
 
 def _moved(args: argparse.Namespace) -> str | None:
-    """Where a run's data lie by now: data.path of ``--set``, which takes nothing else there."""
+    """Current path of a run's data: data.path from ``--set``, which accepts nothing else here."""
     given = dict(map(parse_override, args.set))
     if other := ", ".join(given.keys() - {"data.path"}):
         raise InputError(
@@ -204,7 +204,7 @@ def predict(args: argparse.Namespace) -> int:
     results, useless = files.sorted_out(predicted)
     left_out = unreadable + failed + useless
     for failure in (*failed, *useless):
-        if results or failure is not left_out[0]:  # or the error says it
+        if results or failure is not left_out[0]:  # else the error below reports it
             note(f"left out: {failure}")
     if not results:
         more = f" (and {len(left_out) - 1} more left out)" if len(left_out) > 1 else ""
@@ -237,7 +237,7 @@ def info(args: argparse.Namespace) -> int:
     from relaxnet_jax.model_facts import facts
 
     for folder in member_folders(args.model):
-        config = load_model(folder).config  # complains of what is missing or damaged
+        config = load_model(folder).config  # raises if anything is missing or damaged
         say(str(folder))
         told = facts(config, json.loads((folder / "model.json").read_text(encoding="utf-8")))
         width = max(map(len, told))
@@ -247,7 +247,7 @@ def info(args: argparse.Namespace) -> int:
 
 
 def config(args: argparse.Namespace) -> int:
-    """``relaxnet-jax config``: a whole configuration, as a run's config.json has it."""
+    """``relaxnet-jax config``: a complete configuration, as in a run's config.json."""
     say(to_json(load_config(args.config, args.set)))
     return 0
 
@@ -299,7 +299,7 @@ def demo(args: argparse.Namespace) -> int:
 
 
 def _middle(relaxations: list[RelaxationTrajectory]) -> RelaxationTrajectory:
-    """The one of median displacement within the cell."""
+    """The relaxation with the median mean displacement within the cell."""
     import numpy as np
 
     from relaxnet_jax.strain import internal_displacements
@@ -312,7 +312,7 @@ def _middle(relaxations: list[RelaxationTrajectory]) -> RelaxationTrajectory:
 
 
 def _load_members(name: str) -> dict[str, RelaxNet]:
-    """The model of a workdir or of a model folder, or the package's own committee, by names."""
+    """The model of a workdir or model folder, or the committee that comes with the package, by name."""
     from relaxnet_jax.model import load_model, member_folders
 
     if name != PRETRAINED:

@@ -281,8 +281,8 @@ def join(said: Said, members: Mapping[str, RelaxNet]) -> Predicted:
 
     Returns:
       The `mean_path` of the usable predictions, with their `spread` and with the flags of the mean
-      path as judged by the first usable member, followed by flags that name the members that did
-      not converge or were lost. If no prediction is usable, the first one.
+      path as judged by the first usable member, followed by flags for members that did not
+      converge, that disagree or that were lost. If no prediction is usable, the first one.
     """
     lost, usable = dict(said.lost), {}
     for member, one in said.found.items():

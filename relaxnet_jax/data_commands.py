@@ -1,5 +1,6 @@
-"""What the commands ``relaxnet-jax data …`` do. Each takes the parsed arguments and returns an
-exit code. None of them starts JAX.
+"""The commands ``relaxnet-jax data …``. None of them starts JAX.
+
+Each takes the parsed arguments and returns an exit code.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ if TYPE_CHECKING:
 
 
 def _check_new(out: str | Path | None, overwrite: bool) -> None:
-    """InputError where a finished file or set of shards would be replaced unasked.
+    """Raises InputError if a finished file or set of shards would be replaced without --overwrite.
 
-    The functions that write replace what is there; this is for the commands, whose user may not know.
+    The functions that write replace existing files; the commands check first, because their users
+    may not be aware of them.
     """
     if not out and overwrite:
         raise InputError("--overwrite: not alone: also give --out")
@@ -30,7 +32,7 @@ def _check_new(out: str | Path | None, overwrite: bool) -> None:
 
 
 def _finished(out: Path) -> bool:
-    """Whether there is a file, which appears only when it is complete, or a folder of all its shards."""
+    """Whether there is a file, which appears only when it is complete, or a folder with all its shards."""
     from relaxnet_jax.data import TrajectoryStore
 
     if not out.is_dir():
@@ -40,7 +42,7 @@ def _finished(out: Path) -> bool:
     try:
         with TrajectoryStore(out) as store:
             return not store.incomplete
-    except InputError:  # whatever it is, it is not what an import left unfinished
+    except InputError:  # whatever it is, it is not an unfinished import
         return True
 
 
@@ -74,7 +76,7 @@ def data_import(args: argparse.Namespace) -> int:
 
 
 def _imperfect(result: ImportReport) -> str:
-    """What the last line says of runs without their end, or with unconverged ionic steps."""
+    """Part of the last line: counts of unfinished runs and of runs with unconverged ionic steps."""
     counts = {
         "unfinished, with their complete ionic steps": result.unfinished,
         "with electronically unconverged ionic steps": result.at_nelm,

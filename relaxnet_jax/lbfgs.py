@@ -1,13 +1,13 @@
 """L-BFGS minimisation of many structures at once with a model that is a potential.
 
-The optimiser is ASE's `LBFGS`: two-loop recursion, initial inverse Hessian 1/70 Å²/eV, the whole step
-scaled down where an atom would move further than ``max_step``; but pairs of negative curvature, which
-would turn the step uphill, are left out. Structures share batches for energies and forces only: each has
-its own history, ends by its own forces, and makes room for the next then.
+The optimiser is ASE's `LBFGS`: two-loop recursion, initial inverse Hessian 1/70 Å²/eV, and the whole
+step scaled down where an atom would move further than ``max_step``. Unlike ASE's, it leaves out pairs of
+negative curvature, which would turn the step uphill. Structures share batches for energies and forces
+only: each has its own history and its own convergence, and then makes room for the next.
 
 Where cells relax, the coordinates are those of ASE's `UnitCellFilter`: the reference positions y and
 N times the deformation gradient D, with the forces Dᵀ F and -W D⁻ᵀ/N (W = dE/d(strain), eV, in
-the directions in which the cell may be strained). Convergence is by F and W/N.
+the directions in which the cell may be strained). Convergence is judged by F and W/N.
 """
 
 from __future__ import annotations
@@ -44,20 +44,23 @@ FMAX = 0.05  # eV/Å
 MAX_STEP = 0.2  # Å
 STEPS = 500
 HISTORY = 100
-STIFFNESS = 70.0  # eV/Å², of the first step
-SHRINK = 4  # a batch whose padded cost is this many times what is left in it gets a smaller shape
+STIFFNESS = 70.0  # eV/Å², initial Hessian
+SHRINK = 4  # a batch whose padded cost exceeds that of its structures by this factor gets a smaller shape
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Minimisation:
-    """The path of one structure: NumPy, float64; entry 0 is the structure as given.
+    """The path of one structure in k steps (NumPy, float64); entry 0 is the structure as given.
 
     Attributes:
-      positions: (k+1, N, 3) Å. energies: (k+1,) eV, total. forces: (k+1, N, 3) eV/Å, raw: also on
-        fixed atoms. cells: (k+1, 3, 3) Å.
+      positions: (k+1, N, 3) Å.
+      energies: (k+1,) eV, total.
+      forces: (k+1, N, 3) eV/Å, raw: also on fixed atoms.
+      cells: (k+1, 3, 3) Å.
       stresses: (k+1, 6) eV/Å³ in ASE's order; None unless the model's cells relax.
-      converged: whether the largest force (of free atoms, and of the cell) fell below fmax.
-      failure: why it stopped before that, other than for the number of steps; else empty.
+      converged: whether the largest force (on free atoms, and on the cell) fell below fmax.
+      failure: why the minimisation stopped before that, other than at the maximum number of
+        steps; else empty.
     """
 
     positions: np.ndarray
@@ -70,17 +73,18 @@ class Minimisation:
 
     @property
     def steps(self) -> int:
-        """k."""
+        """Number k of steps."""
         return len(self.energies) - 1
 
 
 @dataclasses.dataclass(frozen=True)
 class Minimisations:
-    """Paths in the order of the structures.
+    """Minimisations of several structures.
 
     Attributes:
-      seconds: wall-clock time of all of them without compilation.
-      evaluations: batches evaluated.
+      paths: one for each structure, in their order.
+      seconds: total wall-clock time without compilation.
+      evaluations: number of batches evaluated.
     """
 
     paths: list[Minimisation]
@@ -89,7 +93,7 @@ class Minimisations:
 
 
 def check_potential(model: RelaxNet) -> None:
-    """InputError of a model whose energy cannot be minimised."""
+    """Raises InputError for a model whose energy cannot be minimised."""
     if not model.config.is_potential:
         raise InputError(
             f"dynamics.latent={model.config.dynamics.latent!r}: its energy is no function of the "
@@ -106,18 +110,22 @@ def minimise(
     batch_size: int | None = None,
     progress: Callable[[int], None] = lambda _: None,
 ) -> Minimisations:
-    """Relaxes structures with a model's energy.
+    """Relaxes structures by minimising a model's energy.
 
-    What does not fit in the device's memory together is evaluated in smaller batches; a structure that does not
-    fit alone says so in its ``failure``, and the others go on.
+    Structures that do not fit in the device's memory together are evaluated in smaller batches. A
+    structure that does not fit alone reports this in its ``failure``, and the others continue.
 
     Args:
-      model: of the static or implicit scheme.
-      structures: from `RelaxNet.structure`; fixed atoms stay, cells relax where the structure's may.
-      fmax: eV/Å, largest force of a relaxed structure. steps: at most so many for each.
-      max_step: Å, furthest an atom moves in a step.
+      model: a static or implicit model.
+      structures: from `RelaxNet.structure`; fixed atoms stay, cells relax where the structure allows it.
+      fmax: eV/Å, largest force of a relaxed structure.
+      steps: maximum number of steps for each structure.
+      max_step: Å, largest distance by which an atom moves in one step.
       batch_size: structures evaluated at once; by default 16 on a CPU, 128 on an accelerator.
-      progress: called with the number that are done.
+      progress: called with the number of structures done.
+
+    Returns:
+      The paths, in the order of the structures, and what they cost.
 
     Raises:
       InputError: a model that is no potential, or a batch_size below 1.
@@ -125,11 +133,11 @@ def minimise(
     check_potential(model)
     batch_size = batch_size_of(batch_size)
     start = time.perf_counter()
-    # The largest first: shapes shrink rather than grow.
+    # The largest structures first, so that shapes shrink rather than grow.
     order = sorted(range(len(structures)), key=lambda i: -structures[i].neighbors.n_edges)
     waiting = deque(order)
     active: dict[int, _Descent] = {}
-    begun: dict[int, _Descent] = {}  # that wait for room
+    begun: dict[int, _Descent] = {}  # started, waiting for room in the batch
     done: dict[int, Minimisation] = {}
     batch = _Batch(model, batch_size)
     while waiting or active:
@@ -162,16 +170,16 @@ def minimise(
 
 
 def _longest_row(rows: np.ndarray) -> float:
-    """The largest Euclidean norm of the rows (M, 3)."""
+    """The largest Euclidean norm among the rows (M, 3)."""
     return float(np.linalg.norm(rows, axis=1).max())
 
 
 class _Descent:
-    """One structure on its way down.
+    """The state of one structure's minimisation.
 
     Attributes:
-      structure: with the neighbour list in use, made at some earlier step.
-      x, force: (M, 3) the optimiser's coordinates and forces, see the module's docstring; the
+      structure: the structure as it was when the neighbour list in use was built, with that list.
+      x, force: (M, 3), the optimiser's coordinates and forces, see the module's docstring; the
         force is zero where nothing may move.
     """
 
@@ -180,7 +188,7 @@ class _Descent:
         self.max_step, self.skin = max_step, model.config.graph.skin
         self.relaxes = bool(structure.strain.any())
         self.size = structure.n_atoms
-        self.listed = np.eye(3)  # D at which the neighbour list was made
+        self.listed = np.eye(3)  # D at which the neighbour list was built
         self.x = np.array(structure.positions, np.float64)
         if self.relaxes:
             self.x = np.concatenate([self.x, self.size * np.eye(3)])
@@ -194,26 +202,32 @@ class _Descent:
 
     @property
     def deformation(self) -> np.ndarray:
-        """D (3, 3)."""
+        """Deformation gradient D (3, 3)."""
         return self.x[self.size :] / self.size if self.relaxes else np.eye(3)
 
     @property
     def positions(self) -> np.ndarray:
-        """(N, 3) Å."""
+        """Cartesian positions (N, 3), Å."""
         return self.x[: self.size] @ self.deformation.T if self.relaxes else self.x
 
     @property
     def cell(self) -> np.ndarray:
-        """(3, 3) Å."""
+        """Lattice vectors (3, 3), Å, as rows."""
         return self.origin.cell @ self.deformation.T if self.relaxes else self.origin.cell
 
     @property
     def change(self) -> np.ndarray:
-        """(3, 3), the deformation of the lattice since the neighbour list was made."""
+        """Deformation (3, 3) of the lattice since the neighbour list was built."""
         return self.deformation @ np.linalg.inv(self.listed)
 
     def take(self, energy: float, forces: np.ndarray, virial: np.ndarray | None) -> None:
-        """What the model says of the positions: eV, (N, 3) eV/Å, (3, 3) eV or None."""
+        """Records the model's result at the current positions.
+
+        Args:
+          energy: eV, relative to the composition energy.
+          forces: (N, 3) eV/Å.
+          virial: (3, 3) eV, or None.
+        """
         stress = None
         if virial is not None:
             volume = abs(np.linalg.det(self.cell))
@@ -233,24 +247,30 @@ class _Descent:
             self.failure = "energy or forces are not finite"
 
     def give_up(self, reason: str) -> None:
-        """Ends it where it is; without a single evaluation, with a path of no numbers."""
+        """Ends the minimisation here; if nothing was evaluated yet, energy and forces are NaN."""
         self.failure = reason
         if not self.path:
             forces = np.full((self.size, 3), np.nan)
             self.path.append((self.positions.copy(), np.nan, forces, self.cell, None))
 
     def fmax(self) -> float:
-        """eV/Å, the largest force on a free atom, and of the cell: W/N, as `FrechetCellFilter` and the
-        report of a relaxation have it, whatever the strain. The coordinates' own forces hold D."""
+        """The largest force on a free atom or on the cell, eV/Å.
+
+        The force on the cell is W/N, as in `FrechetCellFilter` and in the report of a relaxation,
+        whatever the strain; the forces on the optimiser's coordinates also contain D.
+        """
         return self.largest
 
     def finished(self, fmax: float, steps: int) -> bool:
-        """Whether there is no further step to take."""
+        """Whether no further step is to be taken."""
         return bool(self.failure) or self.fmax() < fmax or len(self.path) > steps
 
     def step(self) -> bool:
-        """Moves, and makes a new neighbour list where the old one no longer serves; False if it
-        cannot."""
+        """Takes a step, and builds a new neighbour list if the old one is no longer valid.
+
+        Returns:
+          False if no neighbour list can be built.
+        """
         if self.before is not None:
             s, y = self.x - self.before[0], self.before[1] - self.force
             if float((s * y).sum()) > 0:
@@ -307,8 +327,9 @@ def inverse_hessian_times(
     """The L-BFGS step H·force by the two-loop recursion (Nocedal & Wright, algorithm 7.4).
 
     Args:
-      force: (M, 3) eV/Å. pairs: (s, y) of steps (Å) and the fall of the force over them, oldest
-        first, s·y > 0.
+      force: (M, 3) eV/Å.
+      pairs: (s, y) of each step: the step s (Å) and the decrease y of the force over it, with
+        s·y > 0; oldest first.
     """
     q, weights = force.copy(), []
     for s, y in reversed(pairs):
@@ -326,12 +347,13 @@ def _cost(members: Sequence[_Descent]) -> int:
 
 
 class _Batch:
-    """Evaluates structures together; the graph stays on the device while it serves.
+    """Evaluates structures together; the graph stays on the device as long as it is valid.
 
     Attributes:
-      compiling: seconds of calls that compiled. evaluations: calls.
-      too_much: the least cost, of structures together, that did not fit in memory so far.
-      tight: whether a structure alone gets no more room than it needs.
+      compiling: seconds taken by calls that compiled.
+      evaluations: number of calls.
+      too_much: cost of the structures that last did not fit in memory together; infinite before.
+      tight: whether a structure on its own is given no more room than it needs.
     """
 
     def __init__(self, model: RelaxNet, batch_size: int) -> None:
@@ -345,17 +367,17 @@ class _Batch:
         self.too_much, self.tight = np.inf, False
 
     def has_room(self, members: Sequence[_Descent]) -> bool:
-        """Whether as much has not failed to fit in memory."""
+        """Whether structures of this total cost may fit in memory, as far as is known."""
         return self.too_much == np.inf or _cost(members) < self.too_much
 
     def evaluate(self, members: Sequence[_Descent]) -> list[tuple[Any, ...]] | None:
-        """(energy, forces, virial or None) of each; None where they do not fit in memory together."""
+        """(energy, forces, virial or None) of each; None if they do not fit in memory together."""
         try:
             return list(self._evaluate(members))
         except ERRORS as error:
             if not out_of_memory(error):
                 raise
-        # Out here the exception, and the arrays its traceback holds, are gone.
+        # Here, outside the handler, the exception is gone and with it the arrays its traceback holds.
         tried, self.shape, self.graph, self.listed = self.shape, None, None, []
         self.too_much = _cost(members)
         if len(members) == 1 and tried is not None and not self.tight:

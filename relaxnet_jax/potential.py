@@ -1,4 +1,4 @@
-"""Energy -> (energy, forces, virial), always by differentiation."""
+"""From an energy to (energy, forces, virial), always by differentiation."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ from relaxnet_jax.typing import AnyArray, Energies, Forces, Graph, Latent, Param
 
 @storable
 class Evaluation(NamedTuple):
-    """What the network says of a state.
+    """Output of the network for one state.
 
     Attributes:
-      energies: (G,) eV relative to the composition energies. forces: (N, 3) eV/Å.
+      energies: (G,) eV, relative to the composition energies.
+      forces: (N, 3) eV/Å.
       pair: (N, P) pair features of the explicit scheme, else None.
       virial: (G, 3, 3) eV, dE/d(strain), symmetric; None for fixed cells.
     """
@@ -43,16 +44,17 @@ def energies_and_forces(
     latent: Latent,
     deformation: Array | None = None,
 ) -> Evaluation:
-    """Energies of all structures, F = -dE/dx and, of deformed cells, dE/d(strain).
+    """Energies of all structures, F = -dE/dx and, with a deformation, the virial dE/d(strain).
 
-    Explicit scheme: E(x; h) with the latent h held fixed, as in the ODE, where h is a state of
-    its own. Others: E(x) through the whole encoder; ``latent`` is not used.
+    In the explicit scheme the energy is E(x; h) at fixed latent h, as in the ODE, where h is a
+    state of its own. Otherwise it is E(x) through the whole encoder, and ``latent`` is not used.
 
     Args:
-      scale: eV, the training set's energy spread per atom.
-      positions: (N, 3) Å, Cartesian. latent: (N, F), or (N, 0) in the implicit scheme.
-      deformation: (G, 3, 3), the lattices are those of the graph deformed by it; None for the
-        graph's own, without a virial.
+      scale: eV, the energy spread per atom of the training set.
+      positions: (N, 3) Å, Cartesian.
+      latent: (N, F), or (N, 0) in the implicit scheme.
+      deformation: (G, 3, 3), by which the lattices of the graph are deformed; None for the graph's
+        own lattices, without a virial.
 
     Returns:
       Energies relative to the composition energies; raw forces, also on fixed atoms.
@@ -72,7 +74,7 @@ def energies_and_forces(
         return Evaluation(energies, -gradient, pair)
 
     def strained(x, strain):
-        # A strain e moves everything from r to (1 + e) r, on top of the deformation there is.
+        # A strain e moves everything from r to (1 + e) r, on top of the given deformation.
         change = jnp.eye(3, dtype=x.dtype) + symmetric(strain)
         x = deform_positions(change, x, graph.nodes["graph"])
         return energy(deform(graph, change @ deformation), x)
@@ -83,15 +85,15 @@ def energies_and_forces(
     return Evaluation(energies, -gradient, pair, virial)
 
 
-# One for all who evaluate outside a traced program: what one has compiled serves the others.
+# Shared by all callers outside a traced program, so that each shape is compiled only once.
 evaluate = Program(energies_and_forces)
 
 
 def program_kind(network: RelaxNetwork, dtype: Any) -> tuple[Any, ...]:
-    """What `evaluate` depends on besides a batch's shape, see `batching.known_shape`."""
+    """What `evaluate` depends on besides the shape of a batch, see `batching.known_shape`."""
     return "evaluate", network, np.dtype(dtype).name
 
 
 def compiled_shapes() -> int:
-    """How many padded shapes have been compiled for `evaluate` in this process."""
+    """Number of padded shapes for which `evaluate` has been compiled in this process."""
     return evaluate.cache_size()

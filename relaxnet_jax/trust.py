@@ -1,7 +1,7 @@
-"""What speaks against a predicted path: flags, from the path and the model alone.
+"""Trust in a predicted path: flags that warn about it, derived from the path and the model alone.
 
-None of them says how large the error is; each says that something is so which is not so in a good
-prediction. They need no second model and cost nothing beside a prediction.
+No flag says how large the error is; each reports something that does not occur in a good
+prediction. Flags need no second model, and their cost is negligible beside that of a prediction.
 """
 
 from __future__ import annotations
@@ -24,29 +24,31 @@ from relaxnet_jax.strain import deformations
 if TYPE_CHECKING:
     from ase import Atoms
 
-# Of the sum of two covalent radii. The shortest bonds there are, multiple ones to oxygen and
-# nitrogen, come to 0.67 (uranyl) and more.
+# As a fraction of the sum of two covalent radii. The shortest existing bonds, multiple bonds to
+# oxygen and nitrogen, have 0.67 (uranyl) and more.
 MIN_CONTACT = 0.6
-MAX_RISE = 2e-3  # eV/atom; a relaxation's energy only falls
+MAX_RISE = 2e-3  # eV/atom; the energy of a relaxation only falls
 # By how much the means below may leave the range of the training data, as a fraction of its ends.
 MARGIN = 0.1
-MAX_STRETCH = 2.0  # of a cell along any direction, or its inverse; training strains by far less
+MAX_STRETCH = 2.0  # of a cell along any direction, or its inverse; strains in training are far smaller
 VACUUM = 6.0  # Å without an atom along a lattice direction
-AT_REST = 0.05  # eV/Å; forces below need not fall any more
-NOTHING = 0.95  # of doing nothing; errors of positions above have taught a model nothing about them
+AT_REST = 0.05  # eV/Å; forces below this need not fall any further
+# Position error relative to doing nothing, from which on a model has learned nothing about positions.
+NOTHING = 0.95
 
 
 class Flag(NamedTuple):
-    """One thing that speaks against a prediction.
+    """One warning about a prediction.
 
     Attributes:
       name: one of "untrained", "unseen element", "not finite", "skin exceeded",
         "cell strained too far", "atoms too close", "atoms fly apart", "energy rises",
         "forces do not fall", "density", "coordination", "all atoms fixed", "vacuum strained",
-        "constraints ignored", "constraints fail", "no forces", "cell force unknown", "no charges", "not converged",
-        "no better than nothing"; of a committee "members disagree", "member lost".
+        "constraints ignored", "constraints fail", "no forces", "cell force unknown", "no charges",
+        "not converged", "no better than nothing"; for a committee also "members disagree",
+        "member lost".
       detail: one line with the numbers.
-      unusable: the final geometry should not be used, not even as a start.
+      unusable: whether the final geometry should not be used, not even as a starting point.
     """
 
     name: str
@@ -57,15 +59,15 @@ class Flag(NamedTuple):
 def trust_flags(
     path: RelaxationTrajectory, model: RelaxNet, skin: float | None = None, approached: float = 0.0
 ) -> tuple[Flag, ...]:
-    """All flags of a predicted path, the gravest first; empty where nothing speaks against it.
+    """All flags of a predicted path, the most severe first; empty if there is nothing to warn about.
 
     Args:
-      path: predicted, n frames.
-      model: that predicted it.
-      skin: Å, of the neighbour list it was predicted with; None where that is not known, as of a path that
-        `relax` has judged by it already, and of the mean of several paths.
-      approached: Å, how much two atoms have approached, where that is known of more than the path's
-        frames: of the solver's stages.
+      path: predicted path of n frames.
+      model: the model that predicted it.
+      skin: Å, of the neighbour list that was used for the prediction; None where it is unknown, as
+        for paths that `relax` has already checked with it and for means of several paths.
+      approached: Å, by how much two atoms have approached each other, where this is known for more
+        than the frames of the path, i.e. for the stages of the solver.
     """
     flags = [*_elements(path, model), *_score(model)]
     values = (path.positions, path.energies, path.forces)
@@ -76,7 +78,7 @@ def trust_flags(
     around: list[Flag] = []
     try:
         close, around = contact_flag(path), list(_surroundings(path, model))
-    except InputError as error:  # of atoms that fly apart no neighbours can be found
+    except InputError as error:  # no neighbours can be found for atoms that fly apart
         close = Flag("atoms fly apart", str(error), True)
     for found in (missed, _stretch(path), close, _rise(path), _forces(path), *around):
         if found is not None:
@@ -98,16 +100,16 @@ def trust_flags(
     return tuple(sorted(flags, key=lambda flag: not flag.unusable))
 
 
-NOT_CONVERGED = "not converged"  # of a static model, whose minimisation ended before fmax
-# Flags by which it is not known whether a structure is at rest.
+NOT_CONVERGED = "not converged"  # a static model's minimisation ended above fmax
+# With these flags it is unknown whether a structure is at rest.
 UNKNOWN_FORCES = ("no forces", "cell force unknown")
 
 
 def constraint_flags(atoms: Atoms, path: RelaxationTrajectory) -> tuple[Flag, ...]:
-    """Flags where atoms have constraints of which the model knows nothing, the gravest first.
+    """Flags for constraints of the atoms that the model does not handle, the most severe first.
 
-    ASE applies them when the atoms are moved to the end of the path; where it cannot, or puts atoms
-    too close, the prediction is unusable.
+    ASE applies the constraints when the atoms are moved to the end of the path. If it cannot, or if
+    they bring atoms too close together, the prediction is unusable.
     """
     fixed, _ = held_atoms(atoms)
     ignored = set()
@@ -134,18 +136,18 @@ def constraint_flags(atoms: Atoms, path: RelaxationTrajectory) -> tuple[Flag, ..
         return (Flag("constraints fail", f"{names} cannot be satisfied: {failure}", True), told)
     try:
         close = _contact(path.atomic_numbers, moved.positions, moved.cell.array, path.pbc)
-    except InputError:  # `trust_flags` says so of the path
+    except InputError:  # `trust_flags` reports this for the path
         close = None
     return (close, told) if close else (told,)
 
 
 def unusable(flags: tuple[Flag, ...]) -> bool:
-    """Whether one of them forbids using the final geometry."""
+    """Whether any of the flags rules out using the final geometry."""
     return any(flag.unusable for flag in flags)
 
 
 def _score(model: RelaxNet) -> Iterator[Flag]:
-    """A flag of models that on their own validation split do no better than the initial structures."""
+    """A flag for models whose positions on their own validation split are no better than doing nothing."""
     score = json.loads(model.statistics).get("validation", {}).get("positions_over_nothing", 0.0)
     if score >= NOTHING:
         text = (
@@ -185,8 +187,10 @@ def _stretch(path: RelaxationTrajectory) -> Flag | None:
 
 
 def contact_flag(path: RelaxationTrajectory) -> Flag | None:
-    """A flag where two atoms of the last frame are nearer than `MIN_CONTACT` of the sum of their
-    covalent radii, periodic images included; None if none are."""
+    """A flag if two atoms of the last frame, or their periodic images, are too close; else None.
+
+    Too close means nearer than `MIN_CONTACT` times the sum of their covalent radii.
+    """
     return _contact(path.atomic_numbers, path.positions[-1], path.cells[-1], path.pbc)
 
 
@@ -221,14 +225,16 @@ def _forces(path: RelaxationTrajectory) -> Flag | None:
 
 
 def surroundings(positions, cell, pbc, config: Config) -> dict[str, float]:
-    """How an atom is surrounded, means over the atoms of a structure.
+    """Numbers of neighbours per atom, averaged over the atoms of a structure.
 
     Args:
-      positions: (N, 3) Å. cell: (3, 3) Å. pbc: (3,) bool.
-      config: its ranges, with their skins.
+      positions: (N, 3) Å.
+      cell: (3, 3) Å.
+      pbc: (3,) bool.
+      config: configuration whose cutoffs, with their skins, are the ranges.
 
     Returns:
-      density: neighbours within the range of pairs. coordination: within that of triplets.
+      "density": neighbours within the range of pairs; "coordination": within the range of triplets.
     """
     graph = config.graph
     _, _, _, lengths = pairs_within(positions, cell, pbc, graph.cutoff + graph.skin)
@@ -240,7 +246,7 @@ def surroundings(positions, cell, pbc, config: Config) -> dict[str, float]:
 
 
 def _vacuum(path: RelaxationTrajectory) -> Iterator[Flag]:
-    """A flag where a cell has relaxed along directions in which it holds vacuum."""
+    """A flag if the cell has relaxed along directions that contain vacuum."""
     if not path.variable_cell:
         return
     inverse, found = np.linalg.pinv(path.cells[0]), []
@@ -260,8 +266,10 @@ def _vacuum(path: RelaxationTrajectory) -> Iterator[Flag]:
 
 
 def _surroundings(path: RelaxationTrajectory, model: RelaxNet) -> Iterator[Flag]:
-    """Flags where density or coordination lie outside those of the training data's first frames,
-    which models carry since there are such flags."""
+    """Flags for a density or coordination outside the range of the first frames of the training data.
+
+    Models without that range, trained before these flags existed, get none.
+    """
     known = json.loads(model.statistics).get("surroundings")
     if not known:
         return
