@@ -1,4 +1,4 @@
-"""What commands write: results to stdout, remarks and progress to stderr."""
+"""Output of the commands: results to stdout, remarks and progress to stderr."""
 
 from __future__ import annotations
 
@@ -13,36 +13,36 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.console import Console
 
-WIDE = 200  # columns: a file or a pipe is as wide as tables need, not as wide as rich's default
-PERIOD = 30.0  # s, between lines on progress in a log
+WIDE = 200  # columns of tables in a file or pipe, where rich's default would be too narrow
+PERIOD = 30.0  # s, between progress lines in a log
 COMPILING = "compiling (first time for this size)…"
 
 
 def q(path: str | Path) -> str:
-    """A path as a shell takes it."""
+    """The path quoted for a shell."""
     return shlex.quote(str(path))
 
 
 def printable(text: str) -> str:
-    """Text that UTF-8 can hold: bytes of a file's name that it cannot come as ``\\xfc``."""
+    """The text with what UTF-8 cannot encode, such as bytes in file names, escaped as ``\\xfc``."""
     try:
         return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-    except UnicodeEncodeError:  # half a character, which no file name gives
+    except UnicodeEncodeError:  # half a surrogate pair, which does not occur in file names
         return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def say(line: str) -> None:
-    """A line of the result."""
+    """Prints a line of the result to stdout."""
     print(printable(line), flush=True)
 
 
 def note(line: str) -> None:
-    """A remark."""
+    """Prints a remark to stderr."""
     print(printable(line), file=sys.stderr, flush=True)
 
 
 def result_console() -> Console:
-    """For tables on stdout: as wide as the terminal, `WIDE` where there is none (pipes, SLURM logs)."""
+    """Console for tables on stdout, as wide as the terminal, or `WIDE` without one (pipes, SLURM logs)."""
     from rich.console import Console
 
     console = Console(highlight=False)
@@ -51,7 +51,7 @@ def result_console() -> Console:
 
 @contextmanager
 def status(text: str) -> Iterator[None]:
-    """A spinner while something of unknown length happens; nothing where stderr is no terminal."""
+    """Shows a spinner during work of unknown length; nothing if stderr is not a terminal."""
     from rich.console import Console
 
     with Console(stderr=True).status(text):
@@ -60,11 +60,15 @@ def status(text: str) -> Iterator[None]:
 
 @contextmanager
 def bar(text: str, total: int, first: str = "") -> Iterator[Callable[[int], None]]:
-    """A progress bar on stderr; yields a function to call with the number done. Where stderr is no
-    terminal, a line every `PERIOD` seconds says how many are done, and how long the others take.
+    """Shows a progress bar on stderr; yields a function to call with the number done.
+
+    If stderr is not a terminal, a line every `PERIOD` seconds says how many are done and how long
+    the rest will take.
 
     Args:
-      first: in place of the text until something is done, if that takes longer than the rest.
+      text: what is counted.
+      total: number to do.
+      first: shown instead of ``text`` until the first is done, if that takes longer than the others.
     """
     from rich.console import Console
     from rich.progress import (
@@ -93,7 +97,7 @@ def bar(text: str, total: int, first: str = "") -> Iterator[Callable[[int], None
 
 
 def _lines(text: str, total: int) -> Callable[[int], None]:
-    """What `bar` yields for a log."""
+    """The function that `bar` yields if stderr is not a terminal: it prints lines."""
     begin = last = time.monotonic()
 
     def advance(done: int) -> None:
@@ -109,7 +113,7 @@ def _lines(text: str, total: int) -> Callable[[int], None]:
 
 @contextmanager
 def lazy_bar(text: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar whose total is known only later; yields a function of (done, total)."""
+    """Shows a progress bar whose total is known only later; yields a function of (done, total)."""
     with ExitStack() as stack:
         advances: list[Callable[[int], None]] = []
 

@@ -1,8 +1,8 @@
-"""Traced programs kept on disk: a second process neither traces nor compiles them again.
+"""Traced programs cached on disk, so that a second process neither traces nor compiles them again.
 
-XLA's cache of compiled programs is found by the program, which takes Python seconds to trace: for one
-prediction longer than everything else. What is kept here is the traced program itself (StableHLO, as
-`jax.export` writes it), found by all that it depends on.
+XLA's cache of compiled programs is keyed by the program, which takes Python seconds to trace: for a
+single prediction, longer than everything else. This module caches the traced program itself
+(StableHLO, as written by `jax.export`), keyed by everything it depends on.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from relaxnet_jax.errors import InputError
 
 log = logging.getLogger(__name__)
 
-FOLDER = "traced"  # within that of compiled programs
+FOLDER = "traced"  # within the folder of compiled programs
 SUFFIX = ".stablehlo"
-KEPT = 200  # files, the last used
+KEPT = 200  # maximum number of files; the most recently used are kept
 _DIGEST = 32  # bytes
 _Kind = TypeVar("_Kind", bound=type)
-# What the packages of the network's own code make of it when it is traced.
+# Packages whose versions affect what tracing the network's code produces.
 _TRACERS = ("jax", "jaxlib", "flax", "diffrax", "equinox", "e3nn-jax", "jraph")
 
 
@@ -46,19 +46,19 @@ def _digest_code() -> str:
     return digest.hexdigest()
 
 
-# Of the code that is traced, this package's and the versions of others, as it was imported.
+# Digest of the code that is traced, as imported: that of this package, and the versions of others.
 CODE = _digest_code()
 
 
 def storable(kind: _Kind) -> _Kind:
-    """Decorates NamedTuples that a `Program` returns."""
+    """Class decorator for NamedTuples that a `Program` returns."""
     name = f"{kind.__module__}.{kind.__name__}"
     jax.export.register_namedtuple_serialization(kind, serialized_name=name)
     return kind
 
 
 class _Signature(NamedTuple):
-    """What a traced program depends on, besides code."""
+    """What a traced program depends on besides code."""
 
     static: Any
     tree: Any
@@ -70,7 +70,7 @@ _programs: weakref.WeakSet[Program] = weakref.WeakSet()
 
 
 def forget() -> None:
-    """Has all programs looked for on disk again, as `jax.clear_caches` has them compiled again."""
+    """Makes all programs be looked up on disk again, as `jax.clear_caches` makes them be recompiled."""
     for program in _programs:
         program._known.clear()
 
@@ -83,23 +83,23 @@ class _Known(NamedTuple):
 
 
 class Program:
-    """A pure function, compiled; its traced form is kept where compiled programs are.
+    """A compiled pure function whose traced form is stored beside JAX's compiled programs.
 
-    Where JAX has no folder for compiled programs (see `runtime.enable_compilation_cache`), where the
-    arguments are being traced themselves, where the program calls back to Python, and where JAX is
-    told to look for values that are not finite, not to compile, or to run elsewhere than on its default
-    platform, it is `jax.jit` alone.
+    It is plain `jax.jit` if JAX has no folder for compiled programs (see
+    `runtime.enable_compilation_cache`), if the arguments are themselves being traced, if the
+    program calls back to Python, or if JAX is configured to check for non-finite values, not to
+    compile, or to run on a platform other than its default.
 
     Args:
-      function: of a static argument (hashable, and its repr tells it apart from all others) and of
-        trees of arrays, to a tree of arrays; NamedTuples in it are `storable`.
+      function: takes a static argument (hashable, with a repr that is unique to its value) and
+        trees of arrays, and returns a tree of arrays; NamedTuples in the result are `storable`.
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
         functools.update_wrapper(self, function)
         self.function = function
         self._compiled: Any = jax.jit(function, static_argnums=0)
-        self._known: dict[_Signature, _Known | None] = {}  # None: it cannot be kept
+        self._known: dict[_Signature, _Known | None] = {}  # None: cannot be stored
         _programs.add(self)
 
     def __call__(self, static: Any, *args: Any) -> Any:
@@ -109,14 +109,17 @@ class Program:
         return self._compiled(static, *args) if known is None else known.compiled(*leaves)
 
     def inline(self, static: Any, *args: Any) -> Any:
-        """Its result as a part of a program that is being traced (`jax.jit`, `jax.pmap`), for whose sake
-        what is kept is not traced again; it can be neither differentiated nor vectorised."""
+        """Its result as part of a program that is being traced (`jax.jit`, `jax.pmap`).
+
+        A stored program is inserted without being traced again. The result can be neither
+        differentiated nor vectorised.
+        """
         leaves, tree = jax.tree.flatten(args)
         known = self._look_up(static, leaves, tree)
         return self.function(static, *args) if known is None else known.exported.call(*leaves)
 
     def shapes(self, static: Any, *args: Any) -> Any:
-        """Shapes and types of its result (`jax.ShapeDtypeStruct`), which is not computed."""
+        """Shapes and types of its result (`jax.ShapeDtypeStruct`), without computing it."""
         leaves, tree = jax.tree.flatten(args)
         known = self._look_up(static, leaves, tree)
         if known is None:
@@ -125,12 +128,12 @@ class Program:
         return jax.tree.unflatten(known.exported.out_tree, shapes)
 
     def cache_size(self) -> int:
-        """How many kinds of arguments it has been called with in this process."""
+        """Number of kinds of arguments it has been called with in this process."""
         kept = sum(known is not None for known in self._known.values())
         return kept + self._compiled._cache_size()
 
     def _look_up(self, static: Any, leaves: list[Any], tree: Any) -> _Known | None:
-        """What is kept for such arguments, traced if need be; None where nothing can be kept."""
+        """The stored program for such arguments, traced if necessary; None if none can be stored."""
         folder = _folder()
         if folder is None or _elsewhere(leaves):
             return None
@@ -150,7 +153,7 @@ class Program:
         exported = _read(path)
         if exported is None:
             exported = self._trace(signature)
-            if _digest_code() == CODE:  # files changed since they were imported have other programs
+            if _digest_code() == CODE:  # files that changed since their import make other programs
                 _write(path, exported)
         return exported
 
@@ -177,16 +180,16 @@ class Program:
 
 
 def _settings() -> tuple[Any, ...]:
-    """What JAX is told about tracing, and for which platform it traces."""
+    """The platform and the settings of JAX that tracing depends on."""
     c: Any = jax.config
     precision = c.jax_default_matmul_precision
     return jax.default_backend(), c.jax_enable_x64, precision, c.jax_numpy_dtype_promotion
 
 
 def _elsewhere(leaves: list[Any]) -> bool:
-    """Whether arguments are bound for another platform than the one that programs are exported for."""
+    """Whether arguments are bound to a platform other than the one that programs are exported for."""
     platform = jax.default_backend()
-    if platform == "cpu":  # there is no other
+    if platform == "cpu":  # there is no other platform
         return False
     config: Any = jax.config
     asked = config.jax_default_device
@@ -197,7 +200,7 @@ def _elsewhere(leaves: list[Any]) -> bool:
 
 
 def _folder() -> Path | None:
-    """Where traced programs are kept; None if nowhere."""
+    """The folder of traced programs; None if they are not stored."""
     c: Any = jax.config
     compiled = c.jax_compilation_cache_dir
     if not compiled or "://" in str(compiled) or not c.jax_enable_compilation_cache:
@@ -210,25 +213,25 @@ def _folder() -> Path | None:
 
 
 def _read(path: Path) -> jax.export.Exported | None:
-    """The program in a file; None if there is none, or no whole one."""
+    """The program in a file; None if there is none or it is damaged."""
     try:
         content = path.read_bytes()
         digest, packed = content[:_DIGEST], content[_DIGEST:]
-        # A damaged program could take the process down with it.
+        # A damaged program could crash the process.
         if hashlib.sha256(packed).digest() != digest:
             return None
-        with contextlib.suppress(OSError):  # a folder that others may only read
+        with contextlib.suppress(OSError):  # a read-only folder
             path.touch()
         return jax.export.deserialize(bytearray(zlib.decompress(packed)))
     except OSError:
         return None
-    except Exception as error:  # of another build of JAX under the same version
+    except Exception as error:  # written by another build of JAX with the same version
         log.debug("%s: cannot be read, traced again: %s", path, error)
         return None
 
 
 def _write(path: Path, exported: jax.export.Exported) -> None:
-    """Keeps a program, and the last used others; without a word where nothing can be written."""
+    """Stores a program and removes the least recently used; silently does nothing if it cannot write."""
     packed = zlib.compress(bytes(exported.serialize()), 1)
     try:
         with atomic_path(path) as temporary:

@@ -1,4 +1,4 @@
-"""Settings of the process that must stand before JAX starts."""
+"""Settings of the process that must be made before JAX starts."""
 
 from __future__ import annotations
 
@@ -12,44 +12,44 @@ if TYPE_CHECKING:
     from relaxnet_jax.config import Config
 
 CACHE_VARIABLE = "RELAXNET_JAX_CACHE"
-LEAST_SHARE = 4  # structures of a batch on a core; with fewer a step takes about as long
-MIN_COMPILE_SECONDS = 1.0  # what compiles faster is not worth a file
-MOST_SHARES = 8  # cores of a CPU that batches of predictions are spread over
-# XLA's options where a CPU's cores are devices of their own: a program that also spreads its operations
-# over threads would have them wait for each other.
+LEAST_SHARE = 4  # structures of a batch per core; with fewer, a step takes about as long
+MIN_COMPILE_SECONDS = 1.0  # programs that compile faster are not worth a file
+MOST_SHARES = 8  # maximum number of CPU cores over which batches of predictions are spread
+# XLA's options where each core of a CPU is a device: threads of programs that also spread their
+# operations over several threads would wait for each other.
 ONE_THREAD = {"xla_cpu_multi_thread_eigen": False}
 
 
 def cache_folder() -> Path:
-    """The user's cache folder of this package; the variable RELAXNET_JAX_CACHE overrides it."""
+    """The user's cache folder for this package; the variable RELAXNET_JAX_CACHE overrides it."""
     import platformdirs
 
     return Path(os.environ.get(CACHE_VARIABLE) or platformdirs.user_cache_dir("relaxnet_jax"))
 
 
 def usable_cores() -> int:
-    """Cores this process may use, by affinity and by the limits of its container."""
+    """Number of cores this process may use, given its affinity and the limits of its container."""
     import joblib
 
     return joblib.cpu_count()
 
 
 def enable_compilation_cache() -> Path | None:
-    """Quiets XLA's log and keeps what it compiles on disk for the next process.
+    """Quiets XLA's log and stores compiled programs on disk for later processes.
 
-    Call it before anything else imports JAX or diffrax, which read their variables then.
-    Settings already there (``TF_CPP_MIN_LOG_LEVEL``, ``EQX_ON_ERROR``,
+    Call it before anything else imports JAX or diffrax, which read their environment variables on
+    import. Existing settings (``TF_CPP_MIN_LOG_LEVEL``, ``EQX_ON_ERROR``,
     ``JAX_COMPILATION_CACHE_DIR``) are respected.
 
     Returns:
-      The folder of compiled programs, None if it cannot be written (JAX then does without).
+      The folder of compiled programs; None if it cannot be written (JAX then works without it).
     """
     # Level 2 still prints two screenfuls for every program loaded from the cache on a CPU, about
-    # tuning hints that it takes for missing features; what matters reaches Python as exceptions.
+    # tuning hints that it mistakes for missing features; real errors reach Python as exceptions.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    # By default diffrax raises from inside a compiled program, through a Python callback, and
-    # JAX caches no program that holds one. A solve that fails gives NaN instead, which
-    # training skips and reports and prediction leaves out.
+    # By default diffrax raises from inside a compiled program through a Python callback, and
+    # JAX caches no program that contains one. With "nan", a failed solve gives NaN, which
+    # training skips and reports and which prediction leaves out.
     os.environ.setdefault("EQX_ON_ERROR", "nan")
     import jax
 
@@ -71,14 +71,19 @@ def enable_compilation_cache() -> Path | None:
 
 
 def batch_shares(config: Config, devices: int | None = None) -> int:
-    """In how many parts the cores of a CPU share a batch of a training run; starts JAX's devices.
+    """Number of parts in which the cores of a CPU share a training batch; starts JAX's devices.
 
-    Has JAX see the CPU as so many devices, each a core for programs of one thread: small programs
-    keep no two cores busy, but several of them do. 1 where JAX runs on something else, has started
-    already, or was told by XLA_FLAGS how many to see.
+    Makes JAX see the CPU as this many devices, each a core for single-threaded programs: a small
+    program cannot keep two cores busy, but several of them can.
 
     Args:
-      devices: how many are asked for, which are made of a CPU's cores, but have batches of their own.
+      config: the configuration of the run.
+      devices: number of devices asked for; they are made from a CPU's cores as well, but each has
+        its own batches instead of a share.
+
+    Returns:
+      The number of parts; 1 if ``devices`` is given, if the solver is not rk4, or if JAX runs on
+      something else, has already started, or was told the number of devices by XLA_FLAGS.
 
     Raises:
       InputError: see `check_devices`.
@@ -86,7 +91,7 @@ def batch_shares(config: Config, devices: int | None = None) -> int:
     import jax
 
     shared = False
-    if config.dynamics.solver == "rk4":  # others run on one device
+    if config.dynamics.solver == "rk4":  # other solvers run on one device
         cores = usable_cores()
         wanted = min(cores, config.train.batch_size // LEAST_SHARE) if devices is None else devices
         shared = wanted <= cores and _split_cpu(wanted)
@@ -97,7 +102,7 @@ def batch_shares(config: Config, devices: int | None = None) -> int:
 
 
 def share_cores() -> None:
-    """Starts JAX's devices; of a CPU several, see `batch_shares`, to which predictions go batch by batch.
+    """Starts JAX's devices; a CPU becomes several (see `batch_shares`), with batches of their own each.
 
     Raises:
       InputError: see `check_devices`.
@@ -107,14 +112,18 @@ def share_cores() -> None:
 
 
 def _split_cpu(parts: int) -> bool:
-    """Whether JAX, which must not have started, will see the CPU as so many devices, two or more."""
+    """Makes JAX, if not yet started, see the CPU as ``parts`` devices.
+
+    Returns:
+      Whether it will, with at least two devices.
+    """
     import jax
 
     if parts < 2 or "host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
         return False
     try:
         jax.config.update("jax_num_cpu_devices", parts)
-    except RuntimeError:  # it has started
+    except RuntimeError:  # JAX has already started
         return False
     return True
 
@@ -123,16 +132,16 @@ def check_devices(n: int | None) -> None:
     """Starts JAX's devices.
 
     Args:
-      n: how many local devices are wanted; None takes what there is.
+      n: number of local devices wanted; None for those available.
 
     Raises:
-      InputError: there are fewer, or the platform JAX_PLATFORMS names is not there.
+      InputError: there are fewer, or the platform named by JAX_PLATFORMS is not available.
     """
     import jax
 
     try:
         found = jax.local_device_count()
-    # JAX itself asserts where JAX_PLATFORMS is cuda alone and no plugin is installed.
+    # JAX raises an AssertionError if JAX_PLATFORMS is just cuda and no plugin is installed.
     except (RuntimeError, AssertionError) as error:
         reason = " ".join(str(error).split()) or "none for JAX_PLATFORMS"
         raise InputError(

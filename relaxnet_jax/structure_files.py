@@ -1,4 +1,4 @@
-"""Structure files in, predicted trajectories out: what ``relaxnet-jax predict`` and ``relax`` share."""
+"""Reading structure files and writing trajectories, for ``relaxnet-jax predict`` and ``relax``."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
     from relaxnet_jax.predict import Judged
     from relaxnet_jax.trust import Flag
 
-FULL = 1e-3  # by how much an occupancy may differ from 1
+FULL = 1e-3  # largest deviation of a full occupancy from 1
 Say = Callable[[str], None]
 
 
 class Failure(NamedTuple):
-    """What could not be done; as text ``name: reason``, one line."""
+    """A structure that could not be processed, and why; as text, one line ``name: reason``."""
 
     name: str
     reason: str
@@ -41,9 +41,9 @@ class Predicted(NamedTuple):
     """A predicted trajectory.
 
     Attributes:
-      path: of a committee the mean.
-      flags: what speaks against it, see `trust.trust_flags`.
-      spread: of the committee; None without one.
+      path: the predicted path; for a committee, the mean path.
+      flags: warnings about it, see `trust.trust_flags`.
+      spread: disagreement of the committee's members; None without a committee.
     """
 
     path: RelaxationTrajectory
@@ -56,9 +56,11 @@ class Options(NamedTuple):
 
     Attributes:
       relax_cell: whether cells relax, if the model was trained for that.
-      fmax: eV/Å. steps: at most. Both of the minimisation with a static model, which predicts no
+      fmax: eV/Å, largest force at the end of a minimisation with a static model, which predicts no
         path of its own.
-      batch_size: structures at once, None for what suits the device (`memory.batch_size_of`).
+      steps: maximum number of steps of such a minimisation.
+      batch_size: structures predicted at once; None for a default that suits the device
+        (`memory.batch_size_of`).
     """
 
     relax_cell: bool = True
@@ -71,21 +73,21 @@ DEFAULT = Options()
 
 
 def check_output(out: Path, source: Path) -> None:
-    """InputError unless ``out`` is of a format we write, and not the file that is read."""
+    """Raises InputError unless ``out`` has a format we write and is not the file that is read."""
     if out.resolve() == source.resolve():
         raise InputError(f"{out}: is also read; choose another --out")
     output_form(out)
 
 
 def holds_many(out: Path) -> bool:
-    """Whether the format takes the frames of several structures."""
+    """Whether the format can hold the frames of several structures."""
     return out.suffix in MANY
 
 
 def read_images(path: Path) -> list[Atoms | str]:
-    """Every image of a file; a complaint, one line, in place of one that cannot be read.
+    """Every image of a file, with a one-line error message in place of images that cannot be read.
 
-    Damage that hides the rest of the file is the last complaint.
+    If damage makes the rest of the file unreadable, the last message says so.
 
     Raises:
       InputError: nothing in the file can be read.
@@ -114,7 +116,7 @@ def read_images(path: Path) -> list[Atoms | str]:
 
 
 def _reason(path: Path, error: Exception) -> str:
-    """What an exception of ASE's readers means, on one line: some are bare."""
+    """The meaning of an exception from ASE's readers, on one line: some exceptions have no message."""
     from ase.io.formats import UnknownFileTypeError
 
     suffix = path.suffix.lower().lstrip(".")
@@ -128,9 +130,9 @@ def _reason(path: Path, error: Exception) -> str:
 
 
 def disorder(atoms: Atoms) -> str:
-    """What is wrong with sites that several elements, or none, may take; empty if there are none.
+    """Error message for partially occupied sites; empty if there are none.
 
-    ASE puts the likeliest element on such a site and keeps the occupancies aside.
+    ASE puts the most likely element on such a site and stores the occupancies separately.
     """
     sites = atoms.info.get("occupancy")
     for site, shares in sites.items() if isinstance(sites, dict) else ():
@@ -141,7 +143,7 @@ def disorder(atoms: Atoms) -> str:
 
 
 def read_structures(path: Path, say: Say) -> tuple[list[tuple[str, Atoms]], list[Failure]]:
-    """(name, atoms) of every image, under distinct names, and complaints about unreadable ones.
+    """(name, atoms) of every image, with distinct names, and failures for unreadable ones.
 
     Raises:
       InputError: nothing in the file can be read.
@@ -166,7 +168,7 @@ def read_structures(path: Path, say: Say) -> tuple[list[tuple[str, Atoms]], list
 def usable_structures(
     model: RelaxNet, found: Sequence[tuple[str, Atoms]], say: Say, options: Options = DEFAULT
 ) -> tuple[list[tuple[str, Structure]], list[Failure]]:
-    """The structures the model can take, and complaints about the others."""
+    """The structures that the model can take, and failures for the others."""
     usable: list[tuple[str, Structure]] = []
     bad: list[Failure] = []
     for name, atoms in found:
@@ -179,7 +181,7 @@ def usable_structures(
 
 
 def no_numbers(one: Judged) -> str:
-    """Why a prediction is not finite; empty where it is."""
+    """The reason why a prediction is not finite; empty if it is finite."""
     if all(flag.name != "not finite" for flag in one.flags):
         return ""
     return one.failure or (
@@ -188,7 +190,7 @@ def no_numbers(one: Judged) -> str:
 
 
 def sorted_out(results: Sequence[Predicted]) -> tuple[list[Predicted], list[Failure]]:
-    """The predictions without those that a flag calls unusable, and these as failures."""
+    """The usable predictions, and failures for those that a flag marks as unusable."""
     from relaxnet_jax.trust import unusable
 
     kept = [result for result in results if not unusable(result.flags)]
@@ -207,13 +209,16 @@ def write_trajectories(
     append: bool = False,
     before: Sequence[Atoms] = (),
 ) -> None:
-    """Writes all frames of all trajectories, told apart by ``traj_id`` and ``frame``.
+    """Writes all frames of all trajectories, labelled with ``traj_id`` and ``frame``.
 
     Args:
-      append, before: see `write_frames`; of formats that hold many.
+      results: the trajectories; for a format that holds one structure, only the first is written.
+      out: the file to write; its suffix gives the format.
+      append: see `write_frames`; for formats that hold many structures.
+      before: frames written before those of the trajectories; for formats that hold many structures.
 
     Raises:
-      InputError: it cannot be written.
+      InputError: the file cannot be written.
     """
     if not holds_many(out):
         results[0].write(out)
@@ -223,13 +228,16 @@ def write_trajectories(
 
 
 def write_frames(frames: Sequence[Atoms], file: Path, form: str, append: bool = False) -> None:
-    """Writes frames, whole or not at all.
+    """Writes frames, all or none of them.
 
     Args:
-      form: ASE's name of the format. append: to the frames the file has (extxyz, traj).
+      frames: the frames to write.
+      file: the file to write.
+      form: ASE's name of the format.
+      append: whether to append to the frames already in the file (extxyz, traj).
 
     Raises:
-      InputError: the disk or folder does not take it, or the format cannot hold them.
+      InputError: the disk or folder cannot take the file, or the format cannot hold the frames.
     """
     import ase.io
 
@@ -237,7 +245,7 @@ def write_frames(frames: Sequence[Atoms], file: Path, form: str, append: bool = 
         try:
             if append:
                 shutil.copyfile(file, temporary)
-            if append and form == "traj":  # which ase.io.write does not append to
+            if append and form == "traj":  # ase.io.write cannot append to these
                 with ase.io.Trajectory(str(temporary), "a") as trajectory:
                     for atoms in frames:
                         trajectory.write(atoms)
@@ -255,7 +263,7 @@ def write_frames(frames: Sequence[Atoms], file: Path, form: str, append: bool = 
 
 
 def summary(result: RelaxationTrajectory, flags: Sequence[Flag] = ()) -> str:
-    """One line on a predicted trajectory."""
+    """One-line summary of a predicted trajectory."""
     from relaxnet_jax.strain import internal_displacements
 
     moved = np.linalg.norm(internal_displacements(result.positions, result.cells), axis=-1)
