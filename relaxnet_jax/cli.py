@@ -28,7 +28,7 @@ MOVED = "data.path=FILE: where the run's data lie by now; they are known by thei
 
 
 class _Parser(argparse.ArgumentParser):
-    """Reports errors on one line, like all other errors."""
+    """Argument parser whose errors are reported on one line, like all others."""
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message}; see {self.prog} --help")

@@ -46,7 +46,7 @@ def _digest_code() -> str:
     return digest.hexdigest()
 
 
-# Digest of the code that is traced, as imported: that of this package, and the versions of others.
+# Digest of the code that is traced, as imported: the source of this package and the versions of others.
 CODE = _digest_code()
 
 
@@ -70,7 +70,7 @@ _programs: weakref.WeakSet[Program] = weakref.WeakSet()
 
 
 def forget() -> None:
-    """Makes all programs be looked up on disk again, as `jax.clear_caches` makes them be recompiled."""
+    """Forgets the programs in memory, which are then read from disk again (see `jax.clear_caches`)."""
     for program in _programs:
         program._known.clear()
 

@@ -1,4 +1,4 @@
-"""Settings of the process that must be made before JAX starts."""
+"""Process settings that must be made before JAX starts."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def batch_shares(config: Config, devices: int | None = None) -> int:
 
 
 def share_cores() -> None:
-    """Starts JAX's devices; a CPU becomes several (see `batch_shares`), with batches of their own each.
+    """Starts JAX's devices; a CPU is split into several (see `batch_shares`), each with its own batches.
 
     Raises:
       InputError: see `check_devices`.

@@ -33,7 +33,7 @@ MARGIN = 0.1
 MAX_STRETCH = 2.0  # of a cell along any direction, or its inverse; strains in training are far smaller
 VACUUM = 6.0  # Å without an atom along a lattice direction
 AT_REST = 0.05  # eV/Å; forces below this need not fall any further
-# Position error relative to doing nothing, from which on a model has learned nothing about positions.
+# Fraction of doing nothing's position error, at or above which a model has learned nothing about positions.
 NOTHING = 0.95
 
 
