@@ -13,12 +13,12 @@ if TYPE_CHECKING:
 
 
 def zonal_harmonics(cosine: Array, l_max: int) -> Array:
-    """Y_l0 = sqrt((2l+1)/4pi) P_l(cos theta), l = 0..l_max, by Bonnet's recurrence.
+    """Zonal harmonics Y_l0 = sqrt((2l+1)/4pi) P_l(cos theta), l = 0..l_max, by Bonnet's recurrence.
 
-    A polynomial in the cosine, so smooth for collinear bonds, where the angle is not.
+    Polynomials in cos theta, hence smooth even for collinear bonds, where theta itself is not.
 
     Args:
-      cosine: (...) in [-1, 1].
+      cosine: (...) cos theta in [-1, 1].
 
     Returns:
       (..., l_max + 1).
@@ -34,12 +34,12 @@ def real_spherical_harmonics(vectors: Array, l_max: int) -> e3nn.IrrepsArray:
     """Orthonormal real spherical harmonics Y_lm of the directions (equation 5).
 
     Args:
-      vectors: (..., 3), nonzero, Å; only the direction counts.
+      vectors: (..., 3) Å, nonzero; only their directions matter.
 
     Returns:
       IrrepsArray (..., (l_max + 1)²) of irreps 0e + 1o + 2e + …
     """
-    import e3nn_jax as e3nn  # a second of SciPy and SymPy, which only tracing needs
+    import e3nn_jax as e3nn  # takes a second (SciPy, SymPy); only tracing needs it
 
     return e3nn.spherical_harmonics(
         e3nn.Irreps.spherical_harmonics(l_max),
@@ -50,22 +50,23 @@ def real_spherical_harmonics(vectors: Array, l_max: int) -> e3nn.IrrepsArray:
 
 
 class EdgeExpansion(NamedTuple):
-    """f_nlm = radial_nl(r) Y_lm(direction), equation (6b), kept as its two factors.
+    """The edge expansion f_nlm = radial_nl(r) Y_lm(direction), equation (6b), as its two factors.
 
-    With radial_nl = j_l(z_ln r/c), see `basis.radial.spherical_bessel_basis`.
+    Here radial_nl = j_l(z_ln r/c), see `basis.radial.spherical_bessel_basis`.
 
-    A map that treats all n of a degree alike, as every equivariant linear map does, acts on the
-    radial factor alone: with 6 roots and degrees to 3, on 24 numbers per edge instead of 96.
+    An equivariant linear map treats all m of a degree alike, so it can act on the radial factor
+    alone: with 6 roots and degrees up to 3, on 24 numbers per edge instead of 96.
 
     Attributes:
-      radial: (E, n, L+1). harmonics: irreps 0e + 1o + 2e + …, (E, (L+1)²).
+      radial: (E, n, L+1) radial factor.
+      harmonics: (E, (L+1)²) spherical harmonics, of irreps 0e + 1o + 2e + …
     """
 
     radial: Array
     harmonics: e3nn.IrrepsArray
 
     def product(self) -> e3nn.IrrepsArray:
-        """f_nlm itself: IrrepsArray (E, n, (L+1)²), one set of irreps per root."""
+        """Multiplies the factors: f_nlm, IrrepsArray (E, n, (L+1)²), one set of irreps per root."""
         import e3nn_jax as e3nn
 
         degrees = self.radial.shape[-1]

@@ -10,13 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-# Below this argument the upward recurrence for j_l loses digits and the series is used.
+# Below this argument (plus l/2) the upward recurrence for j_l loses digits; the series is used.
 _SERIES_BELOW = 1.5
 _SERIES_TERMS = 8
 
 
 def envelope(r: Array, cutoff: float, power: int = 6) -> Array:
-    """Polynomial envelope, 1 at r = 0, zero with two derivatives at and beyond the cutoff.
+    """Polynomial envelope: 1 at r = 0; zero, with two derivatives, at and beyond the cutoff.
 
     u(d) = 1 - (p+1)(p+2)/2 d^p + p(p+2) d^(p+1) - p(p+1)/2 d^(p+2), d = r/cutoff
     (Gasteiger et al., DimeNet, equation 8).
@@ -34,7 +34,7 @@ def envelope(r: Array, cutoff: float, power: int = 6) -> Array:
 
 
 def gaussian_basis(r: Array, cutoff: float, n: int) -> Array:
-    """Gaussians exp(-beta (r - r_k)²) with centres spread over (0, cutoff].
+    """Gaussians exp(-beta (r - r_k)²) with evenly spaced centres r_k in (0, cutoff].
 
     Args:
       r: (...) Å. cutoff: Å. n: number of centres.
@@ -68,10 +68,10 @@ def bessel_basis(r: Array, cutoff: float, n: int) -> Array:
 
 
 def spherical_bessel(l_max: int, x: Array) -> Array:
-    """j_l(x) for l = 0..l_max, accurate from x = 0 on.
+    """Spherical Bessel functions j_l(x) for l = 0..l_max, accurate down to x = 0.
 
     Args:
-      x: (..., l_max + 1) or broadcastable, non-negative; entry l is the argument of j_l.
+      x: (..., l_max + 1), non-negative; entry l is the argument of j_l.
 
     Returns:
       (..., l_max + 1).
@@ -82,7 +82,7 @@ def spherical_bessel(l_max: int, x: Array) -> Array:
 def _spherical_jl(l: int, x: Array) -> Array:
     threshold = _SERIES_BELOW + 0.5 * l
     small = x < threshold
-    # Double where: each branch is evaluated only on arguments it is good for.
+    # Double where: each branch is evaluated only at arguments for which it is accurate.
     xs, xl = jnp.where(small, x, 1.0), jnp.where(small, threshold, x)
     half_square, term, total = -0.5 * xs * xs, jnp.ones_like(xs), jnp.ones_like(xs)
     for k in range(1, _SERIES_TERMS + 1):
@@ -102,7 +102,7 @@ def bessel_roots(l_max: int, n: int) -> np.ndarray:
 
     The roots of j_{l-1} bracket those of j_l.
     """
-    from scipy.optimize import brentq  # half a second, for what a stored program has in it
+    from scipy.optimize import brentq  # takes 0.5 s; stored programs contain the roots already
     from scipy.special import spherical_jn
 
     roots = np.pi * np.arange(1, n + l_max + 1)
@@ -118,10 +118,10 @@ def bessel_roots(l_max: int, n: int) -> np.ndarray:
 def spherical_bessel_basis(r: Array, cutoff: float, n: int, l_max: int) -> Array:
     """Orthonormal spherical Bessel functions j_l(z_ln r/c) N_ln on [0, c] (weight r²).
 
-    N_ln = sqrt(2/c³)/|j_{l+1}(z_ln)|, so that the integral of r² b_ln b_lm is delta_nm.
+    N_ln = sqrt(2/c³)/|j_{l+1}(z_ln)|, so that the integral of r² b_ln b_lm over [0, c] is delta_nm.
 
     Args:
-      r: (...) Å. cutoff: c in Å. n: roots per degree. l_max: highest degree.
+      r: (...) Å. cutoff: c in Å. n: number of roots per degree. l_max: highest degree.
 
     Returns:
       (..., n, l_max + 1), Å^(-3/2).
