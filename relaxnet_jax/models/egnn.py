@@ -1,4 +1,4 @@
-"""E(n)-equivariant layers (Satorras, Hoogeboom & Welling 2021), the baseline beside DTNN."""
+"""E(n)-equivariant layers (Satorras, Hoogeboom & Welling 2021), a baseline for the DTNN encoder."""
 
 from __future__ import annotations
 
@@ -16,16 +16,20 @@ from relaxnet_jax.typing import Graph, Positions
 
 
 class EGNNLayer(nn.Module):
-    """One equivariant graph convolution (equations 3 to 6 of the paper), a step of a scan.
+    """One equivariant graph convolution (equations 3 to 6 of the paper) as a step of a scan.
 
       m_ij = phi_e(h_i, h_j, |x_i - x_j|²/c², a_ij)      a_ij: radial functions of r_ij at the input
       x_i <- x_i + C sum_j (x_i - x_j) phi_x(m_ij)
       h_i <- h_i + phi_h(h_i, C sum_j m_ij)
 
-    Where it departs: neighbours within the cutoff c instead of all pairs; m_ij and phi_x(m_ij) are
-    multiplied by the envelope of r_ij at the input, so that energies and forces are smooth when a
-    pair enters the cutoff; C is a constant in both sums, so that energies stay additive; phi_h starts
-    near zero, as phi_x does: from ordinary parameters four layers learned nothing at rates that suit two.
+    It differs from the paper as follows:
+
+    - Sums run over neighbours within the cutoff c instead of all pairs.
+    - m_ij and phi_x(m_ij) are multiplied by the envelope of r_ij at the input, so that energies and
+      forces are smooth when a pair enters the cutoff.
+    - C is a constant in both sums, so that energies stay additive.
+    - phi_h starts near zero, as phi_x does: with ordinary initial parameters, four layers learned
+      nothing at learning rates that suit two.
     """
 
     graph_config: GraphConfig
@@ -35,7 +39,7 @@ class EGNNLayer(nn.Module):
     def __call__(self, carry: tuple[Array, Positions], graph: Graph, geo: Geometry):
         (h, positions), width, edges = carry, self.config.features, pair_list(graph)
         cut = geo.envelope[:, None]
-        # Padding edges are FAR long: nothing of them may enter a product.
+        # Padding edges have length FAR, which must not enter any product.
         vectors = jnp.where(graph.edges["mask"][:, None], pair_vectors(graph, positions), 0.0)
         squares = jnp.sum(vectors**2, -1, keepdims=True) / self.graph_config.cutoff**2
         known = jnp.concatenate([squares, both_ways(geo.radial, pair_map(graph))], -1)
@@ -59,10 +63,11 @@ class EGNNLayer(nn.Module):
 
 
 class EGNNEncoder(nn.Module):
-    """positions -> node features h (N, F) and vectors (N, L, 3), equivariantly.
+    """Equivariant encoder: positions -> node features h (N, F) and vectors (N, L, 3).
 
-    Inputs and the projection of the last h are those of the DTNN encoder; the polar vectors are the
-    displacements of the atoms up to each of the L layers, and there are no axial ones.
+    The inputs are those of the DTNN encoder, as is the projection, here of the last h alone. The
+    polar vectors are the displacements of the atoms after each of the L layers; the axial vectors
+    are zero.
     """
 
     graph_config: GraphConfig

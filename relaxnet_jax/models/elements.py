@@ -1,4 +1,4 @@
-"""What is known of the elements before training: where their embeddings start."""
+"""Properties of the elements, from which their embeddings are initialised."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from relaxnet_jax.graph import MAX_ATOMIC_NUMBER
 # electrons, ionisation energy, electron affinity, molar volume, polarisability, melting point,
 # heat of fusion.
 FIELDS = (
-    "coulmn",  # so spelt there
+    "coulmn",  # sic
     "row",
     "X",
     "atom_rad",
@@ -35,7 +35,7 @@ FIELDS = (
 def element_properties() -> np.ndarray:
     """(119, 14) properties by atomic number, each with mean 0 and variance 1 over the elements.
 
-    Zero, the mean, where jarvis-tools knows no value (36 heavy or rare elements miss most).
+    Values missing from jarvis-tools are zero, the mean (36 heavy or rare elements lack most).
     """
     from jarvis.core.specie import chem_data
 
@@ -44,7 +44,7 @@ def element_properties() -> np.ndarray:
         known = chem_data.get(chemical_symbols[number], {})
         for column, field in enumerate(FIELDS):
             value = float(known.get(field, math.nan))
-            if value > -90:  # -99 stands for unknown there
+            if value > -90:  # -99 stands for unknown
                 table[number, column] = value
     table = (table - np.nanmean(table, 0)) / np.nanstd(table, 0)
     return np.nan_to_num(table)

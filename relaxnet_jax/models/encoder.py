@@ -28,7 +28,7 @@ from relaxnet_jax.typing import Graph, Latent, Positions
 
 
 class Encoding(NamedTuple):
-    """h (N, F), vector features; geometry and edge expansion of the positions."""
+    """What the encoder returns: h (N, F) and vector features, geometry and edge expansion."""
 
     h: Latent
     vectors: VectorFeatures
@@ -37,7 +37,7 @@ class Encoding(NamedTuple):
 
 
 class PowerSpectrum(nn.Module):
-    """Invariants of the edge expansion: log(1 + sum_m |sum_j w_c(Z_j) (W_l f_ij,lm)_c|²) for l, c.
+    """Invariants of the edge expansion: log(1 + sum_m |sum_j w_c(Z_j) (W_l f_ij,lm)_c|²) for all l, c.
 
     W_l mixes the n radial functions of degree l into C channels (an equivariant linear map).
     Returns (N, C·(l_max + 1)).
@@ -62,9 +62,9 @@ class PowerSpectrum(nn.Module):
 
 
 class DTNNLayer(nn.Module):
-    """Pair convolution, then three-body messages, both residual; then the positions, if they move.
+    """Pair convolution, then three-body messages, both residual; then the position update, if any.
 
-    A step of a scan: carries (h, v, positions) and gives out h.
+    One step of a scan with the carry (h, v, positions) and the output h.
     """
 
     graph_config: GraphConfig
@@ -81,12 +81,12 @@ class DTNNLayer(nn.Module):
         )
         h, v = three_body(m)(h, v, graph, geo)
         if step is not None:
-            positions = positions + step  # also of fixed atoms: their energy is that of free ones
+            positions = positions + step  # fixed atoms too: the energy does not see which are
         return (h, v, positions), h
 
 
 def three_body(m: ModelConfig) -> nn.Module:
-    """The three-body layer that ``model.interaction`` names."""
+    """The three-body layer named by ``model.interaction``."""
     shared: dict[str, Any] = {
         "features": m.features,
         "hidden": m.triplet_features,
@@ -101,7 +101,7 @@ def three_body(m: ModelConfig) -> nn.Module:
 
 
 def expand_edges(geo: Geometry, graph: Graph, g: GraphConfig, m: ModelConfig) -> EdgeExpansion:
-    """The edge expansion, dimensionless and times the envelope."""
+    """The edge expansion, made dimensionless and multiplied by the envelope."""
     radial = spherical_bessel_basis(geo.pair_lengths, g.cutoff, m.n_bessel, m.l_max)
     radial = radial * (g.cutoff**1.5 * geo.pair_envelope[:, None, None])
     harmonics = real_spherical_harmonics(geo.vectors, m.l_max)
@@ -109,8 +109,10 @@ def expand_edges(geo: Geometry, graph: Graph, g: GraphConfig, m: ModelConfig) ->
 
 
 def embed_atoms(expansion: EdgeExpansion, graph: Graph, m: ModelConfig) -> Latent:
-    """Node features (N, F) that the layers start from; called inside an encoder, whose parameters
-    it makes."""
+    """Node features (N, F) that the layers start from.
+
+    To be called inside an encoder, whose parameters it creates.
+    """
     h = nn.Embed(MAX_ATOMIC_NUMBER + 1, m.features, name="element")(graph.nodes["atomic_numbers"])
     if m.charges:
         h = h + nn.Dense(m.features, name="charge")(graph.nodes["charges"][:, None])
@@ -119,7 +121,7 @@ def embed_atoms(expansion: EdgeExpansion, graph: Graph, m: ModelConfig) -> Laten
 
 
 class Encoder(nn.Module):
-    """positions -> node features h (N, F) and vectors (N, C, 3), equivariantly."""
+    """Equivariant encoder: positions -> node features h (N, F) and vectors (N, C, 3)."""
 
     graph_config: GraphConfig
     config: ModelConfig
@@ -134,7 +136,7 @@ class Encoder(nn.Module):
         h = embed_atoms(expansion, graph, m)
 
         zeros = jnp.zeros((n_atoms, m.vector_features, 3), h.dtype)
-        # A scan over the layers: one of them to compile, however many there are.
+        # A scan over the layers compiles a single one, however many there are.
         layers = nn.scan(
             DTNNLayer,
             variable_axes={"params": 0},

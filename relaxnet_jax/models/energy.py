@@ -1,4 +1,4 @@
-"""The energy network: encoder, geometry read-out, attention, head, and the ODE's own heads."""
+"""The energy network: encoder, geometry read-out, attention, energy head, and the ODE's heads."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from relaxnet_jax.typing import Energies, Graph, Latent, Params, Positions, Velo
 
 # Å; velocities are learned in this unit, so that training starts near doing nothing.
 VELOCITY_UNIT = 0.05
-# Likewise of strain rates (dimensionless) and of the cell's mass (eV per atom).
+# Likewise the units of strain rates (dimensionless) and of the cell's mass (eV per atom).
 STRAIN_UNIT = 0.02
 CELL_MASS = 10.0
 
@@ -28,8 +28,8 @@ CELL_MASS = 10.0
 class RelaxNetwork(nn.Module):
     """All learned functions of RelaxNet, as methods that share parameters.
 
-    Energies are in units of the training set's spread per atom and relative to the
-    composition energies; `potential` turns them into eV.
+    Energies are relative to the composition energies, in units of the training set's energy
+    spread per atom; `potential` converts them to eV.
     """
 
     graph_config: GraphConfig
@@ -45,7 +45,7 @@ class RelaxNetwork(nn.Module):
         self.head = MLP((m.features, m.features // 2, 1), small=True)
         if d.latent == "explicit":
             self.pair_send = nn.Dense(m.pair_features)
-            # No bias: zero beyond the cutoff and in padding.
+            # No bias, so that filters are zero beyond the cutoff and in padding.
             self.pair_filter = nn.Dense(m.pair_features, use_bias=False)
             self.pair_update = MLP((m.features, m.features))
             self.rate = MLP((m.features, m.features), small=True)
@@ -53,7 +53,7 @@ class RelaxNetwork(nn.Module):
                 self.mobility_head = MLP((m.features, 1), small=True)
                 if d.cell == "variable":
                     self.compliance_head = MLP((m.features, 1), small=True)
-        if d.latent == "static":  # an energy, and nothing that moves by itself
+        if d.latent == "static":  # an energy only, without the heads of the ODE
             return
         self.velocity_gate = _VelocityHead(m)
         if d.cell == "variable":
@@ -67,11 +67,11 @@ class RelaxNetwork(nn.Module):
             self.log_time_scale = self.param("log_time_scale", nn.initializers.zeros, ())
 
     def encode(self, graph: Graph, positions: Positions) -> Encoding:
-        """h and vector features of the positions, by the full encoder."""
+        """Runs the full encoder on the positions."""
         return self.encoder(graph, positions)
 
     def pair_pass(self, h: Latent, graph: Graph, positions: Positions) -> Array:
-        """p_i = sum_j W(r_ij) * (V h_j): (N, P), the explicit scheme's cheap look at x."""
+        """Pair features p_i = sum_j W(r_ij) * (V h_j), (N, P): cheap ones, for the explicit scheme."""
         radial = pair_geometry(graph, positions, self.graph_config, self.config).radial
         filters, sent = self.pair_filter(radial), self.pair_send(h)
         return convolve_pairs(filters, sent, unordered_pairs(graph)) / PAIR_NORM
@@ -79,7 +79,7 @@ class RelaxNetwork(nn.Module):
     def explicit_energy(
         self, h: Latent, graph: Graph, positions: Positions
     ) -> tuple[Energies, Array]:
-        """Energy (G,) of latent h at x, and the pair features p (N, P)."""
+        """Energies (G,) of the latents h at the positions x, and the pair features p (N, P)."""
         p = self.pair_pass(h, graph, positions)
         return self.read_out(h + self.pair_update(jnp.concatenate([h, p], -1)), graph), p
 
@@ -95,7 +95,8 @@ class RelaxNetwork(nn.Module):
     ) -> Latent:
         """dh/dt = MLP(h, p, |u|²), the explicit scheme's evolution of the embedding.
 
-        With the strain rate L (N, 3, 3) of each atom's cell also of tr L and |L|², in its unit.
+        Given the strain rate L (N, 3, 3) of each atom's cell, the MLP also takes tr L and |L|², with
+        L in units of STRAIN_UNIT.
         """
         inputs = [h, p, jnp.sum(velocities**2, -1, keepdims=True)]
         if strain_rate is not None:
@@ -105,19 +106,22 @@ class RelaxNetwork(nn.Module):
         return self.rate(jnp.concatenate(inputs, -1))
 
     def initial_velocity(self, encoding: Encoding, graph: Graph) -> Velocities:
-        """u(0) (N, 3): unconstrained; see `dynamics.constrain_velocity`."""
+        """u(0) (N, 3), not yet constrained; see `dynamics.constrain_velocity`."""
         return self.velocity_gate(encoding, graph)
 
     def initial_strain_rate(self, encoding: Encoding, graph: Graph) -> Array:
-        """L(0) (G, 3, 3), symmetric: unprojected; see `dynamics.strainable`."""
+        """L(0) (G, 3, 3), symmetric, not yet projected; see `dynamics.strainable`."""
         return self.strain_gate(encoding, graph)
 
     def mobility(self, h: Latent) -> Array:
-        """1/m_i > 0 (N, 1) of latents h, with dynamics.mass="learned"."""
+        """Inverse masses 1/m_i > 0 (N, 1) from the latents h, for dynamics.mass="learned"."""
         return _positive(self.mobility_head(h))
 
     def cell_mass(self, h: Latent, graph: Graph) -> Array:
-        """M > 0, eV per atom: (), or (G, 1, 1) of the mean latents with dynamics.mass="learned"."""
+        """Mass M > 0 of the cell, eV per atom: a scalar, or with dynamics.mass="learned" (G, 1, 1).
+
+        The latter is a function of the mean latent of each structure.
+        """
         mass = CELL_MASS * jnp.exp(self.log_cell_mass)
         if self.dynamics.mass != "learned":
             return mass
@@ -127,20 +131,20 @@ class RelaxNetwork(nn.Module):
         return mass / _positive(self.compliance_head(mean))[..., None]
 
     def cell_friction(self) -> Array:
-        """gamma' >= 0, dimensionless; zero when friction is switched off."""
+        """Friction gamma' >= 0 of the cell, dimensionless; zero when friction is switched off."""
         return jnp.exp(self.log_cell_friction) if self.dynamics.friction else jnp.zeros(())
 
     def friction(self) -> Array:
-        """gamma >= 0, dimensionless; zero when switched off."""
+        """Friction gamma >= 0 of the atoms, dimensionless; zero when switched off."""
         return jnp.exp(self.log_friction) if self.dynamics.friction else jnp.zeros(())
 
     def time_scale(self) -> Array:
-        """Pseudotime scale (or mobility) > 0; one when switched off."""
+        """Pseudotime scale s > 0 (in first order, the mobility); one when switched off."""
         on = self.dynamics.time_scale or self.dynamics.order == "first"
         return jnp.exp(self.log_time_scale) if on else jnp.ones(())
 
     def initialise(self, graph: Graph) -> Energies:
-        """Calls every method once, so that ``init`` makes every parameter."""
+        """Calls every method once, so that ``init`` creates every parameter."""
         positions = graph.nodes["positions"]
         encoding = self.encode(graph, positions)
         if self.dynamics.latent == "static":
@@ -161,12 +165,12 @@ class RelaxNetwork(nn.Module):
 
 
 def _positive(x: Array) -> Array:
-    """exp(x) for small x, within a factor of exp(2) from one: rates that no step can overrun."""
+    """exp(x) for small x, bounded by exp(-2) and exp(2): rates that no step can overshoot."""
     return jnp.exp(2.0 * jnp.tanh(x / 2.0))
 
 
 def call(network: RelaxNetwork, params: Params, method: str, *args: Any) -> Any:
-    """One of the network's methods with these parameters."""
+    """Calls one of the network's methods with these parameters."""
     with matmul_precision(network.config.matmul):
         return network.apply({"params": params}, *args, method=method)
 
@@ -175,7 +179,7 @@ class _VelocityHead(nn.Module):
     """u(0)_i = sum_j sum_n G_n(h_i, h_j, r_ij) f_ij,n1 + W v_i + W' (v_i x axial_i).
 
     The first term is an equivariant linear map of the l = 1 part of the edge expansion,
-    gated by invariants; the others carry the triplets' vector features.
+    gated by invariants; the other two use the vector features of the triplets.
     """
 
     config: ModelConfig
@@ -203,9 +207,9 @@ class _VelocityHead(nn.Module):
 class _StrainHead(nn.Module):
     """L(0) = mean_i T_i over a structure's atoms, from invariants and the l = 0 and 2 parts.
 
-    T_i = sum_j sum_n [G_n f_ij,n0 1 + G'_n f_ij,n2 (r r - 1/3)] + w(h_i) 1, r the direction of the
-    edge, G and G' functions of h_i, h_j and r_ij as in `_VelocityHead`. The mean, not the sum: a
-    supercell is strained like its cell.
+    T_i = sum_j sum_n [G_n f_ij,n0 1 + G'_n f_ij,n2 (r r - 1/3)] + w(h_i) 1, where r is the direction
+    of the edge, and G and G' are functions of h_i, h_j and r_ij as in `_VelocityHead`. It is the
+    mean, not the sum, so that a supercell is strained like its unit cell.
     """
 
     config: ModelConfig

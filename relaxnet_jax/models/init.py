@@ -1,8 +1,8 @@
 """Initial parameters, drawn with NumPy from the shapes Flax reports.
 
-One compiled random-number kernel per parameter costs XLA about 0.15 s each on a CPU
-(26 s for this network, measured); the shapes alone take about a second. The draw also
-does not depend on the JAX version.
+With JAX, XLA would compile one random-number kernel per parameter, at about 0.15 s each on a CPU
+(26 s for this network, measured); the shapes alone take about a second. Drawn with NumPy, the
+parameters do not depend on the JAX version either.
 """
 
 from __future__ import annotations
@@ -17,13 +17,15 @@ from relaxnet_jax.programs import Program
 from relaxnet_jax.typing import Graph, Params
 
 SMALL = 0.1  # factor on the kernels of layers named small_*
-OWN = 0.3  # of an element's embedding: what sets it apart from elements with the same properties
+OWN = 0.3  # noise in each element's embedding: separates elements with the same properties
 
 
 @Program
 def _zeros(network: RelaxNetwork, graph: Graph) -> Params:
-    """Laid out like the parameters: a program of nothing, kept because Flax takes a second or two to
-    say their shapes."""
+    """Zeros, laid out like the parameters.
+
+    A `Program` only so that the shapes are kept on disk: Flax takes a second or two to find them.
+    """
     shapes = jax.eval_shape(
         lambda g: network.init(jax.random.key(0), g, method="initialise")["params"], graph
     )
@@ -35,9 +37,9 @@ def initial_parameters(
 ) -> Params:
     """Parameters of the network for graphs laid out like ``graph`` (its sizes do not matter).
 
-    Kernels are uniform with variance 1/fan_in (LeCun), a hundredth of it in layers named
-    ``small_*``; biases and ``log_*`` scalars zero; norm scales one. Embeddings are a random
-    projection of the elements' properties, plus noise: similar elements start as neighbours.
+    Kernels are uniform with variance 1/fan_in (LeCun), or a hundredth of that in layers named
+    ``small_*``; biases and ``log_*`` scalars are zero; norm scales are one. Embeddings are a random
+    projection of the elements' properties plus noise, so that similar elements start close together.
     """
     shapes = _zeros.shapes(network, graph)
     rng = np.random.default_rng(seed)
@@ -46,7 +48,7 @@ def initial_parameters(
         *modules, name = [entry.key for entry in path]
         if name.endswith("kernel"):
             scale = SMALL if modules[-1].startswith("small_") else 1.0
-            bound = scale * np.sqrt(3.0 / leaf.shape[-2])  # layers are stacked in front
+            bound = scale * np.sqrt(3.0 / leaf.shape[-2])  # stacked layers are axis 0
             values = rng.uniform(-bound, bound, leaf.shape)
         elif name == "embedding":
             known = element_properties()
@@ -63,5 +65,5 @@ def initial_parameters(
             )
         return values.astype(dtype)
 
-    # At once: JAX would compile the conversion of every shape.
+    # One transfer of the whole tree: otherwise JAX would compile a conversion for every shape.
     return jax.device_put(jax.tree_util.tree_map_with_path(draw, shapes))

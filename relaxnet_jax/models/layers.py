@@ -1,10 +1,9 @@
 """The building blocks of the encoder (paper, section 4.2 and figure 2).
 
-Wherever a multilayer perceptron of a sum over edges or triplets ends in a linear
-layer, that layer is applied after the sum, and its first layer, acting on a
-concatenation, is applied to the parts before they are gathered: the same functions, at
-the cost of atoms and edges instead of triplets. The three-body layers are in `moments` and
-`triplets`.
+Where the output of an MLP is summed over edges or triplets, its last, linear layer is applied
+after the sum, and its first layer, which acts on a concatenation, is applied to each part before
+the parts are gathered: the functions are the same, at the cost of atoms and edges instead of
+triplets. The three-body layers are in `moments` and `triplets`.
 """
 
 from __future__ import annotations
@@ -32,15 +31,15 @@ from relaxnet_jax.models.precision import LayerNorm
 from relaxnet_jax.ops import both_ways, convolve_pairs, gather_senders, safe_norm, sum_edges
 from relaxnet_jax.typing import Graph, Positions
 
-# Sums over neighbours are divided by this, a typical count in crystals weighted by the envelope,
-# so that messages have a size of order one; a constant, so that energies stay additive.
+# Sums over neighbours are divided by this, a typical envelope-weighted neighbour count in crystals,
+# so that messages are of order one. It is a constant so that energies stay additive.
 PAIR_NORM = 2.0
 
 
 class MLP(nn.Module):
     """Dense layers with SiLU between them, the last one linear: (..., A) -> (..., widths[-1]).
 
-    ``small`` starts the output near zero (see `models.init`).
+    With ``small`` the output starts near zero (see `models.init`).
     """
 
     widths: tuple[int, ...]
@@ -56,15 +55,18 @@ class MLP(nn.Module):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Geometry:
-    """What the layers know of the positions.
+    """The features of the positions that the layers use.
 
     Attributes:
-      vectors: (E, 3) Å. lengths: (E,) Å. envelope: (E,) at the cutoff.
-      pair_lengths: (P,) Å, of the pairs of edges. pair_envelope: (P,).
-      radial: (P, R) both radial bases times the envelope.
+      vectors: (E, 3) Å, edge vectors.
+      lengths: (E,) Å, edge lengths.
+      envelope: (E,) envelope of the edges, with the pair cutoff.
+      pair_lengths: (P,) Å, the length that the two edges of a pair share.
+      pair_envelope: (P,) envelope of the pairs, with the pair cutoff.
+      radial: (P, R) both radial bases of the pairs, times the envelope.
       directions: (B, 3) unit vectors of the bonds.
-      bond_radial: (B, R) both radial bases at the triplet cutoff.
-      bond_envelope: (B,) at the triplet cutoff; zero in padding.
+      bond_radial: (B, R) both radial bases of the bonds, with the triplet cutoff.
+      bond_envelope: (B,) envelope of the bonds, with the triplet cutoff; zero in padding.
     """
 
     vectors: Array
@@ -78,8 +80,11 @@ class Geometry:
     bond_envelope: Array
 
     def within(self, real: Geometry) -> Geometry:
-        """Times the envelopes of the ``real`` positions, those the neighbour list was made for: where
-        the encoder moves atoms, pairs that the list need not have must not act."""
+        """Multiplies ``radial`` and all envelopes by the envelopes at the ``real`` positions.
+
+        The neighbour list was built for the real positions. Where the encoder moves atoms, pairs
+        that the list is not guaranteed to contain must not contribute.
+        """
         return dataclasses.replace(
             self,
             radial=self.radial * real.pair_envelope[:, None],
@@ -90,10 +95,12 @@ class Geometry:
 
 
 class PairGeometry(NamedTuple):
-    """What depends on the distance alone, once for the two edges of a pair.
+    """The features that depend on the distance alone, once for the two edges of a pair.
 
     Attributes:
-      lengths: (P,) Å. envelope: (P,) at the cutoff. radial: (P, R) both radial bases times it.
+      lengths: (P,) Å.
+      envelope: (P,) envelope with the pair cutoff.
+      radial: (P, R) both radial bases, times the envelope.
     """
 
     lengths: Array
@@ -104,7 +111,7 @@ class PairGeometry(NamedTuple):
 def pair_geometry(
     graph: Graph, positions: Positions, g: GraphConfig, m: ModelConfig
 ) -> PairGeometry:
-    """Of the positions; see `geometry`."""
+    """The features of the positions that depend on the distance alone; `geometry` has them all."""
     lengths = safe_norm(once_per_pair(graph, positions))
     cut = envelope(lengths, g.cutoff, m.envelope_power)
     radial = radial_features(lengths, g.cutoff, m.n_gaussian, m.n_bessel) * cut[:, None]
@@ -131,9 +138,9 @@ def geometry(graph: Graph, positions: Positions, g: GraphConfig, m: ModelConfig)
 
 
 class PairConvolution(nn.Module):
-    """Continuous-filter convolution: m_i = sum_j W(r_ij) * (V h_j); h <- h + MLP(m).
+    """Continuous-filter convolution: m_ij = W(r_ij) * (V h_j); h_i <- h_i + MLP(sum_j m_ij).
 
-    With ``with_positions`` also returns sum_j MLP_c(m_ij) r_ij/|r_ij| (N, 3), the encoder's
+    If ``with_positions``, it also returns sum_j MLP_c(m_ij) r_ij/|r_ij| (N, 3), the encoder's
     position update.
     """
 
@@ -143,7 +150,7 @@ class PairConvolution(nn.Module):
 
     @nn.compact
     def __call__(self, h: Array, graph: Graph, geo: Geometry) -> tuple[Array, Array | None]:
-        # The envelope is in geo.radial already; the extra factor makes the nonlinear filter vanish.
+        # geo.radial contains the envelope, but the filter is nonlinear: this factor makes it vanish.
         filters = MLP((self.hidden, self.features), name="filter")(geo.radial)
         filters = filters * geo.pair_envelope[:, None]
         sent = nn.Dense(self.features, name="send")(LayerNorm(name="norm")(h))
@@ -162,10 +169,10 @@ class PairConvolution(nn.Module):
 
 
 class VectorFeatures(NamedTuple):
-    """Equivariant node features (N, C, 3): polar ones change sign under inversion, axial do not.
+    """Equivariant node features (N, C, 3): polar ones change sign under inversion, axial ones do not.
 
-    The third vector of the orthogonal basis is a cross product, hence axial; kept apart, the
-    two never mix in an invariant, so energies are unchanged by reflections too.
+    The third vector of the orthogonal basis is a cross product, hence axial. The two kinds are kept
+    apart and never mix in an invariant, so energies are unchanged by reflections too.
     """
 
     polar: Array
@@ -197,10 +204,11 @@ class VectorUpdate(nn.Module):
 class AttentionBlock(nn.Module):
     """Multi-head softmax attention over the atoms of one structure, linear in their number.
 
-    Each head pools a context c = sum_i softmax_i(q·k_i) w_i over the structure; every atom
-    gets h <- h + MLP([h, c]). Twice the cell has twice the atoms at half the weight: the
-    context is the same, so a supercell's energy is a multiple. It acts at any distance: the energy of
-    two different fragments far apart is not the sum of theirs.
+    Each head pools a context c = sum_i softmax_i(q·k_i) w_i over the structure; every atom is
+    updated by h <- h + MLP([h, c]). A doubled cell has twice as many atoms, each with half the
+    weight: the context is the same, so the energy of a supercell is a multiple of the cell's.
+    Attention acts at any distance: the energy of two different fragments far apart is not the sum
+    of their separate energies.
     """
 
     heads: int
@@ -216,7 +224,7 @@ class AttentionBlock(nn.Module):
         context = jraph.segment_sum(
             (weights[..., None] * values).reshape(n_atoms, -1), index, n_graphs
         )
-        # The first layer of MLP([h, c]) by parts; the context's part once per structure.
+        # The first layer of MLP([h, c]) is applied by parts, that of the context once per structure.
         hidden = (
             nn.Dense(features, name="own")(normed)
             + nn.Dense(features, use_bias=False, name="context")(context)[index]

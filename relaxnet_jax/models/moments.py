@@ -15,7 +15,7 @@ from relaxnet_jax.models.precision import LayerNorm
 from relaxnet_jax.ops import gather_senders, spread, sum_edges
 from relaxnet_jax.typing import AnyArray, Graph
 
-# See layers.PAIR_NORM: of the sum over the third atom, and of that over the bonds.
+# Like layers.PAIR_NORM, for the sum over the third atom and the sum over the bonds.
 THIRD_NORM = 4.0
 BOND_NORM = 4.0
 
@@ -23,7 +23,7 @@ BOND_NORM = 4.0
 def angular_environment(
     harmonics: Array, weights: Array, receivers: AnyArray, n_atoms: int
 ) -> Array:
-    """sum_{k != j} w_kc Y_l0(theta_jik) for every bond j of atom i, without visiting its triplets.
+    """sum_{k != j} w_kc Y_l0(theta_jik) for every bond j of atom i, without listing triplets.
 
     The addition theorem, P_l(cos theta_jk) = 4 pi/(2l+1) sum_m Y_lm(j) Y_lm(k), turns the sum over
     k into moments A_i,lmc = sum_k w_kc Y_lm(k) of the atom, contracted with Y_lm(j) of the bond;
@@ -31,7 +31,8 @@ def angular_environment(
 
     Args:
       harmonics: (B, (L+1)²) orthonormal real spherical harmonics of the bonds' directions.
-      weights: (B, C). receivers: (B,), ascending.
+      weights: (B, C), w of each bond.
+      receivers: (B,) the atom i of each bond, ascending.
 
     Returns:
       (B, L+1, C), with Y_l0 = sqrt((2l+1)/4 pi) P_l(cos theta).
@@ -48,19 +49,19 @@ def angular_environment(
 
 
 class MomentMPNN(nn.Module):
-    """Scalar and vector messages of bonds that know the angles to all other bonds at the atom.
+    """Scalar and vector messages of bonds, each a function of the angles to all others at the atom.
 
-    As `triplets.TripletMPNN`, but the sum over the third atom k is taken of the MLP's input instead
-    of its output. For the bond j->i at atom i with direction a, from
+    Like `triplets.TripletMPNN`, but the sum over the third atom k is in the MLP's input instead of
+    over its output. For the bond j->i at atom i with direction a, the MLPs take
     x_j = [h_i, h_j, radial(r_ij), sum_{k != j} w(h_k, r_ik) zonal(theta_jik)],
-    w(h_k, r_ik) = (W radial(r_ik)) * (V h_k):
+    where w(h_k, r_ik) = (W radial(r_ik)) * (V h_k):
 
       scalar message  MLP_s(x_j), summed; h <- h + MLP(sum)
       vector message  sum_c MLP_v(x_j)_c B_c, B = (a, b - (a·b) a, a x b), summed;
                       v <- MLP_g(h) * v + MLP_m(h) * sum
 
-    with b = sum_k w'(h_k, r_ik) r_ik/|r_ik|. B is Gram-Schmidt without the normalisation; nothing
-    in it is singular for collinear bonds.
+    with b = sum_k w'(h_k, r_ik) r_ik/|r_ik|, w' a linear map of w. B is the Gram-Schmidt basis
+    without the normalisation, so that nothing is singular for collinear bonds.
     """
 
     features: int
@@ -77,7 +78,7 @@ class MomentMPNN(nn.Module):
         edges, n_atoms, a = bond_list(graph), h.shape[0], geo.directions
         cut = geo.bond_envelope[:, None]
 
-        # One gather of the senders serves the message's first layer and the third atom's weight.
+        # One gather serves both the first layer of the message and the weight of the third atom.
         normed = LayerNorm(name="norm")(h)
         sent = gather_senders(nn.Dense(width + W, use_bias=False, name="senders")(normed), edges)
         radial = nn.Dense(width + W, name="bonds")(geo.bond_radial)

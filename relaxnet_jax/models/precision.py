@@ -1,5 +1,8 @@
-"""How dense and normalising layers are computed: in bfloat16 accumulated in float32, or in float32; and
-what their parameters' gradients, sums over rows, are made of on accelerators."""
+"""The precision of dense layers, and gradients of biases and norms that are fast on accelerators.
+
+Dense layers multiply in bfloat16, accumulated in float32, or in float32. The gradients of the
+biases and of the norms' parameters are sums over rows (`on_rows`).
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ _Result = TypeVar("_Result")
 
 
 def in_float32(function: Callable[_Given, _Result]) -> Callable[_Given, _Result]:
-    """Decorates functions whose own matrix products, of geometry, are traced in full float32."""
+    """Decorates a function so that its own matrix products, those of geometry, use full float32."""
 
     @functools.wraps(function)
     def precise(*args: _Given.args, **kwargs: _Given.kwargs) -> _Result:
@@ -30,13 +33,13 @@ def in_float32(function: Callable[_Given, _Result]) -> Callable[_Given, _Result]
 
 @jax.custom_vjp
 def bfloat16_product(x: Array, y: Array) -> Array:
-    """x (M, K) @ y (K, N): factors rounded to bfloat16, products summed in float32.
+    """x (M, K) @ y (K, N) with factors rounded to bfloat16 and products summed in float32.
 
-    Its derivatives are products of the same kind, to any order in reverse mode: those of a plain
+    Its derivatives are products of the same kind, to any order in reverse mode. Those of a plain
     product of rounded factors would multiply float32 by bfloat16, at the speed of float32.
     """
     halves = x.astype(jnp.bfloat16), y.astype(jnp.bfloat16)
-    exact = jax.lax.Precision.DEFAULT  # products of such factors are exact without further passes
+    exact = jax.lax.Precision.DEFAULT  # one pass multiplies bfloat16 factors exactly
     product = jnp.matmul(*halves, precision=exact, preferred_element_type=jnp.float32)
     return product.astype(x.dtype)
 
@@ -54,15 +57,15 @@ bfloat16_product.defvjp(_forward, _backward)
 
 
 def on_rows(values: Array, n_rows: int) -> Array:
-    """The same values (F,) on every row: (N, F), or what adds and multiplies as they would.
+    """Repeats the values (F,) on every row: (N, F), or on a CPU (1, F), which broadcasts alike.
 
-    On accelerators as a product with ones, so that its transpose, the sum of a gradient over all rows, is
-    a matrix product too: XLA for GPUs fuses such sums with other work and then gives them to a single
-    block. A CPU does the sum faster.
+    On accelerators it is a product with ones, so that its transpose, the sum of a gradient over all
+    rows, is a matrix product too: XLA for GPUs fuses plain sums with other work and then runs them in
+    a single block. On a CPU the sum is faster.
     """
     if _on_cpu():
         return values[None]
-    # Behind the barrier nothing knows that they are ones, and makes a sum of the product.
+    # The barrier hides from XLA that these are ones, which would turn the product back into a sum.
     ones = jax.lax.optimization_barrier(jnp.ones((n_rows, 1), values.dtype))
     return jnp.matmul(ones, values[None], precision=jax.lax.Precision.HIGHEST)
 
@@ -72,10 +75,10 @@ def _on_cpu() -> bool:
 
 
 def matmul_precision(kind: Literal["float32", "bfloat16"]) -> contextlib.AbstractContextManager:
-    """Within this context `flax.linen.Dense` layers multiply in that precision, and add biases by `on_rows`.
+    """A context in which `flax.linen.Dense` layers multiply in this precision, and add biases by `on_rows`.
 
-    All else, geometry, bases, sums over neighbours, norms and biases, stays in float32, which is
-    what it says on accelerators too, whose default is less (TF32 on NVIDIA's, bfloat16 on TPUs).
+    Everything else (geometry, bases, sums over neighbours, norms and biases) stays in float32. That
+    is full float32 on accelerators too, whose default is lower (TF32 on NVIDIA, bfloat16 on TPUs).
     """
     context = contextlib.ExitStack()
     context.enter_context(jax.default_matmul_precision("float32"))
