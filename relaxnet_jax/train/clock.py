@@ -1,4 +1,4 @@
-"""The run's clock and the wish to stop: what decides, and so must be the same on all processes."""
+"""The clock of a run and requests to stop it, which must be the same on all processes."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from relaxnet_jax.train.parallel import Devices
 
 
 class Clock:
-    """Seconds of a run, and whether a process of it was sent SIGTERM. A context manager.
+    """Context manager for the duration of a run, and whether any process received SIGTERM.
 
-    Within the context SIGTERM, the notice a batch system gives before it kills, only sets `stop`.
+    Within the context, SIGTERM, which batch systems send some time before they kill, only sets `stop`.
 
     Attributes:
-      seconds: process 0's, at the last `tick`. stop: whether any process was told to stop then.
+      seconds: duration of the run on process 0, as last read.
+      stop: whether any process had received SIGTERM, as last read.
     """
 
     def __init__(self, devices: Devices, elapsed: float) -> None:
@@ -28,7 +29,7 @@ class Clock:
         self._before: Any = None
 
     def __enter__(self) -> Clock:
-        # Python sets signal handlers in the main thread only.
+        # Python allows signal handlers to be set in the main thread only.
         if threading.current_thread() is threading.main_thread():
             self._before = signal.signal(signal.SIGTERM, self._tell)
         return self
@@ -41,19 +42,19 @@ class Clock:
         self._told = True
 
     def tick(self) -> None:
-        """Reads the clock; all processes together."""
+        """Reads the clock; all processes must call this together."""
         self.read(self.ask())
 
     def ask(self) -> Any:
-        """What `read` takes, so that processes need not wait for one another in between."""
+        """Starts the exchange that `read` completes; processes need not wait for it in between."""
         if self._devices.hosts.count == 1:
             return None
-        # Integers, since sums of them are exact; 32 bits of milliseconds are 24 days.
+        # Integers, since their sums are exact; 32 bits of milliseconds are 24 days.
         mine = [1000 * self._now() if self._devices.hosts.first else 0, self._told]
         return self._devices.add(np.array(mine, np.int32))
 
     def read(self, asked: Any) -> None:
-        """Sets what all processes said when they asked; of one process, what it says now."""
+        """Sets ``seconds`` and ``stop`` as of the call of `ask`, or as of now for a single process."""
         if self._devices.hosts.count == 1:
             self.seconds, self.stop = self._now(), self._told
             return

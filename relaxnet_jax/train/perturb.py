@@ -1,11 +1,11 @@
-"""Other starts for the relaxations of a batch, made anew at every step (a pure function).
+"""Random perturbations of the starts of a batch, drawn anew at every step (pure functions).
 
-A relaxation ends where it does from any start nearby. The true frames stay what they are; only
-the first one is no longer the start's, and what is known of it does not count.
+A relaxation ends in the same structure from any start nearby, so the true frames are kept. Only the
+first frame no longer belongs to a perturbed start: it is masked.
 
-Pairs keep the skin of their list. Bonds of the explicit scheme have none, and those that come into the
-triplet cutoff are missing: of copper 1e-5 of the weight of all (their envelopes) with noise of 0.1 Å and
-strains of 2 %, 1e-3 with twice as much.
+The neighbour list of pairs has a skin. The bonds of the explicit scheme have none, and those that
+come within the triplet cutoff are missing: for copper, with noise of 0.1 Å and strains of 2 %, they
+have 1e-5 of the total weight (envelope) of all bonds, and 1e-3 with twice the noise and strain.
 """
 
 from __future__ import annotations
@@ -22,23 +22,24 @@ from relaxnet_jax.models.energy import RelaxNetwork
 from relaxnet_jax.strain import deform_positions, symmetric
 from relaxnet_jax.typing import Graph
 
-ROUNDING = 1e-6  # Å: a lone atom is put back to its centre as exactly as that
+ROUNDING = 1e-6  # Å; a lone atom is moved back to its centre with this accuracy
 
 
 def perturbed(
     config: Config, network: RelaxNetwork, graph: Graph, targets: Targets, key: Array
 ) -> tuple[Graph, Targets]:
-    """The batch with a share of its structures (``train.noise_share``) starting elsewhere.
+    """Perturbs the starts of a random share (``train.noise_share``) of the structures in a batch.
 
-    Atoms are moved by Gaussian noise of standard deviation ``train.noise`` (Å): free ones only,
-    and structures without fixed atoms keep their centre, which the dynamics could not bring
-    back. Cells that relax, and the lattice's atoms with them, are strained by a symmetric
-    Gaussian, ``train.strain_noise`` for diagonal components and 1/√2 of it for the others (isotropic), in
-    the directions in which they may be.
+    Free atoms are moved by Gaussian noise of standard deviation ``train.noise`` (Å). Structures
+    without fixed atoms keep their centre, which the dynamics could not bring back. Cells that relax
+    are strained, and their atoms with them, by an isotropic symmetric Gaussian matrix: its standard
+    deviation is ``train.strain_noise`` for diagonal components and 1/√2 of that for the others. It is
+    projected on the directions in which the cell may be strained.
 
     Returns:
-      The graph from the new start, and the targets: reference positions and deformations of the
-      same frames from there (`relaxnet_jax.strain`), the first frame masked where it is another.
+      The graph at the new start, and the targets: the same frames with reference positions and
+      deformations relative to the new cell (`relaxnet_jax.strain`), and with the first frame masked
+      where the start has changed.
     """
     t, node = config.train, graph.nodes["graph"]
     chosen_key, atom_key, cell_key = jax.random.split(key, 3)
@@ -60,7 +61,7 @@ def perturbed(
         graph = deform(graph, change)._replace(globals=graph.globals | {"cell": cell})
         targets = _from_other_cell(targets, change, node)
     graph = graph._replace(nodes=graph.nodes | {"positions": positions})
-    # Where nothing may move, as in a lone atom's fixed cell, the start is still the frame's.
+    # Where nothing may move, as for a lone atom in a fixed cell, the start is still the first frame.
     changed = (jnp.abs(positions - before) > ROUNDING).any(-1) & graph.nodes["mask"]
     elsewhere = strained | (jax.ops.segment_max(changed.astype(jnp.int32), node, n_graphs) > 0)
     frames = jnp.arange(targets.frame_mask.shape[0])[:, None]
@@ -69,7 +70,7 @@ def perturbed(
 
 
 def _from_other_cell(targets: Targets, change: Array, node: Array) -> Targets:
-    """Frames x = D y as seen from initial cells strained by (G, 3, 3): y' = C y, D' = D C⁻¹."""
+    """Frames x = D y relative to initial cells changed by C (G, 3, 3): y' = C y, D' = D C⁻¹."""
     cells = targets.cells
     assert cells is not None
     return targets._replace(

@@ -1,4 +1,4 @@
-"""What training tells: JSON lines, TensorBoard, and a progress bar."""
+"""Reports of training: JSON lines, TensorBoard, and a progress bar."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class MetricsLog:
             for line in self.path.read_text().splitlines():
                 try:
                     record = json.loads(line)
-                except json.JSONDecodeError:  # the line a kill cut short
+                except json.JSONDecodeError:  # the run was killed while writing it
                     continue
                 if record["epoch"] <= keep_until and not record["partial"]:
                     kept.append(line)
@@ -40,7 +40,7 @@ class MetricsLog:
             self._events = SummaryWriter(str(folder / "tensorboard"))
 
     def write(self, record: dict[str, Any]) -> None:
-        """Appends a record; numbers that are not finite become null."""
+        """Appends a record; numbers that are not finite are written as null."""
         clean = _finite(record)
         with self.path.open("a") as file:
             file.write(json.dumps(clean) + "\n")
@@ -61,14 +61,15 @@ def _finite(value: Any) -> Any:
 
 
 def model_score(validation: Mapping[str, float], config: Config) -> dict[str, float]:
-    """What an exported model says of its errors on the validation split; what is not finite is left out.
+    """The validation errors stored in an exported model, without values that are not finite.
 
     Args:
-      validation: means of an epoch's record.
+      validation: the validation means of an epoch's record.
 
     Returns:
-      positions_over_nothing, strain_over_nothing: errors at the end of the path, of those of doing
-      nothing. forces_mae_eV_per_angstrom, energy_mae_eV_per_atom: on all frames.
+      positions_over_nothing, strain_over_nothing: errors at the end of the path, as fractions of
+      those of doing nothing. forces_mae_eV_per_angstrom, energy_mae_eV_per_atom: mean absolute
+      errors over all frames.
     """
     found = {}
     for ours, nothing, name in (
@@ -114,11 +115,11 @@ class ConsoleReport:
 
     @classmethod
     def silent(cls) -> ConsoleReport:
-        """One that shows nothing: of all processes but the first."""
+        """Creates a report that shows nothing, for all processes but the first."""
         return cls(Console(quiet=True))
 
     def start_epoch(self, epoch: int, batches: int) -> None:
-        """Opens the bar of an epoch."""
+        """Opens the progress bar of an epoch."""
         self._bar = Progress(
             TextColumn(f"epoch {epoch:4d}"),
             BarColumn(),
@@ -132,20 +133,20 @@ class ConsoleReport:
         self._task = self._bar.add_task("", total=batches, note="")
 
     def batch(self, done: int, loss: float, rate: float) -> None:
-        """Moves the bar."""
+        """Advances the progress bar."""
         if self._bar is not None:
             self._bar.update(
                 self._task, completed=done, note=f"loss {loss:.4f}  {rate:.1f} structures/s"
             )
 
     def end_epoch(self) -> None:
-        """Closes the bar."""
+        """Closes the progress bar."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
 
     def epoch(self, record: dict[str, Any], left: str, energy_per: str) -> None:
-        """The epoch's line."""
+        """Prints the line of an epoch."""
         train, validation = record["train"], record["validation"]
         self(
             f"epoch {record['epoch']:4d}  loss {train['loss']:.4f}, validation {validation['loss']:.4f}  "

@@ -1,4 +1,4 @@
-"""What a run starts from: random parameters, or those of a model trained before."""
+"""The parameters a run starts from: random ones, or those of a model trained before."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from relaxnet_jax.errors import InputError
 from relaxnet_jax.model import RelaxNet, create_model, load_model, model_folder
 from relaxnet_jax.typing import AnyArray, Params
 
-# Of the graph, what parameters were learned for; a skin is none of their affair.
+# Fields of the graph that parameters were learned for; they do not depend on the skin.
 _GRAPH = ("cutoff", "triplet_cutoff")
-# In a model's statistics: how many relaxations of a split its start was trained on, by split.
+# Key in a model's statistics: by split, how many of its relaxations the start was trained on.
 SEEN = "start_trained_on"
 
 
 def read_start(config: Config) -> RelaxNet | None:
-    """The model named by ``train.start_from``; None where it names none.
+    """The model named by ``train.start_from``, or None if it is empty.
 
     Raises:
-      InputError: it is no model (see `load_model`), or one with other layers or cutoffs.
+      InputError: it does not name a model (see `load_model`), or one with other layers or cutoffs.
     """
     if not config.train.start_from:
         return None
@@ -53,7 +53,7 @@ def read_start(config: Config) -> RelaxNet | None:
 
 @contextlib.contextmanager
 def _named() -> Iterator[None]:
-    """Errors of the start's files say which field asked for them."""
+    """Names the configuration field in errors about the start's files."""
     try:
         yield
     except InputError as error:
@@ -63,12 +63,12 @@ def _named() -> Iterator[None]:
 def start_parameters(
     config: Config, start: RelaxNet | None, report: Callable[[str], None]
 ) -> Params:
-    """Parameters to begin with: the start's where it has them, else drawn with ``train.seed``.
+    """Initial parameters: those of the start where it has them, else drawn with ``train.seed``.
 
-    A scheme may have learned functions that the start lacks, as a relaxing cell's strain rate or
-    the explicit scheme's latent rate: these begin at random, and ``report`` is told. Where one takes fewer
-    inputs, as the latent rate of fixed cells lacks those of the strain rate, the common ones, which come
-    first, have the start's weights.
+    A scheme may have learned functions that the start lacks, such as the strain rate of a relaxing
+    cell or the latent rate of the explicit scheme: these start at random and are named to ``report``.
+    Where the start's function takes fewer inputs (the latent rate of fixed cells lacks those of the
+    strain rate), the common inputs, which come first, get the start's weights.
     """
     fresh = create_model(config, config.train.seed).params
     if start is None:
@@ -89,7 +89,10 @@ def _rows(values: AnyArray) -> int:
 
 
 def _with_rows(fresh: AnyArray, known: AnyArray) -> AnyArray:
-    """A kernel (inputs, outputs) with the rows that both have of the known one; other arrays are it."""
+    """The known array, or the fresh one with the known rows where the numbers of rows differ.
+
+    Rows are the inputs of a kernel (inputs, outputs).
+    """
     if _rows(fresh) == _rows(known):
         return known
     rows = min(_rows(fresh), _rows(known))
@@ -97,7 +100,7 @@ def _with_rows(fresh: AnyArray, known: AnyArray) -> AnyArray:
 
 
 def start_facts(config: Config) -> dict[str, str]:
-    """What the exported model says of its start: the checksum of the start's parameters."""
+    """What the exported model stores about its start: the checksum of the start's parameters."""
     if not config.train.start_from:
         return {}
     return {"started_from": _described(model_folder(config.train.start_from))["sha256"]}
@@ -106,11 +109,14 @@ def start_facts(config: Config) -> dict[str, str]:
 def seen_by_start(
     config: Config, splits: Mapping[str, Sequence[str]], report: Callable[[str], None]
 ) -> dict[str, dict[str, int]]:
-    """What the exported model says of relaxations of this run's validation and test split that its
-    start was trained on: how many, under `SEEN`. ``report`` is told; nothing where there are none.
+    """Counts this run's validation and test relaxations that its start was trained on.
 
     Args:
       splits: ids by split.
+      report: called with a warning if there are any.
+
+    Returns:
+      What the exported model stores: the counts by split, under `SEEN`; empty if there are none.
     """
     if not config.train.start_from:
         return {}
@@ -135,8 +141,13 @@ def seen_by_start(
 
 
 def trained_on(name: str) -> Iterator[tuple[Path, set[str]]]:
-    """Files of splits, and their ids for training, of a run or model folder, of what it started from,
-    and so on as long as the folders are there. Raises InputError for a damaged file."""
+    """Yields the split file and training ids of a run or model folder, of its start, and so on.
+
+    It ends where a start's folder is missing or no longer holds the model that was started from.
+
+    Raises:
+      InputError: a file is damaged.
+    """
     folder = model_folder(name)
     while True:
         if found := run_splits(folder):
@@ -152,7 +163,7 @@ def trained_on(name: str) -> Iterator[tuple[Path, set[str]]]:
 
 
 def trained_ids(name: str) -> set[str]:
-    """All ids that `trained_on` gives."""
+    """All ids that `trained_on` yields."""
     return set().union(*(ids for _, ids in trained_on(name)))
 
 
@@ -161,5 +172,5 @@ def _described(folder: Path) -> dict[str, Any]:
 
 
 def energy_scale(start: RelaxNet | None, fitted: float) -> float:
-    """eV per atom, the network's unit: the start's, or else the training set's own spread."""
+    """The network's energy unit, eV/atom: the start's, or else the training set's own spread."""
     return fitted if start is None else float(np.asarray(start.energy_scale))

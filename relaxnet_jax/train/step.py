@@ -35,15 +35,15 @@ from relaxnet_jax.typing import Graph, Params
 
 Batch = tuple[Graph, Targets]
 Tree = TypeVar("Tree")
-STATIC_TERMS = ("energy", "forces", "stress")  # those that a frame has by itself
+STATIC_TERMS = ("energy", "forces", "stress")  # those defined on a single frame
 
 
 class Objective(NamedTuple):
     """What is compared with the true frames of a batch.
 
     Attributes:
-      kind: "path", the predicted trajectory; "frame", energies and forces of the one true frame that a
-        batch has left; "frames", of all its true frames.
+      kind: "path": the predicted trajectory. "frame": energies and forces at the one true frame that
+        each structure has left. "frames": energies and forces at all true frames.
     """
 
     network: RelaxNetwork
@@ -54,8 +54,10 @@ class Objective(NamedTuple):
 @Program
 @in_float32
 def batch_terms(objective: Objective, params: Params, unit: Array, batch: Batch) -> dict[str, Term]:
-    """Sums and counts of the loss terms on one device; along a path of the coordinate errors, and but
-    at a single frame of the force errors, too.
+    """Sums and counts of the loss terms on one device.
+
+    For objectives of kind "path" and "frames" those of the force errors are included, for "path" those
+    of the coordinate and strain errors too.
 
     Args:
       unit: energy scale, eV/atom.
@@ -72,7 +74,7 @@ def batch_terms(objective: Objective, params: Params, unit: Array, batch: Batch)
         return _at_frame(network, params, unit, graph, reference, deformation)
 
     frames = jnp.asarray(targets.positions), *cells
-    if objective.kind == "frame":  # a loop of one turn would only cost its state
+    if objective.kind == "frame":  # a loop of one iteration would only add overhead
         found = at(jax.tree.map(lambda values: values[0], frames))
         return _compare(jax.tree.map(lambda value: value[None], found), batch, objective)
     return _compare(jax.lax.map(at, frames), batch, objective)
@@ -83,11 +85,12 @@ def batch_terms(objective: Objective, params: Params, unit: Array, batch: Batch)
 def batch_gradient(
     objective: Objective, params: Params, unit: Array, batch: Batch, numbers: dict[str, Array]
 ) -> tuple[Params, dict[str, Array]]:
-    """One device's part of the loss's gradient, and of the terms' sums.
+    """One device's contribution to the gradient of the loss, and to the sums of its terms.
 
     Args:
-      unit: energy scale, eV/atom. numbers: counts of the terms, of all devices' batches: so that the
-        parts add up to the gradient of the loss of one batch with all their structures.
+      unit: energy scale, eV/atom.
+      numbers: counts of the terms over the batches of all devices, so that the contributions add up
+        to the gradient of the loss of one batch with all structures.
     """
 
     def part(params: Params) -> tuple[Array, dict[str, Array]]:
@@ -101,7 +104,7 @@ def batch_gradient(
 
 @in_float32
 def batch_numbers(objective: Objective, batch: Batch) -> dict[str, Array]:
-    """Counts of the terms, which depend on the truth alone: those of any prediction."""
+    """Counts of the terms, which depend on the targets alone: they are those of any prediction."""
     _, targets = batch
     positions = jnp.asarray(targets.positions)
     energies = jnp.zeros(targets.frame_mask.shape, positions.dtype)
@@ -126,7 +129,7 @@ def _compare(prediction: Trajectory, batch: Batch, objective: Objective) -> dict
 
 
 def _errors(prediction: Trajectory, targets: Targets, graph: Graph) -> dict[str, Term]:
-    """Of forces; of final frames, and those of doing nothing."""
+    """Errors of the forces, and of the final frames beside those of doing nothing."""
     ours, nothing = coordinate_error(prediction, targets, graph)
     errors = {"force_error": force_error(prediction, targets, graph)}
     errors |= {"coordinates": ours, "nothing": nothing}
@@ -138,7 +141,7 @@ def _errors(prediction: Trajectory, targets: Targets, graph: Graph) -> dict[str,
 
 @in_float32
 def _draw(config: Config, network: RelaxNetwork, batch: Batch, key: Array) -> Batch:
-    """What a training step looks at: starts moved by noise where the configuration says so."""
+    """The batch a training step sees, with noise on the starts if the configuration asks for it."""
     graph, targets = batch
     if config.train.noise or config.train.strain_noise:
         graph, targets = perturbed(config, network, graph, targets, key)
@@ -146,7 +149,7 @@ def _draw(config: Config, network: RelaxNetwork, batch: Batch, key: Array) -> Ba
 
 
 def _asked(config: Config, batch: Batch) -> Batch:
-    """Of a direct predictor no frame but each structure's final one."""
+    """Masks all frames but each structure's final one, for a direct predictor only."""
     graph, targets = batch
     if config.dynamics.latent != "direct":
         return batch
@@ -155,9 +158,9 @@ def _asked(config: Config, batch: Batch) -> Batch:
 
 
 def _draw_frames(batch: Batch, key: Array) -> Batch:
-    """One frame of each relaxation, drawn at random: of its true frames the only one left.
+    """Keeps one true frame of each relaxation, drawn at random.
 
-    So the terms that compare positions, or one frame with the next, are zero.
+    The terms that compare positions, or one frame with the next, are therefore zero.
     """
     graph, targets = batch
     draws = jax.random.uniform(key, targets.frame_mask.shape)
@@ -177,8 +180,7 @@ def _draw_frames(batch: Batch, key: Array) -> Batch:
 
 
 def _at_frame(network, params, unit, graph, reference, deformation) -> Trajectory:
-    """Energies, forces and virials at these reference positions (N, 3): a frame, without the axis
-    of frames."""
+    """Energies, forces and virials at reference positions (N, 3): one frame, without a frame axis."""
     positions = reference
     if deformation is not None:
         positions = deform_positions(deformation, reference, graph.nodes["graph"])
@@ -195,13 +197,13 @@ def _unit(scale: float, graph: Graph) -> Array:
 
 
 def _added_up(tree: Tree, axis: str) -> Tree:
-    """The sum over the devices; on a CPU of all leaves as one array, since its devices meet once for each."""
+    """Sums over the devices; on a CPU all leaves as one array, since its devices synchronise for each."""
     if jax.default_backend() != "cpu":
         return jax.lax.psum(tree, axis)
     leaves, restore = ravel_pytree(tree)
     total = jax.lax.psum(leaves, axis)
-    # A branch, both ways of which are one: XLA does not fuse out of it. Fused into what comes after, each
-    # leaf's place in the array would make kernels different that else are compiled once for all leaves.
+    # A conditional with equal branches, which XLA does not fuse into what follows. If it did, each leaf's
+    # offset in the array would give it kernels of its own; without, one compilation serves all leaves.
     return jax.lax.cond(jnp.isfinite(total[0]), restore, lambda x: restore(x), total)
 
 
@@ -214,15 +216,16 @@ def make_train_step(
 ) -> Callable:
     """step(state, batch, learning_rate, key) -> (state, metrics).
 
-    A step whose loss or gradient is not finite changes nothing but the counts of steps and of skipped ones.
+    A step whose loss or gradient is not finite changes only the counts of steps and of skipped steps.
 
     Args:
-      config: what is trained. scale: energy scale, eV/atom.
-      axis: name of the devices' axis over which everything is added up; None on one.
-      static: whether the loss is of energies and forces at one true frame of each relaxation, without
-        the ODE: for the implicit scheme and static models (which know no other), whose energy is a
-        function of the positions alone.
-      stored: whether the traced gradient is looked for on disk, and kept there (`programs`).
+      config: what is trained.
+      scale: energy scale, eV/atom.
+      axis: name of the device axis over which everything is summed; None on a single device.
+      static: whether the loss compares energies and forces at one true frame of each relaxation,
+        without the ODE. For the implicit scheme and static models (which have no other loss), whose
+        energy is a function of the positions alone.
+      stored: whether the traced gradient is kept on disk and looked up there (`programs`).
     """
     network = network_of(config)
     static = static or config.dynamics.latent == "static"
@@ -248,7 +251,7 @@ def make_train_step(
         norm = optax.tree.norm(gradient)
         updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.params)
         params = jax.tree.map(lambda p, u: p - learning_rate * u, state.params, updates)
-        # Young averages are dominated by the initial parameters: warm the decay up.
+        # The decay is warmed up: early averages would be dominated by the initial parameters.
         warm = jnp.minimum(decay, (1.0 + state.step) / (10.0 + state.step))
         ema = jax.tree.map(lambda e, p: warm * e + (1.0 - warm) * p, state.ema, params)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
@@ -265,8 +268,8 @@ def make_eval_step(
 ) -> Callable:
     """step(params, batch) -> sums and counts of the loss terms, force and coordinate errors.
 
-    Of static models, `STATIC_TERMS` and the force errors at all true frames instead. The other arguments are those of
-    `make_train_step`.
+    For static models, those of `STATIC_TERMS` and of the force errors at all true frames instead.
+    The arguments are those of `make_train_step`.
     """
     static = config.dynamics.latent == "static"
     objective = Objective(network_of(config), config.loss, "frames" if static else "path")
