@@ -1,4 +1,4 @@
-"""What a run fixes when it begins, and goes on with whatever its data and its start are by then."""
+"""What a run fixes when it begins and keeps when resumed, however its data and start have changed."""
 
 from __future__ import annotations
 
@@ -10,16 +10,18 @@ from typing import Any
 from relaxnet_jax.data.files import write_text
 from relaxnet_jax.errors import InputError
 
-FILE = "beginning.json"  # in a workdir; runs of before it was written have none
+FILE = "beginning.json"  # in a workdir; runs of earlier versions have none
 
 
 @dataclasses.dataclass(frozen=True)
 class Beginning:
-    """Of a run.
+    """What a run fixed when it began.
 
     Attributes:
-      checksum: of its data set. element_energies: (119,) eV, by atomic number. scale: eV/atom.
-      start: what the exported model says of the model the run started from.
+      checksum: checksum of the data set.
+      element_energies: (119,) eV, composition energies by atomic number.
+      scale: energy scale, eV/atom.
+      start: what the exported model stores about the model the run started from.
     """
 
     checksum: str
@@ -32,18 +34,19 @@ class Beginning:
         write_text(workdir / FILE, json.dumps(dataclasses.asdict(self), indent=1))
 
     def had(self, path: str, checksum: str) -> bool:
-        """Whether a set (``data.path``) of this checksum is what the run began with.
+        """Whether the data set of this path (``data.path``) and checksum is the one the run began with.
 
-        Those that the package generates differ in last bits from processor to processor, and are the same.
+        The set that the package generates counts as the same, whatever its checksum: its last bits differ
+        from processor to processor.
         """
         return path == "emt" or checksum == self.checksum
 
 
 def read_beginning(workdir: Path) -> Beginning | None:
-    """What `Beginning.write` wrote; None where there is no such file.
+    """Reads what `Beginning.write` wrote; None if there is no such file.
 
     Raises:
-      InputError: it is damaged.
+      InputError: the file is damaged.
     """
     file = workdir / FILE
     if not file.exists():

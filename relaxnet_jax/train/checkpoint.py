@@ -18,26 +18,28 @@ LATEST = Path("checkpoints", "latest")  # in a workdir
 
 
 def has_checkpoint(workdir: Path) -> bool:
-    """Whether a run can be resumed: folders orbax has not finished have longer names."""
+    """Whether a run can be resumed. Folders that orbax has not finished have longer names."""
     return any(folder.name.isdigit() for folder in (Path(workdir) / LATEST).glob("*"))
 
 
 class Checkpoints:
     """The two newest states of a run, under ``workdir/checkpoints/latest``.
 
-    Only process 0 makes one, also where there are several: every process has the same state, so
-    orbax is told that there is no other and waits for none.
+    Only process 0 creates this object: all processes have the same state, so orbax is told that
+    there is no other process and waits for none.
     """
 
     def __init__(self, workdir: Path, fresh: bool = False) -> None:
-        """``fresh``: of a new run. Older checkpoints go: orbax keeps those of the highest step."""
+        """Opens the folder. For a ``fresh`` run, older checkpoints are removed first.
+
+        Orbax would otherwise keep those with the highest step.
+        """
         self._folder = (Path(workdir) / LATEST).resolve()
         if fresh:
             shutil.rmtree(self._folder, ignore_errors=True)
         alone = MultiprocessingOptions(primary_host=0, active_processes={0})
-        self._folder.mkdir(
-            parents=True, exist_ok=True
-        )  # orbax makes none for some of the processes
+        # Orbax does not create it for only some of the processes.
+        self._folder.mkdir(parents=True, exist_ok=True)
         self._manager = ocp.CheckpointManager(
             self._folder,
             options=ocp.CheckpointManagerOptions(
@@ -85,10 +87,10 @@ class Checkpoints:
         return restored["state"], restored["progress"]
 
     def wait(self) -> None:
-        """Returns when everything saved is on disk."""
+        """Waits until everything saved is on disk."""
         self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits, and frees the manager."""
+        """Waits until everything saved is on disk, then closes the manager."""
         self.wait()
         self._manager.close()

@@ -1,4 +1,4 @@
-"""Whether a run may begin, or go on, in a folder and beside other processes."""
+"""Checks that a run may start or resume in a folder, and together with other processes."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ RESUMABLE = (
     "checkpoint_every",
     "checkpoint_minutes",
 )
-# Likewise of the data, which are known by their checksum and the record of the splits.
+# Likewise for the data, which are identified by their checksum and the record of the splits.
 MOVABLE = ("path", "split_file")
 
 
 def check_workdir(config: Config, workdir: Path, resume: bool) -> None:
-    """InputError where a new run would overwrite one, or where there is none of this config to resume."""
+    """Raises InputError if a new run would overwrite one, or there is none of this config to resume."""
     file = workdir / "config.json"
     if not resume:
-        # A run that never reached a checkpoint left nothing worth keeping: it starts anew.
+        # A run that never reached a checkpoint left nothing worth keeping and may be replaced.
         if file.exists() and ((workdir / "model").exists() or has_checkpoint(workdir)):
             raise InputError(
                 f"{workdir}: already holds a run; continue it with --resume or give another --workdir"
@@ -57,7 +57,10 @@ def check_workdir(config: Config, workdir: Path, resume: bool) -> None:
 
 
 def check_same_splits(config: Config, dataset: Dataset, file: Path) -> None:
-    """A run goes on with the splits it began with: else it would train on what it is tested on."""
+    """Raises InputError unless the relaxations and their splits are those the run began with.
+
+    Otherwise it could train on what it is tested on.
+    """
     try:
         before = {i: name for name, ids in json.loads(file.read_text()).items() for i in ids}
     except (OSError, ValueError, AttributeError, TypeError) as error:
@@ -76,7 +79,7 @@ def check_same_splits(config: Config, dataset: Dataset, file: Path) -> None:
 
 
 def check_same_content(config: Config, dataset: Dataset, began: Beginning) -> None:
-    """Relaxations of the same ids may have other energies by now."""
+    """Raises InputError if relaxations have changed under the same ids since the run began."""
     if not began.had(config.data.path, dataset.trajectories.store.checksum):
         raise InputError(
             f"{config.data.path}: its content has changed since the run began (by its checksum): resume "
@@ -94,7 +97,7 @@ def _difference(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
 
 
 def check_same_config(config: Config, hosts: Hosts) -> None:
-    """InputError where another process was given another config."""
+    """Raises InputError if this process was given another config than process 0."""
     theirs = json.loads(hosts.share(to_json(config)))
     if difference := _difference(theirs, json.loads(to_json(config))):
         raise InputError(
@@ -104,7 +107,10 @@ def check_same_config(config: Config, hosts: Hosts) -> None:
 
 
 def check_same_data(data: TrainingData, config: Config, hosts: Hosts) -> None:
-    """Every process plans the epochs by itself: they must plan the same."""
+    """Raises InputError if this process found other data than process 0.
+
+    Every process plans the epochs by itself, and the plans must be the same.
+    """
     digest = data.digest
     if digest != hosts.share(digest):
         raise InputError(

@@ -1,4 +1,4 @@
-"""What a run trains and validates on: samples of a data set's splits, in buckets."""
+"""The data a run trains and validates on: samples of a data set's splits, in buckets."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from relaxnet_jax.train.beginning import Beginning
 from relaxnet_jax.train.hosts import Hosts
 from relaxnet_jax.train.start import energy_scale
 
-# eV/atom. Within one source the spread of energies about those of the compositions was 0.005 to 0.4.
+# eV/atom; a larger spread of energies about the composition energies suggests several sources. Within
+# one source it was 0.005 to 0.4.
 MIXED = 1.0
 
 
@@ -29,13 +30,16 @@ class TrainingData:
     """The usable relaxations of the training and validation splits.
 
     Attributes:
-      dataset: they are of.
-      samples: all of them, energies relative to ``element_energies``.
-      members: indices into ``samples``, by split; those of "train" hold the later starts.
-      buckets: batch shapes for them. shares: parts of a batch of ``train.batch_size`` they hold.
-      scale: eV/atom, the spread about ``element_energies``, or that of the model the run starts from.
-      seen: (119,) bool, elements of the training split.
-      relaxations, later_starts: how many the training members are.
+      dataset: the data set that they belong to.
+      samples: all samples, with energies relative to ``element_energies``.
+      members: indices into ``samples``, by split; those of "train" include the later starts.
+      buckets: batch shapes for the samples.
+      shares: number of parts into which a batch of ``train.batch_size`` is divided in them.
+      scale: eV/atom, the spread about ``element_energies``, or the scale of the model the run starts
+        from.
+      seen: (119,) bool, by atomic number, the elements of the training split.
+      relaxations: number of relaxations among the training members.
+      later_starts: number of later starts among the training members.
     """
 
     dataset: Dataset
@@ -54,12 +58,12 @@ class TrainingData:
         return self.samples.element_energies
 
     def buckets_of(self, shares: int, config: Config) -> Buckets:
-        """Those of another number of shares, for what of an epoch was done with it."""
+        """The buckets for another number of shares, with which a part of an epoch was done."""
         return self.buckets if shares == self.shares else _plan(self.samples, shares, config)
 
     @property
     def digest(self) -> str:
-        """The same where epochs are planned alike."""
+        """A hash that is the same where epochs are planned alike."""
         found = hashlib.sha256()
         for array in (self.samples.rows, *self.samples.sizes, *self.members.values()):
             found.update(np.asarray(array, "<i8").tobytes())
@@ -67,13 +71,13 @@ class TrainingData:
         return found.hexdigest()
 
     def surroundings(self) -> dict[str, tuple[float, float]]:
-        """Ranges, over the first training frames, of what `trust.surroundings` gives."""
+        """Ranges (min, max) of the values of `trust.surroundings` over the first training frames."""
         atoms, edges, bonds, *_ = (v[self.members["train"]] for v in self.samples.sizes)
         means = {"density": edges / atoms, "coordination": bonds / atoms}
         return {name: (float(v.min()), float(v.max())) for name, v in means.items()}
 
     def tell(self, report: Callable[[str], None]) -> None:
-        """Counts and batch shapes, for the log."""
+        """Reports counts and batch shapes."""
         later = f" (and {self.later_starts} later starts of them)" if self.later_starts else ""
         report(
             f"{self.dataset.name}: {self.relaxations} training{later}, "
@@ -97,15 +101,19 @@ def prepare(
     hosts: Hosts | None = None,
     began: Beginning | None = None,
 ) -> TrainingData:
-    """Samples and buckets of the training and validation splits; ``report`` is told what is left out.
+    """Prepares samples and buckets of the training and validation splits.
 
     Args:
-      start: what the run starts from: its energy scale stays. shares: in how many parts a batch of
-        ``train.batch_size`` is divided. hosts: the processes that train together.
-      began: of a run that goes on: its composition energies and scale stay.
+      config: configuration of the run.
+      dataset: relaxations and their splits.
+      report: called with messages, such as what is left out.
+      start: the model the run starts from, whose energy scale is kept.
+      shares: number of parts into which a batch of ``train.batch_size`` is divided.
+      hosts: the processes that train together.
+      began: the beginning of a resumed run, whose composition energies and scale are kept.
 
     Raises:
-      InputError: a split without a usable relaxation; model.charges where none has charges.
+      InputError: a split has no usable relaxation, or model.charges is on and no relaxation has any.
     """
     hosts = hosts or Hosts()
     found, splits = dataset.trajectories, dataset.splits
@@ -115,7 +123,7 @@ def prepare(
     kept = energies.tolist(), energy_scale(start, spread)
     if began is not None:
         kept = began.element_energies, began.scale
-    # The last bits of a fit depend on the processor.
+    # All take process 0's: the last bits of a fit depend on the processor.
     energies, scale, spread = hosts.share([*kept, spread])
     if spread > MIXED:
         report(
@@ -157,7 +165,7 @@ def _plan(samples: SampleView, shares: int, config: Config) -> Buckets:
 
 
 def _check_charges(config: Config, dataset: Dataset, report: Callable[[str], None]) -> None:
-    """What a model of charges learns from relaxations without them is that all are zero."""
+    """Checks that there are charges to train on; where they are missing, they count as zero."""
     found, splits = dataset.trajectories, dataset.splits
     rows = found.rows[[*splits["train"], *splits["validation"]]]
     bare = int((~found.store.has_charges()[rows]).sum())
@@ -173,7 +181,7 @@ def _check_charges(config: Config, dataset: Dataset, report: Callable[[str], Non
 def _usable(
     wanted: tuple[int, ...], file: SampleFile, seen: np.ndarray, report: Callable[[str], None]
 ) -> np.ndarray:
-    """Those rows of which there are samples of elements that the training split has."""
+    """The wanted rows that have samples, and only elements that the training split has."""
     unseen = file.has_any(~seen)
     used, foreign = [], []
     for i in map(int, wanted):

@@ -1,7 +1,7 @@
 """Several processes: how they find each other, agree on things, and end together.
 
-Under SLURM everything is read from its variables by JAX's own detection; elsewhere the three
-options of ``relaxnet-jax train`` say it. One process alone waits for nobody.
+Under SLURM, JAX's own detection reads everything from environment variables; elsewhere, three
+options of ``relaxnet-jax train`` give it. A single process waits for nothing.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from relaxnet_jax.errors import InputError
 T = TypeVar("T")
 
 JOIN_SECONDS = 300.0  # for all processes to start and find each other
-HEARTBEAT_SECONDS = 60  # a process that is silent for so long is lost; JAX then ends the others
-WAIT_MS = 7 * 24 * 3600 * 1000  # for one another; a lost process ends the wait before
-POLL_SECONDS = 0.5  # between looks for the message of a process that failed
+HEARTBEAT_SECONDS = 60  # a process silent for this long is lost; JAX then ends the others
+WAIT_MS = 7 * 24 * 3600 * 1000  # for one another; a lost process ends the wait earlier
+POLL_SECONDS = 0.5  # between checks for the message of a failed process
 FAILED = "relaxnet_jax/failed"
-# What JAX's errors say when the cause is another process.
+# Matches errors of JAX that are caused by another process.
 _LOST = re.compile(
     r"gloo|nccl|connection (closed|reset)|coordination ?service|heartbeat|barrier", re.I
 )
@@ -43,8 +43,9 @@ class Place:
     """One process among several.
 
     Attributes:
-      coordinator: HOST:PORT on which process 0 serves the others.
-      count: of processes. index: of this one.
+      coordinator: HOST:PORT at which process 0 serves the others.
+      count: number of processes.
+      index: index of this process.
       local_devices: ids of the GPUs this process takes, None for all it sees.
     """
 
@@ -60,12 +61,12 @@ def find_place(
     process_id: int | None,
     environment: Mapping[str, str] = os.environ,
 ) -> Place | None:
-    """This process's place by the options given, else by SLURM; None for a process alone.
+    """This process's place, from the options if given, else from SLURM; None for a single process.
 
-    ``processes=1`` without the other options means alone, also under SLURM.
+    ``processes=1`` without the other options means a single process, even under SLURM.
 
     Raises:
-      InputError: some options are given, others not, or they do not go together.
+      InputError: only some of the options are given, or they are inconsistent.
     """
     options = {"--coordinator": coordinator, "--processes": processes, "--process-id": process_id}
     given = [name for name, value in options.items() if value is not None]
@@ -94,7 +95,7 @@ def find_place(
 
 
 def _slurm_place(environment: Mapping[str, str]) -> Place | None:
-    """The place among the tasks of an srun."""
+    """This process's place among the tasks of an ``srun``; None for a single one."""
     from jax._src.clusters.slurm_cluster import SlurmCluster
 
     if not SlurmCluster.is_env_present() or SlurmCluster.get_process_count() == 1:
@@ -107,7 +108,7 @@ def _slurm_place(environment: Mapping[str, str]) -> Place | None:
 
 
 def _slurm_devices(count: int, environment: Mapping[str, str]) -> tuple[int, ...] | None:
-    """The one GPU of a task that shares its node's; None where all visible ones are its own."""
+    """The one GPU of a task that shares a node with others; None if all visible ones are its own."""
     alone = count == int(environment.get("SLURM_STEP_NUM_NODES", 0))
     bound = len(environment.get("CUDA_VISIBLE_DEVICES", ",").split(",")) == 1
     return None if alone or bound else (int(environment["SLURM_LOCALID"]),)
@@ -115,24 +116,24 @@ def _slurm_devices(count: int, environment: Mapping[str, str]) -> tuple[int, ...
 
 @contextlib.contextmanager
 def joined(place: Place | None, seconds: float = JOIN_SECONDS) -> Iterator[None]:
-    """Joins the other processes; whatever ends one of them early ends all, with the reason.
+    """Joins the other processes; an error in one of them ends all, each reporting the reason.
 
-    An error does not leave this context where there are several processes: it is told, here and
-    to the others, and the process exits (with 2 for an `InputError`, 130 for an interrupt, else
-    1). Unwinding would wait for the others, who wait for this one in the next collective.
+    With several processes, errors do not propagate out of this context: they are reported here and
+    to the others, and the process exits (with status 2 for an `InputError`, 130 for an interrupt,
+    else 1). Unwinding would wait for the others, which wait for this one in the next collective.
 
     Args:
-      place: of this process; None does nothing.
-      seconds: how long to wait for the others to come.
+      place: place of this process; with None the context does nothing.
+      seconds: how long to wait for the others to join.
 
     Raises:
-      InputError: process 0's address cannot be served at or reached.
+      InputError: process 0 cannot serve at its address, or another process cannot reach it.
     """
     if place is None:
         yield
         return
     end = time.monotonic() + seconds
-    # JAX ends the process without an exception where it cannot serve or connect: look first.
+    # JAX ends the process without an exception if it cannot serve or connect, so check first.
     if place.index == 0:
         _check_port(place.coordinator)
     else:
@@ -143,18 +144,18 @@ def joined(place: Place | None, seconds: float = JOIN_SECONDS) -> Iterator[None]
         together = True
         threading.Thread(target=_watch, args=(place, ended), daemon=True).start()
         yield
-        # Nobody leaves while another still works: JAX takes a process that is gone for lost.
+        # No process leaves while another is at work: JAX would consider it lost.
         _client().wait_at_barrier("relaxnet_jax/end", WAIT_MS)
         ended.set()
     except BaseException as error:
         if _LOST.search(str(error)):
-            time.sleep(4 * POLL_SECONDS)  # where the other one told why, this ends in `_watch`
+            time.sleep(4 * POLL_SECONDS)  # if the other one gave a reason, `_watch` exits first
         ended.set()
         _leave(place, error, together)
 
 
 def _join(place: Place, end: float, seconds: float) -> None:
-    # Its handler of SIGTERM would only take note; the training loop has one of its own.
+    # JAX's handler of SIGTERM would only take note; the training loop has its own.
     jax.config.update("jax_enable_preemption_service", False)
     errors: list[BaseException] = []
 
@@ -166,7 +167,7 @@ def _join(place: Place, end: float, seconds: float) -> None:
                 process_id=place.index,
                 local_device_ids=place.local_devices,
                 cluster_detection_method="deactivate",
-                initialization_timeout=int(seconds) + 60,  # after ours: it ends the process
+                initialization_timeout=int(seconds) + 60,  # later than ours: it ends the process
                 heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
             )
         except BaseException as error:
@@ -212,9 +213,9 @@ def _reach(coordinator: str, end: float, seconds: float) -> None:
 
 
 def _client() -> Any:
-    """JAX's client of the coordinator: its barriers and messages need no devices.
+    """JAX's client of the coordinator, whose barriers and messages need no devices.
 
-    There is no public way to it yet; orbax takes the same one.
+    There is no public way to obtain it yet; orbax uses the same private one.
     """
     from jax._src import distributed
 
@@ -222,12 +223,12 @@ def _client() -> Any:
 
 
 def _watch(place: Place, ended: threading.Event) -> None:
-    """Ends this process when another one has told why it failed."""
+    """Ends this process once another one has reported why it failed."""
     client = _client()
     while not ended.wait(POLL_SECONDS):
         try:
             told = json.loads(client.key_value_try_get(FAILED))
-        except jax.errors.JaxRuntimeError:  # nobody has
+        except jax.errors.JaxRuntimeError:  # none has
             continue
         if told["index"] != place.index and not ended.is_set():
             _say(place, f"stopped because of process {told['index']}: {told['reason']}")
@@ -256,7 +257,7 @@ def _leave(place: Place, error: BaseException, together: bool) -> None:
 
 def _exit(place: Place, code: int) -> NoReturn:
     if place.index == 0:
-        time.sleep(4 * POLL_SECONDS)  # it serves the message to the others
+        time.sleep(4 * POLL_SECONDS)  # process 0 serves the message to the others
     sys.stdout.flush()
     os._exit(code)
 
@@ -269,13 +270,14 @@ _calls = itertools.count()  # the same on all processes, which make the same cal
 
 
 class Hosts:
-    """The processes of a run, once they have joined. Alone, nothing waits.
+    """The processes of a run, once they have joined. A single process never waits.
 
     All processes must call the same methods in the same order.
 
     Attributes:
-      index: of this process. count: of them. first: whether this is process 0, the one that
-      writes and prints.
+      index: index of this process.
+      count: number of processes.
+      first: whether this is process 0, the one that writes and prints.
     """
 
     def __init__(self) -> None:
@@ -283,7 +285,7 @@ class Hosts:
         self.first = self.index == 0
 
     def share(self, value: T) -> T:
-        """What process 0 gave (anything JSON holds)."""
+        """Returns the value that process 0 gave (anything JSON can hold)."""
         if self.count == 1:
             return value
         key = f"relaxnet_jax/shared/{next(_calls)}"
@@ -293,12 +295,12 @@ class Hosts:
         return json.loads(_client().blocking_key_value_get(key, WAIT_MS))
 
     def wait(self) -> None:
-        """Returns when all processes have come here."""
+        """Waits until all processes have called this."""
         if self.count > 1:
             _client().wait_at_barrier(f"relaxnet_jax/wait/{next(_calls)}", WAIT_MS)
 
     def in_turn(self, do: Callable[[], T]) -> T:
-        """Process 0 does it, then the others: they find in the cache what it made."""
+        """Calls ``do`` on process 0 and then on the others, which find in the cache what it made."""
         if not self.first:
             self.wait()
             return do()

@@ -59,18 +59,18 @@ from relaxnet_jax.train.state import (
 from relaxnet_jax.train.step import make_eval_step, make_train_step
 from relaxnet_jax.train.tally import Tally, ValidationTally
 
-# A run that cools down to its deadline ends with a model that has settled. It is kept, unless its
-# validation loss, mostly noise of a few structures from epoch to epoch, is worse than the best by
-# more than this factor.
+# A run that cools down to its deadline ends with a settled model. That one is kept unless its
+# validation loss, whose changes from epoch to epoch are mostly noise from a few structures, exceeds
+# the best by more than this factor.
 KEEP_LAST = 1.1
 
 
 @dataclasses.dataclass
 class Result:
-    """What a run ended with.
+    """The outcome of a run.
 
     Attributes:
-      stopped: it was told to stop (SIGTERM) and can be resumed where it was.
+      stopped: whether the run was stopped by SIGTERM; it can be resumed where it was.
     """
 
     workdir: Path
@@ -92,22 +92,23 @@ def train(
 ) -> Result:
     """Trains a model and leaves the best one in ``workdir/model``.
 
-    On several processes (see `hosts`) all call it with the same arguments; each feeds its own
+    With several processes (see `hosts`), all call it with the same arguments. Each feeds its own
     devices, and only process 0 writes, prints and reads checkpoints.
 
     Args:
-      config: everything the run is determined by, or the name of a config (`load_config`).
+      config: the complete configuration of the run, or the name of one (`load_config`).
       workdir: holds config.json, splits.json, metrics.jsonl, checkpoints/ and model/.
-      resume: continue the run in ``workdir`` from its latest checkpoint, exactly; on another
-        number of devices too, each relaxation still coming once in an epoch.
-      report: where progress goes. devices: number of local devices, all by default.
-      shares: in how many parts a batch of ``train.batch_size`` is divided, one for a device: a
-        step is then over as many structures as on one device (`runtime.batch_shares`).
+      resume: continue the run in ``workdir`` exactly from its latest checkpoint. The number of devices
+        may have changed: each relaxation is still visited once per epoch.
+      report: receives the progress; by default it is shown on the terminal.
+      devices: number of local devices, all by default.
+      shares: number of parts into which a batch of ``train.batch_size`` is divided, one per device, so
+        that a step covers as many structures as on one device (`runtime.batch_shares`).
 
     Raises:
-      InputError: unusable data or configuration; batches that do not fit in a device's memory; a
-        workdir that holds a run although ``resume`` is off, or a run of another configuration or
-        other data although it is on, or in which another process trains; processes with different
+      InputError: the data or the configuration are unusable; batches do not fit in a device's memory;
+        the workdir holds a run although ``resume`` is off, or one of another configuration or other
+        data although it is on; another process trains in the workdir; or processes have different
         configurations or data.
     """
     config = config if isinstance(config, Config) else load_config(config)
@@ -127,7 +128,7 @@ def _train(
     shares: int,
     hosts: Hosts,
 ) -> Result:
-    """`train` in a folder that is this process's."""
+    """`train`, in a folder that this process holds."""
     if hosts.first:
         check_workdir(config, workdir, resume)
     check_same_config(config, hosts)
@@ -160,7 +161,10 @@ def _train(
 
 
 def _does_not_fit(config: Config, workdir: Path) -> str:
-    """What to do where a step needs more memory than there is. A run keeps its batch size for good."""
+    """The error message for a step that needs more memory than there is.
+
+    The batch size of a run cannot be changed when it is resumed.
+    """
     again = "start again"
     if has_checkpoint(workdir):
         again = (
@@ -174,8 +178,8 @@ def _does_not_fit(config: Config, workdir: Path) -> str:
 
 
 def _record(run: _Run, workdir: Path, resume: bool) -> None:
-    """What the run is of, in its folder."""
-    # Also of a resumed run: gone on with again, it has the limits it was last given.
+    """Records the configuration, the splits and the beginning of the run in its folder."""
+    # For a resumed run too: when resumed again, it has the limits it was given last.
     write_text(workdir / "config.json", to_json(run.config))
     if not resume:
         write_text(workdir / RECORD, json.dumps(run.data.dataset.ids(), indent=1))
@@ -219,7 +223,7 @@ class _Run:
         self.data = prepare(config, dataset, report, self.start, shares, self.hosts, began)
         self.data.tell(report)
         self.cooling = Cooling()
-        self.unfit: set[int] = set()  # validation samples that were told to be in batches left out
+        self.unfit: set[int] = set()  # validation samples already reported as left out
         check_same_data(self.data, config, self.hosts)
         self.train_step, self.static_step = (
             self.devices.compile(
@@ -237,7 +241,7 @@ class _Run:
         )
 
     def beginning(self) -> Beginning:
-        """What the run goes on with when it is resumed."""
+        """What is fixed by the beginning of the run, for when it is resumed."""
         data = self.data
         return Beginning(
             data.dataset.trajectories.store.checksum,
@@ -247,7 +251,7 @@ class _Run:
         )
 
     def model(self, params: Any, validation: Mapping[str, float]) -> RelaxNet:
-        """The model with these parameters, which came to these means on the validation split."""
+        """The model with these parameters, whose means on the validation split are ``validation``."""
         data = self.data
         statistics = {
             "data": data.dataset.name,
@@ -278,11 +282,16 @@ class _Run:
     def batches(
         self, split: str, seed: tuple[int, int] | None, done: list[list[int]]
     ) -> tuple[Iterator[tuple[list[int], Any]], int]:
-        """(sample indices, batch over all devices) of each step an epoch has left, and how many.
+        """Iterates over the steps an epoch has left.
 
         Args:
-          split: name. seed: of the order, None for the order of the data.
+          split: name of the split.
+          seed: seed of the order; None for the order of the data.
           done: see `plan.remaining_runs`.
+
+        Returns:
+          An iterator over (sample indices, batch over all devices) of each step, and the number of
+          steps.
         """
 
         data, devices = self.data, self.devices
@@ -306,10 +315,13 @@ class _Run:
         return iterate(), len(runs)
 
     def validate(self, params: Any) -> tuple[dict[str, float], int]:
-        """Means of the loss, its terms and the coordinate errors on the validation split, and how many
-        batches were left out of them since they were not finite; their structures are told once.
+        """Evaluates parameters on the validation split.
 
-        Process 0's numbers on all: what depends on them must be the same everywhere.
+        Batches whose terms are not finite are left out; their structures are reported once.
+
+        Returns:
+          Means of the loss, its terms and the coordinate errors, and how many batches were left out:
+          process 0's numbers on all processes, so that decisions based on them are the same everywhere.
         """
         tally, unfit = ValidationTally(), []
         iterator, _ = self.batches("validation", None, [])
@@ -323,7 +335,7 @@ class _Run:
         return self.hosts.share((tally.means(self.config.loss), tally.skipped))
 
     def execute(self, workdir: Path, resume: bool) -> Result:
-        """Runs until an end is reached."""
+        """Trains until one of the run's ends is reached."""
         config, t, first_host = self.config, self.config.train, self.hosts.first
         state = initial_train_state(start_parameters(config, self.start, self.report), t)
         plateau, first, elapsed, tally = Plateau(), 0, 0.0, Tally()
@@ -351,7 +363,7 @@ class _Run:
         state = self.devices.replicate(state)
         validated = first > 0 or plateau.best_epoch >= 0
         missing = not (workdir / "model").exists()
-        if first_host and validated and missing:  # killed before it was there
+        if first_host and validated and missing:  # killed before the export
             self.export(state.ema if t.ema else state.params, workdir, {})
         clock, limit = Clock(self.devices, elapsed), 60 * t.max_minutes or math.inf
         reason, epoch, ended = "epochs", first - 1, ""
@@ -389,25 +401,23 @@ class _Run:
                 record["validation"], unfit = self.validate(averaged)
                 record["validation_skipped"] = unfit
                 clock.tick()
-                if (
-                    epoch < t.static_epochs
-                ):  # another loss: what it reaches is no mark for the solution
+                if epoch < t.static_epochs:  # another loss, not comparable with that of paths
                     plateau = Plateau()
                 record["best"] = plateau.update(record["validation"]["loss"], epoch, t, unfit)
                 record["seconds"] = clock.seconds
-                # Without a best one, the last that can be used is the best there is.
+                # Without a best epoch so far, the latest finite parameters are exported.
                 wanted = record["best"] or (plateau.best_epoch < 0 and self._finite(averaged))
                 new = checkpoints is not None and not (workdir / "model").exists()
                 if first_host and wanted and not new:
                     self.export(averaged, workdir, record["validation"])
                 due = (epoch + 1) % t.checkpoint_every == 0 or epoch + 1 == t.epochs or new
                 due = due or clock.stop
-                if record["partial"]:  # by the deadline; what is best now must be known later
+                if record["partial"]:  # cut short by the deadline; the best so far must be kept
                     keep(state, unfinished, epoch - 1)
                 elif due or record["best"]:
                     keep(state, tally, epoch)
                 if checkpoints is not None and new:
-                    # A model without a checkpoint: such a run could neither begin again nor go on.
+                    # A model without a checkpoint would allow neither starting again nor resuming.
                     checkpoints.wait()
                     self.export(averaged, workdir, record["validation"])
                 if log is not None:
@@ -426,7 +436,7 @@ class _Run:
                             self.export(averaged, workdir, record["validation"])
                         self.report(f"the last model is kept (validation loss {loss:.4f})")
                     break
-                # A run that cools down to a deadline is at its best then, and not before.
+                # A run that cools down to a deadline is best at the deadline: no early stopping.
                 if not (t.max_minutes and t.cooldown) and plateau.exhausted(epoch, t):
                     reason = f"no better validation loss for {t.early_stop_patience} epochs"
                     break
@@ -457,7 +467,7 @@ class _Run:
         )
 
     def _tell_devices(self, devices: int, shares: int) -> None:
-        """What it means that there were so many before; nothing where there still are."""
+        """Reports how the size of a step has changed with the number of devices or shares, if it has."""
         n = self.devices.n
         if (devices, shares) != (n, self.shares):
             self.report(
@@ -486,7 +496,7 @@ class _Run:
         tally: Tally,
         keep: Callable[[TrainState, Tally], None],
     ) -> tuple[TrainState, dict[str, Any]]:
-        """The rest of an epoch after what ``tally`` says is done; ``keep`` is called now and then."""
+        """Trains on what ``tally`` says is left of an epoch, calling ``keep`` to save checkpoints."""
         t, report = self.config.train, self.report
         iterator, left = self.batches("train", (t.seed, epoch), tally.done)
         count = tally.batches + left
@@ -499,7 +509,7 @@ class _Run:
         begun: collections.deque[tuple[list[int], Any, Any]] = collections.deque()
 
         def settle(ahead: int) -> None:
-            """Takes in the steps that were begun, but the last ``ahead`` of them."""
+            """Collects the metrics of all steps launched, except for the last ``ahead``."""
             while len(begun) > ahead:
                 indices, metrics, tick = begun.popleft()
                 values = jax.device_get(self.devices.first(metrics))
@@ -524,7 +534,7 @@ class _Run:
                 asked = time.perf_counter()
                 due = clock.seconds - saved >= 60 * t.checkpoint_minutes
                 if clock.stop or clock.seconds >= limit or due:
-                    settle(0)  # the state is of all that were begun
+                    settle(0)  # the state includes all steps launched
                 if clock.stop or clock.seconds >= limit:
                     break
                 if due and tally.batches < count:

@@ -1,9 +1,9 @@
-"""One device or several, of one process or several: the only place that knows where steps run.
+"""One or more devices of one or more processes: the only module that knows where steps run.
 
-Several devices run `jax.pmap`. It cannot trace diffrax's own differentiable loops, which mark
-arrays with the devices' mesh and take a marked counter for another type than an unmarked one
-(patrick-kidger/diffrax#765); the RK4 solve is a plain scan for that reason too, and the adaptive
-solver is left to one device.
+Several devices use `jax.pmap`, which cannot trace diffrax's own differentiable loops: these mark
+arrays with the mesh of the devices and treat a marked counter as of another type than an unmarked
+one (patrick-kidger/diffrax#765). For that reason too, the RK4 solve is a plain scan, and the
+adaptive solver runs on one device only.
 """
 
 from __future__ import annotations
@@ -24,17 +24,20 @@ AXIS = "devices"
 
 
 class Devices:
-    """Runs steps on devices of all processes, one padded batch each; plain `jax.jit` on one.
+    """Runs steps on the devices of all processes, one padded batch each; plain `jax.jit` on one.
 
     Attributes:
-      n: number of devices, of all processes. local: of this one.
-      mine: slice of the n devices that are this process's. hosts: the processes.
-      axis: axis name the step must add over, None on one device.
-      compilations: how many step functions were compiled, by kind.
-      ahead: how many steps may be begun before the last one's metrics are there. An accelerator would
-        wait for the host between two steps; a CPU is the host.
-      loaders: threads that make this process's batches. A CPU's cores are busy with the steps, those
-        beside an accelerator are not.
+      n: number of devices of all processes.
+      local: number of devices of this process.
+      mine: slice of the n devices that belong to this process.
+      hosts: the processes.
+      axis: name of the axis a step must sum over; None on one device.
+      compilations: number of compilations, by kind of step.
+      compile_seconds: time spent on them.
+      ahead: number of steps that may be launched before the metrics of the one before are collected.
+        Without any, an accelerator would wait for the host between steps; a CPU is the host itself.
+      loaders: number of threads that make this process's batches: more beside an accelerator, where
+        the cores are not busy with the steps.
     """
 
     def __init__(
@@ -47,12 +50,12 @@ class Devices:
         found = [jax.local_devices(process_index=p) for p in range(hosts.count)]
         counts = [len(devices) for devices in found]
         self.local = counts[hosts.index] if local is None else local
-        if len({*counts}) > 1 or hosts.share(self.local) != self.local:  # pmap wants it so
+        if len({*counts}) > 1 or hosts.share(self.local) != self.local:  # pmap requires it
             raise InputError(
                 f"--devices: process {hosts.index} takes {self.local} devices; the processes see "
                 f"{counts}; each must see and take the same number (choose with CUDA_VISIBLE_DEVICES)"
             )
-        # Process by process, as pmap itself would have them.
+        # Process by process, the order pmap itself would use.
         self._devices = [device for devices in found for device in devices[: self.local]]
         self.n = self.local * hosts.count
         self.mine = slice(self.local * hosts.index, self.local * (hosts.index + 1))
@@ -72,13 +75,14 @@ class Devices:
     def compile(
         self, step: Callable, kind: str, batched: tuple[bool, ...], donate: tuple[int, ...] = ()
     ) -> Callable:
-        """The step, compiled once for each shape of its arguments.
+        """Returns the step as a function that is compiled once for each set of argument shapes.
 
         Args:
-          step: pure function. kind: its name in the log.
+          step: pure function.
+          kind: name of the step in the log.
           batched: for each argument, whether it has a leading axis of devices, as `replicate`
             and `stack` make it; the others must be the same on all processes.
-          donate: arguments whose buffers may be reused.
+          donate: indices of the arguments whose buffers may be reused.
         """
         if self.n == 1:
             transformed: Any = jax.jit(step, donate_argnums=donate)
@@ -98,7 +102,7 @@ class Devices:
                 start = time.perf_counter()
                 self._log(f"compiling {kind}…")
                 compiled[shapes] = transformed.lower(*args).compile(self._options)
-                # The first collectives connect the devices: nobody should come minutes late.
+                # The first collectives connect the devices: no process should be minutes late.
                 self.hosts.wait()
                 seconds = time.perf_counter() - start
                 self.compilations[kind] = self.compilations.get(kind, 0) + 1
@@ -109,10 +113,10 @@ class Devices:
         return run
 
     def replicate(self, tree: Any) -> Any:
-        """A copy on every device (leading axis), or the tree itself on one."""
+        """Copies the tree to every device (leading axis); on a single device, without that axis."""
         if self.n == 1:
-            # Copies that are bound to no device, also of what a checkpoint restored: else a
-            # resumed run would be another program, compiled again.
+            # Copies that are not committed to a device, of restored checkpoints too: otherwise a
+            # resumed run would be another program and compile again.
             return jax.device_put(jax.tree.map(np.array, tree))
         return self._put(
             jax.tree.map(
@@ -121,23 +125,23 @@ class Devices:
         )
 
     def first(self, tree: Any) -> Any:
-        """This process's first copy."""
+        """The first of this process's copies of a tree."""
         if self.n == 1:
             return tree
         return jax.tree.map(lambda x: np.asarray(x.addressable_data(0))[0], tree)
 
     def stack(self, batches: Sequence[Any]) -> Any:
-        """One batch per device of this process, stacked; on all devices of all processes."""
+        """Stacks this process's batches, one per device, into arrays over the devices of all processes."""
         if self.n == 1:
             return batches[0]
         return self._put(jax.tree.map(lambda *leaves: np.stack(leaves), *batches))
 
     def total(self, tree: Any) -> Any:
-        """Sums over the processes of arrays every one of them gives (NumPy)."""
+        """Sums arrays, given by every process, over the processes (NumPy)."""
         return tree if self.hosts.count == 1 else self.first(self.add(tree))
 
     def add(self, tree: Any) -> Any:
-        """`total` on the devices: begun, and not waited for."""
+        """Starts the sum of `total` on the devices, without waiting for it."""
 
         def on_first(x):
             rows = np.zeros((self.local, *np.shape(x)), np.asarray(x).dtype)
@@ -147,7 +151,7 @@ class Devices:
         return self._total(jax.tree.map(on_first, tree))
 
     def _put(self, tree: Any) -> Any:
-        """Arrays of this process's devices as parts of arrays over all devices."""
+        """Makes arrays over all devices, of which those given are this process's parts."""
         return jax.tree.map(
             lambda x: jax.make_array_from_process_local_data(self._sharding, x), tree
         )

@@ -1,4 +1,4 @@
-"""Which batches an epoch still has to visit, and which of them are this process's."""
+"""Which batches an epoch still has to visit, and which of them belong to this process."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ Batches = list[tuple[int, list[int]]]  # (bucket, sample indices) of each
 
 
 class Run(NamedTuple):
-    """Batches of one step, one for each device.
+    """The batches of one step, one for each device.
 
     Attributes:
-      indices: samples in all of them. mine: the batches of this process's devices.
+      indices: indices of the samples in all batches.
+      mine: the batches of this process's devices.
     """
 
     indices: list[int]
@@ -29,15 +30,17 @@ def remaining_runs(
     done: Sequence[Sequence[int]],
     shares: int = 1,
 ) -> list[Run]:
-    """The steps an epoch has left; every sample comes once, however often it was resumed.
+    """The steps an epoch has left; every sample comes once, however often the run was resumed.
 
     Args:
-      pack: (members, n, shares) -> the batches of an epoch over them on n devices, n of a bucket in
-        a row; always the same for the same arguments.
-      members: samples of the whole epoch. n: devices now. mine: this process's among them.
-      done: (devices, steps, shares) done so far, one entry for each number of devices and shares;
-        of two numbers, as once written, with the present shares.
-      shares: in how many parts a batch is divided now: buckets depend on it.
+      pack: (members, n, shares) -> the batches of an epoch over the members on n devices, with n
+        batches of the same bucket in a row; deterministic.
+      members: indices of the samples of the whole epoch.
+      n: present number of devices.
+      mine: slice of the n devices that belong to this process.
+      done: entries (devices, steps, shares) of the steps done so far, one for each number of devices
+        and shares. Entries of two numbers, from earlier versions, have the present shares.
+      shares: present number of parts into which a batch is divided, on which the buckets depend.
     """
     earlier, skip = [(*entry, shares)[:3] for entry in done], 0
     if earlier and earlier[-1][::2] == (n, shares):

@@ -1,4 +1,4 @@
-"""What training carries from step to step, and from epoch to epoch."""
+"""The state that training carries from step to step, and from epoch to epoch."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from relaxnet_jax.typing import AnyArray, Params
 
 
 class TrainState(NamedTuple):
-    """Parameters, their moving average, the optimiser's state, counts of steps.
+    """Parameters, their moving average, the optimiser's state, and counts of steps.
 
-    ``skipped`` counts the steps left out because the loss or gradient was not finite.
+    ``skipped`` counts the steps without an update because the loss or gradient was not finite.
     """
 
     params: Params
@@ -28,9 +28,9 @@ class TrainState(NamedTuple):
 
 
 def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
-    """Gradient clipping and AdamW at unit learning rate; decay on kernels only."""
+    """Gradient clipping and AdamW at unit learning rate; weight decay on kernels only."""
 
-    # By name: with the layers stacked a bias is a matrix too.
+    # Kernels are recognised by name: in stacked layers, biases are matrices too.
     def kernels(params):
         return jax.tree_util.tree_map_with_path(
             lambda path, _: path[-1].key.endswith("kernel"), params
@@ -44,7 +44,10 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
 
 
 def initial_train_state(params: Params, config: TrainConfig) -> TrainState:
-    """Step 0; the average starts at the parameters. NumPy: JAX would compile every shape of a zero."""
+    """The state at step 0; the moving average starts at the parameters.
+
+    Zeros are made with NumPy: JAX would compile a program for every shape.
+    """
     shapes = jax.eval_shape(make_optimizer(config).init, params)
     optimizer = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
     average = jax.tree.map(np.array, params)
@@ -57,8 +60,10 @@ class Plateau:
 
     Attributes:
       scale: current factor on the learning rate.
-      best: lowest validation loss so far. best_epoch: when. skipped: validation batches left out of it.
+      best: best validation loss so far.
+      best_epoch: its epoch; -1 if there is none.
       waited: epochs since the last improvement or reduction.
+      skipped: number of validation batches left out of the best loss.
     """
 
     scale: float = 1.0
@@ -68,9 +73,10 @@ class Plateau:
     skipped: int = 0
 
     def update(self, loss: float, epoch: int, config: TrainConfig, skipped: int = 0) -> bool:
-        """Takes one epoch's loss in; True if it is the best so far. NaN never is.
+        """Takes the loss of an epoch into account; returns whether it is the best so far.
 
-        Losses over fewer batches are lower for it: first counts how many were ``skipped``.
+        NaN never is. Since a loss is lower for every batch left out, the number of batches ``skipped``
+        is compared first.
         """
         first = self.best_epoch < 0
         if math.isfinite(loss) and (first or (skipped, loss) < (self.skipped, self.best)):
@@ -83,39 +89,44 @@ class Plateau:
         return False
 
     def exhausted(self, epoch: int, config: TrainConfig) -> bool:
-        """Whether early stopping is due; where nothing was ever best, counted from epoch 0."""
+        """Whether early stopping is due; without a best epoch, patience counts from epoch 0."""
         return epoch - max(self.best_epoch, 0) >= config.early_stop_patience
 
 
 @dataclasses.dataclass
 class Cooling:
-    """Factors on the learning rate towards the end of a run, as this process has applied them.
+    """Factors on the learning rate towards the end of a run, as applied in this process.
 
     Attributes:
-      first: None before there is one. last: the newest.
+      first: the first factor; None before there is one.
+      last: the latest factor.
     """
 
     first: float | None = None
     last: float = 1.0
 
     def take(self, factor: float) -> float:
-        """Notes a factor, and returns it."""
+        """Records a factor and returns it."""
         self.first = factor if self.first is None else self.first
         self.last = factor
         return factor
 
     @property
     def annealed(self) -> bool:
-        """Whether the rate has fallen. A run taken up after its end has a rate of zero at once."""
+        """Whether the rate has fallen; not so in a run resumed after its end, where it is zero at once."""
         return self.first is not None and self.last < self.first
 
 
 def cooling_factor(t: TrainConfig, seconds: float, limit: float, epochs: float) -> float:
-    """Factor on the learning rate towards the end of a run with a time limit (s): the end of its time
-    or of its epochs, whichever is nearer.
+    """Factor on the learning rate towards the end of a run with a time limit.
+
+    The end is that of the run's time or of its epochs, whichever is nearer.
 
     Args:
-      seconds, epochs: done. limit: seconds.
+      t: training configuration.
+      seconds: time elapsed.
+      limit: time limit in seconds.
+      epochs: epochs done.
     """
     if not t.max_minutes or not t.cooldown:
         return 1.0

@@ -1,4 +1,4 @@
-"""What the batches of an epoch, and of a validation, add up to."""
+"""Sums over the batches of a training epoch and of a validation."""
 
 from __future__ import annotations
 
@@ -14,15 +14,18 @@ from relaxnet_jax.losses import Term, weighted_loss
 
 @dataclasses.dataclass
 class Tally:
-    """Sums over the batches of an epoch; goes into a checkpoint, so that it can be taken up again.
+    """Sums over the batches of an epoch; saved in checkpoints, so that the epoch can be resumed.
 
     Attributes:
-      batches: done. structures: in them.
-      done: [devices, batches, shares], one for each number of devices and shares of a batch the epoch
-        has run with in turn: the position in its plan, see `plan.remaining_runs`.
-      skipped: batches without an update, their loss or gradient not being finite.
-      seconds: spent on them without compiling. waited: of these, until a batch was there.
-      sums: of each metric over the batches that were not skipped.
+      batches: number of batches done.
+      structures: number of structures in them.
+      done: entries [devices, batches, shares], one for each number of devices, and of shares of a
+        batch, that the epoch has run with in turn: the position in its plan, see
+        `plan.remaining_runs`.
+      skipped: number of batches without an update because their loss or gradient was not finite.
+      seconds: time spent on the batches, without compilation.
+      waited: the part of this time spent waiting for batches.
+      sums: sum of each metric over the batches that were not skipped.
     """
 
     batches: int = 0
@@ -36,9 +39,9 @@ class Tally:
     def add(
         self, metrics: dict[str, float], structures: int, devices: int, shares: int = 1
     ) -> bool:
-        """Takes a batch (one step, of all devices) in; returns whether it was an update."""
+        """Adds a batch (one step on all devices); returns whether the step was an update."""
         last = self.done[-1] if self.done else None
-        # Of two numbers, as once written, it was with the shares of whoever goes on.
+        # Entries of two numbers, from earlier versions, are taken to have the present shares.
         if last is None or (last[0], *last[2:]) not in ((devices,), (devices, shares)):
             self.done.append(last := [devices, 0, shares])
         last[1:] = [last[1] + 1, shares]
@@ -52,12 +55,12 @@ class Tally:
         return True
 
     def means(self) -> dict[str, float]:
-        """Of every metric; a loss that is not a number where nothing was added."""
+        """Means of all metrics; only a loss of NaN if there was no update."""
         n = self.batches - self.skipped
         return {name: value / n for name, value in self.sums.items()} if n else {"loss": math.nan}
 
     def record(self) -> dict[str, Any]:
-        """What an epoch's record says of its training."""
+        """The training part of the epoch's record."""
         spent = max(self.seconds, 1e-9)
         return {
             "train": self.means(),
@@ -68,11 +71,14 @@ class Tally:
 
 
 class ValidationTally:
-    """Sums of loss terms over validation batches. Those that are not finite are left out: one
-    structure beyond the model would make every mean of the run a NaN.
+    """Sums of loss terms over the validation batches whose terms are all finite.
+
+    The others are left out: one structure that the model cannot handle would turn every mean of the
+    run into NaN.
 
     Attributes:
-      batches: done. skipped: of them, left out.
+      batches: number of batches done.
+      skipped: number of these that were left out.
     """
 
     def __init__(self) -> None:
@@ -80,7 +86,7 @@ class ValidationTally:
         self._sums: dict[str, np.ndarray] = {}
 
     def add(self, terms: dict[str, Term]) -> bool:
-        """Takes a batch in; returns whether it counts."""
+        """Adds a batch; returns whether it counts."""
         values = {name: np.array([t.total, t.number], np.float64) for name, t in terms.items()}
         finite = all(np.isfinite(v).all() for v in values.values())
         self.batches, self.skipped = self.batches + 1, self.skipped + (not finite)
@@ -90,7 +96,7 @@ class ValidationTally:
         return finite
 
     def means(self, config: LossConfig) -> dict[str, float]:
-        """The loss and every term; NaN where no batch counts."""
+        """Means of the loss and of every term; NaN if no batch counts."""
         if self.batches == self.skipped:
             return {"loss": math.nan} | dict.fromkeys(self._sums, math.nan)
         terms = {name: Term(total, number) for name, (total, number) in self._sums.items()}
