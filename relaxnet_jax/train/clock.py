@@ -13,7 +13,7 @@ from relaxnet_jax.train.parallel import Devices
 
 
 class Clock:
-    """Context manager for the duration of a run, and whether any process received SIGTERM.
+    """Context manager that times a run and notes whether any of its processes received SIGTERM.
 
     Within the context, SIGTERM, which batch systems send some time before they kill, only sets `stop`.
 

@@ -228,7 +228,7 @@ def _watch(place: Place, ended: threading.Event) -> None:
     while not ended.wait(POLL_SECONDS):
         try:
             told = json.loads(client.key_value_try_get(FAILED))
-        except jax.errors.JaxRuntimeError:  # none has
+        except jax.errors.JaxRuntimeError:  # no process has failed
             continue
         if told["index"] != place.index and not ended.is_set():
             _say(place, f"stopped because of process {told['index']}: {told['reason']}")

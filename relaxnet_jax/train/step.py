@@ -56,8 +56,8 @@ class Objective(NamedTuple):
 def batch_terms(objective: Objective, params: Params, unit: Array, batch: Batch) -> dict[str, Term]:
     """Sums and counts of the loss terms on one device.
 
-    For objectives of kind "path" and "frames" those of the force errors are included, for "path" those
-    of the coordinate and strain errors too.
+    Objectives of kind "path" and "frames" also give the force errors, those of kind "path" the
+    coordinate and strain errors too.
 
     Args:
       unit: energy scale, eV/atom.
