@@ -1,4 +1,4 @@
-"""How the time of a report is divided among its runs."""
+"""How a report's time is divided among its runs."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping
 
 from relaxnet_jax.config import Config
 
-# Relative times, in units of the explicit scheme with 5 frames and RK4: an implicit one evaluates
-# its encoder at every stage, the direct predictor once.
+# Relative times, in units of the explicit scheme with 5 frames and RK4. The implicit scheme
+# evaluates its encoder at every stage, the direct predictor only once.
 LATENT = {"explicit": 1.0, "implicit": 3.0, "static": 1.0, "direct": 0.5}
 RULE = (
     "weights: explicit 1, implicit 3, each times frames/5 and substeps; static 1, direct 0.5; tsit5 "
@@ -26,13 +26,13 @@ def weight_of(config: Config, share: float = 1.0) -> float:
 
 
 def divide(minutes: float, weights: Mapping[str, float]) -> dict[str, float]:
-    """Minutes of each, in proportion to the weights; together ``minutes``."""
+    """Divides ``minutes`` in proportion to the weights."""
     total = sum(weights.values())
     return {name: minutes * weight / total for name, weight in weights.items()}
 
 
 def clock(minutes: Iterable[float], jobs: int) -> float:
-    """Minutes that runs take together, ``jobs`` at a time, the longest first."""
+    """Wall-clock minutes of runs trained ``jobs`` at a time, the longest first."""
     ends = [0.0] * jobs
     for own in sorted(minutes, reverse=True):
         heapq.heapreplace(ends, ends[0] + own)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from relaxnet_jax.data.generation.calculators import Calculator
 
 SOME_FAILED, TERMINATED = 1, 143
-TABLE_WIDTH = 120  # of the plan, also where no terminal says how wide it is
+TABLE_WIDTH = 120  # least width of the plan's table, also without a terminal
 
 
 def reproduce(args: argparse.Namespace) -> int:
@@ -52,14 +52,14 @@ def reproduce(args: argparse.Namespace) -> int:
     for name in names:
         try:
             needs[name] = EXPERIMENTS[name].runs(setting)
-        except InputError:  # told when its turn comes, and the others go on
+        except InputError:  # reported by its section; the others continue
             if len(names) == 1:
                 raise
     identity = [names, args.budget, args.jobs, list(setting.seeds)]
     budget = args.budget and args.budget * args.jobs
     plan = make_plan(needs, out, budget, identity)
     if budget and (span := clock([e.left for e in plan.left], args.jobs)) > args.budget:
-        # Runs of different lengths do not fill all cores to the end.
+        # Runs of different lengths leave cores idle towards the end: scale the budget to fit.
         plan = make_plan(needs, out, budget * args.budget / span, identity)
     if plan.entries:
         console = result_console()
@@ -81,7 +81,7 @@ def reproduce(args: argparse.Namespace) -> int:
     with held(out, "reproduce", "--out"):
         keep_plan(plan, out, identity)
         try:
-            if args.jobs > 1:  # what fails here is tried once more, alone, by its section
+            if args.jobs > 1:  # what fails here is retried, alone, by its section
                 setting.write_shares((e.run for e in plan.left), note)
                 train_side_by_side(plan.left, out, args.jobs, note)
             failed = 0
@@ -117,7 +117,7 @@ def _check_jobs(jobs: int) -> None:
 
 
 def _reference(name: str | None) -> Calculator | None:
-    """The calculator of ``--reference``."""
+    """The calculator named by ``--reference``, if any."""
     if name is None:
         return None
     from relaxnet_jax.data.generation.calculators import check_calculator
@@ -126,7 +126,7 @@ def _reference(name: str | None) -> Calculator | None:
 
 
 def _sources(items: list[str]) -> dict[str, str]:
-    """Config file by role, of "role=file" and of files named after roles."""
+    """Config file by role, from "ROLE=FILE" items."""
     from relaxnet_jax.config import find_config
     from relaxnet_jax.reproduce.setting import ROLES
 
@@ -137,6 +137,6 @@ def _sources(items: list[str]) -> dict[str, str]:
             raise InputError(
                 f"--config {item!r}: write it as NAME=FILE, NAME one of {', '.join(ROLES)}"
             )
-        # A role that cannot be had may be left out: not so a typo.
+        # Checked now: a role that cannot be trained may be left out later, a misspelt file may not.
         found[role] = str(find_config(file))
     return found

@@ -1,4 +1,4 @@
-"""The shape of an experiment."""
+"""The interface of an experiment."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ class Experiment:
     """A table or figure.
 
     Attributes:
-      name: on the command line. runs: the training runs it needs.
-      section: what it makes of them, once they are finished; writes its figures.
+      name: name on the command line.
+      runs: returns the training runs it needs.
+      section: evaluates these runs once they are finished; also writes the figures.
     """
 
     name: str

@@ -1,6 +1,7 @@
-"""The paper's own numbers: of JARVIS-DFT, on two V100, to be set beside ours.
+"""The paper's own numbers, for comparison with ours (JARVIS-DFT data, two V100 GPUs).
 
-Energies are eV per structure and forces eV/Å unless a name says otherwise; None: not reported.
+Energies are in eV per structure and forces in eV/Å unless a name or comment says otherwise; None
+means not reported.
 """
 
 from __future__ import annotations
@@ -70,6 +71,6 @@ C1, C2 = 0.05, 0.0751  # eV/Å, stopping criteria of L-BFGS; C2 is RelaxNet's fi
 
 # Section 5.4: explicit, 5 frames, 5,000 structures; implicit, 10 frames, 1,000 structures.
 COORDINATE_MAE, RMSD = 0.0094, 0.0241  # Å, before and after alignment
-PEARSON = 0.979  # of all energies (figure A.2)
+PEARSON = 0.979  # over all energies (figure A.2)
 ELEMENTS, MOST_ATOMS, STRUCTURES = 86, 96, 33473  # section 5.1, A.2
 COMMON_DISPLACEMENT = (1e-3, 1e-2)  # Å, "most true displacements" (A.4)

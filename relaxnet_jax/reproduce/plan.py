@@ -1,4 +1,4 @@
-"""Which runs a report needs, which of them are there, and how long the others may take."""
+"""Which runs a report needs, which of them exist, and how long the others may take."""
 
 from __future__ import annotations
 
@@ -22,8 +22,12 @@ class Entry:
     """A run of a plan.
 
     Attributes:
-      needed_by: names of experiments. minutes: it took, if finished, else may take in all; None
-        where no budget is given. left: of these, 0 of finished runs and where no budget is given.
+      run: the training run.
+      needed_by: names of the experiments that need it.
+      state: whether it is missing, interrupted or finished.
+      minutes: time it took if finished, otherwise the total time it may take; None if it has not
+        been given any.
+      left: how much of this remains; 0 for finished runs and where ``minutes`` is None.
     """
 
     run: Run
@@ -35,17 +39,17 @@ class Entry:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """All runs, each once, in the order in which experiments ask for them."""
+    """All runs, each once, in the order in which the experiments ask for them."""
 
     entries: tuple[Entry, ...]
 
     @property
     def left(self) -> list[Entry]:
-        """Those not finished."""
+        """The entries that are not finished."""
         return [e for e in self.entries if e.state != "finished"]
 
     def table(self) -> Table:
-        """For the terminal."""
+        """The plan as a table for the terminal."""
         table = Table(box=box.SIMPLE_HEAD)
         for name in ("run", "for", "state"):
             table.add_column(name)
@@ -61,13 +65,19 @@ class Plan:
 def make_plan(
     needs: Mapping[str, Sequence[Run]], out: Path, budget: float | None, identity: Any
 ) -> Plan:
-    """Divides a budget among the runs that are missing.
+    """Divides a budget among the missing runs.
 
-    An interrupted run keeps the time it was given; what it has left of it comes off the budget.
+    An interrupted run keeps the time it was given; what remains of it is deducted from the budget.
 
     Args:
-      needs: runs by experiment. out: the report's folder. budget: minutes, None: not yet known.
-      identity: of the command, as JSON has it: given again, it goes on with the same division.
+      needs: runs by experiment.
+      out: the report's folder.
+      budget: minutes; None if not known yet.
+      identity: identity of the command, in JSON types; the same command, given again, continues
+        with the same division.
+
+    Raises:
+      InputError: interrupted runs take up the whole budget, so that none is left for missing ones.
     """
     runs: dict[str, Run] = {}
     needed_by: dict[str, list[str]] = {}
@@ -100,7 +110,7 @@ def _divided(
     budget: float,
     identity: Any,
 ) -> dict[str, float | None]:
-    """Minutes of the missing runs."""
+    """Minutes for the missing runs."""
     missing = [digest for digest, state in states.items() if state == "missing"]
     before = _read(out)
     if before.get("command") == identity and all(d in before["minutes"] for d in missing):
@@ -118,7 +128,7 @@ def _divided(
 
 
 def keep_plan(plan: Plan, out: Path, identity: Any) -> None:
-    """Remembers the division, for the same command given again."""
+    """Stores the division, in case the same command is given again."""
     minutes = {e.run.digest: e.minutes for e in plan.entries}
     before = _read(out)
     if before.get("command") == identity:
@@ -136,15 +146,15 @@ def _read(out: Path) -> dict[str, Any]:
 
 
 def _spent(folder: Path) -> float:
-    """Minutes an interrupted run has taken, whole epochs only."""
+    """Minutes that an interrupted run has taken, counting whole epochs only."""
     try:
         return max((r["seconds"] / 60 for r in read_epochs(folder)), default=0.0)
-    except FileNotFoundError:  # within its first epoch
+    except FileNotFoundError:  # interrupted within its first epoch
         return 0.0
 
 
 def _given(folder: Path) -> float | None:
-    """The time limit an interrupted run has."""
+    """The time limit of an interrupted run; None if it cannot be read."""
     try:
         return float(json.loads((folder / "config.json").read_text())["train"]["max_minutes"])
     except (OSError, ValueError, KeyError):

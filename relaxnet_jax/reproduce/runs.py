@@ -1,4 +1,4 @@
-"""A training run that experiments need: its configuration, its folder, how far it is."""
+"""A training run that experiments need: its configuration, its folder and its progress."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from relaxnet_jax.train.checkpoint import has_checkpoint
 
 State = Literal["missing", "interrupted", "finished"]
 
-# What says where data lie or how a run is watched, not what is computed. The time a run gets is
-# divided anew for every command, so a finished run serves whatever it got; its facts say how much.
+# Fields that say where data lie or how a run is monitored, not what is computed. The time limit is
+# one of them: every command divides its time anew, so a finished run is reused whatever time it
+# had; its facts record how much. `digest_of` takes the checksum of ``start_from`` instead.
 _NOT_IN_DIGEST = {
     "data": ("path", "split_file"),
     "train": (
@@ -29,12 +30,15 @@ _NOT_IN_DIGEST = {
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A run, identified by its digest.
+    """A training run, identified by its digest.
 
     Attributes:
-      name: for people. config: without a time limit. weight: its share of the budget.
-      digest: hash of configuration, data, splits and start, when the run was first wanted.
-      relaxations: in its training split, those that cannot be used included.
+      name: label for people.
+      config: the configuration, without a time limit.
+      weight: the run's share of the budget, relative to other runs.
+      digest: hash of configuration, data, splits and start, as it was when the run was first
+        requested.
+      relaxations: size of its training split, including relaxations that cannot be used.
     """
 
     name: str
@@ -45,23 +49,25 @@ class Run:
 
 
 def digest_of(config: Config, data: str, split: str, start: str = "") -> str:
-    """16 hexadecimal digits of everything a run's result depends on.
+    """16 hexadecimal digits that identify everything a run's result depends on.
 
     Args:
-      data: checksum of the store. split: hash of the file of splits, empty without one.
-      start: checksum of the model it begins with, empty without one.
+      config: its name and the fields in `_NOT_IN_DIGEST` are ignored.
+      data: checksum of the store.
+      split: hash of the split file; empty without one.
+      start: checksum of the model that training starts from; empty without one.
     """
     return _digest(to_dict(config), data, split, start)
 
 
 def _digest(fields: Mapping[str, Any], data: str, split: str, start: str) -> str:
-    """Of a configuration's fields, today's or those it had when it was written."""
+    """`digest_of` for a configuration's fields, today's or those it had when it was written."""
     text = json.dumps([_computed(fields), data, split, start], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _computed(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields that say what is computed."""
+    """The fields that determine what is computed."""
     return {
         section: {k: v for k, v in own.items() if k not in _NOT_IN_DIGEST.get(section, ())}
         for section, own in fields.items()
@@ -70,16 +76,16 @@ def _computed(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class FinishedRuns:
-    """Finished runs of a report's folder, found again also after the configuration got new fields.
-
-    A new field changes every digest, but no run where its default is what was done before. So a
-    run is the one wanted if its config.json, read with today's defaults for the fields it lacks,
-    is the wanted configuration, and if its folder has the digest of config.json as it stands with
-    the wanted data, splits and start. A value that differs in either is never passed over.
+    """Finished runs in a report's folder, found even if the configuration has gained fields since.
+    A new field changes every digest, but not the runs for which its default is the earlier
+    behaviour. A run is therefore the one wanted if its config.json, completed with today's
+    defaults, equals the wanted configuration, and if its folder is named by the digest of
+    config.json as it stands with the wanted data, splits and start. No differing value is ever
+    ignored in either.
     """
 
     def __init__(self, out: Path) -> None:
-        """Reads the configurations, and nothing else, of the runs in ``out``."""
+        """Reads the configurations of the finished runs in ``out``, and nothing else."""
         self._found: dict[str, list[tuple[str, dict[str, Any]]]] = {}
         for folder in sorted((out / "runs").glob("*")):
             if state_of(folder) != "finished":
@@ -88,12 +94,12 @@ class FinishedRuns:
             try:
                 text = file.read_text()
                 key = _key(from_json(text, str(file)))
-            except (OSError, InputError):  # another version's, with fields this one lacks
+            except (OSError, InputError):  # another version's, with fields unknown here
                 continue
             self._found.setdefault(key, []).append((folder.name, json.loads(text)))
 
     def digest(self, config: Config, data: str, split: str, start: str = "") -> str:
-        """`digest_of`, or what it was when the run was trained, if only that is there."""
+        """`digest_of`, or the digest under which the run was trained if only that one is there."""
         own, found = digest_of(config, data, split, start), self._found.get(_key(config), ())
         kept = [name for name, fields in found if name == _digest(fields, data, split, start)]
         return kept[0] if kept and own not in kept else own
@@ -109,25 +115,25 @@ def folder_of(out: Path, run: Run) -> Path:
 
 
 def state_of(folder: Path) -> State:
-    """Whether a run is still to be trained, to be gone on with, or done."""
+    """Whether a run is missing, interrupted (to be resumed) or finished."""
     if (folder / "finished.json").is_file() and (folder / "model").is_dir():
         return "finished"
     return "interrupted" if has_checkpoint(folder) else "missing"
 
 
 def write_facts(folder: Path, facts: dict[str, Any]) -> None:
-    """Marks a run as finished."""
+    """Writes a run's facts, which marks it as finished."""
     with atomic_path(folder / "finished.json") as temporary:
         temporary.write_text(json.dumps(facts, indent=1))
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
-    """What is known of a finished run: minutes, epochs, reason, machine."""
+    """The facts of a finished run, such as minutes, epochs, reason for ending and machine."""
     return _json(folder / "finished.json")
 
 
 def read_epochs(folder: Path) -> list[dict[str, Any]]:
-    """The records of a run's epochs (``metrics.jsonl``); a line that a kill cut short is none."""
+    """The epoch records of a run (``metrics.jsonl``), without lines cut short by a kill."""
     records = []
     for line in (folder / "metrics.jsonl").read_text().splitlines():
         try:

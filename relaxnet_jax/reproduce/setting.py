@@ -1,4 +1,4 @@
-"""What all experiments of a report share: data, splits, seeds, configurations."""
+"""What all experiments of a report share: data, splits, seeds and configurations."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from relaxnet_jax.train.start import start_facts
 
 ROLES = ("explicit", "implicit", "static", "egnn", "static_final")
 SHOWN = {"static_final": "direct"}
-# What the command decides itself, and the option that says it.
+# Fields that the command sets itself, and the options that determine them.
 _RESERVED = {
     "data.path": "--data",
     "train.max_minutes": "--budget",
@@ -37,9 +37,13 @@ class Setting:
     """Data, seeds and configurations of a report.
 
     Attributes:
-      data: a store. out: the report's folder. seeds: of initialisation and shuffling.
-      sources: config file by role (see `ROLES`). changes: "section.field=value" for all of them.
-      folds: of the cross-validation. reference: an outside potential to compare with.
+      data: path of the store.
+      out: the report's folder.
+      seeds: seeds of initialisation and shuffling.
+      sources: config file by role (see `ROLES`).
+      changes: "section.field=value" items, applied to every configuration.
+      folds: number of folds of the cross-validation.
+      reference: an outside potential to compare with, if any.
     """
 
     data: str
@@ -60,7 +64,7 @@ class Setting:
                 raise InputError(f"--set {key}: is given by {_RESERVED[key]}")
 
     def config(self, role: str, **changes: Any) -> Config:
-        """The configuration of a role with what an experiment changes (section__field=value)."""
+        """The configuration of a role with an experiment's changes (section__field=value)."""
         if role not in self._configs:
             self._configs[role] = self._read(role)
         config = self._configs[role]
@@ -81,7 +85,7 @@ class Setting:
     def why_not(self, role: str) -> str:
         """Why a role cannot be trained with these settings; empty if it can.
 
-        A direct predictor, for one, predicts no stresses.
+        For example, a direct predictor predicts no stresses.
         """
         try:
             self.config(role)
@@ -90,8 +94,13 @@ class Setting:
         return ""
 
     def need_fixed_cells(self, experiment: str) -> None:
-        """Of experiments that take positions of one frame from those of another: where cells relax,
-        the strain would count as displacement. Raises InputError there."""
+        """Rejects variable cells for experiments that compare positions of different frames.
+
+        Where cells relax, the strain would count as displacement.
+
+        Raises:
+          InputError: cells relax with these settings.
+        """
         if self.config("explicit").dynamics.cell != "fixed":
             raise InputError(
                 f"{experiment}: compares positions of different frames, which have different cells "
@@ -102,9 +111,10 @@ class Setting:
         """A training run.
 
         Args:
-          role: of the configuration. seed: of the run.
-          share: of the training split; smaller ones are parts of larger ones. label: of what is
-            special about it.
+          role: the role whose configuration is used.
+          seed: seed of the run.
+          share: fraction of the training split; smaller shares are subsets of larger ones.
+          label: what is special about the run, for its name.
           changes: section__field=value.
         """
         config = self.config(role, train__seed=seed, **changes)
@@ -128,26 +138,26 @@ class Setting:
 
     @functools.cached_property
     def _finished(self) -> FinishedRuns:
-        """Runs there were when the command began."""
+        """Runs that were already finished when the command began."""
         return FinishedRuns(self.out)
 
     @functools.cached_property
     def dataset(self) -> Dataset:
-        """The relaxations and the splits of the report. Raises InputError."""
+        """The relaxations and splits of the report. Raises InputError."""
         return load_dataset(self.config("explicit"))
 
     @functools.cached_property
     def checksum(self) -> str:
-        """Of the store."""
+        """Checksum of the store."""
         return self.dataset.trajectories.store.checksum
 
     @property
     def name(self) -> str:
-        """Of the data, for captions."""
+        """Name of the data, for captions."""
         return Path(self.dataset.name).name
 
     def write_shares(self, runs: Iterable[Run], report: Callable[[str], None]) -> None:
-        """Writes the files of splits that these runs name."""
+        """Writes the split files of shares that these runs use, unless they exist."""
         for run in runs:
             path = Path(run.config.data.split_file)
             if path.parent == self.out / "splits" and not path.is_file():
@@ -157,7 +167,7 @@ class Setting:
                 report(f"{path}: {run.relaxations} of the training relaxations")
 
     def _training(self, config: Config) -> int:
-        """Relaxations of a configuration's training split."""
+        """Number of relaxations in a configuration's training split."""
         key = _selection(config)
         if key == _selection(self.config("explicit")):
             return len(self.dataset.splits["train"])
@@ -166,7 +176,7 @@ class Setting:
         return self._sizes[key]
 
     def _part(self, count: int) -> np.ndarray:
-        """Rows of the first so many of the training split in a random order, the same for all."""
+        """The first ``count`` training rows in a random order common to all counts, sorted."""
         rows, seed = self.dataset.splits["train"], self.config("explicit").data.seed
         return np.sort(rows[np.random.default_rng(seed).permutation(len(rows))[:count]])
 
@@ -174,7 +184,7 @@ class Setting:
         return max(1, round(share * len(self.dataset.splits["train"])))
 
     def _share(self, share: float) -> tuple[Path, str]:
-        """Where the splits of a share are, and the hash of their content."""
+        """Path of the split file of a share, and the hash of its content."""
         if share not in self._shares:
             ids, splits, count = (
                 self.dataset.trajectories.ids,
@@ -194,6 +204,6 @@ class Setting:
 
 
 def _selection(config: Config) -> tuple:
-    """What decides which relaxations are trained and tested on."""
+    """The settings that decide which relaxations are trained and tested on."""
     d = config.data
     return d.limit, d.splits, d.fold, d.seed, d.split_file, d.n_emt, config.dynamics.cell

@@ -1,4 +1,4 @@
-"""Trains what a plan says is missing."""
+"""Trains the runs of a plan that are not finished."""
 
 from __future__ import annotations
 
@@ -19,20 +19,21 @@ from relaxnet_jax.reproduce.runs import folder_of, read_epochs, state_of, write_
 from relaxnet_jax.train.loop import train
 from relaxnet_jax.train.report import ConsoleReport
 
-SHOWN = 12  # digits of the digest of the code
+SHOWN = 12  # digits kept of the code's digest
 
 
 class StoppedError(Exception):
-    """SIGTERM came: the run has written a checkpoint, and the same command goes on there."""
+    """SIGTERM was received: the run wrote a checkpoint, from which the same command resumes."""
 
 
 def train_entry(
     entry: Entry, out: Path, report: ConsoleReport | None = None, devices: int | None = None
 ) -> None:
-    """Trains a run of a plan, or goes on with it, and marks it as finished.
+    """Trains or resumes a run of a plan, and marks it as finished.
 
     Raises:
-      StoppedError: see there. InputError: see `train.loop.train`.
+      StoppedError: SIGTERM was received.
+      InputError: see `train.loop.train`.
     """
     folder = folder_of(out, entry.run)
     state = state_of(folder)
@@ -42,9 +43,9 @@ def train_entry(
     t = dataclasses.replace(entry.run.config.train, max_minutes=entry.minutes)
     config = dataclasses.replace(entry.run.config, train=t)
     if state == "missing" and folder.exists():
-        shutil.rmtree(folder)  # it was killed before its first checkpoint
+        shutil.rmtree(folder)  # killed before its first checkpoint
     if state == "interrupted":
-        # The data and the report may have moved since; its time is what it was promised.
+        # Data and report may have moved since then; the time limit stays as it was given.
         file = folder / "config.json"
         limit = from_json(file.read_text(), str(file)).train.max_minutes
         config = dataclasses.replace(config, train=dataclasses.replace(t, max_minutes=limit))
@@ -69,9 +70,9 @@ def train_entry(
 def train_all(
     entries: list[Entry], out: Path, say: Callable[[str], None], report: ConsoleReport | None = None
 ) -> None:
-    """Trains those that are not finished, one after the other."""
+    """Trains the unfinished entries one after the other."""
     entries = [e for e in entries if state_of(folder_of(out, e.run)) != "finished"]
     for number, entry in enumerate(entries, 1):
         say(f"[{number}/{len(entries)}] {entry.run.name}: {entry.minutes:.2f} min")
         train_entry(entry, out, report)
-        jax.clear_caches()  # the programs of a run that is over
+        jax.clear_caches()  # compiled programs of the finished run

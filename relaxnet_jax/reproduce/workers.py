@@ -1,4 +1,4 @@
-"""Several training runs at a time, each in a process of its own on its own cores."""
+"""Several training runs at a time, each in its own process on its own cores."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from relaxnet_jax.reproduce.training import StoppedError, train_entry
 from relaxnet_jax.runtime import enable_compilation_cache, usable_cores
 
 STOPPED, UNUSABLE = "stopped", "unusable"
-LOGS = "logs"  # in the report's folder: what each run would have shown on the terminal
+LOGS = "logs"  # subfolder of the report: what each run would have printed to the terminal
 LOG_WIDTH = 160
 
 
 @dataclasses.dataclass(frozen=True)
 class _Worker:
-    """A process, the run it trains, the cores it has, where it answers."""
+    """A process, the run it trains, its cores, and the connection on which it answers."""
 
     process: Any
     entry: Entry
@@ -38,12 +38,12 @@ def train_side_by_side(
 ) -> None:
     """Trains runs of a plan, ``jobs`` at a time, the longest first, on equal shares of the cores.
 
-    A batch of a hundred atoms keeps no more than one or two cores busy: runs beside each other take
-    less time than one after the other on all. Why a run could not be trained is said, and the
-    others go on.
+    A batch of a hundred atoms keeps no more than one or two cores busy, so runs side by side take
+    less time than one after the other on all cores. If a run cannot be trained, the reason is
+    reported and the others continue.
 
     Raises:
-      StoppedError: SIGTERM came; the runs at work have written checkpoints.
+      StoppedError: SIGTERM was received; the runs in progress have written checkpoints.
     """
     waiting, free = sorted(entries, key=lambda e: -(e.minutes or 0.0)), core_shares(jobs)
     at_work: list[_Worker] = []
@@ -51,7 +51,7 @@ def train_side_by_side(
         while at_work or (waiting and not told):
             while waiting and free and not told:
                 at_work.append(_start(waiting.pop(0), out, free.pop(0)))
-                if told:  # between the start and the list
+                if told:  # SIGTERM came between start and append
                     at_work[-1].process.terminate()
                 run = at_work[-1].entry
                 say(
@@ -68,10 +68,12 @@ def train_side_by_side(
 
 
 def core_shares(jobs: int) -> list[list[int]]:
-    """The cores this process may use in so many parts; empty ones where nobody says which they are.
+    """Divides the cores this process may use into ``jobs`` parts.
+
+    The parts are empty on platforms that do not report which cores these are.
 
     Raises:
-      InputError: there are fewer.
+      InputError: there are fewer cores than jobs.
     """
     if jobs > usable_cores():
         raise InputError(
@@ -83,7 +85,7 @@ def core_shares(jobs: int) -> list[list[int]]:
 
 @contextlib.contextmanager
 def _terminating(at_work: list[_Worker]) -> Iterator[list[bool]]:
-    """Hands SIGTERM on to the workers; yields a list that is not empty once it came."""
+    """Forwards SIGTERM to the workers; yields a list that is non-empty once it was received."""
     told: list[bool] = []
 
     def stop(*_: object) -> None:
@@ -95,7 +97,7 @@ def _terminating(at_work: list[_Worker]) -> Iterator[list[bool]]:
     try:
         yield told
     finally:
-        for worker in at_work:  # left by an exception, Ctrl-C among them
+        for worker in at_work:  # left over by an exception, Ctrl-C included
             worker.process.terminate()
             worker.process.join()
         signal.signal(signal.SIGTERM, before)
@@ -106,16 +108,16 @@ def _log(out: Path, entry: Entry) -> Path:
 
 
 def _start(entry: Entry, out: Path, cores: list[int]) -> _Worker:
-    context = multiprocessing.get_context("spawn")  # JAX does not live through a fork
+    context = multiprocessing.get_context("spawn")  # JAX does not survive a fork
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_work, args=(entry, out, cores, theirs), daemon=True)
     process.start()
-    theirs.close()  # so that ours ends when the process does
+    theirs.close()  # so that ours reaches its end when the process ends
     return _Worker(process, entry, cores, ours)
 
 
 def _outcome(worker: _Worker, out: Path) -> str:
-    """What became of a run whose process has ended, in words."""
+    """Describes the outcome of a run whose process has ended."""
     worker.process.join()
     code = worker.process.exitcode
     try:
@@ -136,7 +138,7 @@ def _outcome(worker: _Worker, out: Path) -> str:
 
 
 def _end_with_parent() -> None:
-    """Ends this process as SIGTERM does when the one that started it is gone, however it went."""
+    """Ends this process as SIGTERM would once its parent is gone, however the parent ended."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     connection.wait([parent.sentinel])
@@ -144,7 +146,7 @@ def _end_with_parent() -> None:
 
 
 def _work(entry: Entry, out: Path, cores: list[int], answer: connection.Connection) -> None:
-    """In the process of a run."""
+    """Trains a run; the entry point of a worker process."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     if cores:
         os.sched_setaffinity(0, cores)  # before JAX counts them
@@ -157,7 +159,7 @@ def _work(entry: Entry, out: Path, cores: list[int], answer: connection.Connecti
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a", buffering=1, encoding="utf-8") as file:
         os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)  # tracebacks and what libraries print
+        os.dup2(file.fileno(), 2)  # tracebacks and the output of libraries
         try:
             report = ConsoleReport(Console(file=file, width=LOG_WIDTH))
             train_entry(entry, out, report, devices=1)
