@@ -1,4 +1,4 @@
-"""Arrays of many structures in one file, and comparisons among them: npz, no pickles."""
+"""Arrays of many structures, such as comparisons, in one npz file without pickles."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FACTS = "facts"
 
 
 def write_records(path: Path, records: Records, facts: Mapping[str, Any]) -> None:
-    """Writes named arrays of each structure, and facts as JSON; whole or not at all."""
+    """Writes named arrays of each structure, and facts as JSON, atomically."""
     arrays = {f"{i}/{k}": np.asarray(v) for i, one in enumerate(records) for k, v in one.items()}
     text = json.dumps({**facts, "records": len(records)})
     with atomic_path(path) as temporary:
@@ -27,7 +27,7 @@ def write_records(path: Path, records: Records, facts: Mapping[str, Any]) -> Non
 
 
 def read_records(path: Path) -> tuple[list[dict[str, np.ndarray]], dict[str, Any]] | None:
-    """What `write_records` wrote; None if it is not there or damaged: it is made again then."""
+    """Reads what `write_records` wrote; None if missing or damaged, so that it is made again."""
     try:
         with np.load(path, allow_pickle=False) as file:
             facts = json.loads(str(file[FACTS]))
@@ -48,6 +48,6 @@ def to_record(c: Comparison) -> dict[str, np.ndarray]:
 
 
 def from_record(record: Mapping[str, np.ndarray]) -> Comparison:
-    """The comparison again."""
+    """The comparison that `to_record` turned into arrays."""
     plain: dict[str, Any] = {k: v.item() if v.ndim == 0 else v for k, v in record.items()}
     return Comparison(**plain)

@@ -1,4 +1,4 @@
-"""Figures of tables: bars and lines with error bars, drawn without pyplot."""
+"""Charts of scores: bars and lines with error bars, drawn without pyplot."""
 
 from __future__ import annotations
 
@@ -23,12 +23,14 @@ def bars(
     marks: Mapping[str, Mapping[str, float]] | None = None,
     log: Collection[str] = (),
 ) -> None:
-    """Horizontal bars, one panel for each quantity, error bars the deviation over seeds.
+    """Horizontal bars, one panel per quantity; error bars show the deviation over seeds.
 
     Args:
-      panels: scores by label, by axis label. What is not a number is left out.
-      marks: vertical lines by panel: value by name, e.g. doing nothing.
-      log: panels with a logarithmic axis.
+      panels: by axis label, the scores by bar label. Scores without a finite mean are left out.
+      path: the file to write.
+      caption: the figure's caption.
+      marks: by axis label, vertical lines as value by name, e.g. doing nothing.
+      log: axis labels of the panels with a logarithmic axis.
     """
     shown = {k: {n: s for n, s in v.items() if np.isfinite(s.mean)} for k, v in panels.items()}
     labels = list(dict.fromkeys(name for scores in shown.values() for name in scores))
@@ -66,9 +68,15 @@ def lines(
     xlog: bool = False,
     ylog: Collection[str] = (),
 ) -> None:
-    """Curves of scores, one panel for each quantity: (x, scores) by name, by axis label.
+    """Curves of scores with error bars, one panel per quantity.
 
-    ``ylog`` names the panels with a logarithmic ordinate.
+    Args:
+      panels: by axis label, (x, scores) by curve name.
+      path: the file to write.
+      caption: the figure's caption.
+      xlabel: label of the abscissa.
+      xlog: whether the abscissa is logarithmic.
+      ylog: axis labels of the panels with a logarithmic ordinate.
     """
     with matplotlib.rc_context(STYLE):
         figure = new_figure(8.0, 3.0, caption)

@@ -1,4 +1,4 @@
-"""Numbers as people read them."""
+"""Numbers formatted for people."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import math
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """So many significant digits, without powers of ten between 1e-4 and 1e6; a dash for none."""
+    """Formats a number with ``digits`` significant digits; a dash for None and non-finite numbers.
+
+    Powers of ten appear only below 1e-4 and from 1e6 on.
+    """
     if value is None or not math.isfinite(value):
         return "–"
     if value == 0:
@@ -18,7 +21,10 @@ def number(value: float | None, digits: int = 3) -> str:
 
 
 def with_deviation(mean: float, deviation: float | None, digits: int = 3) -> str:
-    """ "12.3 ± 0.4": as many decimals as the mean has, and enough to show the deviation."""
+    """Formats a mean with its deviation, such as "12.3 ± 0.4".
+
+    The mean has ``digits`` significant digits, and one more decimal if the deviation needs it.
+    """
     if deviation is None or not math.isfinite(mean) or not 1e-4 <= abs(mean) < 1e6:
         return number(mean, digits)
     decimals = _decimals(abs(mean), digits)
@@ -28,7 +34,7 @@ def with_deviation(mean: float, deviation: float | None, digits: int = 3) -> str
 
 
 def percent_change(ratio: float) -> str:
-    """ "+12.3 %" of 1.123; a dash where there is nothing to compare."""
+    """Formats the ratio 1.123 as "+12.3 %"; a dash if there is nothing to compare."""
     return f"{100 * (ratio - 1):+.1f} %" if math.isfinite(ratio) else "–"
 
 

@@ -1,4 +1,4 @@
-"""What experiments look at: predictions and training records of the runs, made once and kept."""
+"""Predictions and training records of a report's runs, made once and stored."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ class Predicted:
     """Predictions of one kind by one run.
 
     Attributes:
-      comparisons: with the truth. facts: see `predictions`.
+      comparisons: the predictions compared with the true relaxations.
+      facts: see `predictions`.
     """
 
     comparisons: tuple[Comparison, ...]
@@ -39,12 +40,12 @@ class Predicted:
 
 
 class Lab:
-    """Finished runs of a report and what they predict on their test splits."""
+    """Finished runs of a report, and their predictions on their test splits."""
 
     def __init__(self, setting: Setting, report: Callable[[str], None]) -> None:
         self.setting, self.report = setting, report
-        self.left_out: set[str] = set()  # why test structures were left out by some model
-        self.machines: list[dict[str, Any]] = []  # that the predictions looked at were made on
+        self.left_out: set[str] = set()  # why models left out test structures
+        self.machines: list[dict[str, Any]] = []  # that made the predictions in use
         self._models: dict[str, RelaxNet] = {}
         self._tests: dict[tuple[str, ...], list[RelaxationTrajectory]] = {}
         self._kept: dict[tuple[str, str], tuple[list, dict[str, Any]]] = {}
@@ -52,7 +53,7 @@ class Lab:
     # Predictions
 
     def paths(self, run: Run, n_frames: int | None = None) -> Predicted:
-        """The model's own paths, by default on its own frames."""
+        """Predicted paths, by default on the model's own frames."""
         n = n_frames or run.config.dynamics.frames
 
         def make(model, test):
@@ -61,7 +62,7 @@ class Lab:
         return self._predicted(run, f"paths-{n}", make)
 
     def relaxed(self, run: Run, fmax: float, n_frames: int = 5) -> Predicted:
-        """L-BFGS with the model's energy, to a force in eV/Å."""
+        """L-BFGS relaxations with the model's energy, down to a force of ``fmax`` eV/Å."""
 
         def make(model, test):
             return predictions.relaxed(model, test, n_frames, fmax, self.report)
@@ -77,7 +78,7 @@ class Lab:
         return self._predicted(run, f"points-{n_frames}", make)
 
     def shaken(self, run: Run, scale: float) -> Predicted:
-        """Paths from perturbed initial positions, Å."""
+        """Paths from initial positions perturbed by noise of ``scale`` Å."""
 
         def make(model, test):
             return predictions.shaken(model, test, scale, self.report)
@@ -85,7 +86,7 @@ class Lab:
         return self._predicted(run, f"shaken-{scale:g}", make)
 
     def dense(self, run: Run, n_frames: int) -> list[dict[str, Any]]:
-        """Whole predicted paths, see `predictions.dense`."""
+        """Whole predicted paths; see `predictions.dense`."""
 
         def make(model, test):
             return predictions.dense(model, test, n_frames, self.report)
@@ -93,10 +94,12 @@ class Lab:
         return self._records(run, f"dense-{n_frames}", make)[0]
 
     def reference(self, run: Run, fmax: float) -> Predicted | None:
-        """L-BFGS with the outside potential of the setting; None without one.
+        """L-BFGS relaxations with the setting's outside potential; None without one.
 
         Args:
-          run: whose test split, and whose model says which of it can be compared. fmax: eV/Å.
+          run: provides the test split, and the model that decides which of its structures can be
+            compared.
+          fmax: force criterion in eV/Å.
         """
         calculator = self.setting.reference
         if calculator is None:
@@ -137,7 +140,7 @@ class Lab:
         return self._kept[key]
 
     def _note_machine(self, facts: dict[str, Any]) -> None:
-        if "machine" in facts:  # earlier versions did not keep it
+        if "machine" in facts:  # not recorded by earlier versions
             self.machines.append(facts["machine"])
 
     def _model(self, run: Run) -> RelaxNet:
@@ -155,17 +158,17 @@ class Lab:
     # Training
 
     def facts(self, run: Run) -> dict[str, Any]:
-        """Minutes, epochs, machine, see `training`."""
+        """Minutes, epochs and machine of a run, among others; see `training`."""
         return read_facts(folder_of(self.setting.out, run))
 
     def epochs(self, run: Run) -> list[dict[str, Any]]:
-        """The records of ``metrics.jsonl``."""
+        """The records of a run's ``metrics.jsonl``."""
         return read_epochs(folder_of(self.setting.out, run))
 
     def epoch_seconds(self, run: Run) -> float | None:
-        """Training time of an epoch of the run's own loss, s: median, without compilation.
+        """Median training time in s of an epoch with the run's own loss, without compilation.
 
-        None where an implicit run got no further than its static first epochs.
+        None if an implicit run did not get beyond its static first epochs.
         """
         first = run.config.train.static_epochs
         rates = [r["structures_per_second"] for r in self.epochs(run) if r["epoch"] >= first]
@@ -175,7 +178,7 @@ class Lab:
         return trained / statistics.median(rates) if rates and min(rates) > 0 else None
 
     def memory(self, run: Run) -> int:
-        """Bytes the training step of the largest bucket needs at its peak, as compiled by XLA."""
+        """Peak memory in bytes of the training step on the largest bucket, as compiled by XLA."""
         file = folder_of(self.setting.out, run) / "memory.json"
         if not file.is_file():
             self.report(f"memory: {run.name}")
@@ -190,5 +193,5 @@ class Lab:
 
 
 def _stamp(folder: Path) -> str:
-    """What predictions depend on: the model."""
+    """What stored predictions depend on: the checksum of the model."""
     return json.loads((folder / "model" / "model.json").read_text())["sha256"]

@@ -1,4 +1,4 @@
-"""From an experiment to its page, and from the pages to the report."""
+"""Writes the pages of the experiments, and the report made of them."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from relaxnet_jax.reproduce.verdict import FAILS, HOLDS, OPEN
 from relaxnet_jax.train.start import SEEN
 
 REPORT = "REPORT.md"
-SHOWN = 5  # reasons why structures were left out
+SHOWN = 5  # at most so many reasons for leaving structures out are listed
 WHOSE = {False: "the paper", True: "this package"}
 _COUNTED = {HOLDS: "hold", FAILS: "do not hold", OPEN: "are inconclusive"}
-FEW = 10  # epochs of the ODE after which an implicit run has hardly begun
+FEW = 10  # epochs with the ODE below which an implicit run is undertrained
 RUN_COLUMNS = (
     *("run", "name", "training relaxations", "minutes", "time limit (min)", "epochs"),
     *("ended by", "ended", "machine", "code"),
@@ -38,10 +38,10 @@ RUN_COLUMNS = (
 
 
 def write_section(experiment: Experiment, setting: Setting, plan: Plan, command: str) -> bool:
-    """Trains what an experiment lacks and writes its page; False, told, where that cannot be done.
+    """Trains the runs an experiment lacks and writes its page; False if that cannot be done.
 
-    An error of the program's own, as of a device without memory left, is told with its traceback:
-    experiments that take hours are not lost by one of them.
+    The reason is reported. An unexpected error, such as a device that is out of memory, is reported
+    with its traceback rather than raised, so that it does not cost the hours of other experiments.
 
     Raises:
       StoppedError: see `training`.
@@ -65,12 +65,12 @@ def write_section(experiment: Experiment, setting: Setting, plan: Plan, command:
         with atomic_path(page) as temporary:
             text = f"## {experiment.name}\n\nCould not be done: {error}\n"
             temporary.write_text(text, encoding="utf-8")
-        (setting.out / f"{experiment.name}.json").unlink(missing_ok=True)  # of an earlier time
+        (setting.out / f"{experiment.name}.json").unlink(missing_ok=True)  # from an earlier attempt
         return False
     lines = provenance(setting, runs, command, made.spread, lab.machines)
     if lab.left_out:
         lines.append(f"Test structures left out by some models: {_first(lab.left_out)}")
-    jax.clear_caches()  # the programs of predictions that are kept now
+    jax.clear_caches()  # compiled programs of predictions that are stored now
     files = made.write(setting.out, lines)
     if runs:
         files.append(_write_runs(setting, runs))
@@ -89,10 +89,14 @@ def provenance(
     spread: str,
     predicted_on: Sequence[dict[str, Any]],
 ) -> list[str]:
-    """Lines that say on what, where and how something was measured.
+    """Lines on the data, the machines and the command behind the results.
 
     Args:
-      spread: see `Section`. predicted_on: machines, see `benchmark.machine.describe`.
+      setting: the report's.
+      runs: the runs of the experiment.
+      command: the command line.
+      spread: see `Section`.
+      predicted_on: machines, see `benchmark.machine.describe`.
     """
     dataset = setting.dataset
     sizes = {name: len(rows) for name, rows in dataset.splits.items()}
@@ -124,7 +128,7 @@ def provenance(
 
 
 def _begun(setting: Setting, runs: Sequence[Run]) -> list[str]:
-    """What models started from, and how much of the test split these had been trained on."""
+    """Lines on the models that runs started from, and how much of the test split these had seen."""
     starts: dict[str, int] = {}
     for run in runs:
         start = run.config.train.start_from
@@ -141,7 +145,7 @@ def _begun(setting: Setting, runs: Sequence[Run]) -> list[str]:
 
 
 def _first(reasons: Collection[str]) -> str:
-    """Of a large set thousands may be left out."""
+    """The first few reasons: thousands of structures of a large set may be left out."""
     more = [f"… and {len(reasons) - SHOWN} more"] if len(reasons) > SHOWN else []
     return "; ".join([*sorted(reasons)[:SHOWN], *more])
 
@@ -152,7 +156,7 @@ def _split(sizes: dict[str, int]) -> str:
 
 
 def _write_runs(setting: Setting, runs: Sequence[Run]) -> Path:
-    """runs.csv: what is known of these runs, and of those of other experiments already in it."""
+    """Writes runs.csv: the facts of these runs, and of those of other experiments already in it."""
     path, rows = setting.out / "runs.csv", {}
     if path.is_file():
         with path.open(newline="", encoding="utf-8") as file:
@@ -176,7 +180,7 @@ def _machine(m: dict[str, Any]) -> str:
 
 
 def _uneven(runs: Sequence[Run], facts: Sequence[dict[str, Any]]) -> list[str]:
-    """A line where runs that are compared were not given time by their weights."""
+    """A line if the compared runs were not given time in proportion to their weights."""
     rates = [f["limit"] / r.weight for r, f in zip(runs, facts)]
     if max(rates) <= 1.5 * min(rates):
         return []
@@ -187,7 +191,7 @@ def _uneven(runs: Sequence[Run], facts: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _versions(facts: Sequence[dict[str, Any]]) -> list[str]:
-    """A line where runs that are compared were trained by different code; early ones do not say by which."""
+    """A line if the compared runs were trained by different code; early runs do not record it."""
     if len({f.get("code", "") for f in facts}) < 2:
         return []
     return [
@@ -197,7 +201,7 @@ def _versions(facts: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _static_only(runs: Sequence[Run], facts: Sequence[dict[str, Any]]) -> list[str]:
-    """Lines on runs whose time was over before they solved the ODE once, or soon after."""
+    """Lines on runs whose time ended before their first epoch with the ODE, or soon after it."""
     solved = {
         r.digest: (r.name, f["epochs"] - r.config.train.static_epochs)
         for r, f in zip(runs, facts)
@@ -221,7 +225,7 @@ def _static_only(runs: Sequence[Run], facts: Sequence[dict[str, Any]]) -> list[s
 
 
 def _keep_claims(made: Section, setting: Setting) -> None:
-    """The verdicts as JSON, for the report's summary."""
+    """Stores the verdicts as JSON for the report's summary."""
     claims = [
         {"claim": c.text, "verdict": c.outcome.verdict, "because": c.outcome.reason, "ours": c.ours}
         for c in made.claims
@@ -232,15 +236,22 @@ def _keep_claims(made: Section, setting: Setting) -> None:
 
 
 def _count(whose: str, rows: Sequence[Sequence[str]]) -> str:
-    """How many claims, (experiment, claim, whose, verdict) each, came to which verdict; "" of none."""
+    """A sentence on how many claims came to each verdict; empty if there are none.
+
+    Args:
+      whose: who makes the claims, a value of `WHOSE`.
+      rows: (experiment, claim, whose, verdict) of every claim.
+    """
     found = [verdict for _, _, owner, verdict in rows if owner == whose]
     each = ", ".join(f"{found.count(v)} {_COUNTED[v]}" for v in _COUNTED)
     return f"Of {len(found)} claims of {whose}: {each}." if found else ""
 
 
 def write_report(setting: Setting, names: Iterable[str], command: str) -> Path:
-    """REPORT.md of the pages there are on these data, of this command or earlier ones: a summary of
-    the verdicts, then every page."""
+    """Writes REPORT.md: a summary of the verdicts, then every page.
+
+    It includes all existing pages on these data, whether from this command or earlier ones.
+    """
     rows: list[list[str]] = []
     pages, others = [], []
     for name in names:

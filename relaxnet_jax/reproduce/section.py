@@ -1,4 +1,4 @@
-"""What an experiment found: tables, figures, verdicts, as CSV and Markdown."""
+"""The results of an experiment (tables, figures, verdicts), written as CSV and Markdown."""
 
 from __future__ import annotations
 
@@ -13,18 +13,20 @@ from relaxnet_jax.reproduce.formats import number, with_deviation
 from relaxnet_jax.reproduce.scores import Score
 from relaxnet_jax.reproduce.verdict import RULE, Claim
 
-SEEDS = "seeds"  # what most scores' rows are
+SEEDS = "seeds"  # what the rows of most scores are
 OURS = " (ours, not the paper's)"
-VERDICTS = f"How verdicts are reached: {RULE}"  # said once in a report of several pages
+VERDICTS = f"How verdicts are reached: {RULE}"  # appears once in a report of several pages
 Cell = str | float | int | Score | None
 
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """A table; a `Score` in it is shown as mean ± standard deviation over its rows.
+    """A table; a `Score` in a cell is shown as mean ± standard deviation over its rows.
 
     Attributes:
-      title: over it. columns: headings with units. rows: cells; None is a dash.
+      title: shown above the table.
+      columns: headings with units.
+      rows: cells; None is shown as a dash.
       spread: what the rows of the scores are, "seeds" or "folds".
     """
 
@@ -34,14 +36,14 @@ class Table:
     spread: str = SEEDS
 
     def markdown(self) -> str:
-        """As Markdown, headings first."""
+        """The table as Markdown, headings first."""
         lines = [f"**{self.title}**", ""] if self.title else []
         lines += [_row(self.columns), _row(["---"] * len(self.columns))]
         lines += [_row([shown(cell) for cell in row]) for row in self.rows]
         return "\n".join(lines)
 
     def csv_rows(self) -> list[list[str]]:
-        """Headings and rows; of each `Score` its mean, deviation and number of rows."""
+        """Headings and rows; a `Score` becomes its mean, deviation and number of rows."""
         scores = [
             any(isinstance(row[k], Score) for row in self.rows) for k in range(len(self.columns))
         ]
@@ -66,8 +68,13 @@ class Section:
     """The page of an experiment.
 
     Attributes:
-      name, title: of the experiment. intro: what was done. tables, claims: see there.
-      figures: files beside the page, with captions. remarks: what a reader must know.
+      name: name of the experiment.
+      title: title of the page.
+      intro: what was done.
+      tables: see `Table`.
+      claims: see `Claim`.
+      figures: files beside the page, with captions.
+      remarks: what a reader must know.
     """
 
     name: str
@@ -80,14 +87,15 @@ class Section:
 
     @property
     def spread(self) -> str:
-        """What its numbers are spread over; see `Table`."""
+        """What the rows of the scores are; see `Table`."""
         return self.tables[0].spread
 
     def write(self, out: Path, provenance: Sequence[str]) -> list[Path]:
-        """NAME.csv and NAME.md; returns all files of the section.
+        """Writes NAME.csv and NAME.md; returns all files of the section.
 
         Args:
-          provenance: lines that say on what, where and how all this was measured.
+          out: the folder to write to.
+          provenance: lines on the data, machines and command behind the results.
         """
         pages = [out / f"{self.name}.csv", out / f"{self.name}.md"]
         with (
@@ -105,7 +113,7 @@ class Section:
         return [*pages, *(path for path, _ in self.figures)]
 
     def markdown(self, provenance: Sequence[str]) -> str:
-        """The page."""
+        """The page as Markdown."""
         parts = [f"## {self.title}", self.intro]
         parts += [table.markdown() for table in self.tables]
         if self.claims:
@@ -121,13 +129,13 @@ class Section:
 
 
 def claims_table(claims: Sequence[Claim]) -> Table:
-    """Claims, verdicts, reasons."""
+    """A table of claims, verdicts and reasons."""
     rows = [[c.text + OURS * c.ours, c.outcome.verdict, c.outcome.reason] for c in claims]
     return Table("", ("claim", "verdict", "because"), rows)
 
 
 def shown(cell: Cell) -> str:
-    """A cell for people."""
+    """A cell formatted for people."""
     if isinstance(cell, Score):
         return with_deviation(cell.mean, cell.deviation)
     if cell is None:
@@ -136,7 +144,7 @@ def shown(cell: Cell) -> str:
 
 
 def _raw(cell: Cell) -> str:
-    """A cell for programs: all digits, nothing for none."""
+    """A cell formatted for programs: all digits, empty without a finite value."""
     if cell is None or (isinstance(cell, float) and not math.isfinite(cell)):
         return ""
     return str(cell)

@@ -1,4 +1,4 @@
-"""Whether a claim of the paper holds for what was measured: words computed from numbers."""
+"""Whether the paper's claims hold for the measured numbers: verdicts computed from scores."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FAILS: Verdict = "does not hold"
 OPEN: Verdict = "inconclusive"
 SIGNIFICANT = 0.05  # two-sided p
 ONE_SEED = "one seed: the spread between trainings is unknown"
-SHOWN = 4  # cases of a claim whose numbers are told
+SHOWN = 4  # cases of a claim whose numbers are given
 RULE = (
     "the claim that A is lower than B holds if the difference of their means is significant (two-sided "
     f"p < {SIGNIFICANT:g} by Student's t, with the degrees of freedom of Welch and Satterthwaite), and does not "
@@ -32,10 +32,12 @@ RULE = (
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """A verdict and the numbers it follows from, in words.
+    """A verdict, and in words the numbers it follows from.
 
     Attributes:
-      p: how likely so clear a verdict is by chance; 0 where no chance is considered.
+      verdict: one of `HOLDS`, `FAILS` and `OPEN`.
+      reason: the numbers.
+      p: probability of so clear a verdict by chance; 0 where chance is not considered.
     """
 
     verdict: Verdict
@@ -48,8 +50,10 @@ class Claim:
     """A statement that the measurements confirm or refute.
 
     Attributes:
-      text: what. outcome: see there. rule: when it holds, where it is not `RULE` alone.
-      ours: the claim is no claim of the paper, but a target of this project.
+      text: the statement.
+      outcome: see `Outcome`.
+      rule: when it holds, if that is not decided by `RULE` alone.
+      ours: whether the claim is a target of this project rather than a claim of the paper.
     """
 
     text: str
@@ -95,11 +99,14 @@ def lower(
 
 
 def complete(outcome: Outcome, missing: int, of: str) -> Outcome:
-    """No claim is said to hold of what is left where numbers are missing: these may be the hardest
-    structures'.
+    """Makes a claim that holds inconclusive if numbers are missing.
+
+    The missing numbers may be those of the hardest structures.
 
     Args:
-      missing: how many. of: "of …", to say of what.
+      outcome: the outcome on the numbers that exist.
+      missing: how many numbers are missing.
+      of: a phrase "of …" for the reason, saying what they are missing from.
     """
     if not missing or outcome.verdict != HOLDS:
         return outcome
@@ -108,7 +115,10 @@ def complete(outcome: Outcome, missing: int, of: str) -> Outcome:
 
 
 def all_of(outcomes: Sequence[Outcome]) -> Outcome:
-    """Of a claim about several cases: of many, one fails by chance sooner than of one."""
+    """Combines the outcomes of a claim's cases; see `RULE`.
+
+    Among many cases, one is likelier to fail by chance than a single case is.
+    """
     if not outcomes:
         return Outcome(OPEN, "no case was measured")
     if len(outcomes) == 1:
@@ -125,12 +135,15 @@ def all_of(outcomes: Sequence[Outcome]) -> Outcome:
             chance = f"which may be chance in {len(outcomes)} cases (p = {number(p, 1)})"
             return Outcome(OPEN, f"{text} do not hold, {chance}: {reasons}", p)
         return Outcome(FAILS, f"{text}: {reasons}", p)
-    # All must hold: the least certain of them says how certain that is.
+    # All must hold, so the least certain case sets the certainty.
     return Outcome(verdict, f"{text}: {reasons}", max(o.p for o in chosen))
 
 
 def decided(holds: bool | None, reason: str, trainings: int = 2) -> Outcome:
-    """Of a rule of its own; None where it cannot be applied. Of a single training nothing is decided."""
+    """The outcome of a claim with its own rule; ``holds`` is None where that cannot be applied.
+
+    A single training decides nothing.
+    """
     if holds is not None and trainings < 2:
         return Outcome(OPEN, f"{reason}; {ONE_SEED}")
     verdict: Verdict = OPEN if holds is None else HOLDS if holds else FAILS
