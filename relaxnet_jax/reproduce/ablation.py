@@ -1,4 +1,4 @@
-"""Beyond the paper: what each choice of dynamics, solver and encoder does, one at a time."""
+"""Beyond the paper: the effect of each choice of dynamics, solver and encoder, one at a time."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from relaxnet_jax.reproduce.verdict import Claim, Outcome, all_of, lower
 
 ROLE = "explicit"
 UNDAMPED = {"dynamics__friction": False, "dynamics__time_scale": False}
-# Each is the shipped config with this changed; what it is already is left out.
+# Each variant is the shipped config with these changes; variants equal to it are left out.
 VARIANTS: dict[str, dict[str, Any]] = {
     "paper: undamped Newton, atomic mass": UNDAMPED | {"dynamics__mass": "atomic"},
     "undamped Newton, unit mass": UNDAMPED | {"dynamics__mass": "unit"},
@@ -49,7 +49,7 @@ def case_runs(setting: Setting, name: str) -> list[Run]:
 
 
 def cases(setting: Setting) -> list[str]:
-    """The shipped config and what differs from it, each once."""
+    """The shipped config and the variants that differ from it, each once."""
     seen, kept = [setting.config(ROLE)], [SHIPPED]
     for name, changes in VARIANTS.items():
         config = setting.config(ROLE, **changes)
@@ -132,7 +132,7 @@ COLUMNS = (
 
 
 def _falls(c: Comparison) -> float:
-    """1 where the predicted energy never rises."""
+    """1 where the predicted energy never rises, else 0; NaN where a prediction is not finite."""
     return float(falls(c)) if c.finite else float("nan")
 
 

@@ -1,4 +1,4 @@
-"""When a run had converged: wall times of its validation loss."""
+"""Convergence of a run: the wall times at which its validation loss had fallen."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ RULE = (
 def convergence_seconds(
     records: Sequence[Mapping[str, Any]], levels: Sequence[float] = LEVELS
 ) -> list[float | None]:
-    """Seconds until so much of the fall of the validation loss is done; None without a fall.
+    """Seconds until the validation loss has fallen by each of ``levels``; None without a fall.
 
     Args:
-      records: of ``metrics.jsonl``: seconds since the start, validation loss of each epoch.
+      records: of ``metrics.jsonl``, with seconds since the start and validation loss of each epoch.
+      levels: fractions of the whole fall.
     """
     found = [(r["seconds"], r["validation"]["loss"]) for r in records]
     curve = [(s, v) for s, v in found if v is not None and math.isfinite(v)]

@@ -1,4 +1,4 @@
-"""Beyond the paper: the energy that a relaxation releases, with and without its term in the loss."""
+"""Beyond the paper: the energy that a relaxation releases, with and without a loss term for it."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from relaxnet_jax.reproduce.setting import Setting
 from relaxnet_jax.reproduce.verdict import Claim, lower
 
 ROLE = "explicit"
-WEIGHT = 10.0  # of the term, where the config has none
+WEIGHT = 10.0  # of the loss term, where the config has none
 WITH, WITHOUT = "loss of energy changes", "no loss of energy changes"
 KINDS = (WITH, WITHOUT)
 CHANGE = "relaxation_energy_mae_per_atom"
 
 
 def case_runs(setting: Setting, kind: str) -> list[Run]:
-    """The explicit scheme with or without the term; one of them is as shipped."""
+    """Runs of the explicit scheme with or without the term; one of these is the shipped config."""
     shipped = setting.config(ROLE).loss.energy_change
     if (shipped > 0) == (kind == WITH):
         return seeds(setting, ROLE)
@@ -31,12 +31,12 @@ def case_runs(setting: Setting, kind: str) -> list[Run]:
 
 
 def runs(setting: Setting) -> list[Run]:
-    """Both with every seed."""
+    """Runs with and without the term, with every seed."""
     return [run for kind in KINDS for run in case_runs(setting, kind)]
 
 
 def section(lab: Lab) -> Section:
-    """The table, its figure and what the term does."""
+    """The table, its figure and the claims on what the term does."""
     setting = lab.setting
     found = {kind: case_runs(setting, kind) for kind in KINDS}
     made = {kind: [lab.paths(run).comparisons for run in found[kind]] for kind in KINDS}

@@ -1,4 +1,4 @@
-"""Figure 3a: errors frame by frame, cumulative, and the distribution of force errors."""
+"""Figure 3a: errors per frame and cumulative, and the distribution of force errors."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ METRICS = {"energy_mae_per_atom": "energy MAE (meV/atom)", "forces_mae": "force 
 
 
 def runs(setting: Setting) -> list[Run]:
-    """Those of table 2."""
+    """The runs of `CASE`, shared with table 2."""
     return case_runs(setting, *CASE)
 
 
@@ -87,7 +87,7 @@ def at_frame(
     cumulative: bool,
     predictor: Any = "model",
 ) -> Score:
-    """A metric at one frame of the grid, or averaged over those up to it."""
+    """A metric at one frame of the grid, or averaged over the frames up to it."""
     rows = []
     for comparisons in predicted:
         row = {}
@@ -102,7 +102,7 @@ def at_frame(
 
 
 def force_errors(comparisons: Sequence[Comparison], slot: int) -> np.ndarray:
-    """Absolute errors of force components at a frame, free atoms of all structures, meV/Å."""
+    """Absolute errors of the force components of all free atoms at one frame, meV/Å."""
     found = []
     for c in comparisons:
         if c.finite:
@@ -112,8 +112,11 @@ def force_errors(comparisons: Sequence[Comparison], slot: int) -> np.ndarray:
 
 
 def distribution(errors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Errors above zero in order, and the share of all errors that are no larger: what is exact,
-    as forces that symmetry forbids, cannot be drawn on a logarithmic axis, but counts."""
+    """The non-zero errors in ascending order, and for each the share of all errors not above it.
+
+    Errors of exactly zero, as of forces that symmetry forbids, cannot be drawn on a logarithmic
+    axis, but count in the shares.
+    """
     errors = np.sort(errors)
     share = np.arange(1, len(errors) + 1) / max(len(errors), 1)
     return errors[errors > 0], share[errors > 0]
@@ -134,7 +137,7 @@ def _lowest(scores: Sequence[Score], label: str) -> Outcome:
 
 
 def structure_medians(predicted: Sequence[Sequence[Comparison]], slot: int) -> Score:
-    """Median of each structure's absolute errors of force components at a frame, meV/Å."""
+    """Median of each structure's absolute errors of force components at one frame, meV/Å."""
     rows = []
     for comparisons in predicted:
         found = {c.id: force_errors([c], slot) for c in comparisons}
@@ -143,7 +146,7 @@ def structure_medians(predicted: Sequence[Sequence[Comparison]], slot: int) -> S
 
 
 def _shifting(medians: Sequence[Score]) -> Outcome:
-    """Whether every frame's are lower than those of the frame before, of the same structures."""
+    """Whether each frame's medians are lower than the frame before's, on the same structures."""
     return all_of(
         [
             lower(after, before, (f"frame {k + 1}", f"frame {k}"), "meV/Å", paired=True)

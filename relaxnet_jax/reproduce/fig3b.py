@@ -1,4 +1,4 @@
-"""Figure 3b: how far each predicted frame is from the relaxed structure, against a static model."""
+"""Figure 3b: distances of predicted frames from the relaxed structure, and of a static model's."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ STATIC = "direct predictor"
 
 
 def runs(setting: Setting) -> list[Run]:
-    """The explicit scheme, and the direct predictor: the paper's static model of coordinates."""
+    """The explicit scheme, and the direct predictor as the paper's static model of coordinates."""
     setting.need_fixed_cells("fig3b")
     return seeds(setting, "explicit") + seeds(setting, "static_final")
 
@@ -87,8 +87,10 @@ COLUMNS = ("prediction", "mean error (Å)", "/ doing nothing", "median error (Å
 
 
 def to_relaxed(predicted: Sequence[Sequence[Comparison]], slot: int) -> Score:
-    """Coordinate error in Å of a predicted frame against the true final one; NaN where there is no
-    finite prediction."""
+    """Coordinate error in Å of a predicted frame against the true final frame.
+
+    NaN where the prediction is not finite.
+    """
     rows = []
     for comparisons in predicted:
         row = {}
@@ -113,8 +115,10 @@ def _medians(s: Score) -> Score:
 
 
 def falling(scores: Sequence[Score]) -> Outcome:
-    """Whether each frame's errors are lower than those of the frame before, on the structures that
-    have both: short relaxations have but some of the frames."""
+    """Whether each frame's errors are lower than those of the frame before.
+
+    Each pair is compared on the structures that have both, as short relaxations lack some frames.
+    """
     return all_of(
         [
             lower(after, before, (f"frame {k}", f"frame {k - 1}"), "Å", paired=True)
@@ -124,7 +128,7 @@ def falling(scores: Sequence[Score]) -> Outcome:
 
 
 def _draw(distance: dict[str, Score], path: Path, data: str) -> bool:
-    """False where nothing was predicted."""
+    """Draws the distributions; False if there is nothing to draw."""
     pooled = {
         name: s.values[np.isfinite(s.values) & (s.values > 0)] for name, s in distance.items()
     }

@@ -22,7 +22,7 @@ from relaxnet_jax.reproduce.verdict import Claim, Outcome, all_of, complete, dec
 
 FRAMES = 21  # of the predicted paths
 SHOWN = 3
-MOVES = 0.01  # Å, atoms that move less have no direction to speak of
+MOVES = 0.01  # Å, atoms that move less have no meaningful direction
 SMOOTH, TURNING = 1.5, 0.95
 LABELS = {"true": "true", "pred": "RelaxNet"}
 
@@ -79,7 +79,7 @@ def section(lab: Lab) -> Section:
 
 
 def _steps(path: np.ndarray, fixed: np.ndarray) -> np.ndarray:
-    """Steps (n-1, M, 3) of the free atoms that move, be it there and back."""
+    """Steps (n-1, M, 3) of the free atoms that move by more than `MOVES`, even if they return."""
     farthest = np.linalg.norm(path - path[0], axis=-1).max(0)
     return np.diff(path[:, ~fixed & (farthest > MOVES)], axis=0)
 
@@ -100,7 +100,7 @@ def _forward(path: np.ndarray, fixed: np.ndarray) -> float:
 
 
 def smooth(length: Score, forward: Score) -> Outcome:
-    """Of path length over displacement, and of the share of steps that go on forward."""
+    """Whether length over displacement is below `SMOOTH` and the forward share above `TURNING`."""
     if not length.seeds:
         return decided(None, f"no atom moves more than {MOVES:g} Å")
     names = ("path length / displacement", "bound")
@@ -114,7 +114,7 @@ def smooth(length: Score, forward: Score) -> Outcome:
 
 
 def _draw(records: Sequence[Mapping[str, Any]], path: Path, data: str) -> bool:
-    """Three structures at random; False where none is finite."""
+    """Draws three random structures; False if no prediction is finite."""
     usable = [r for r in records if np.isfinite(r["pred"]).all()]
     order = np.random.default_rng(0).permutation(len(usable))[:SHOWN]
     if not len(order):
@@ -138,7 +138,7 @@ def _pathways(axis: Any, record: Mapping[str, Any]) -> None:
     free = ~record["fixed"]
     start = record["pred"][0]
     largest = np.linalg.norm(record["true"][-1] - record["true"][0], axis=-1).max()
-    # The longest way is drawn as a fifth of the structure's size.
+    # The largest displacement is drawn as a fifth of the structure's size.
     size = max(float(np.ptp(start, axis=0).max()), 1.0)
     factor = size / 5 / max(float(largest), 1e-3)
     for name, style in (("true", TRUTH), ("pred", SERIES["model"])):

@@ -1,4 +1,4 @@
-"""Figure A.1: what the data set holds."""
+"""Figure A.1: distributions over the data set."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LABELS = {
 
 
 def section(lab: Lab) -> Section:
-    """The figure and its numbers: of the whole store, whatever part of it the report is about."""
+    """The figure and its numbers, over the whole store whatever part of it the report uses."""
     setting = lab.setting
     summary = summarise(setting.dataset.trajectories.store)
     rows: list[list[Cell]] = [
@@ -63,14 +63,14 @@ def section(lab: Lab) -> Section:
 
 
 def common_share(moved: np.ndarray) -> float | None:
-    """How many of these displacements (Å), of those that are not zero, lie where the paper's do, %."""
+    """Percentage of the non-zero displacements (Å) in the paper's range; None if nothing moves."""
     moved = moved[moved > STILL]
     low, high = paper.COMMON_DISPLACEMENT
     return 100 * float(((moved >= low) & (moved <= high)).mean()) if len(moved) else None
 
 
 def common(moved: np.ndarray) -> Outcome:
-    """Whether these are more than half."""
+    """Whether more than half of the displacements lie in the paper's range."""
     share = common_share(moved)
     if share is None:
         return decided(None, "nothing moves")

@@ -55,9 +55,15 @@ COLUMNS = ("energies", "RelaxNet", "doing nothing", "composition only", "paper")
 
 
 def agreement(correlation: Score, composition: float) -> Outcome:
-    """Of the correlations of total energies of a model and of the composition, NaN where there is
-    none: nothing follows from one that needs no structures, as where total energies span thousands of
-    eV."""
+    """Whether predicted total energies correlate with the true ones as strongly as in the paper.
+
+    Nothing follows if the composition, which needs no structure, reaches that correlation too, as
+    it does where total energies span thousands of eV.
+
+    Args:
+      correlation: correlations of the model's energies with the true ones, by seed.
+      composition: correlation of the composition's energies with the true ones; NaN if undefined.
+    """
     model = correlation.mean
     text = f"PCC {number(model, 4)}; composition only {number(composition, 4)}"
     if not np.isfinite(model):
@@ -68,7 +74,7 @@ def agreement(correlation: Score, composition: float) -> Outcome:
 
 
 def _correlations(predicted: Sequence[Sequence[Comparison]], predictor, per_atom: bool) -> Score:
-    """By seed, over all frames of all structures with a finite prediction."""
+    """Pearson's correlation by seed, over all frames of all structures with a finite prediction."""
     found = []
     for comparisons in predicted:
         pairs = []

@@ -81,8 +81,12 @@ def section(lab: Lab) -> Section:
 
 
 def frame_points(comparisons: Sequence[Comparison]) -> dict[str, np.ndarray]:
-    """Of every frame: ``energy`` (eV), ``error`` (eV), ``moved`` (Å, mean over free atoms) and which
-    ``structure`` it is of."""
+    """Arrays over all frames of all structures.
+
+    Returns:
+      ``energy`` (eV), ``error`` (eV), ``moved`` (Å, mean over the free atoms) and ``structure``,
+      the number of the structure that the frame belongs to.
+    """
     columns: dict[str, list[np.ndarray]] = {"energy": [], "error": [], "moved": [], "structure": []}
     for row, c in enumerate(comparisons):
         if c.finite and c.free_mask.any():
@@ -95,8 +99,10 @@ def frame_points(comparisons: Sequence[Comparison]) -> dict[str, np.ndarray]:
 
 
 def rank(x: np.ndarray, y: np.ndarray, structures: np.ndarray) -> tuple[float | None, float]:
-    """Spearman's correlation and its two-sided p (Student's t of as many points as there are
-    structures); None where it is not defined."""
+    """Spearman's correlation, None where it is undefined, and its two-sided p.
+
+    p is that of Student's t with as many points as there are structures.
+    """
     n = len(np.unique(structures))
     if n < 3 or np.ptp(x) == 0 or np.ptp(y) == 0:
         return None, 1.0
@@ -117,7 +123,7 @@ def _correlated(found: Sequence[tuple[float | None, float]], sign: int) -> Outco
 
 
 def _draw(points: dict[str, np.ndarray], path: Path, data: str) -> bool:
-    """False where there is nothing to draw."""
+    """Draws the panels; False if there is nothing to draw."""
     panels = (
         ("energy", "true energy (eV)", points["error"] > 0, False),
         ("moved", "mean displacement (Å)", (points["error"] > 0) & (points["moved"] > 0), True),
@@ -140,7 +146,7 @@ def _draw(points: dict[str, np.ndarray], path: Path, data: str) -> bool:
 
 
 def _density(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Kernel density at the points; equal where they lie on a line."""
+    """Kernel density at the points; equal for all if they lie on a line."""
     try:
         return gaussian_kde(np.stack([x, y]))(np.stack([x, y]))
     except np.linalg.LinAlgError:

@@ -1,4 +1,4 @@
-"""Beyond the paper: all frames of every relaxation, masked, against equidistant ones."""
+"""Beyond the paper: training on all frames of a relaxation, masked, or on equidistant ones."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from relaxnet_jax.reproduce.setting import Setting
 from relaxnet_jax.reproduce.verdict import Claim, lower
 
 KINDS = {"equidistant": "equidistant frames", "all": "all frames, each at its own time"}
-DENSE = 10  # frames on which both are compared too
+DENSE = 10  # equidistant frames on which both are also compared
 
 
 def case_runs(setting: Setting, kind: str) -> list[Run]:
-    """The explicit scheme with one selection of frames."""
+    """Runs of the explicit scheme with one selection of frames."""
     plain = kind == setting.config("explicit").data.frame_selection
     label = "" if plain else KINDS[kind].split(",")[0]
     return seeds(setting, "explicit", label=label, data__frame_selection=kind)
 
 
 def runs(setting: Setting) -> list[Run]:
-    """Both selections with every seed."""
+    """Both selections of frames, with every seed."""
     return [run for kind in KINDS for run in case_runs(setting, kind)]
 
 
 def section(lab: Lab) -> Section:
-    """The table, its figure and the difference."""
+    """The table, its figure and its claims."""
     setting = lab.setting
     rows: list[list[Cell]] = []
     found = {kind: case_runs(setting, kind) for kind in KINDS}

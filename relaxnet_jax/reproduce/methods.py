@@ -1,4 +1,4 @@
-"""The ways to a relaxed structure that tables 5 and 6 compare, each with its errors and its cost."""
+"""The relaxation methods that tables 5 and 6 compare, with their errors and costs."""
 
 from __future__ import annotations
 
@@ -26,12 +26,18 @@ from relaxnet_jax.reproduce.setting import Setting
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """Final frames by one method, with each seed.
+    """Errors and costs of the final frames of one method, with each seed.
 
     Attributes:
-      energy: eV/structure. per_atom: meV/atom. forces: meV/Å. positions, rmsd: Å.
-      seconds: of one structure. converged: fraction, steps: both of minimisations only.
-      failed: predictions that are no numbers, over all seeds.
+      energy: energy error in eV/structure.
+      per_atom: energy error in meV/atom.
+      forces: force error in meV/Å.
+      positions: coordinate error in Å.
+      rmsd: aligned RMSD in Å.
+      seconds: inference time per structure.
+      converged: fraction of the structures; of minimisations only.
+      steps: mean number of L-BFGS steps; of minimisations only.
+      failed: number of non-finite predictions, over all seeds.
     """
 
     energy: Score
@@ -46,7 +52,7 @@ class Method:
 
 
 def method(predicted: Sequence[Predicted], forces: bool = True) -> Method:
-    """Of the predictions with each seed."""
+    """The `Method` of the predictions with each seed, with or without their forces."""
     compared = [p.comparisons for p in predicted]
     minimised = all("converged" in p.facts for p in predicted)
     energy = errors(compared, "energy_mae")
@@ -70,14 +76,14 @@ def method(predicted: Sequence[Predicted], forces: bool = True) -> Method:
 
 
 def averaged(predicted: Sequence[Predicted]) -> Predicted:
-    """The mean of what the seeds predict, as one prediction: a committee's. Costs as much as all."""
+    """The mean of the seeds' predictions, a committee's, as one prediction at the cost of all."""
     made = tuple(metrics.averaged(own) for own in together([p.comparisons for p in predicted]))
     facts = {"seconds": sum(p.facts["seconds"] for p in predicted), "left_out": []}
     return Predicted(made, facts)
 
 
 def doing_nothing(predicted: Sequence[Predicted]) -> Method:
-    """The true initial frame as the final one: costs a DFT step, no time of ours."""
+    """The true initial frame as the final one: it costs a DFT step, but no time of ours."""
     compared = [p.comparisons for p in predicted][:1]
 
     def error(name: str) -> Score:
@@ -93,8 +99,10 @@ def doing_nothing(predicted: Sequence[Predicted]) -> Method:
 
 
 def foreign(made: Method) -> Method:
-    """Of a potential whose energies are of another functional: without them, and exact, as it was
-    not trained here: there is one of it."""
+    """Drops the energies of a potential trained on another functional, and marks its scores exact.
+
+    It was not trained here, so there is only one of it and no spread over seeds.
+    """
     forces, positions, rmsd, seconds = (
         dataclasses.replace(score, exact=True)
         for score in (made.forces, made.positions, made.rmsd, made.seconds)
@@ -123,15 +131,15 @@ def criteria(lab: Lab, explicit: Sequence[Run]) -> dict[str, list[float]]:
 
 
 def minimised(lab: Lab, runs: Sequence[Run], fmax: Sequence[float]) -> Method | None:
-    """A potential with L-BFGS; None where a criterion is no number."""
+    """A potential minimised with L-BFGS; None if a criterion is not a positive number."""
     if any(not f > 0 for f in fmax):
         return None
     return method([lab.relaxed(run, f) for run, f in zip(runs, fmax)])
 
 
 def passes(predicted: Sequence[Predicted]) -> str:
-    """How the time of paths was taken, for a reader."""
-    found = {p.facts.get("passes", 1) for p in predicted}  # earlier versions made one
+    """A sentence for the reader on how predicted paths were timed."""
+    found = {p.facts.get("passes", 1) for p in predicted}  # earlier versions made a single pass
     least, most = min(found, default=1), max(found, default=1)
     if most == 1:
         return "Predicted paths were timed in one pass over the test split."
@@ -140,7 +148,7 @@ def passes(predicted: Sequence[Predicted]) -> str:
 
 
 def seeds(setting: Setting, role: str, **changes) -> list[Run]:
-    """Runs of a role with every seed."""
+    """The runs of a role, one per seed."""
     label = changes.pop("label", "")
     return [setting.run(role, seed, label=label, **changes) for seed in setting.seeds]
 
@@ -164,7 +172,12 @@ COLUMNS = (
 
 
 def methods_table(methods: dict[str, tuple[str, Method]], nothing: Method) -> Table:
-    """A row for each method: its label by name, which is also its key in `paper.TABLE5`."""
+    """A row for each method.
+
+    Args:
+      methods: label and `Method` by name; the name is also the key in `paper.TABLE5`.
+      nothing: the row of doing nothing.
+    """
     rows: list[list[Cell]] = []
     for name, (label, m) in {**methods, "nothing": ("doing nothing", nothing)}.items():
         theirs = paper.TABLE5.get(name)
@@ -192,7 +205,7 @@ def methods_table(methods: dict[str, tuple[str, Method]], nothing: Method) -> Ta
 def methods_figure(
     methods: dict[str, tuple[str, Method]], nothing: Method, path: Path, caption: str
 ) -> None:
-    """Bars of what the table says of positions, energies and time."""
+    """Bar charts of the table's positions, energies and times."""
     by_label = dict(methods.values())
     inference = "inference (ms/structure)"
     panels = {
@@ -208,5 +221,5 @@ def methods_figure(
 
 
 def scaled(score: Score, factor: float) -> Score:
-    """In another unit."""
+    """The score in another unit."""
     return dataclasses.replace(score, values=factor * score.values)

@@ -1,7 +1,8 @@
-"""Predictions of a trained model on relaxations, of every kind that experiments look at.
+"""Predictions of a trained model on relaxations, of every kind that experiments use.
 
-Each function returns what `archive` keeps: records of structures, and facts: ``left_out`` (why
-structures are missing), ``seconds`` for one structure (its graph, without compilation), ….
+Each function returns what `archive` stores: records, one per structure, and facts, among them
+``left_out`` (why structures are missing) and ``seconds`` (per structure, building its graph
+included, without compilation).
 """
 
 from __future__ import annotations
@@ -27,15 +28,15 @@ from relaxnet_jax.solving import Path
 Made = tuple[list[dict[str, np.ndarray]], dict[str, Any]]
 Relaxations = Sequence[RelaxationTrajectory]
 Report = Callable[[str], None]
-PASSES = 3  # of a timed prediction: another program delays one sooner than all
-LONGEST = 10.0  # s, all passes together
+PASSES = 3  # of a timed prediction: other programs rarely delay all of them
+LONGEST = 10.0  # s, for all passes together
 
 
 def paths(model: RelaxNet, relaxations: Relaxations, n_frames: int, report: Report) -> Made:
-    """The model's own paths on so many equidistant frames: of the ODE, or a direct prediction.
+    """The model's own paths on ``n_frames`` equidistant frames, from the ODE or a direct predictor.
 
-    Predicted again once the programs are compiled: of these passes, so many as ``passes`` says, the
-    best is what ``seconds`` says.
+    The prediction is repeated once the programs are compiled; ``seconds`` is that of the best of
+    these ``passes``.
     """
     grid, seconds, passes = np.linspace(0.0, 1.0, n_frames), 0.0, 0
 
@@ -53,8 +54,11 @@ def paths(model: RelaxNet, relaxations: Relaxations, n_frames: int, report: Repo
 
 
 def timed(call: Callable[[], list[Path]]) -> tuple[list[Path], list[float]]:
-    """What a call returns, and the seconds of each time it was made: `PASSES` times, or fewer where
-    that would take longer than `LONGEST`."""
+    """Times a call, made `PASSES` times or fewer if that would take longer than `LONGEST`.
+
+    Returns:
+      What the call returns, and the seconds of every pass.
+    """
     times: list[float] = []
     while not times or (len(times) < PASSES and sum(times) + min(times) <= LONGEST):
         begin = time.perf_counter()
@@ -66,7 +70,7 @@ def timed(call: Callable[[], list[Path]]) -> tuple[list[Path], list[float]]:
 def relaxed(
     model: RelaxNet, relaxations: Relaxations, n_frames: int, fmax: float, report: Report
 ) -> Made:
-    """Minimisations by L-BFGS; ``steps`` and ``converged`` are lists, one entry a structure."""
+    """L-BFGS minimisations; ``steps`` and ``converged`` are lists with one entry per structure."""
     facts: dict[str, Any] = {"fmax": fmax}
 
     def predict(structures: Sequence[Structure]) -> list[Path]:
@@ -82,7 +86,7 @@ def relaxed(
 
 
 def points(model: RelaxNet, relaxations: Relaxations, n_frames: int, report: Report) -> Made:
-    """A static model's energies and forces at the true frames; nothing is moved."""
+    """Energies and forces of a static model at the true frames; no atom is moved."""
     usable, frames, left_out = [], [], []
     for t in relaxations:
         chosen = select_frames(t.n_frames, n_frames)
@@ -117,11 +121,10 @@ def points(model: RelaxNet, relaxations: Relaxations, n_frames: int, report: Rep
 
 
 def shaken(model: RelaxNet, relaxations: Relaxations, scale: float, report: Report) -> Made:
-    """Paths from initial positions with Gaussian noise of so many Å on the free atoms.
+    """Paths from initial positions with Gaussian noise of ``scale`` Å on the free atoms.
 
     As in training, structures without fixed atoms keep their centre. The draws are the same for
-    every scale and model. A structure in which atoms come to lie in each other is predicted to be
-    nowhere (NaN).
+    every scale and model. Where the noise puts atoms on top of each other, the prediction is NaN.
     """
     n = model.config.dynamics.frames
 
@@ -151,7 +154,7 @@ def shaken(model: RelaxNet, relaxations: Relaxations, scale: float, report: Repo
 
 
 def _within(s: Structure, draws: np.ndarray, mass: str) -> np.ndarray:
-    """Draws without those of fixed atoms, or where there are none, without the centre's motion."""
+    """The draws, zeroed on fixed atoms; if there are none, without the motion of the centre."""
     if s.fixed_mask.any():
         return np.where(s.fixed_mask[:, None], 0.0, draws)
     weights = masses_of(s.atomic_numbers) if mass == "atomic" else np.ones(s.n_atoms)
@@ -166,8 +169,11 @@ def _nowhere(s: Structure, n: int) -> Path:
 
 
 def dense(model: RelaxNet, relaxations: Relaxations, n_frames: int, report: Report) -> Made:
-    """Whole predicted paths: ``pred`` (n, N, 3) Å, beside the true frames there are, at most n:
-    ``true`` (m, N, 3) Å; ``cell``, ``numbers``, ``fixed``, ``id``."""
+    """Whole predicted paths beside the true frames.
+
+    The arrays of a record are ``pred`` (n, N, 3) Å, ``true`` (m, N, 3) Å with m at most n,
+    ``cell``, ``numbers``, ``fixed`` and ``id``.
+    """
     kept: list[Path] = []
 
     def predict(structures: Sequence[Structure]) -> list[Path]:

@@ -1,4 +1,4 @@
-"""An outside potential that relaxes the test split: what the models are measured against."""
+"""Relaxes the test split with an outside potential, as a reference for the models."""
 
 from __future__ import annotations
 
@@ -28,10 +28,13 @@ if TYPE_CHECKING:
 
 
 def identity(calculator: Calculator, model: RelaxNet, data: str, ids: Sequence[str]) -> str:
-    """A hash of what `relaxed_by` depends on, the criterion aside.
+    """A hash of what `relaxed_by` depends on, except the force criterion.
 
     Args:
-      data: the store's checksum. ids: of the relaxations.
+      calculator: the outside potential.
+      model: see `relaxed_by`.
+      data: the store's checksum.
+      ids: ids of the relaxations.
     """
     facts = {
         "calculator": (calculator.label, calculator.version),
@@ -50,14 +53,17 @@ def relaxed_by(
     fmax: float,
     report: Report,
 ) -> Made:
-    """First and last frame of ASE's LBFGS with a calculator, one structure at a time.
+    """First and last frames of ASE's LBFGS with a calculator, one structure at a time.
 
-    ``seconds`` is the mean time of a structure's LBFGS; ``steps`` and ``converged`` have an entry
-    for each.
+    ``seconds`` is the mean LBFGS time of a structure; ``steps`` and ``converged`` have one entry
+    per structure.
 
     Args:
-      model: says which relaxations it can take, and how they are compared; predicts nothing.
-      fmax: eV/Å; of the stress times the volume too where the cell relaxes.
+      calculator: the outside potential.
+      model: decides which relaxations can be compared, and how; it predicts nothing.
+      relaxations: the true relaxations.
+      fmax: eV/Å; where the cell relaxes, it also applies to the stress times the volume.
+      report: receives a line on every structure that is left out or fails.
     """
     facts: dict[str, Any] = {"fmax": fmax, "steps": [], "converged": []}
     spent = 0.0
@@ -81,7 +87,7 @@ def relaxed_by(
 
 
 def _path(s: Structure, calculator: Calculator, fmax: float) -> tuple[Path, Leg | None]:
-    """First and last frame, and the minimisation between them; NaN and None where it fails."""
+    """First and last frame, and the minimisation between them; NaN and None if that fails."""
     atoms, failure, frames, leg = atoms_of(s), "", [], None
     relax_cell = bool(s.strain.any())
     try:
@@ -97,7 +103,11 @@ def _path(s: Structure, calculator: Calculator, fmax: float) -> tuple[Path, Leg 
 
 
 def _frame(atoms: Atoms, calculator: Calculator) -> tuple[np.ndarray, float, np.ndarray, Any]:
-    """Positions, energy, raw forces, cell. Raises InputError as `descend` does."""
+    """Positions, energy, raw forces and cell.
+
+    Raises:
+      InputError: see `descend`.
+    """
     still = atoms.copy()
     leg = descend(still, calculator, np.inf, 0, relax_cell=False)
     forces = still.calc.get_forces(still)

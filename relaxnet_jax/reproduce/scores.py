@@ -1,4 +1,4 @@
-"""Numbers with their spread: one of each structure, with each seed."""
+"""Scores: one number for each structure and seed, their means and the spread of these."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ Frames = Literal["final", "all"]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Score:
-    """A number of each structure (M columns), with each seed (S rows); NaN where there is none.
+    """One number for each structure (M columns) and seed (S rows); NaN where there is none.
 
     Attributes:
-      ids: of the columns. values: (S, M).
-      exact: one row is enough, as other seeds would not change it: no training of ours is behind
-        the numbers (doing nothing, an outside potential, a bound), or each column is a training
-        of its own (folds).
+      ids: names of the columns.
+      values: (S, M).
+      exact: whether one row is enough, as other seeds would not change it: either no training of
+        ours is behind the numbers (doing nothing, an outside potential, a bound), or each column is
+        a training of its own (folds).
     """
 
     ids: tuple[str, ...]
@@ -37,28 +38,28 @@ class Score:
 
     @property
     def mean(self) -> float:
-        """Of the seeds."""
+        """Mean over the seeds."""
         return _mean(self.by_seed)
 
     @property
     def deviation(self) -> float | None:
-        """Standard deviation over seeds (n - 1); None of fewer than two."""
+        """Standard deviation over seeds (n - 1); None for fewer than two."""
         found = self.by_seed[np.isfinite(self.by_seed)]
         return float(found.std(ddof=1)) if len(found) > 1 else None
 
     @property
     def seeds(self) -> int:
-        """How many have a mean."""
+        """Number of seeds that have a mean."""
         return int(np.isfinite(self.by_seed).sum())
 
     @property
     def structures(self) -> int:
-        """How many have the number with some seed."""
+        """Number of structures that have the number with at least one seed."""
         return int(np.isfinite(self.values).any(0).sum())
 
     @property
     def missing(self) -> int:
-        """Numbers that are not there, over all seeds."""
+        """How many numbers are missing, over all seeds."""
         return int(self.values.size - np.isfinite(self.values).sum())
 
 
@@ -71,19 +72,19 @@ EMPTY = Score((), np.zeros((0, 0)))
 
 
 def score(rows: Sequence[dict[str, float]], exact: bool = False) -> Score:
-    """Of {structure: number} by seed; structures in the order in which they come up."""
+    """The score of one {structure: number} per seed, structures in order of first appearance."""
     ids = tuple(dict.fromkeys(name for row in rows for name in row))
     values = [[row.get(name, math.nan) for name in ids] for row in rows]
     return Score(ids, np.array(values, float).reshape(len(rows), len(ids)), exact)
 
 
 def bound(value: float, like: Score) -> Score:
-    """A value that is exact, for every structure that another score has."""
+    """An exact value for every structure that has a number in another score."""
     return Score(like.ids, np.where(np.isfinite(like.values), value, math.nan), exact=True)
 
 
 def numbers(values: Sequence[float | None]) -> Score:
-    """Of one number a seed, e.g. seconds."""
+    """The score of one number per seed, e.g. seconds."""
     return score([{} if v is None else {"": v} for v in values])
 
 
@@ -93,10 +94,10 @@ def errors(
     frames: Frames = "final",
     predictor: Predictor = "model",
 ) -> Score:
-    """A metric of `FrameMetrics`, by seed.
+    """A metric of `FrameMetrics` for each structure, by seed.
 
-    Averaged over a structure's frames with "all". Where a prediction is not finite, the model has
-    none.
+    With "all", it is averaged over a structure's frames. Where a prediction is not finite, the
+    model has no number.
     """
     rows = []
     for comparisons in predicted:
@@ -115,7 +116,7 @@ def errors(
 def measured(
     predicted: Sequence[Sequence[Comparison]], measure: Callable[[Comparison], float]
 ) -> Score:
-    """Any number of each structure, by seed."""
+    """Any number computed from each structure's comparison, by seed."""
     return score([{c.id: measure(c) for c in comparisons} for comparisons in predicted])
 
 
@@ -125,8 +126,10 @@ def final_fmax(c: Comparison) -> float:
 
 
 def relative(a: Score, b: Score) -> Score:
-    """a over b, each seed's mean of a over that of b on the structures that both have: where a model
-    fails on the hardest ones, what it is compared with is not theirs either."""
+    """a over b: each seed's mean of a over the mean of b, on the structures that both have.
+
+    Where a model fails on the hardest structures, they are left out of both means.
+    """
     known = {name: _mean(column) for name, column in zip(b.ids, b.values.T)}
     theirs = np.array([known.get(name, math.nan) for name in a.ids])
     found: list[float | None] = []
@@ -139,17 +142,17 @@ def relative(a: Score, b: Score) -> Score:
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """Of the means of two scores, over the structures that both have.
+    """Difference of the means of two scores, over the structures that both have.
 
     Attributes:
       value: b - a.
-      parts: what its error is made of, of the structures' paired differences and of the seeds'
-        means: the variance of a mean of n, and n - 1; empty where there is neither a second seed
-        nor structure.
-      structures: compared.
-      one_seed: one of the two was trained once only, so that its spread is not in the error.
-      missing: how many numbers a and b lack, of those they could have of the structures of both.
-      could: how many these are.
+      parts: the contributions to the error, from the structures' paired differences and from the
+        means of the seeds: for n values, the variance of their mean, and n - 1. Empty where there
+        is neither a second seed nor a second structure.
+      structures: number of structures compared.
+      one_seed: whether one of the two was trained only once, so that the error lacks its spread.
+      missing: how many numbers a and b lack, out of ``could``.
+      could: how many numbers a and b could have for the structures that both have.
     """
 
     value: float
@@ -161,23 +164,23 @@ class Difference:
 
     @property
     def more_missing(self) -> bool:
-        """Whether a lacks a larger part of its numbers than b."""
+        """Whether a lacks a larger fraction of its numbers than b."""
         return self.missing[0] * self.could[1] > self.missing[1] * self.could[0]
 
     @property
     def error(self) -> float | None:
-        """Standard error: the parts in quadrature; None of none."""
+        """Standard error: the parts added in quadrature; None without parts."""
         return math.sqrt(math.fsum(v for v, _ in self.parts)) if self.parts else None
 
     @property
     def degrees(self) -> float:
-        """Of freedom of the error, by Welch and Satterthwaite; infinite where nothing varies."""
+        """Degrees of freedom of the error (Welch and Satterthwaite); infinite if nothing varies."""
         below = math.fsum(v * v / n for v, n in self.parts)
         return math.fsum(v for v, _ in self.parts) ** 2 / below if below else math.inf
 
     @property
     def p(self) -> float | None:
-        """Two-sided, of a difference as large by chance (Student's t); None without an error."""
+        """Two-sided p of a difference this large by chance (Student's t); None without an error."""
         if self.error is None:
             return None
         if not self.error or not self.value:
@@ -189,8 +192,13 @@ def difference(a: Score, b: Score, paired: bool = False) -> Difference | None:
     """b - a; None where there is nothing to compare.
 
     Args:
-      paired: row by row both are of the same training, so that what makes a seed good makes it so for
-        both: the seeds' spread is that of the rows' differences.
+      a: the first score.
+      b: the second score.
+      paired: whether each row of a and b comes from the same training. What makes a seed good then
+        does so for both, and the seeds' spread is that of the rows' differences.
+
+    Raises:
+      ValueError: paired scores have different numbers of rows.
     """
     if paired and len(a.values) != len(b.values):
         raise ValueError(f"paired scores of {len(a.values)} and {len(b.values)} runs")
@@ -219,12 +227,12 @@ def difference(a: Score, b: Score, paired: bool = False) -> Difference | None:
 
 
 def _trained(a: Score, b: Score, pairs: Sequence[np.ndarray], paired: bool) -> Sequence[np.ndarray]:
-    """What has a spread between trainings, (S, M) each: both scores, or paired their difference."""
+    """Values (S, M) that vary between trainings: the scores not `exact` or, if paired, b - a."""
     if paired:
         return [pairs[1] - pairs[0]]
     return [values for s, values in zip((a, b), pairs) if not s.exact]
 
 
 def _variance_of_mean(values: np.ndarray) -> tuple[float, int]:
-    """And its degrees of freedom."""
+    """The variance of the mean, and its degrees of freedom."""
     return float(values.var(ddof=1) / len(values)), len(values) - 1

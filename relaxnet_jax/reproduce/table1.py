@@ -1,4 +1,4 @@
-"""Table 1: the encoder alone, as a direct predictor of the final frame, by data, layers and kind."""
+"""Table 1: the encoder alone as a direct predictor of the final frame, by data, layers and kind."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from relaxnet_jax.reproduce.section import Cell, Section, Table
 from relaxnet_jax.reproduce.setting import Setting
 from relaxnet_jax.reproduce.verdict import Claim, Outcome, all_of, decided, lower
 
-SHARES = (0.2, 0.4, 1.0)  # of the training split, as the paper's 1,000, 2,000 and 5,000
+SHARES = (0.2, 0.4, 1.0)  # of the training split, as the paper's 1,000 : 2,000 : 5,000
 LAYERS = (2, 4)
 KINDS = {"dtnn": "RelaxNet (DTNN)", "egnn": "EGNN"}
 Case = tuple[str, float, int]
@@ -24,7 +24,7 @@ CASES: tuple[Case, ...] = tuple((k, s, n) for k in KINDS for s in SHARES for n i
 
 
 def case_runs(setting: Setting, kind: str, share: float, layers: int) -> list[Run]:
-    """The runs of a case; what the shipped config is already is no change, so runs are shared."""
+    """The runs of a case; a case equal to the shipped config shares that config's runs."""
     model = setting.config("static_final").model
     changes = {"model__architecture": kind, "model__layers": layers}
     plain = kind == model.architecture and layers == model.layers
@@ -47,7 +47,7 @@ def section(lab: Lab) -> Section:
     energy = {case: errors(compared[case], "energy_mae") for case in CASES}
     per_atom = {case: errors(compared[case], "energy_mae_per_atom") for case in CASES}
     places = {case: errors(compared[case], "positions_mae") for case in CASES}
-    first = compared["dtnn", 1.0, 2][:1]  # small parts may lack elements of the test split
+    first = compared["dtnn", 1.0, 2][:1]  # small shares may lack elements of the test split
     nothing = [
         errors(first, m, predictor="nothing")
         for m in ("energy_mae", "energy_mae_per_atom", "positions_mae")
@@ -134,7 +134,7 @@ def _claims(
         return f"{KINDS[case[0]]} {case[2]} layers {case[1]:.0%}"
 
     def each(a: tuple, b: tuple, scores: dict[Case, Score], unit: str):
-        """a is lower than b, (kind, layers) each, at every size."""
+        """Whether a is lower than b at every size, each given as (kind, layers)."""
         pairs = [((a[0], s, a[1]), (b[0], s, b[1])) for s in SHARES]
         return all_of([lower(scores[x], scores[y], (name(x), name(y)), unit) for x, y in pairs])
 
@@ -170,10 +170,12 @@ def _claims(
 
 
 def quickly(walls: dict[float, Score], shortest: float, seeds: int) -> Outcome:
-    """Whether convergence times (s, by share of the data) are within the paper's.
+    """Whether convergence times are within the paper's.
 
     Args:
-      shortest: min, of the runs. seeds: that were trained.
+      walls: times in s, by share of the data.
+      shortest: minutes of the shortest run.
+      seeds: number of seeds trained.
     """
     minutes = {share: s.mean / 60 for share, s in walls.items()}
     shown = ", ".join(f"{share:.0%}: {number(m)} min" for share, m in minutes.items())

@@ -1,4 +1,4 @@
-"""Table 2: frames and structures, implicit against explicit latent evolution."""
+"""Table 2: implicit and explicit latent evolution, by frames and structures."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from relaxnet_jax.reproduce.unlike import unlike
 from relaxnet_jax.reproduce.verdict import Claim, Outcome, all_of, lower
 
 SCHEMES = ("implicit", "explicit")
-# (frames, share of the training split); the shares are the paper's 5,000, 2,000 and 1,000.
+# (frames, share of the training split); the shares stand for the paper's 5,000, 2,000 and 1,000.
 CASES = ((3, 1.0), (5, 1.0), (10, 1.0), (5, 0.4), (10, 0.2))
-DENSE = 10  # frames on which models of any number are compared
+DENSE = 10  # frames on which models with any number of frames are compared
 STRUCTURES = {1.0: 5000, 0.4: 2000, 0.2: 1000}
 Case = tuple[str, int, float]
 ALL: tuple[Case, ...] = tuple((scheme, *case) for scheme in SCHEMES for case in CASES)
 
 
 def case_runs(setting: Setting, scheme: str, frames: int, share: float) -> list[Run]:
-    """The runs of a case; five frames of all relaxations are the shipped configs."""
+    """The runs of a case; five frames and all relaxations are the shipped configs."""
     label = f"{frames} frames" if frames != setting.config(scheme).dynamics.frames else ""
     if share < 1:
         label = f"{label}, {share:.0%} of data".lstrip(", ")
@@ -33,13 +33,13 @@ def case_runs(setting: Setting, scheme: str, frames: int, share: float) -> list[
 
 
 def runs(setting: Setting) -> list[Run]:
-    """Every case with every seed, and the static baselines of the same sizes."""
+    """Every case with every seed, and the direct predictors trained on the same shares."""
     own = [run for case in ALL for run in case_runs(setting, *case)]
     return own + [run for share in STRUCTURES for run in _static(setting, share)]
 
 
 def _static(setting: Setting, share: float) -> list[Run]:
-    """The direct predictors of table 1; none where they cannot be had."""
+    """The direct predictors of table 1; none if they cannot be trained."""
     return [] if setting.why_not("static_final") else direct_runs(setting, "dtnn", share, 2)
 
 
@@ -148,7 +148,7 @@ COLUMNS = (
 
 
 def _change(new: Score, old: Score) -> str:
-    """In percent, over the structures that both have."""
+    """Change in percent, over the structures that both have."""
     return percent_change(relative(new, old).mean)
 
 
@@ -164,7 +164,7 @@ def _nothing(frames: int, compared) -> list[Cell]:
 
 
 def _dense(lab: Lab, found: dict[Case, list[Run]]) -> tuple[dict[Case, Score], dict[Case, Score]]:
-    """Energy (eV) and force errors (meV/Å) on the same frames, of what is compared so."""
+    """Energy (eV) and force errors (meV/Å) on `DENSE` frames, for the cases compared on these."""
     cases = [case for case in ALL if case[0] == "explicit" or case[2] < 1.0]
     made = {case: [lab.paths(run, DENSE).comparisons for run in found[case]] for case in cases}
     energy, forces = (

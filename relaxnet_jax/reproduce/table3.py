@@ -1,4 +1,4 @@
-"""Table 3: noise on the initial positions, in training and after it."""
+"""Table 3: noise on the initial positions, during and after training."""
 
 from __future__ import annotations
 
@@ -19,25 +19,28 @@ from relaxnet_jax.reproduce.setting import Setting
 from relaxnet_jax.reproduce.verdict import Claim, Outcome, all_of, complete, decided, lower
 
 IN_TRAINING = (0.0, 1e-2, 1e-1)  # Å
-SHIPPED = -1.0  # stands for the noise the config has by itself, on its share of the structures
+SHIPPED = -1.0  # stands for the config's own noise, on the config's share of the structures
 AFTER = paper.TABLE3_SCALES
-CONSTANT = 0.05  # relative change that still counts as near-constant
+CONSTANT = 0.05  # largest relative change that counts as near-constant
 
 
 def scales(setting: Setting) -> tuple[float, ...]:
-    """The noise in training: the paper's, and the config's own where it has any."""
+    """The noise scales in training: the paper's, and the config's own if it has any."""
     t = setting.config("explicit").train
     return (*IN_TRAINING, SHIPPED) if t.noise or t.strain_noise else IN_TRAINING
 
 
 def label_of(setting: Setting, alpha: float) -> str:
-    """Of a scale, for tables."""
+    """The label of a scale, for tables."""
     t = setting.config("explicit").train
     return f"{t.noise:g} ({t.noise_share:.0%}: as shipped)" if alpha == SHIPPED else f"{alpha:g}"
 
 
 def case_runs(setting: Setting, alpha: float) -> list[Run]:
-    """Explicit runs with noise of so many Å in training, on every structure as in the paper."""
+    """Explicit runs trained with noise of ``alpha`` Å on every structure, as in the paper.
+
+    With `SHIPPED`, the noise is the config's own.
+    """
     if alpha == SHIPPED:
         return seeds(setting, "explicit")
     t = setting.config("explicit").train
@@ -141,12 +144,12 @@ COLUMNS = (
 
 
 def _untouched(c: Comparison) -> float:
-    """Error in Å of the perturbed initial positions, taken for the final ones."""
+    """Error in Å of the perturbed initial positions, taken as the final ones."""
     return float(np.abs(c.pred_positions[0] - c.true_positions[-1])[c.free_mask].mean())
 
 
 def _contraction(still: Sequence[Predicted], shaken: Sequence[Predicted]) -> Score:
-    """RMS displacement of final positions over that of initial ones, of each structure."""
+    """RMS displacement of the final positions over that of the initial ones, by structure."""
     rows = []
     for a, b in zip(still, shaken):
         before = {c.id: c for c in a.comparisons}

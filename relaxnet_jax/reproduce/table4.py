@@ -1,4 +1,4 @@
-"""Table 4: energies per atom by k-fold cross-validation, beside static models."""
+"""Table 4: energies per atom by k-fold cross-validation, compared with static models."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PAIRED = "standard errors are those of the paired differences over folds"
 
 
 def case_runs(setting: Setting, role: str) -> list[Run]:
-    """A run for each fold, with the first seed."""
+    """One run per fold, with the first seed."""
     split_file = setting.config(role).data.split_file
     splits = (1 - VALIDATION - 1 / setting.folds, VALIDATION, 1 / setting.folds)
     own: dict[str, Any] = {} if split_file else {"data__splits": splits}
@@ -145,7 +145,7 @@ COLUMNS = (
 
 
 def by_fold(s: Score) -> Score:
-    """Each fold's mean, to be compared in pairs: what makes a fold hard makes it so for all models."""
+    """The means of the folds, to be compared in pairs: a hard fold is hard for all models."""
     means = s.by_seed
     return Score(tuple(f"fold {k}" for k in range(len(means))), means[None], exact=True)
 
@@ -156,7 +156,7 @@ def _reached(found: Score, theirs: float) -> Outcome:
 
 
 def _folds(predicted: list[tuple[Comparison, ...]], which, predictor="model") -> Score:
-    """Meant over each fold's structures, which no other fold has."""
+    """Energy errors per atom, with folds in place of seeds; no structure is in two folds."""
     return errors(predicted, "energy_mae_per_atom", which, predictor)
 
 

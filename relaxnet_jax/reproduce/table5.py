@@ -36,7 +36,7 @@ POTENTIALS = {"static": "static RelaxNet", "egnn": "EGNN, 2 layers"}
 
 
 def runs(setting: Setting) -> list[Run]:
-    """Every method with every seed; the paper's layers."""
+    """Every method with every seed, with the layers of the shipped configs."""
     names = ["explicit", "implicit", "static", "egnn"]
     names += [] if setting.why_not("static_final") else ["static_final"]
     return [run for name in names for run in seeds(setting, name)]
@@ -98,7 +98,7 @@ def section(lab: Lab) -> Section:
 
 
 def _relaxed_on(setting: Setting, outside: Predicted) -> str:
-    """What is known of how the outside potential was run."""
+    """A sentence on how and where the outside potential was run."""
     known = outside.facts.get("machine")
     text = "One structure at a time, by ASE's LBFGS"
     if known is None:
@@ -111,7 +111,7 @@ def _relaxed_on(setting: Setting, outside: Predicted) -> str:
 
 
 def _claims(methods: dict[str, tuple[str, Method]], nothing: Method, given: Score) -> list[Claim]:
-    """``given``: energies that EGNN says of the true final structures, errors in eV."""
+    """The claims; ``given`` are EGNN's energy errors (eV) at the true final structures."""
     potentials = [name for name in methods if name.startswith("egnn")]
 
     def against(quantity: str, unit: str, factor: float = 1.0) -> Outcome:

@@ -22,14 +22,14 @@ LAYERS = {2: "egnn", 4: "egnn4"}  # names in paper.TABLE5
 
 
 def _potentials(setting: Setting, layers: int) -> list[Run]:
-    """The shipped EGNN has two layers: its runs are those of table 5."""
+    """EGNN runs by number of layers; those of the shipped EGNN are the ones of table 5."""
     if layers == setting.config("egnn").model.layers:
         return seeds(setting, "egnn")
     return seeds(setting, "egnn", label=f"{layers} layers", model__layers=layers)
 
 
 def runs(setting: Setting) -> list[Run]:
-    """EGNN with 2 and 4 layers, and explicit RelaxNet, whose forces C2 is."""
+    """EGNN with 2 and 4 layers, and explicit RelaxNet, whose final forces define C2."""
     potentials = [run for layers in LAYERS for run in _potentials(setting, layers)]
     return seeds(setting, "explicit") + potentials
 

@@ -1,4 +1,4 @@
-"""What the configurations of models that are compared do not have in common."""
+"""Differences between the configurations of models that are compared."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from relaxnet_jax.config import Config
 from relaxnet_jax.reproduce.setting import SHOWN, Setting
 
 _SECTIONS = ("graph", "model", "dynamics", "loss", "train")
-_OWN = {"dynamics.latent", "train.max_minutes"}  # what is compared; said elsewhere
-# What means nothing to some kinds of models.
+_OWN = {"dynamics.latent", "train.max_minutes"}  # the subject of the comparison; stated elsewhere
+# Fields without effect on some kinds of models.
 _OF_PATHS = {"loss.energy_change", "loss.monotonicity", "graph.skin"}
 _OF_STARTS = {
     *("loss.positions", "loss.direction", "loss.cell"),
@@ -24,11 +24,11 @@ _OF_TRIPLETS = {
 
 
 def unlike(setting: Setting, roles: Iterable[str], than: str = "explicit") -> list[str]:
-    """A remark for each role whose configuration differs from that of another one.
+    """A remark for each role whose configuration differs from that of another role.
 
-    A comparison of two schemes is one of everything else that differs, too: widths, cutoffs, the loss.
-    Fields that mean nothing to a role (a loss of paths to a model without paths) are left out, and so are
-    roles that cannot be trained with these settings.
+    A comparison of two schemes also compares everything else that differs, such as widths, cutoffs
+    and the loss. Fields without effect on a role (a loss on paths for a model without paths) are
+    left out, as are roles that cannot be trained with these settings.
     """
     reference = dict(_fields(setting.config(than)))
     remarks = []
@@ -60,7 +60,7 @@ def _fields(config: Config) -> Iterator[tuple[str, Any]]:
 
 
 def _meaningless(config: Config) -> set[str]:
-    """Names of fields that do not act on this kind of model."""
+    """Names of the fields without effect on this kind of model."""
     names: set[str] = set()
     if config.dynamics.latent in ("static", "direct"):
         names |= _OF_PATHS | {name for name, _ in _fields(config) if name.startswith("dynamics.")}
