@@ -56,7 +56,7 @@ def structure_cost(structure: Structure) -> int:
 
 
 def round_up(value: int) -> int:
-    """Rounds up to a multiple of 4 on a geometric scale: few sizes, and at most a quarter wasted."""
+    """Rounds up to a multiple of 4 on a geometric scale: few sizes, and (from 6 on) at most a quarter wasted."""
     size = 4
     while size < value:
         size = max(size + 4, int(size * 1.25) // 4 * 4)

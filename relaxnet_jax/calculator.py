@@ -83,12 +83,12 @@ class RelaxNetCalculator(Calculator):
     Args:
       model: from `load_model` or `create_model`.
       reference: the structure from which h is encoded; required for an explicit model, refused for
-        an implicit one.
+        implicit and static ones.
       skin: Å, at least 0; by default that of the model's configuration.
 
     Raises:
-      InputError: something that is not one model, a wrong combination of scheme and ``reference``,
-        or a negative skin; and, when properties are calculated, an element the model never saw, a
+      InputError: something that is not one model, a direct predictor, a wrong combination of scheme and
+        ``reference``, or a negative skin; and, when properties are calculated, an element the model never saw, a
         structure that cannot be used, or one that is too far from the reference.
     """
 
@@ -114,7 +114,7 @@ class RelaxNetCalculator(Calculator):
             raise InputError(NOT_A_POTENTIAL)
         if not self._explicit and reference is not None:
             raise InputError(
-                "reference: the implicit scheme encodes every structure anew; leave it out"
+                "reference: implicit and static models encode every structure anew; leave it out"
             )
         self._kind = program_kind(model.network, dtype_of(model.params))
         self.lists_built = 0

@@ -1,6 +1,6 @@
 """The command line ``relaxnet-jax``: arguments and exit codes. `commands` does the work.
 
-Exit codes: 0 done, 1 partly done (relax, reproduce), 2 bad input (one line on stderr says what is wrong
+Exit codes: 0 done, 1 partly done (predict, relax, reproduce), 2 bad input (one line on stderr says what is wrong
 and how to fix it), 130 interrupted, 143 stopped by SIGTERM with a checkpoint.
 """
 
@@ -76,7 +76,7 @@ def _fail(message: str) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of all commands; ``run`` in its result names a function of `commands`."""
+    """The parser of all commands; ``run`` in its result names a function of one of their modules."""
     parser = _Parser(
         prog="relaxnet-jax",
         description="Predict whole relaxation trajectories from the unrelaxed structure.",

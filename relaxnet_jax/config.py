@@ -187,7 +187,7 @@ class DataConfig:
       frame_selection: "equidistant" (n frames on the grid k/(n-1), as in the paper) or
         "all" (every frame at its own pseudotime, up to ``max_frames``).
       max_frames: maximum number of frames per structure with frame_selection="all".
-      splits: train, validation and test fractions of the groups.
+      splits: train, validation and test fractions of the structures (groups stay together).
       fold: which of the ``1/splits[2]`` rotations of the groups (or of the folds of ``split_file``)
         is the test split.
       seed: random seed of the split.
@@ -567,7 +567,7 @@ def _update(instance: Any, values: Mapping[str, Any], origin: str, prefix: str =
 
 
 def _coerce(value: Any, hint: Any, where: str) -> Any:
-    """The value in the annotated type; int→float and list→tuple are the only conversions."""
+    """The value in the annotated type; int→float, number→str and list→tuple are the only conversions."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
         if value not in args:

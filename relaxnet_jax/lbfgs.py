@@ -352,7 +352,7 @@ class _Batch:
     Attributes:
       compiling: seconds taken by calls that compiled.
       evaluations: number of calls.
-      too_much: cost of the structures that last did not fit in memory together; infinite before.
+      too_much: least cost of structures that did not fit in memory together; infinite before.
       tight: whether a structure on its own is given no more room than it needs.
     """
 
@@ -379,7 +379,7 @@ class _Batch:
                 raise
         # Here, outside the handler, the exception is gone and with it the arrays its traceback holds.
         tried, self.shape, self.graph, self.listed = self.shape, None, None, []
-        self.too_much = _cost(members)
+        self.too_much = min(self.too_much, _cost(members))
         if len(members) == 1 and tried is not None and not self.tight:
             self.tight = tried != fitting_shape([members[0].structure])
             return self.evaluate(members) if self.tight else None

@@ -47,7 +47,7 @@ class Path:
       cells: (n, 3, 3) Å.
       skin: skin of the neighbour list that was used, Å; `predict.FOLLOWED` where lists followed the
         atoms; None where no pair can be missed, as with a direct predictor.
-      failure: why there is no prediction (all values are then NaN); empty otherwise.
+      failure: why there is no prediction (energies, forces and positions are then NaN); empty otherwise.
       stresses: (n, 6) eV/Å³ in ASE's order, tension positive; None for fixed cells.
       approached: Å, by how much two atoms may have approached each other at the requested times or
         at any of the solver's stages (for the adaptive solver, whose stages are not available, at

@@ -237,5 +237,3 @@ class _StrainHead(nn.Module):
         total = jraph.segment_sum(per_atom, graph.nodes["graph"], n_graphs)
         return STRAIN_UNIT * total / jnp.maximum(graph.n_node, 1).astype(h.dtype)[:, None, None]
 
-
-__all__ = ["RelaxNetwork"]
