@@ -37,18 +37,22 @@ if TYPE_CHECKING:
     from relaxnet_jax.relaxation.refine import Refined
 
 SOME_FAILED = 1
-PAUSE = 60.0  # s
-CHUNK = 200  # structures predicted and written together: what an interruption costs at most
+PAUSE = 60.0  # s, between two writes of refined structures
+CHUNK = 200  # structures predicted and written together; an interruption loses at most one chunk
 
 
 def relax(args: argparse.Namespace, load_members: Callable[[str], dict[str, RelaxNet]]) -> int:
-    """Predicts, refines if asked to, writes and reports; see ``relaxnet-jax relax --help``.
+    """Predicts relaxations, refines them if asked to, writes the results and reports on them.
 
     Args:
-      load_members: the models a name stands for, by their names.
+      args: the parsed arguments; see ``relaxnet-jax relax --help``.
+      load_members: returns the models that a name given as ``--model`` stands for, by their names.
+
+    Returns:
+      The exit code: `SOME_FAILED` if anything failed, else 0.
 
     Raises:
-      InputError: wrong arguments, or not one structure could be relaxed.
+      InputError: the arguments are wrong, or no structure could be relaxed.
     """
     begin = time.perf_counter()
     args.model = args.model or [PRETRAINED]  # argparse would append to a default
@@ -103,10 +107,11 @@ def relax(args: argparse.Namespace, load_members: Callable[[str], dict[str, Rela
 def _planned(
     found: Sequence[Input], args: argparse.Namespace, by: summary.Models, failures: _Failures
 ) -> tuple[list[Input], list[Target], Existing]:
-    """The inputs to relax, their files, and what is there already of ``--skip-existing``.
+    """The inputs left to relax, their output files, and the results that ``--skip-existing`` found.
 
     Raises:
-      InputError: a file exists, is not what is asked for, or cannot be written.
+      InputError: an output file exists, holds results of another structure or model, or cannot be
+        read or written.
     """
     out = Path(args.out)
     targets = writing.plan(found, out, args.format, args.plot)
@@ -131,7 +136,7 @@ def _relaxed(
     args: argparse.Namespace,
     failures: _Failures,
 ) -> list[_Done]:
-    """Predicts and writes, `CHUNK` by `CHUNK`; what has a usable prediction."""
+    """Predicts and writes chunks of `CHUNK` inputs; returns the structures with a usable prediction."""
     options = Options(not args.keep_cell, args.fmax, args.steps, args.batch_size)
     done: list[_Done] = []
     with bar("structures", len(found), COMPILING) as advance:
@@ -173,7 +178,7 @@ def _check(args: argparse.Namespace) -> None:
 def _cells_relax(
     models: Mapping[str, RelaxNet], found: Sequence[Input], args: argparse.Namespace
 ) -> bool:
-    """Whether the cell of an input may relax."""
+    """Whether the cell of any input may relax."""
     variable = any(model.config.dynamics.cell == "variable" for model in models.values())
     return variable and not args.keep_cell and any(one.atoms.pbc.any() for one in found)
 
@@ -187,7 +192,7 @@ def _calculator(name: str | None, relax_cell: bool = False) -> Calculator | None
 
 
 class _Failures:
-    """What failed, told on stderr as it happens."""
+    """The failures so far, each reported on stderr as it occurs."""
 
     def __init__(self) -> None:
         self.all: list[Failure] = []
@@ -199,7 +204,7 @@ class _Failures:
 
 
 class _Done:
-    """One structure after prediction, and after refinement."""
+    """The results for one structure: its prediction and, later, its refinement."""
 
     def __init__(self, one: Input, result: Predicted, fmax: float, seconds: float) -> None:
         self.input, self.result, self.fmax, self.seconds = one, result, fmax, seconds
@@ -209,14 +214,14 @@ class _Done:
 
     @property
     def record(self) -> dict[str, Any]:
-        """What is said about it."""
+        """What is reported about the structure: `report.record`, with its input and output files."""
         from relaxnet_jax.relaxation.report import record
 
         values = record(self.result, self.fmax, self.seconds, self.refined)
         return values | {"input": self.input.place} | self.files
 
     def atoms(self) -> Atoms:
-        """The relaxed structure, as it is written."""
+        """The relaxed structure as it is written."""
         result = self.result
         return writing.relaxed_atoms(self.input, result.path, result.flags, self.refined)
 
@@ -229,10 +234,10 @@ def _predict(
     failures: _Failures,
     progress: Callable[[int], None],
 ) -> tuple[list[tuple[Input, Predicted]], float]:
-    """The inputs with a usable prediction, and seconds of prediction per structure.
+    """The inputs with a usable prediction, paired with it, and the prediction time per structure (s).
 
     Args:
-      models: by name; of several, the mean predicts.
+      models: the models by name; if there are several, the prediction is their mean.
       progress: called with the number of structures done.
     """
     from relaxnet_jax.committee import predict_members
@@ -254,7 +259,7 @@ def _predict(
 
 
 class _Told:
-    """What stands in the summary of the folder."""
+    """Keeps the summary in the output folder up to date."""
 
     def __init__(
         self,
@@ -264,13 +269,21 @@ class _Told:
         by: summary.Models,
         failures: _Failures,
     ) -> None:
-        """Args: names: of the inputs, by what messages call them. by: what predicts."""
+        """Writes nothing yet.
+
+        Args:
+          file: the summary.
+          names: names of the inputs, keyed by what messages call them (`Input.place`).
+          refine: name of the calculator that refines; None for no refinement.
+          by: the models that predict.
+          failures: all failures so far; later ones are added to it.
+        """
         self.file, self.names, self.failures = file, names, failures
         self.refine, self.by = refine, by
-        self.count = 0  # of the failures that were told
+        self.count = 0  # failures that are in the summary already
 
     def tell(self, members: Sequence[_Done]) -> None:
-        """Writes what became of these, and all failures so far; one that cannot is no reason to stop."""
+        """Adds these structures and all new failures; a summary that cannot be written stops nothing."""
         news = {f.name: f.reason for f in self.failures.all[self.count :]}
         self.count = len(self.failures.all)
         rows = []
@@ -289,10 +302,10 @@ class _Told:
 
 
 class _Results:
-    """The files that are written, chunk by chunk.
+    """The output files, written chunk by chunk.
 
     Attributes:
-      groups: the files of relaxed structures: their formats, and the structures in them.
+      groups: for each file of relaxed structures, its format and the structures in it.
     """
 
     def __init__(
@@ -303,14 +316,20 @@ class _Results:
         failures: _Failures,
         told: _Told,
     ) -> None:
-        """Args: targets: by names of inputs. before: frames that stay in a file with what is new."""
+        """Writes nothing yet.
+
+        Args:
+          targets: output files by the name of the input.
+          before: for each file that exists, the frames to keep besides the new ones.
+          html: the page with a 3D view, or None.
+        """
         self.targets, self.before, self.html, self.failures = targets, before, html, failures
         self.told = told
         self.groups: dict[Path, tuple[str, list[_Done]]] = {}
         self.paths: set[Path] = set()
 
     def write(self, chunk: Sequence[_Done]) -> None:
-        """Writes predictions; a structure of which a file cannot be written is a failure."""
+        """Writes predictions; a structure with a file that cannot be written becomes a failure."""
         by_file: dict[Path, list[_Done]] = {}
         for one in chunk:
             target = self.targets[one.input.name]
@@ -334,13 +353,13 @@ class _Results:
         self.told.tell(chunk)
 
     def rewrite(self, file: Path) -> None:
-        """The relaxed structures of a file again, with what is refined. Raises InputError."""
+        """Rewrites a file of relaxed structures, now with the refined ones. Raises InputError."""
         form, members = self.groups[file]
         images = [*self.before.get(file, ()), *(one.atoms() for one in members)]
         writing.write_relaxed(images, file, form)
 
     def file_of(self, one: _Done) -> Path:
-        """Of its relaxed structure."""
+        """The file that holds its relaxed structure."""
         return self.targets[one.input.name].relaxed
 
     def _tried(
@@ -389,8 +408,10 @@ def _refine(
     args: argparse.Namespace,
     failures: _Failures,
 ) -> None:
-    """Refines the predictions, and writes what is refined every `PAUSE` seconds, at the end, and when
-    all this is interrupted."""
+    """Refines the predictions.
+
+    Results are written every `PAUSE` seconds, at the end, and if the loop is interrupted.
+    """
     fresh: list[_Done] = []
     saved = time.monotonic()
 

@@ -1,4 +1,4 @@
-"""What earlier commands have left in the folder of results, for ``--skip-existing``."""
+"""Results that earlier runs of the command left in the output folder, for ``--skip-existing``."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from relaxnet_jax.relaxation.outputs import Target
 if TYPE_CHECKING:
     from ase import Atoms
 
-SAME = 1e-3  # Å; files round positions
+SAME = 1e-3  # Å; files hold rounded positions
 REPLACE = "give another --out, or replace it with --overwrite instead of --skip-existing"
 
 
 class Existing(NamedTuple):
-    """Results of earlier commands.
+    """Results of earlier runs.
 
     Attributes:
-      names: of the inputs whose relaxed structure and path are there.
-      frames: of files that also hold those of inputs still to be done: the frames to keep.
+      names: names of the inputs whose relaxed structure and path exist.
+      frames: for each file that is shared with inputs still to be done, the frames to keep.
     """
 
     names: set[str]
@@ -42,16 +42,21 @@ def existing(
     models: summary.Models,
     refine: str | None = None,
 ) -> Existing:
-    """What need not be done again. A file of one input's is whole if it is there, since it is written
-    so; of a file with the images of several the frames are read.
+    """Finds the results that need not be computed again.
+
+    A file of a single input is complete if it exists, since it is written whole or not at all. A file
+    that holds several images is read to see which of them it has.
 
     Args:
-      rows: of the folder's summary. models: what predicts.
-      refine: the calculator that is to have refined them, by their rows; None where none is.
+      planned: the inputs and their output files.
+      rows: rows of the folder's summary.
+      models: the models that predict now.
+      refine: name of the calculator that must have refined the results, according to their rows;
+        None if no refinement is asked for.
 
     Raises:
-      InputError: a file that has to be read cannot be; or what is there is of another structure that
-        has the name, or of other models.
+      InputError: a file cannot be read, or holds the path of another structure of the same name, or
+        one that other models predicted.
     """
     told = {row["name"]: row for row in rows if row["relaxed file"]}
     read: dict[Path, list[Atoms]] = {}
@@ -66,7 +71,7 @@ def existing(
         return name in ids[file]
 
     def begin(file: Path, name: str) -> Atoms:
-        """Of a path that is there."""
+        """The first frame of a path that exists."""
         if file not in read:
             return _first(file)
         return next(atoms for atoms in read[file] if _id(atoms) == name)
@@ -98,8 +103,16 @@ def _id(atoms: Atoms) -> str:
 def _check_same(
     one: Input, file: Path, begin: Atoms, row: Mapping[str, str] | None, models: summary.Models
 ) -> None:
-    """Raises InputError where the path in the file, which begins at ``begin``, is not the input's or,
-    as its row in the summary says, was predicted by others than these models."""
+    """Checks that an existing path is that of the input, predicted by the same models.
+
+    Args:
+      begin: first frame of the path in the file.
+      row: the input's row in the summary, which names the models; None if there is none.
+      models: the models that predict now.
+
+    Raises:
+      InputError: the path is of another structure, or of other models.
+    """
     other = _difference(begin, one.atoms)
     if other:
         named = row is not None and row["input"] != one.place
@@ -115,7 +128,7 @@ def _check_same(
 
 
 def _difference(begin: Atoms, atoms: Atoms) -> str:
-    """In what the first frame of a path is not the structure it should be of; empty if in nothing."""
+    """What differs between the first frame of a path and a structure; empty if nothing does."""
     if not np.array_equal(begin.numbers, atoms.numbers):
         return "atoms"
     if not np.array_equal(begin.pbc, atoms.pbc):
@@ -146,10 +159,10 @@ def _first(file: Path) -> Atoms:
 
 @contextlib.contextmanager
 def _reading(file: Path) -> Iterator[None]:
-    """Raises InputError instead of what ASE's readers raise."""
+    """Turns whatever ASE's readers raise into InputError."""
     try:
         yield
-    except Exception as error:  # they raise many kinds
+    except Exception as error:  # ASE's readers raise many kinds
         raise InputError(
             f"{file}: --skip-existing cannot read it ({one_line(error)}); delete it, or give another --out"
         ) from error

@@ -1,4 +1,4 @@
-"""What is to be relaxed: files and folders -> structures under names that never collide."""
+"""Reads files and folders into structures to relax, under names that never collide."""
 
 from __future__ import annotations
 
@@ -23,12 +23,13 @@ from relaxnet_jax.structure_files import Failure, read_images
 if TYPE_CHECKING:
     from ase import Atoms
 
-# What a folder is searched for. A CONTCAR beside a POSCAR is where another run ended: name it.
+# What folders are searched for. A CONTCAR beside a POSCAR is the result of another run, so it has to be
+# named to be relaxed.
 SEARCHED = (".cif", ".vasp", ".poscar", ".xyz", ".extxyz", ".traj")
-# Words by which ASE takes any file for one of VASP's (or DL_POLY's), whatever its suffix.
+# Words that make ASE take a file for one of VASP's (or DL_POLY's), whatever its suffix.
 _WORDS = re.compile(r"(?i)[._-]*(POSCAR|CONTCAR|CENTCAR|OUTCAR|XDATCAR|CONFIG)[._-]*")
 _INDEX = re.compile(r"-?\d+|-?\d*:-?\d*(:-?\d*)?")
-# What this command writes: a path, and beside it the relaxed structures.
+# Names of files that this command writes: paths; and paths or relaxed structures.
 _PATH = re.compile(r"-path\.(extxyz|traj)$")
 _RESULT = re.compile(r"-(path\.(extxyz|traj)|relaxed\.(vasp|cif|extxyz|traj))$")
 _SOURCE = re.compile(rf"""(?:^|\s)source=(["']?){PREDICTED}\1(?:\s|$)""")
@@ -40,10 +41,11 @@ class Input:
     """One structure to relax.
 
     Attributes:
-      name: distinct, also where case does not count, and fit for a file name.
-      place: what messages call it: the file, and which of its images if it has several.
-      source: the file. stem: distinct name of the file.
-      atoms: with the constraints asked for.
+      name: unique even if case is ignored, and fit for a file name.
+      place: what messages call it: the file and, if that has several images, the index of the image.
+      source: the file.
+      stem: unique name of the file, without suffix; see `distinct_stems`.
+      atoms: the structure, with the constraints asked for.
     """
 
     name: str
@@ -55,10 +57,11 @@ class Input:
 
 @dataclasses.dataclass(frozen=True)
 class Hold:
-    """Which atoms to hold fixed, beside those the file holds.
+    """Atoms to hold fixed in addition to those that the file holds.
 
     Attributes:
-      indices: counted from 0. below: Å; atoms whose Cartesian z is smaller.
+      indices: indices of atoms, counted from 0.
+      below: atoms with a smaller Cartesian z, in Å, are held; None for no such limit.
     """
 
     indices: tuple[int, ...] = ()
@@ -66,7 +69,7 @@ class Hold:
 
 
 def parse_indices(text: str) -> tuple[int, ...]:
-    """Indices of atoms, from 0: "0,3,8-11". Raises InputError."""
+    """Parses indices of atoms, counted from 0, e.g. "0,3,8-11". Raises InputError."""
     found: set[int] = set()
     for part in text.split(","):
         match = _RANGE.fullmatch(part)
@@ -80,15 +83,20 @@ def parse_indices(text: str) -> tuple[int, ...]:
 def find_files(
     named: Sequence[str], exclude: Path, note: Callable[[str], None] = lambda _: None
 ) -> tuple[dict[Path, list[slice]], list[Failure]]:
-    """Files to read, each once, in order, with the images wanted: those named, as FILE or
-    FILE@INDEX (ASE's: -1, 0:5), several times perhaps, and those in the folders named.
+    """Finds the files to read, each once, and the images wanted of each.
 
-    Folders are searched recursively for POSCAR* and the suffixes `SEARCHED`, without hidden ones
-    and without ``exclude``, and results of this command, elsewhere too, as well as what says of
-    itself that it was predicted.
+    A file is given as FILE or FILE@INDEX (as in ASE: -1, 0:5), possibly several times. Folders are
+    searched recursively for POSCAR* and the suffixes `SEARCHED`. Passed over are hidden files and
+    folders, ``exclude``, results of this command wherever they are, and files that say of themselves
+    that they were predicted.
 
     Args:
+      named: files and folders.
+      exclude: a folder that is not searched.
       note: called with one line for each folder in which results are passed over.
+
+    Returns:
+      The images wanted of each file, in order, and failures.
     """
     files: dict[Path, tuple[Path, list[slice]]] = {}
     failures: list[Failure] = []
@@ -115,7 +123,7 @@ def find_files(
 
 
 def _selected(text: str) -> tuple[Path, slice]:
-    """The file named, and which of its images; a file whose own name has an @ goes before."""
+    """Splits FILE@INDEX into file and images; an existing file with an @ in its name takes precedence."""
     path, (file, at, index) = Path(text), text.rpartition("@")
     match = _INDEX.fullmatch(index)
     if not at or path.exists() or match is None:
@@ -127,7 +135,7 @@ def _selected(text: str) -> tuple[Path, slice]:
 
 
 def _inside(folder: Path, exclude: Path, passed: list[Path]) -> Iterable[Path]:
-    """The files to read in a folder; the results in it are added to ``passed``."""
+    """Yields the files to read in a folder; appends results found there to ``passed``."""
     for root, folders, names in os.walk(folder):
         folders[:] = sorted(
             f for f in folders if not f.startswith(".") and Path(root, f).resolve() != exclude
@@ -146,8 +154,10 @@ def _inside(folder: Path, exclude: Path, passed: list[Path]) -> Iterable[Path]:
 
 
 def _predicted(file: Path) -> bool:
-    """Whether an extxyz or traj file begins with a prediction: its first frame says so, and the second
-    is not of a relaxation computed from one."""
+    """Whether an extxyz or traj file begins with a prediction.
+
+    Its first frame must say so, and the second must not belong to a relaxation computed from it.
+    """
     try:
         if file.suffix.lower() in (".xyz", ".extxyz"):
             with file.open(encoding="utf-8") as lines:
@@ -165,14 +175,14 @@ def _predicted(file: Path) -> bool:
         two = [a for a in itertools.islice(images_of(file), 2) if not isinstance(a, str)]
         of_one = len({str(atoms.info.get("traj_id")) for atoms in two}) == 1
         return not of_one or predicted(two)
-    except Exception:  # what cannot be read is named where it is read
+    except Exception:  # unreadable files are reported when they are read
         return False
 
 
 def read_inputs(
     files: Mapping[Path, Sequence[slice]], hold: Hold
 ) -> tuple[list[Input], list[Failure]]:
-    """The images wanted of all files; what cannot be read is named, and the rest goes on."""
+    """Reads the wanted images of all files; an image that cannot be read becomes a failure."""
     inputs: list[Input] = []
     failures: list[Failure] = []
     taken: set[str] = set()
@@ -205,7 +215,11 @@ def read_inputs(
 
 
 def held(atoms: Atoms, hold: Hold) -> Atoms:
-    """A copy with more atoms in `FixAtoms`; other constraints stay. Raises InputError."""
+    """A copy with more atoms in `FixAtoms`; other constraints are kept.
+
+    Raises:
+      InputError: an index is out of range.
+    """
     from ase.constraints import FixAtoms
 
     atoms = atoms.copy()
@@ -228,17 +242,17 @@ def held(atoms: Atoms, hold: Hold) -> Atoms:
 
 
 def distinct_stems(files: Sequence[Path]) -> list[str]:
-    """A name for each file: its own without suffix, with the folders above where names meet, and
-    numbered where these are the same too.
+    """A name for each file, unique even if case is ignored.
 
-    Distinct also where case does not count. Words like POSCAR are left out, since ASE would read
-    a path under such a name as a POSCAR: mp-1/POSCAR becomes mp-1, POSCAR.mp-1 as well.
+    It is the file's own name without suffix, preceded by the folders above where names collide, and
+    numbered where those are the same too. Words like POSCAR are left out, since ASE would read a path
+    under such a name as a POSCAR: both mp-1/POSCAR and POSCAR.mp-1 become mp-1.
     """
     parts = [_parts(file) for file in files]
     depth = [1] * len(files)
     while True:
         names = ["-".join(p[-d:]) for p, d in zip(parts, depth)]
-        # Of files in one folder more folders say nothing: they would all be named.
+        # More folders do not tell files of one folder apart: they are numbered instead.
         met: dict[str, set[str]] = {}
         for name, part in zip(names, parts):
             met.setdefault(name.casefold(), set()).add("/".join(part).casefold())
@@ -255,17 +269,17 @@ def distinct_stems(files: Sequence[Path]) -> list[str]:
 
 
 def _parts(file: Path) -> list[str]:
-    """Folders and name of a file, without those that consist of such words only."""
+    """Folders and name of a file, without parts that consist only of words like POSCAR."""
     file = file.with_name(plain_name(file))
     whole = is_poscar(file) and file.suffix.lower() not in (".vasp", ".poscar")
-    name = file.name if whole else file.stem  # the suffix of POSCAR.mp-1 is its name
+    name = file.name if whole else file.stem  # of POSCAR.mp-1, the suffix is the name
     parts = (*file.absolute().parts[1:-1], name)
     found = [_WORDS.sub("-", printable(part)).strip("-") for part in parts]
     return [part for part in found if part] or ["structure"]
 
 
 def _free(name: str, taken: set[str]) -> str:
-    """The name, numbered if it is taken; it is taken afterwards."""
+    """The name, with a number if it is taken; adds it to ``taken``."""
     result, number = name, 2
     while result.casefold() in taken:
         result, number = f"{name}-{number}", number + 1

@@ -1,4 +1,4 @@
-"""Where results go: one relaxed structure and one path for each input, nothing overwritten."""
+"""Output files: a relaxed structure and a path for each input; nothing is overwritten unasked."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 FORMATS = ("poscar", "cif", "extxyz", "traj")
 _SUFFIX = {"poscar": ".vasp", "cif": ".cif", "extxyz": ".extxyz", "traj": ".traj"}
 _ASE = {"poscar": "vasp", "cif": "cif", "extxyz": "extxyz", "traj": "traj"}
-# The constraints a format can hold, None for all. ASE leaves others out without a word.
+# The constraints that a format can hold; None for all. ASE drops the others silently.
 _HOLDS = {
     "poscar": ("FixAtoms", "FixScaled", "FixedPlane", "FixedLine"),
     "cif": (),
@@ -38,11 +38,14 @@ _HOLDS = {
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """Files of one input.
+    """Output files of one input.
 
     Attributes:
-      form: of `FORMATS`. relaxed: final structure; shared by the images of a file where the
-        format holds several. path: all frames, shared likewise. figure: PNG, or None.
+      form: one of `FORMATS`.
+      relaxed: file of the final structure, shared by the images of an input file if the format holds
+        several.
+      path: file of all frames, likewise shared.
+      figure: PNG of the path, or None.
     """
 
     form: str
@@ -52,10 +55,11 @@ class Target:
 
 
 def plan(inputs: Sequence[Input], out: Path, form: str | None, figures: bool) -> list[Target]:
-    """The files of each input under ``out``.
+    """The output files of each input, under ``out``.
 
     Args:
-      form: of `FORMATS`; by default that of the input where it is a POSCAR or CIF, else extxyz.
+      form: one of `FORMATS`; by default that of the input if it is a POSCAR or CIF, else extxyz.
+      figures: whether there is a figure of each path.
     """
     targets = []
     for one in inputs:
@@ -74,7 +78,7 @@ def plan(inputs: Sequence[Input], out: Path, form: str | None, figures: bool) ->
 
 
 def without_cell(target: Target, atoms: Atoms) -> str:
-    """Why the atoms cannot be written in the format; empty if they can."""
+    """Why the atoms cannot be written in the target's format; empty if they can."""
     if target.form == "poscar" and atoms.cell.rank < 3:
         return "it has no cell, a POSCAR needs one; give --format extxyz"
     return ""
@@ -88,8 +92,11 @@ def _like(source: Path) -> str:
 
 
 def check_free(files: Sequence[Path | None], overwrite: bool) -> None:
-    """Raises InputError if one of the files exists and may not be overwritten, or cannot be written:
-    before hours of refinement, not after."""
+    """Checks that the files can be written, before hours of refinement rather than after.
+
+    Raises:
+      InputError: a file exists and may not be overwritten, or cannot be written.
+    """
     for file in files:
         folder = next((p for p in file.absolute().parents if p.exists()), None) if file else None
         if folder is not None and not (folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)):
@@ -103,12 +110,12 @@ def check_free(files: Sequence[Path | None], overwrite: bool) -> None:
 def relaxed_atoms(
     one: Input, path: RelaxationTrajectory, flags: Sequence[Flag], refined: Refined | None
 ) -> Atoms:
-    """The input's atoms, with all they carry, in the final cell at the final positions.
+    """The input's atoms, with all they carry, at the final positions in the final cell.
 
-    Energy, forces and, where cells relax, stress are the model's; or, with magnetic moments and free
-    energy if there are any, the calculator's where it refined them; none where constraints that the
-    path ignores have moved its end. ``info`` has ``traj_id``, ``source``, and ``relaxnet_flags`` if
-    there are any and the prediction was used.
+    Energy, forces and, if the cell relaxes, stress are the model's. An unrefined structure has none of
+    them if constraints that the path ignores moved its end. A refined one has the calculator's,
+    with free energy and magnetic moments if there are any. ``info`` has ``traj_id``, ``source`` and,
+    if the prediction was used and has flags, ``relaxnet_flags``.
     """
     from ase.calculators.singlepoint import SinglePointCalculator
 
@@ -135,16 +142,16 @@ def relaxed_atoms(
 
 
 def lost_constraints(atoms: Atoms, form: str) -> list[str]:
-    """Kinds of the atoms' constraints that the format cannot hold."""
+    """Class names of the atoms' constraints that the format cannot hold."""
     kept = _HOLDS[form]
     kinds = {type(c).__name__ for c in atoms.constraints}
     return [] if kept is None else sorted(kinds - set(kept))
 
 
 def write_relaxed(images: Sequence[Atoms], file: Path, form: str, append: bool = False) -> None:
-    """Writes the final structures of one file, whole or not at all. Raises InputError.
+    """Writes final structures to a file, whole or not at all. Raises InputError.
 
     Args:
-      append: to those that are in it, of a format that holds several.
+      append: adds them to the structures in the file; only for a format that holds several.
     """
     write_frames(images, file, _ASE[form], append)

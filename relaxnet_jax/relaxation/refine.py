@@ -1,4 +1,4 @@
-"""On with ASE: LBFGS with a calculator, from the prediction or, to compare, also from the start."""
+"""Refinement with ASE's LBFGS and a calculator, from the prediction or also from the initial structure."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from relaxnet_jax.relaxation.minima import same_minimum_within
 if TYPE_CHECKING:
     from ase import Atoms
 
-# Of what a calculator finds besides energy and forces, what is kept.
+# Results of a calculator that are kept besides energy and forces.
 EXTRAS = ("free_energy", "stress", "magmom", "magmoms")
 
 
@@ -27,8 +27,10 @@ class Leg(NamedTuple):
     """One LBFGS relaxation.
 
     Attributes:
-      steps: ionic steps: geometries whose forces were computed, the first included.
-      energy: eV, the last. fmax: eV/Å, the last. converged: whether fmax was reached.
+      steps: ionic steps, i.e. geometries whose forces were computed, including the first.
+      energy: final energy, eV.
+      fmax: final largest force, eV/Å.
+      converged: whether the requested fmax was reached.
       seconds: wall time.
     """
 
@@ -40,18 +42,19 @@ class Leg(NamedTuple):
 
 
 class Refined(NamedTuple):
-    """LBFGS from the predicted structure and, to compare or to replace that, the initial one.
+    """LBFGS from the predicted structure and, to compare or as a fallback, from the initial one.
 
     Attributes:
-      without, with_start: from the initial and from the predicted structure; None for one that
-        failed, or, where ``failure`` is empty, was not needed.
-      wrong_minimum: whether the head start ended higher by more than `same_minimum_within`;
-        None where one of the two failed, did not converge or was not needed.
-      atoms: what is kept, with energy, forces, and those of `EXTRAS` that were found (the stress in
-        any case where the cell relaxed): the end of the relaxation with the head start, or of the
-        other where that is a wrong minimum, or failed or did not converge and the other did not.
-      kept: "with" or "without".
-      failure: why one of the two failed; empty if none did.
+      without, with_start: relaxations from the initial and from the predicted structure; None for one
+        that failed or, if ``failure`` is empty, was not needed.
+      wrong_minimum: whether the relaxation with the head start ended higher by more than
+        `same_minimum_within`; None if one of the two failed, did not converge or was not needed.
+      atoms: the structure that is kept, with energy, forces and those of `EXTRAS` that were found
+        (always the stress if the cell relaxed). It is the end of the relaxation with the head start;
+        that of the other one if the former is a wrong minimum, failed, or did not converge while the
+        latter did.
+      kept: "with" or "without", the head start of the structure that is kept.
+      failure: why one of the two failed; empty if neither did.
     """
 
     without: Leg | None
@@ -63,13 +66,14 @@ class Refined(NamedTuple):
 
 
 def load(name: str, relax_cell: bool = False) -> Calculator:
-    """The calculator of ``--refine``: emt, chgnet or MODULE:FACTORY.
+    """Loads the calculator of ``--refine``.
 
     Args:
-      relax_cell: whether cells may have relaxed, which takes stresses to go on with.
+      name: emt, chgnet or MODULE:FACTORY.
+      relax_cell: whether cells may have relaxed, so that refining them takes stresses.
 
     Raises:
-      InputError: as `check_calculator`.
+      InputError: see `check_calculator`.
     """
     return check_calculator(name, relax_cell, option="--refine")
 
@@ -82,19 +86,20 @@ def refine(
     steps: int,
     compare: bool = False,
 ) -> Refined:
-    """Relaxes with LBFGS from the predicted structure; where that fails or does not converge, or to
-    compare, also from the initial one.
+    """Relaxes the predicted structure with LBFGS and, if necessary or to compare, the initial one.
 
-    Where the prediction has another cell, both relax the cell too (ASE's `FrechetCellFilter`);
-    fmax then holds for the stress times the volume as well.
+    The initial one is necessary if the relaxation from the prediction fails or does not converge. If
+    the predicted cell differs from the initial one, both relax the cell too (ASE's
+    `FrechetCellFilter`); fmax then applies to the stress times the volume as well.
 
     Args:
-      initial, predicted: with constraints; not changed.
-      fmax: eV/Å. steps: most optimiser steps of each.
-      compare: relax from the initial structure in any case, which costs as much as no head start.
+      initial, predicted: structures with their constraints; not changed.
+      fmax: eV/Å.
+      steps: largest number of optimiser steps of each relaxation.
+      compare: always relax the initial structure, which costs as much as having no head start.
 
     Raises:
-      InputError: the calculator does not know an element, or fails from both.
+      InputError: the calculator does not know an element, or fails from both structures.
     """
     cell_too = not np.allclose(initial.cell.array, predicted.cell.array, atol=CELL_TOLERANCE)
     ends = {"with": predicted.copy(), "without": initial.copy()}
@@ -122,8 +127,10 @@ def refine(
 
 
 def _results_only(atoms: Atoms, stress_too: bool) -> Atoms:
-    """The atoms with what their calculator found, without it: calculators hold whole models, and
-    those of all structures would be alive at once."""
+    """The atoms with their calculator's results in place of the calculator.
+
+    Calculators hold whole models, and those of all structures would otherwise be alive at once.
+    """
     from ase.calculators.singlepoint import SinglePointCalculator
 
     results: dict[str, Any] = {
@@ -139,12 +146,13 @@ def _results_only(atoms: Atoms, stress_too: bool) -> Atoms:
 
 
 def descend(atoms: Atoms, calculator: Calculator, fmax: float, steps: int, relax_cell: bool) -> Leg:
-    """Relaxes the atoms, in place, with LBFGS; their calculator is a fresh one afterwards.
+    """Relaxes the atoms in place with LBFGS; afterwards their calculator is a new one.
 
     Args:
-      fmax: eV/Å. steps: most optimiser steps.
+      fmax: eV/Å.
+      steps: largest number of optimiser steps.
       relax_cell: also relax the cell in its periodic directions (ASE's `FrechetCellFilter`); fmax
-        then holds for the stress times the volume as well.
+        then applies to the stress times the volume as well.
 
     Raises:
       InputError: the calculator does not know an element, or fails.
@@ -162,7 +170,7 @@ def descend(atoms: Atoms, calculator: Calculator, fmax: float, steps: int, relax
         return _descend(atoms, calculator, fmax, steps, relax_cell)
     except InputError:
         raise
-    except Exception as error:  # calculators raise anything
+    except Exception as error:  # calculators may raise anything
         raise InputError(
             f"{calculator.label} failed ({type(error).__name__}: {one_line(error)})"
         ) from error
@@ -176,13 +184,13 @@ def _descend(
 
     begin = time.perf_counter()
     atoms.calc = calculator.make()
-    kind: Any = LBFGS  # ASE's annotations know no logfile=None
+    kind: Any = LBFGS  # ASE's annotations do not allow logfile=None
     target: Any = FrechetCellFilter(atoms, mask=strain_mask(atoms)) if relax_cell else atoms
     optimizer = kind(target, logfile=None)
-    # Threads of the linear algebra only wait for each other over ASE's matrices of 3 by 3.
+    # On ASE's 3 x 3 matrices, the threads of the linear algebra would only wait for each other.
     threads = threadpoolctl.threadpool_limits(1 if calculator.serial else None, user_api="blas")
     with threads, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the optimiser's; what matters shows in the result
+        warnings.simplefilter("ignore")  # the optimiser's; what matters shows in the result
         optimizer.run(fmax=fmax, steps=steps)
         energy, forces = atoms.get_potential_energy(), target.get_forces()
     last = float(np.linalg.norm(forces, axis=1).max(initial=0.0))
@@ -193,7 +201,7 @@ def _descend(
 
 
 def strain_mask(atoms: Atoms) -> np.ndarray:
-    """(3, 3) for ASE's filters: 1 for the strains of the periodic directions.
+    """Mask of strains for ASE's cell filters, (3, 3): 1 within the periodic directions, else 0.
 
     Raises:
       InputError: the periodic directions of a slab or chain are not along Cartesian axes, which

@@ -1,4 +1,4 @@
-"""What is said about each structure: one record, as a row of a table or as JSON."""
+"""The report on each structure: one record, shown as a row of a table or as JSON."""
 
 from __future__ import annotations
 
@@ -34,11 +34,12 @@ MAX_ROWS = 50
 def record(
     result: Predicted, fmax: float, seconds: float, refined: Refined | None
 ) -> dict[str, Any]:
-    """What is known of one predicted relaxation: numbers, strings, lists and None only.
+    """The record of one predicted relaxation, in types that JSON knows.
 
     Args:
-      fmax: eV/Å, asked for.
-      seconds: of prediction, the share of this structure. refined: by ``--refine``, or None.
+      fmax: largest force asked for, eV/Å.
+      seconds: this structure's share of the prediction time.
+      refined: result of ``--refine``, or None.
     """
     from relaxnet_jax.strain import internal_displacements
     from relaxnet_jax.trust import UNKNOWN_FORCES
@@ -89,8 +90,11 @@ def record(
 
 
 def cell_force(stress: np.ndarray, volume: float, atoms: int) -> float:
-    """eV/Å, what a relaxation of the cell takes for its largest force beside those of the atoms: the
-    longest row of stress times volume over the number of atoms, as ASE's `FrechetCellFilter`."""
+    """The force on the cell, in eV/Å, that a relaxation of the cell compares with fmax.
+
+    It is the longest row of stress times volume, divided by the number of atoms, as in ASE's
+    `FrechetCellFilter`.
+    """
     from relaxnet_jax.strain import from_voigt
 
     return float(np.linalg.norm(from_voigt(stress), axis=-1).max()) * volume / atoms
@@ -103,12 +107,14 @@ def tables(
     width: int = WIDE,
     compare: bool = False,
 ) -> list[Table]:
-    """The records for ``rich.console.Console().print``: at most `MAX_ROWS` rows in each table.
+    """Tables of the records for ``rich.console.Console().print``, each of at most `MAX_ROWS` rows.
 
     Args:
-      width: columns there are. Where a row does not fit, flags go below the structure's name, spreads
-        beside what they are of, and of fmax only the last is shown: no name or flag is cut off.
-      compare: whether all were refined from the initial structure, too.
+      fmax: largest force asked for, eV/Å.
+      refine: name of the calculator that refined; None for no refinement.
+      width: columns of the terminal. If a row does not fit, flags go below the structure's name and
+        spreads beside their quantities, and only the last fmax is shown: no name or flag is cut off.
+      compare: whether all structures were refined from their initial state too.
     """
     shown = records[:MAX_ROWS]
     caption = (
@@ -150,14 +156,14 @@ def _refined_caption(fmax: float, compare: bool) -> str:
 def _predicted(
     records: Sequence[dict[str, Any]], caption: str, committee: bool, narrow: bool
 ) -> Table:
-    """A row per record; ``narrow`` as where `tables` has too few columns."""
+    """One row per record; ``narrow`` selects the layout for few columns, see `tables`."""
     cells_relax = any(r["cell_relaxed"] for r in records)
     rows = [_row(r, cells_relax, committee, narrow) for r in records]
     table = _table("predicted", caption)
     if narrow:
         table.padding, table.show_edge, table.pad_edge = (0, 1, 0, 0), False, False
     names = _longest(r["name"] for r in records)
-    # Below a terminal's 80 columns numbers are what gives way.
+    # In terminals of less than 80 columns, numbers give way first.
     table.add_column("structure", overflow="fold", min_width=min(names, 24) if narrow else names)
     for heading in rows[0] if rows else ():
         table.add_column(heading, justify="right", no_wrap=True)
@@ -175,7 +181,7 @@ def _predicted(
 
 
 def _row(r: dict[str, Any], cells_relax: bool, committee: bool, narrow: bool) -> dict[str, str]:
-    """What is shown of a record, by heading."""
+    """The cells of a record's row, by heading."""
     energy, moved = f"{1e3 * r['energy_change_per_atom']:+.1f}", f"{r['largest_displacement']:.3f}"
     spread = r["spread"]
     spread_energy = "–" if spread is None else f"{1e3 * spread['energy_per_atom']:.1f}"
@@ -208,7 +214,7 @@ def _longest(texts: Iterable[str]) -> int:
 
 
 def _width(table: Table) -> int:
-    """Columns it takes when nothing in it is wrapped."""
+    """Columns that the table takes if nothing in it is wrapped."""
     console = Console(width=10 * WIDE)
     return Measurement.get(console, console.options, table).maximum
 
@@ -236,7 +242,7 @@ def _refined_cells(refined: dict[str, Any] | None) -> list[str]:
 
 
 def flag_lines(records: Sequence[dict[str, Any]]) -> list[str]:
-    """What the flags say, one line for all structures of which the same is said."""
+    """The flags and their details, one line for all structures that share them."""
     said: dict[str, list[str]] = {}
     for r in records:
         for flag in r["flags"]:
@@ -257,8 +263,10 @@ def totals(
     """Closing lines: counts, time, ionic steps, and what the head start saved over all structures.
 
     Args:
-      failed: failures, those to refine what was predicted among them. refined: whether that was
-        asked for. compare: whether also from the initial structures.
+      failed: number of failures, including those to refine a prediction.
+      seconds: total time.
+      refined: whether refinement was asked for.
+      compare: whether the initial structures were refined too.
     """
     converged = sum(r["converged"] for r in records)
     flagged = sum(bool(r["flags"]) for r in records)
@@ -279,7 +287,7 @@ def totals(
 
 
 def _spent(found: Sequence[dict[str, Any]]) -> str:
-    """Ionic steps of refinements from predictions, and of those that had to begin again."""
+    """Line on the ionic steps from predictions, and from initial structures where those failed."""
     keys = ("with_head_start", "without_head_start")
     first, again = ([r[key] for r in found if r[key] is not None] for key in keys)
     if not found:
@@ -293,11 +301,11 @@ def _spent(found: Sequence[dict[str, Any]]) -> str:
 
 
 def _saved(found: Sequence[dict[str, Any]]) -> str:
-    """Ionic steps without and with the head start; empty where nothing can be compared."""
+    """Line on the ionic steps without and with the head start; empty if nothing can be compared."""
     known = [r for r in found if (leg := r["without_head_start"]) and leg["converged"]]
     if not known:
         return ""
-    # Where the head start leads elsewhere or nowhere, the other relaxation is needed as well.
+    # If the head start leads to a wrong minimum or nowhere, the other relaxation is needed as well.
     good = [r for r in known if r["wrong_minimum"] is False]
     before = sum(r["without_head_start"]["steps"] for r in known)
     saved = sum(r["without_head_start"]["steps"] - r["with_head_start"]["steps"] for r in good)

@@ -1,4 +1,4 @@
-"""``summary.csv``: how far to trust each result, beside those whose format cannot say it."""
+"""``summary.csv``: how far to trust each result, also where its file format cannot record that."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ COLUMNS = (
 
 
 class Models(NamedTuple):
-    """What predicts.
+    """The models that predict.
 
     Attributes:
-      names: as they were given. checksum: of `model_folders.checksum`; either is empty where it is
-        not known.
+      names: their names as they were given; empty if unknown.
+      checksum: their `model_folders.checksum`; empty if unknown.
     """
 
     names: str = ""
@@ -40,11 +40,13 @@ UNKNOWN = Models()
 def row(
     record: Mapping[str, Any], refine: str | None, failure: str = "", models: Models = UNKNOWN
 ) -> dict[str, str]:
-    """What is said of a structure, by `COLUMNS`: numbers are the model's.
+    """The row of a structure, by `COLUMNS`; its numbers are the model's.
 
     Args:
-      record: of `report.record`, with its input and files. refine: the calculator that refined it if
-        the record says so. failure: why that could not be done. models: what predicted it.
+      record: from `report.record`, with the input and the output files added.
+      refine: the calculator that refined the structure, if the record says that it was refined.
+      failure: why it could not be refined; empty otherwise.
+      models: the models that predicted it.
     """
     before, after = record["volume_first"], record["volume_last"]
     relaxes = record["cell_relaxed"] and before > 0
@@ -67,12 +69,12 @@ def row(
 
 
 def failed(name: str, place: str, failure: str) -> dict[str, str]:
-    """The row of an input without results; ``name`` is empty where it has none yet."""
+    """The row of an input without results; ``name`` is empty if it has none yet."""
     return dict.fromkeys(COLUMNS, "") | {"name": name, "input": place, "failure": failure}
 
 
 def models_of(row: Mapping[str, str]) -> Models:
-    """What predicted the structure of a row."""
+    """The models that predicted the structure of a row."""
     return Models(row["model"], row["model checksum"])
 
 
@@ -81,10 +83,10 @@ def _number(value: float | None, factor: float = 1.0) -> str:
 
 
 def read(folder: Path) -> list[dict[str, str]]:
-    """The rows in the folder's summary, none where it has none.
+    """The rows of the folder's summary; empty if it has none.
 
     Raises:
-      InputError: a file of that name is another's.
+      InputError: the file of that name is not such a summary.
     """
     file = folder / NAME
     if not file.exists():
@@ -102,19 +104,20 @@ def read(folder: Path) -> list[dict[str, str]]:
 
 
 class Summary:
-    """The summary of a folder while results come."""
+    """The summary of a folder, updated as results arrive."""
 
     def __init__(self, folder: Path) -> None:
-        """Raises InputError: see `read`."""
+        """Checks a summary that exists. Raises InputError, see `read`."""
         self.folder, self.pending = folder, list[dict[str, str]]()
         read(folder)
 
     def add(self, rows: list[dict[str, str]]) -> None:
-        """Writes the rows beside those that are there, and in place of those of the same name or, where
-        these have none, input. Only where something was relaxed, ever: failures alone make no folder.
+        """Adds rows, replacing those with the same name or, if they have none, the same input.
+
+        Nothing is written before something was relaxed: failures alone create no folder.
 
         Raises:
-          InputError: it cannot be written.
+          InputError: the summary cannot be written.
         """
         self.pending += rows
         if not (self.folder / NAME).exists() and not any(r["relaxed file"] for r in self.pending):
