@@ -12,7 +12,7 @@ from relaxnet_jax.data.quality.statistics import DataSummary
 from relaxnet_jax.evaluate.figures import SERIES, SPARE, STYLE, new_figure, save_figure
 
 _BINS = 40
-STILL = 1e-6  # Å; less is the rounding of files and of cells mapped on each other
+STILL = 1e-6  # Å; smaller displacements come from rounding, in files and in mapping cells on each other
 _FIRST, _LAST = SERIES["nothing"]["color"], SERIES["model"]["color"]
 _OTHER = SPARE[0]["color"]
 
@@ -20,13 +20,14 @@ _OTHER = SPARE[0]["color"]
 def distribution_figure(
     summary: DataSummary, path: str | os.PathLike[str], caption: str = ""
 ) -> None:
-    """Distributions of atoms, elements, energies (eV/atom) and displacements (Å).
+    """Draws the distributions of atoms, elements, energies (eV/atom) and displacements (Å).
 
-    Energies are those of the first and the last frame, displacements the mean and the largest
-    of the free atoms between them; relaxations in which none moves by 1e-6 Å are counted, not drawn.
+    Energies are those of the first and the last frame. Displacements are the mean and the largest
+    over free atoms, from the first to the last frame; relaxations in which none exceeds 1e-6 Å are
+    counted, not drawn.
 
     Args:
-      summary: of `summarise`.
+      summary: from `summarise`.
       path: the PNG.
       caption: printed under the figure; names the data set.
     """
@@ -62,7 +63,7 @@ def distribution_figure(
 
 
 def _histogram(axis, values, series, label: str, above: float | None = None) -> None:
-    """Outlined histograms on common bins; of what is ``above`` a value, on a logarithmic axis."""
+    """Outlined histograms on common bins; with ``above``, of larger values only, on a logarithmic axis."""
     columns = {name: values[name] for name in series}
     drawn = np.concatenate(list(columns.values()))
     if above is not None:

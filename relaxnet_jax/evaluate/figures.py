@@ -61,7 +61,7 @@ def per_frame_figure(
     """Energy (meV/atom), force (meV/Å) and coordinate (Å) MAE against the frame.
 
     Args:
-      results: metrics by name. Composition only is left out: it knows no frames.
+      results: metrics by name. "Composition only" is left out, since it has no frames.
       path: the PNG.
       caption: printed under the figure; names the data set.
     """
@@ -81,7 +81,7 @@ def per_frame_figure(
         for axis, (field, ylabel) in zip(axes, panels):
             for name, metrics in shown.items():
                 values = getattr(metrics.per_frame, field)
-                frames = np.flatnonzero(np.isfinite(values))  # joined across absent frames
+                frames = np.flatnonzero(np.isfinite(values))  # lines run across absent frames
                 axis.plot(frames, values[frames], label=label(name), clip_on=False, **styles[name])
             axis.set(xlabel="frame", ylabel=ylabel)
             axis.set_ylim(bottom=0)
@@ -97,17 +97,18 @@ def parity_figure(
     caption: str,
     among: Collection[str] | None = None,
 ) -> None:
-    """Predicted against true energy per atom, [E - sum_i eps(Z_i)]/N in eV, all frames.
+    """Predicted against true energy per atom, [E - sum_i eps(Z_i)]/N in eV, for all frames.
 
-    Relative to the composition energy, because the totals correlate almost perfectly for
-    any model that knows the composition. The MAE is that of the metrics (macro average). Of models
-    that predict the final energy only, the final frames are drawn.
+    Energies are relative to the composition energy, because total energies correlate almost perfectly
+    for any model that knows the composition. The MAE is that of the metrics (macro average). For models
+    that predict the final energy only, only final frames are drawn.
 
     Args:
       comparisons: the structures; those without a finite prediction are not drawn.
       path: the PNG.
       caption: printed under the figure; names the data set.
-      among: ids to which the figure is confined, those of the table beside it (`finite_ids`).
+      among: ids of the structures to draw, those of the table beside the figure (`finite_ids`); None
+        for all.
     """
     drawn = [c for c in comparisons if c.finite and (among is None or c.id in among)]
     final_only = any(c.final_only for c in drawn)
@@ -121,7 +122,7 @@ def parity_figure(
     frames = slice(-1 if final_only else None, None)
     columns = (true, pred, [c.slots for c in drawn])
     x, y, slots = (np.concatenate([one[frames] for one in column]) for column in columns)
-    order = np.random.default_rng(0).permutation(len(x))  # so that late frames hide no early ones
+    order = np.random.default_rng(0).permutation(len(x))  # so that late frames do not hide early ones
     low, high = min(x.min(), y.min()), max(x.max(), y.max())
     pad = 0.05 * (high - low) or 0.01
     limits = (low - pad, high + pad)
@@ -173,10 +174,10 @@ def trajectory_figure(
     Args:
       true, pred: see `trajectory_curves`.
       path: the PNG.
-      caption: names the data set; the relaxation's id and source when empty.
+      caption: printed under the figure; by default the relaxation's id and source.
 
     Raises:
-      InputError: different atoms.
+      InputError: the two have different atoms.
     """
     curves = trajectory_curves(true, pred)
     with matplotlib.rc_context(STYLE):
@@ -200,18 +201,21 @@ def trajectory_figure(
 def trajectory_curves(
     true: RelaxationTrajectory, pred: RelaxationTrajectory
 ) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]]:
-    """Times, energies (meV/atom), largest forces (eV/Å) and RMS displacements (Å), (n,) each, of a
-    relaxation and of its prediction.
+    """Curves of a relaxation and of its prediction along pseudotime.
 
-    Energies are relative to the true first frame. Forces are max_i |F_i| and displacements, within
-    the cell and from the true first frame, sqrt(mean_i |y_i(t) - y_i(0)|²), both over free atoms,
-    y being positions mapped back to the initial cell.
+    Energies are relative to the true first frame. The largest force is max_i |F_i|, the RMS displacement
+    sqrt(mean_i |y_i(t) - y_i(0)|²), both over free atoms. Here y are positions mapped back to the initial
+    cell, and y(0) those of the true first frame, so that displacements are within the cell.
 
     Args:
       true, pred: n frames each (n may differ), positions and cells Å, energies eV, forces eV/Å.
 
+    Returns:
+      For each of the two, times, energies (meV/atom), largest forces (eV/Å) and RMS displacements (Å),
+      (n,) each.
+
     Raises:
-      InputError: different atoms.
+      InputError: the two have different atoms.
     """
     if not np.array_equal(true.atomic_numbers, pred.atomic_numbers):
         raise InputError(f"{true.id}: prediction and truth have different atoms; match their ids")
@@ -230,7 +234,7 @@ def trajectory_curves(
 
 
 def new_figure(width: float, height: float, caption: str) -> Figure:
-    """A figure in inches with room for its axes and, under them, the wrapped caption."""
+    """A figure of this size in inches, with extra height for the wrapped caption under its axes."""
     lines = textwrap.wrap(caption, width=int(17 * width))
     figure = Figure(figsize=(width, height + 0.17 * len(lines)), layout="constrained")
     FigureCanvasAgg(figure)

@@ -1,4 +1,4 @@
-"""Whether energies that a model is compared with have another zero."""
+"""Whether the energies that a model is compared with have another zero than its own."""
 
 from __future__ import annotations
 
@@ -11,14 +11,17 @@ from relaxnet_jax.data.trajectory import reduced_formula
 from relaxnet_jax.graph import MAX_ATOMIC_NUMBER
 from relaxnet_jax.metrics import Comparison
 
-LEAST = 0.1  # eV per atom: smaller errors are the model's own
-SHARE = 0.2  # of the error, what is left of it at most where it is one of origins
-SPARE = 3  # compositions for each element, so that energies of the elements do not fit anything
+LEAST = 0.1  # eV per atom; smaller errors are the model's own
+SHARE = 0.2  # of the error, the most that energies of the elements may leave unexplained
+SPARE = 3  # compositions for each element; with fewer, energies of the elements could explain any error
 
 
 def foreign_origin(comparisons: Sequence[Comparison]) -> str:
-    """A sentence where the errors of final energies are nearly all of the elements': those of another
-    code, functional or set of pseudopotentials. Empty where they are not, or where it cannot be told."""
+    """A sentence if energies of the elements explain nearly all errors of the final energies, else empty.
+
+    The data's energies are then of another code, functional or set of pseudopotentials. Also empty if
+    there are too few compositions to tell.
+    """
     known = [c for c in comparisons if c.finite]
     elements = {int(z) for c in known for z in c.atomic_numbers}
     compositions = {reduced_formula(c.atomic_numbers) for c in known}

@@ -13,8 +13,12 @@ from relaxnet_jax.strain import reference_positions
 
 
 def path_curves(path: RelaxationTrajectory) -> dict[str, np.ndarray]:
-    """(n,) each: times, energies relative to the first (meV/atom), fmax (eV/Å), and the mean and
-    largest displacement of the free atoms within the cell, from the first frame (Å)."""
+    """Curves along a path by name, (n,) each.
+
+    Returns:
+      times; energies: relative to the first frame, meV/atom; fmax: eV/Å; mean, largest: displacement
+      of the free atoms from the first frame, within the cell, Å.
+    """
     moved = np.linalg.norm(path_displacements(path), axis=-1)[:, ~path.fixed_mask]
     n = path.n_frames
     return {
@@ -27,7 +31,7 @@ def path_curves(path: RelaxationTrajectory) -> dict[str, np.ndarray]:
 
 
 def path_displacements(path: RelaxationTrajectory) -> np.ndarray:
-    """(n, N, 3) Å from the first frame, in its cell: without what atoms move along with the cell."""
+    """Displacements (n, N, 3) from the first frame, mapped to its cell, so without the cell's motion; Å."""
     return reference_positions(path.positions, path.cells) - path.positions[:1]
 
 
@@ -35,7 +39,9 @@ def path_figure(path: RelaxationTrajectory, file: str | os.PathLike[str], fmax: 
     """Draws energy, fmax and displacement along a path.
 
     Args:
-      path: n frames. file: the PNG. fmax: eV/Å, drawn as the line below which it is relaxed.
+      path: a path of n frames.
+      file: the PNG.
+      fmax: eV/Å, the force below which a structure is relaxed; drawn as a line.
     """
     curves = path_curves(path)
     times, first, second = curves["times"], SERIES["model"], SPARE[0]

@@ -1,4 +1,4 @@
-"""Evaluating a model on relaxations: predictions, metrics, table, figures."""
+"""Evaluation of a model on relaxations: predictions, metrics, table, figures."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ from relaxnet_jax.train.start import SEEN, trained_ids
 from relaxnet_jax.trust import trust_flags
 
 _NOT_UNSEEN = ": their errors are not those of unseen structures"
-BLOCK = 1024  # relaxations that are read, and have graphs, at a time
+BLOCK = 1024  # relaxations that are read, and turned into graphs, at a time
 PREDICTORS: tuple[Predictor, ...] = ("model", "nothing", "composition")
 
 
@@ -51,12 +51,18 @@ class Evaluation:
     """Metrics by predictor, the comparisons they were made from, and what was left out.
 
     Attributes:
-      results: their means are over the same structures: those of which all have a finite prediction.
-      seen: how many of the relaxations the model's start was trained on, and for data that are no
-        split of the run, the model itself, as far as is known.
-      costs: by predictor, only where energies were minimised: seconds per structure (without
-        compilation), and of a minimisation the mean steps and the fraction that converged.
-      among: ids of the structures that the means are of; None for all with a finite prediction.
+      results: metrics by predictor. All means are over the same structures: those for which every
+        method has a finite prediction.
+      comparisons: the comparisons, one per structure.
+      left_out: why structures were left out, a line for each.
+      name: name of the data.
+      costs: by predictor, only if energies were minimised: seconds per structure (without compilation)
+        and, for a minimisation, fmax, the mean number of steps and the fraction that converged.
+      seen: how many of the relaxations trained the model's start or, if the data are not a split of the
+        run, the model itself; as far as is known.
+      among: ids of the structures that the means are over; None for all with a finite prediction.
+      foreign: a sentence if the data's energies seem to be of another origin (`foreign_origin`), else
+        empty.
     """
 
     results: dict[str, Metrics]
@@ -77,12 +83,20 @@ def compare(
     predict: Callable[[Sequence[Structure]], list[PredictedPath]] | None = None,
     n_frames: int | None = None,
 ) -> tuple[list[Comparison], list[str]]:
-    """True against predicted frames: ``n_frames`` equidistant ones, by default those of the model.
+    """Compares true with predicted frames.
 
-    Rigid translations of a structure without fixed atoms, of the centroid, are removed from true and
-    predicted frames alike: what conserves the centre of mass is compared by the same measure as
-    what conserves the centroid. Structures the model cannot take are reported and left out. ``predict`` makes the
-    paths, on these frames; `predict_structures` by default.
+    Translations of the centroid are removed from the true and the predicted frames of structures without
+    fixed atoms, so that models that conserve the centre of mass are measured like those that conserve the
+    centroid. Structures that the model cannot take are reported and left out.
+
+    Args:
+      report: called with one line for each remark.
+      batch_size: structures predicted at once.
+      predict: computes the paths, on these frames; by default `predict_structures`.
+      n_frames: number of frames, equidistant; by default that of the model.
+
+    Returns:
+      The comparisons, and why structures were left out.
     """
     n = n_frames or model.config.dynamics.frames
     structures, kept, left_out = [], [], []
@@ -142,7 +156,7 @@ def compare(
 
 
 def frame_structure(model: RelaxNet, t: RelaxationTrajectory, frame: int) -> Structure:
-    """The structure of one frame as the model takes it. InputError where it cannot."""
+    """One frame as a structure for the model. Raises InputError if the model cannot take it."""
     model.check_elements(t.atomic_numbers, t.id)
     return build_structure(
         t.atomic_numbers,
@@ -158,7 +172,7 @@ def frame_structure(model: RelaxNet, t: RelaxationTrajectory, frame: int) -> Str
 
 
 def model_of(workdir: str | Path) -> RelaxNet:
-    """The best model of a training run, or that of a model folder. InputError where there is none."""
+    """The best model of a training run, or that of a model folder. Raises InputError if there is none."""
     folder = model_folder(workdir)
     if folder == Path(workdir) and not (folder / "model.json").exists():
         raise InputError(
@@ -180,16 +194,18 @@ def evaluate_workdir(
     """Evaluates the best model of a run on one of its splits, or on another file.
 
     Args:
-      workdir: of `train`; with ``data`` a model folder too. split: "train", "validation" or "test".
+      workdir: folder of a run of `train`; with ``data``, a model folder will do.
+      split: "train", "validation" or "test".
       data: a store or any file of relaxations; all of them are used instead of the split.
-      fmax: eV/Å, to which the model's energy is also minimised, as the predictor "lbfgs". A static
-        model is evaluated in no other way, by default to `lbfgs.FMAX`.
-      model: that of the run, where it has been read already (`model_of`).
-      moved: where the run's data lie by now, if not where its config.json says.
+      report: called with one line for each remark.
+      fmax: largest force, eV/Å, to which the model's energy is also minimised, as the predictor "lbfgs".
+        A static model is evaluated in this way only, by default to `lbfgs.FMAX`.
+      model: the run's model, if it has been read already (`model_of`).
+      moved: where the run's data are now, if not where its config.json says.
 
     Raises:
-      InputError: no model, no data, other data than the run's, or nothing the model can be evaluated
-        on; ``fmax`` with a model that is no potential.
+      InputError: there is no model, there are no data or not those of the run, the model cannot be
+        evaluated on any of them, or ``fmax`` is given with a model that is not a potential.
     """
     workdir = Path(workdir)
     model = model or model_of(workdir)
@@ -247,7 +263,7 @@ def _compare_blocks(
     report: Callable[[str], None],
     predict: Callable[[Sequence[Structure]], list[PredictedPath]] | None,
 ) -> tuple[list[Comparison], list[str]]:
-    """`compare`, of so many relaxations at a time that memory does not grow with whole relaxations."""
+    """`compare` in blocks of relaxations, so that they are not all in memory at once."""
     comparisons, left_out = [], []
     for begin in range(0, len(trajectories), BLOCK):
         block = list(trajectories[begin : begin + BLOCK])
@@ -260,28 +276,31 @@ def _compare_blocks(
 def _seen(workdir: Path, ids: Sequence[str]) -> int:
     try:
         return len(trained_ids(str(workdir)).intersection(ids))
-    except InputError:  # damaged splits are none of this data's affair
+    except InputError:  # damaged splits do not matter for other data
         return 0
 
 
 def _results(
     columns: Mapping[str, Sequence[Comparison]],
 ) -> tuple[dict[str, Metrics], frozenset[str]]:
-    """Metrics of several methods on the same relaxations, then those of doing nothing and the like,
-    with means over the same structures, whose ids come second."""
+    """Metrics of several methods on the same relaxations, followed by those of the baselines.
+
+    Returns:
+      The metrics, with means over the same structures; and the ids of these structures.
+    """
     among, first = finite_ids(*columns.values()), next(iter(columns.values()))
     results = {name: evaluate(own, "model", among) for name, own in columns.items()}
     return results | {p: evaluate(first, p, among) for p in PREDICTORS if p != "model"}, among
 
 
 def mean_evaluation(members: Sequence[Evaluation]) -> Evaluation:
-    """A committee's: its mean in the place of the model, and its first member for comparison.
+    """The evaluation of a committee: its mean in place of the model, and its first member to compare.
 
     Raises:
       InputError: see `metrics.together`.
     """
     comparisons = [averaged(own) for own in together([m.comparisons for m in members])]
-    own, *_ = members[0].results  # "model", or "lbfgs" of static ones
+    own, *_ = members[0].results  # "model", or "lbfgs" for static models
     columns = {own: comparisons, "first member": members[0].comparisons}
     results, among = _results(columns)
     name = f"{members[0].name}; mean of {len(members)} models"
@@ -291,7 +310,7 @@ def mean_evaluation(members: Sequence[Evaluation]) -> Evaluation:
 
 
 class _Minimiser:
-    """Paths by L-BFGS; ``costs`` says afterwards what they took."""
+    """Finds paths by L-BFGS; afterwards ``costs`` tells what they took."""
 
     def __init__(self, model: RelaxNet, fmax: float) -> None:
         self.model, self.fmax = model, fmax
@@ -308,7 +327,7 @@ class _Minimiser:
 
     @property
     def costs(self) -> dict[str, float]:
-        """Means over all structures so far; empty without any."""
+        """Means over all structures so far; empty if there are none."""
         if not self._steps:
             return {}
         return {
@@ -320,7 +339,12 @@ class _Minimiser:
 
 
 class _Clock:
-    """The model's own paths; ``seconds`` of all ``structures``, of programs that are compiled already."""
+    """Predicts the model's own paths and times them; its programs must have been compiled before.
+
+    Attributes:
+      seconds: time that all predictions took.
+      structures: number of structures predicted.
+    """
 
     def __init__(self, model: RelaxNet) -> None:
         self.model, self.seconds, self.structures = model, 0.0, 0
@@ -334,7 +358,7 @@ class _Clock:
 
 
 def graph_seconds(model: RelaxNet, relaxations: Sequence[RelaxationTrajectory]) -> float:
-    """What making the graph of an initial structure takes, the mean of those the model can take."""
+    """Mean seconds to build the graph of an initial structure, over those that the model can take."""
     made, begin = 0, time.perf_counter()
     for t in relaxations:
         with contextlib.suppress(InputError):
@@ -346,7 +370,7 @@ def graph_seconds(model: RelaxNet, relaxations: Sequence[RelaxationTrajectory]) 
 def read_any(
     path: str, model: RelaxNet, report: Callable[[str], None]
 ) -> list[RelaxationTrajectory]:
-    """Relaxations of a store, or of any other file by importing it."""
+    """Reads the relaxations of a store, or imports those of any other file."""
     data = dataclasses.replace(model.config.data, variable_cell="drop")
     config = dataclasses.replace(model.config, data=data)
 
@@ -367,9 +391,9 @@ def read_any(
 def write_evaluation(
     evaluation: Evaluation, folder: str | Path, report: Callable[[str], None] = print
 ) -> list[Path]:
-    """metrics.json, structures.csv, per_frame.png and parity.png; returns their paths.
+    """Writes metrics.json, structures.csv, per_frame.png and parity.png; returns their paths.
 
-    A figure of which no prediction is finite is not drawn; that is reported, and an older one removed.
+    A figure without any finite prediction is not drawn; that is reported, and an older figure removed.
     """
     folder = Path(folder)
     names = ("metrics.json", "structures.csv", "per_frame.png", "parity.png")

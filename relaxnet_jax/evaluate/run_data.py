@@ -1,4 +1,4 @@
-"""The relaxations of a training run's splits, wherever its data lie by now."""
+"""The relaxations of a training run's splits, wherever its data are now."""
 
 from __future__ import annotations
 
@@ -21,21 +21,23 @@ def relaxations_of_run(
     moved: str | None = None,
     otherwise: str = "",
 ) -> tuple[Relaxations, int]:
-    """Those of one of a run's splits, and how many the split had when the run began.
+    """The relaxations of one split of a run, and how many the split had when the run began.
 
-    They are looked for where the run's config.json says, which a resumed run keeps up to date, its
-    model's own config only when it improves. What has changed since the run began is reported.
+    The data are read from where the run's config.json says. A resumed run keeps that file up to date,
+    whereas its model's own config changes only when the model improves. Changes of the data since the
+    run began are reported.
 
     Args:
-      workdir: of the run. split: "train", "validation" or "test".
-      config: of its model.
+      workdir: folder of the run.
+      split: "train", "validation" or "test".
+      config: configuration of the run's model.
       report: called with one line for each remark.
-      moved: where the data lie instead; their content must be what the run began with.
-      otherwise: what else one could do, for errors.
+      moved: where the data are instead; their content must be what the run began with.
+      otherwise: what else the user could do, appended to error messages.
 
     Raises:
-      InputError: no data there, other data, or none of the split; see `split_of_run`,
-        `read_beginning` and `read_trajectories`.
+      InputError: there are no data, they are not the run's, or they have none of the split; see
+        `split_of_run`, `read_beginning` and `read_trajectories`.
     """
     ids = split_of_run(workdir, split, otherwise)
     path = _recorded(workdir, config) if moved is None else moved
@@ -68,6 +70,6 @@ def relaxations_of_run(
 
 
 def _recorded(workdir: Path, config: Config) -> str:
-    """``data.path`` of a run's config.json; of its model's config where there is none."""
+    """``data.path`` in a run's config.json, or in its model's config if there is no such file."""
     file = workdir / "config.json"
     return from_json(file.read_text(), str(file)).data.path if file.is_file() else config.data.path

@@ -1,4 +1,4 @@
-"""The table a person reads, and the JSON and the CSV a program reads, from the same numbers."""
+"""Metrics as a table for people and as JSON and CSV for programs, from the same numbers."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ UNITS = {
 }
 
 _EVERY = ("model", "nothing", "composition")
-_MOVING = ("model", "nothing")  # composition only predicts no geometry
+_MOVING = ("model", "nothing")  # "composition only" predicts no geometry
 _OF_CELLS = ("volume", "lengths", "angles")
-# (row, path into Metrics, shown as, predictors for which it says something)
+# (heading, path into Metrics, how it is shown, predictors for which it is meaningful)
 _ROWS = (
     *(
         (f"{name}, {label}", f"{frames}.{field}", "number", predictors)
@@ -69,11 +69,11 @@ _ROWS = (
 
 
 def label(name: str) -> str:
-    """What a predictor is called in tables and figures; other names stand as they are."""
+    """The name of a predictor in tables and figures; names without a label stay as they are."""
     return LABELS.get(name, name)
 
 
-# (row, key into the costs, shown as)
+# (heading, key into the costs, how it is shown)
 _COSTS = (
     ("seconds per structure", "seconds", "number"),
     ("optimiser steps", "steps", "number"),
@@ -91,12 +91,12 @@ def metrics_table(
     Args:
       results: metrics by name; "model", "nothing" and "composition" get readable headings.
       title: names the data set.
-      costs: by the same names, what a prediction took: seconds, steps, converged (a fraction).
+      costs: costs of a prediction, by the same names: seconds, steps, converged (a fraction).
 
     Returns:
-      A table for ``rich.console.Console().print``. A dash stands where a metric says
-      nothing about a predictor or is undefined. The caption tells how many structures the means
-      leave out, the last row which predictions are not finite.
+      A table for ``rich.console.Console().print``. A dash stands for a metric that is undefined or
+      meaningless for a predictor. The caption tells how many structures the means leave out. If
+      any predictions are not finite, the last row counts them.
     """
     if not results:
         raise InputError("no metrics to tabulate; evaluate at least one predictor")
@@ -155,7 +155,7 @@ def write_metrics(
         temporary.write_text(text, encoding="utf-8")
 
 
-# Of a final frame, as `structure_errors` has them.
+# Errors of the final frame, named as in `structure_errors`.
 _OF_STRUCTURES = (
     "energy_mae_per_atom",
     "relaxation_energy_mae_per_atom",
@@ -168,9 +168,9 @@ _OF_STRUCTURES = (
 
 
 def write_structures(path: str | os.PathLike[str], comparisons: Sequence[Comparison]) -> None:
-    """A CSV with the errors of every structure's final frame, those of doing nothing beside them.
+    """Writes a CSV with the errors of every structure's final frame beside those of doing nothing.
 
-    Names and units are those of ``metrics.json``. Empty: undefined, or no finite prediction.
+    Names and units are those of ``metrics.json``. An empty cell is undefined, or has no finite prediction.
     """
     head = ["structure", "formula", "atoms", "finite", "usable"]
     head += [f"{who}{name}" for name in _OF_STRUCTURES for who in ("", "nothing_")]

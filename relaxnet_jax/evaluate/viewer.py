@@ -25,12 +25,12 @@ TITLE, DATA = "{{title}}", "{{data}}"
 
 
 def viewer_data(path: RelaxationTrajectory, flags: Sequence[Flag] = ()) -> dict[str, Any]:
-    """What the page shows: plain lists, lengths in Å to five decimals.
+    """The data shown on the page: plain lists, lengths in Å to five decimals.
 
     Keys: title, source, symbols (N), fixed (N), pbc (3), positions (n, N, 3), cells (n, 3, 3),
-    moved (n, N, 3, displacements within the cell), times (n), energies (n, eV), fmax (n, eV/Å),
-    largest (n, Å, of the free atoms' displacements),
-    elements {symbol: {colour: "#rrggbb" of jmol, radius: Å, covalent}}, flags [[name, detail]].
+    moved (n, N, 3; displacements within the cell), times (n), energies (n; eV), fmax (n; eV/Å),
+    largest (n; Å, largest displacement of a free atom),
+    elements {symbol: {colour: jmol's, as "#rrggbb"; radius: covalent, Å}}, flags [[name, detail]].
     """
     curves = path_curves(path)
     numbers = path.atomic_numbers
@@ -62,10 +62,11 @@ def viewer_data(path: RelaxationTrajectory, flags: Sequence[Flag] = ()) -> dict[
 def write_viewer(
     path: RelaxationTrajectory, file: str | os.PathLike[str], flags: Sequence[Flag] = ()
 ) -> None:
-    """Writes the page. Raises InputError where the file cannot be written."""
+    """Writes the page. Raises InputError if the file cannot be written."""
     data = viewer_data(path, flags)
     text = files("relaxnet_jax.evaluate").joinpath(TEMPLATE).read_text(encoding="utf-8")
-    # Inside a script element only "<" could end it; the title goes in last, whatever it holds.
+    # Only "<" could end the script element. The template is split before anything is filled in, so the
+    # title may contain anything.
     numbers = json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
     head, title, rest = text.partition(TITLE)
     body, mark, tail = rest.partition(DATA)
