@@ -1,1 +1,1 @@
-"""What it costs: speed, memory and scaling, and the same beside other programs."""
+"""Benchmarks: speed, memory and scaling, by themselves and compared with other programs."""

@@ -23,7 +23,8 @@ class Case(NamedTuple):
     """One structure to relax.
 
     Attributes:
-      name: distinct. atoms: with constraints, without calculator.
+      name: unique name.
+      atoms: the initial structure, with constraints, without calculator.
       relax_cell: whether its cell is relaxed too.
     """
 
@@ -35,21 +36,23 @@ class Case(NamedTuple):
 def find_cases(
     named: Sequence[str], runs: Sequence[str], variable: bool, limit: int | None, say: Say
 ) -> tuple[list[Case], list[Failure]]:
-    """Structures by name, and complaints about what cannot be read.
+    """The structures to relax, and failures for what cannot be read.
 
-    Of a store these are the first frames of the relaxations that every run has in its test split;
-    or of all relaxations, if the run was trained on another set. Only they can have an unseen
-    structure in common with a run; a model folder without a run beside it says nothing of the kind.
+    Of a store, these are the first frames of the relaxations that are in the test split of every run,
+    since only those are unseen by all. A run that was trained on another set leaves out none, nor does a
+    model folder without a run beside it, which does not say what it was trained on. Relaxations that
+    trained a model which a run started from are left out too.
 
     Args:
-      named: stores ("emt": the generated data), structure files, folders of them.
+      named: stores ("emt": the generated data), structure files, and folders of them.
       runs: folders of the models that are compared.
-      variable: whether cells are relaxed: of a store's relaxations those that did relax it, of
-        files all that are periodic.
-      limit: so many at most, drawn by chance, the same ones each time.
+      variable: whether cells are relaxed: those that relaxed in a store's relaxations, and those of all
+        periodic structures in files.
+      limit: largest number of structures, drawn at random, the same ones each time; None for all.
+      say: called with one line for each remark.
 
     Raises:
-      InputError: no structure, or a store that cannot be read.
+      InputError: there is no structure, or a store cannot be read.
     """
     stores = [name for name in named if _is_store(name)]
     files, failures = find_files([n for n in named if n not in stores], Path())

@@ -1,9 +1,9 @@
 """What a compiled program costs: floating-point operations, bytes moved, memory.
 
-XLA's cost analysis counts the body of a loop once, however often it runs (so it did in every
-version tried: a scan of 1, 4 and 16 steps is given the same operations). RelaxNet's ODE, its
-layers and its triplets are all loops. So the analysis is asked once for the program and once for
-each loop's body, and a body counts as often as XLA knows it to run.
+XLA's cost analysis counts the body of a loop once, however often it runs (in every version tried, a
+scan of 1, 4 and 16 steps has the same number of operations). RelaxNet's ODE, its layers and its
+triplets are all loops. The analysis is therefore done once for the program and once for the body of
+each loop, and the body is multiplied by the number of trips that XLA knows.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ class Costs:
     """Costs of one execution of a program.
 
     Attributes:
-      flops: arithmetic of the traced program, loops times their trips: products and sums of matrix
-        products, one for each element of any other arithmetic result; with what the reverse pass
-        recomputes.
-      xla_flops: XLA's own count of what it compiled, loops times their trips. Lower where XLA
+      flops: arithmetic operations of the traced program, loops times their trips: the products and
+        sums of matrix products, and one per element of any other arithmetic result;
+        including what the reverse pass recomputes.
+      xla_flops: XLA's own count for what it compiled, loops times their trips. It is lower where XLA
         calls a library for matrix products, which it does not look into (GPU).
-      xla_bytes: bytes that XLA's kernels read and write, loops times their trips. What stays in
-        a cache between two kernels counts too: an upper estimate of the traffic to memory.
-      remark: why XLA's two figures are None, where its analysis is not to be had; else empty.
-      loops_of_unknown_length: loops that count once because XLA does not know their trips.
+      xla_bytes: bytes that XLA's kernels read and write, loops times their trips. Data that stay in a
+        cache between two kernels count too, so this is an upper estimate of the traffic to memory.
+      loops_of_unknown_length: number of loops that count once because XLA does not know their trips.
+      remark: why XLA's two figures are None, if its analysis is not available; else empty.
     """
 
     flops: float
@@ -54,7 +54,7 @@ def program_costs(jaxpr: Any, compiled: Any) -> Costs:
     try:
         found, loops = _with_trips(compiled.as_text())
     except (ImportError, AttributeError, KeyError, ValueError, RuntimeError) as error:
-        # The analysis of a module has no public name, and the text of one no promised form.
+        # XLA's analysis of a module is not public, and the form of a module's text is not guaranteed.
         remark = f"XLA's cost analysis cannot be used: {type(error).__name__}: {one_line(error)}"
         return Costs(flops, None, None, unknown, remark)
     return Costs(flops, found["flops"], found["bytes accessed"], max(unknown, loops))
@@ -72,10 +72,10 @@ def memory_bytes(compiled: Any) -> int:
 
 
 def _with_trips(text: str) -> tuple[dict[str, float], int]:
-    """Operations and bytes of a module's text, loop bodies times their trips.
+    """Operations and bytes of a module, given as text, with loop bodies times their trips.
 
-    XLA's figure of a computation holds each loop in it once; the same figure of the loop's body
-    as a program of its own is added for every further trip, and so on inwards.
+    XLA's figure for a computation holds each loop in it once. For every further trip, the figure for
+    the loop's body as a program of its own is added, and so on for loops within loops.
     """
     computations, entry = _split(text)
     keys = ("flops", "bytes accessed")
@@ -126,7 +126,7 @@ def _called(line: str) -> list[str]:
 
 
 def _loops(computations: dict[str, list[str]], name: str) -> list[tuple[tuple[str, str], Any]]:
-    """((body, condition), trips) of the loops of a computation, also of those it calls."""
+    """((body, condition), trips) of each loop in a computation and in those that it calls."""
     found: list[tuple[tuple[str, str], Any]] = []
     for line in computations[name]:
         loop = _WHILE.search(line)
@@ -156,18 +156,18 @@ def _analyse(computations: dict[str, list[str]], name: str) -> dict[str, float]:
         if other in needed:
             head = lines[0].removeprefix("ENTRY ")
             blocks.append("\n".join([f"ENTRY {head}" if other == name else head, *lines[1:]]))
-    # stack_frame_id refers to tables at the top of the module, which are left behind.
+    # stack_frame_id refers to tables at the top of the module, which are not copied.
     body = re.sub(r" stack_frame_id=\d+", "", "\n\n".join(blocks))
     xla: Any = xla_client._xla
-    reader = getattr(xla_client, "hlo", xla)  # a module of its own from jaxlib 0.12.0.1 on
+    reader = getattr(xla_client, "hlo", xla)  # moved to its own module in jaxlib 0.12.0.1
     module = reader.hlo_module_from_text(f"HloModule part\n\n{body}\n")
-    # The client of a GPU cannot, that of the CPU can for any module (JAX_PLATFORMS=cuda hides it).
+    # A GPU's client cannot analyse modules; the CPU's can, any module (JAX_PLATFORMS=cuda hides it).
     return xla.hlo_module_cost_analysis(jax.devices("cpu")[0].client, module)
 
 
 # Traced programs
 
-# Operations that move data or stand for none.
+# Primitives without arithmetic, which move data or do nothing.
 _FREE = frozenset(
     {
         "bitcast_convert_type",
@@ -198,11 +198,11 @@ _FREE = frozenset(
 
 
 def traced_flops(jaxpr: Any) -> tuple[float, int]:
-    """Arithmetic of a closed jaxpr, and how many loops in it have no known length.
+    """Arithmetic operations of a closed jaxpr, and the number of loops in it of unknown length.
 
-    2·B·M·N·K for a matrix product; its inputs' size for a reduction or scatter; one per element of
-    the result for everything else; nothing for moving or reshaping data. Of the branches of a
-    condition the dearest counts.
+    A matrix product counts 2·B·M·N·K; a reduction or scatter the size of its largest input; moving or
+    reshaping data nothing; anything else one per element of the result. Of the branches of a
+    conditional, the most expensive counts.
     """
     total, unknown = 0.0, 0
     for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:

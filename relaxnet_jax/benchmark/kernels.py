@@ -1,4 +1,4 @@
-"""Which kernels of a compiled program take the time on a GPU, from JAX's profiler."""
+"""Which kernels of a compiled program take the time on a GPU, according to JAX's profiler."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 
 import jax
 
-RUNS = 3  # of the program, under the profiler
-MOST = 12  # kinds of kernels that are told apart; the others are added up
-_NUMBERED = re.compile(r"(?:[._]\d+)+$")  # loop_add_fusion_12: the same kind of kernel as _11
+RUNS = 3  # runs of the program under the profiler
+MOST = 12  # kinds of kernels listed separately; the others are added up
+_NUMBERED = re.compile(r"(?:[._]\d+)+$")  # loop_add_fusion_12 is the same kind as loop_add_fusion_11
 
 
 class Kernel(NamedTuple):
-    """A kernel that ran: nanoseconds since the profile began."""
+    """One execution of a kernel: start, from the beginning of the profile, and duration, in ns."""
 
     name: str
     start: float
@@ -25,14 +25,14 @@ class Kernel(NamedTuple):
 
 
 def device_kernels(run: Callable[[], Any]) -> dict[str, Any]:
-    """Time on the device by kind of kernel, of one run of a program (the mean of `RUNS`).
+    """Time on the device by kind of kernel, for one run of a program (mean over `RUNS`).
 
     Args:
-      run: runs it once and returns its arrays, which are waited for. It has run before.
+      run: runs the program once and returns its arrays, which are waited for. It must have run before.
 
     Returns:
-      See `summary`. Empty on a CPU, whose kernels are not looked at: many and short, they take half as
-      long again when profiled.
+      See `summary`. Empty on a CPU, whose kernels are not looked at: they are so many and so short that
+      profiling makes them take half as long again.
     """
     with tempfile.TemporaryDirectory(prefix="relaxnet_jax-") as folder:
         with jax.profiler.trace(folder):
@@ -45,7 +45,7 @@ def device_kernels(run: Callable[[], Any]) -> dict[str, Any]:
 
 
 def kernels_of(planes: Iterable[Any]) -> Iterator[Kernel]:
-    """The kernels in a profile, and copies: what ran in the streams of its devices."""
+    """The kernels and copies in a profile: whatever ran in the streams of its devices."""
     for plane in planes:
         if plane.name.startswith("/device:"):
             for line in plane.lines:
@@ -54,12 +54,15 @@ def kernels_of(planes: Iterable[Any]) -> Iterator[Kernel]:
 
 
 def summary(kernels: Iterable[Kernel], runs: int = RUNS, most: int = MOST) -> dict[str, Any]:
-    """What the kernels of ``runs`` runs took, for one run.
+    """Time taken by the kernels of ``runs`` runs, per run.
 
     Returns:
-      busy_s: seconds in which any kernel ran; calls: how many did; kinds, the most expensive first,
-      all others as "others": {name: {"seconds", "calls", "share" of the seconds of all}}, names
-      without the numbers that XLA gives to kernels of one kind. Empty without a kernel.
+      busy_s: seconds in which any kernel ran.
+      calls: number of kernels that ran.
+      kinds: {name: {"seconds", "calls", "share" of the seconds of all}}, the most expensive kinds
+        first, all others as "others". Names omit the numbers that XLA gives to kernels of one kind.
+
+      Empty without any kernel.
     """
     seconds: dict[str, float] = defaultdict(float)
     calls: dict[str, int] = defaultdict(int)

@@ -1,4 +1,4 @@
-"""Results that took long, kept line by line and found again by what they depend on."""
+"""Stores results that took long, line by line, and finds them again by what they depend on."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Ledger:
     """A file of JSON lines; a process that is killed loses at most the line it was writing."""
 
     def __init__(self, path: Path) -> None:
-        """Opens the ledger, or begins one. Raises InputError if it cannot be written."""
+        """Opens or creates the ledger. Raises InputError if the file cannot be read or written."""
         self.path = path
         self._known: dict[str, dict[str, Any]] = {}
         try:
@@ -30,25 +30,25 @@ class Ledger:
             try:
                 entry = json.loads(line)
                 self._known[entry["key"]] = entry["value"]
-            except (ValueError, KeyError, TypeError):  # cut off: it is made again
+            except (ValueError, KeyError, TypeError):  # cut off: the result is computed again
                 continue
 
     def __len__(self) -> int:
         return len(self._known)
 
     def get(self, key: str) -> dict[str, Any] | None:
-        """What is kept under a key of `fingerprint`."""
+        """The value stored under a key from `fingerprint`; None if there is none."""
         return self._known.get(key)
 
     def put(self, key: str, value: Mapping[str, Any]) -> None:
-        """Keeps a JSON-able value, on disk when this returns."""
+        """Stores a value that JSON can hold; it is on disk when this returns."""
         self._known[key] = dict(value)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"key": key, "value": value}, allow_nan=False) + "\n")
 
 
 def fingerprint(facts: Mapping[str, Any]) -> str:
-    """A key for everything a result depends on; arrays count with every bit."""
+    """A key made of everything that a result depends on; arrays count to the last bit."""
     text = json.dumps(facts, sort_keys=True, default=_plain)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 

@@ -1,4 +1,4 @@
-"""What the figures were measured on, and the most it can do."""
+"""The machine that figures were measured on, and the most it can do."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from relaxnet_jax.benchmark.timing import measure
 from relaxnet_jax.runtime import usable_cores
 
 PACKAGES = ("relaxnet-jax", "jax", "jaxlib", "flax", "e3nn-jax", "diffrax", "numpy")
-ENOUGH = 0.05  # s, a matrix product that takes this long is large enough to be a ceiling
-LARGEST = 8192  # of twice that, XLA for a GPU tries its algorithms for half a minute
-ROOM = 0.9  # of the free memory that a program may need
-# Files that tell a limit of memory and what is used of it: of version 2, and of version 1.
+ENOUGH = 0.05  # s; a matrix product that takes this long is large enough to be a ceiling
+LARGEST = 8192  # at twice that size, XLA for a GPU tries its algorithms for half a minute
+ROOM = 0.9  # fraction of the free memory that a program may need
+# Files that hold the limit on memory and what is used of it, for control groups of version 2 and 1.
 CONTROL_GROUPS = (
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
     (
@@ -55,7 +55,7 @@ def processor() -> str:
 
 
 def available_bytes() -> int | None:
-    """Memory that is free on the device, or on the host for a CPU; None where nobody says."""
+    """Free memory in bytes, of the device or, for a CPU, of the host; None if unknown."""
     device = jax.devices()[0]
     if device.platform != "cpu":
         stats = device.memory_stats() or {}
@@ -70,7 +70,7 @@ def available_bytes() -> int | None:
 
 
 def no_room(need: int) -> str:
-    """Why a program that needs so many bytes should not be run; empty where it fits, or nobody says."""
+    """Why a program that needs so many bytes should not be run; empty if it fits, or nothing is known."""
     free = available_bytes()
     if free is None or need <= ROOM * free:
         return ""
@@ -78,30 +78,31 @@ def no_room(need: int) -> str:
 
 
 def _group_bytes() -> int | None:
-    """Memory that this process's control group, as a container's, may still take; None without a limit."""
+    """Bytes that this process's control group (a container's, say) may still take; None without a limit."""
     for limit, used in CONTROL_GROUPS:
         try:
             return int(Path(limit).read_text()) - int(Path(used).read_text())
-        except (OSError, ValueError):  # no such group; "max"
+        except (OSError, ValueError):  # no such group, or "max" for no limit
             continue
     return None
 
 
 def device_peak_bytes() -> int | None:
-    """Most memory in use on the device since the process began; None where it is not counted."""
+    """Largest memory in use on the device since the process began, in bytes; None if it is not counted."""
     stats = jax.devices()[0].memory_stats() or {}
     peak = stats.get("peak_bytes_in_use")
     return None if peak is None else int(peak)
 
 
 def ceilings(seconds: float = 2.0) -> dict[str, float]:
-    """FLOP/s of a large matrix product in full float32 and bytes/s of copies.
+    """FLOP/s of a large matrix product in full float32, and bytes/s of copies.
 
-    The product is doubled in size until it takes `ENOUGH` seconds or is of `LARGEST`. One copy reads and writes more
-    than any cache holds, 256 MiB (1 GiB on accelerators); the other one goes over 1 MiB (16 MiB)
-    again and again, which the cache nearest to all cores (L2) holds.
+    The size of the product is doubled until it takes `ENOUGH` seconds or reaches `LARGEST`. One copy
+    reads and writes more than any cache holds, 256 MiB (1 GiB on accelerators). The other one goes over
+    1 MiB (16 MiB) again and again, which fits in the cache nearest to all cores (L2).
     """
-    # By default accelerators multiply in less, which the network does not (but for model.matmul="bfloat16").
+    # Accelerators multiply in lower precision by default, which the network does not (except with
+    # model.matmul="bfloat16").
     size, product = 1024, jax.jit(functools.partial(jnp.matmul, precision="float32"))
     while True:
         x = jnp.full((size, size), 0.5, jnp.float32)
@@ -119,12 +120,12 @@ def ceilings(seconds: float = 2.0) -> dict[str, float]:
 
 
 def _copy_rate(length: int, times: int, seconds: float) -> float:
-    """Bytes/s of reading and writing ``length`` f32 numbers, ``times`` times in one program."""
+    """Bytes/s of reading and writing ``length`` float32 numbers, ``times`` times in one program."""
 
     def move(x):
         return jax.lax.fori_loop(0, times, lambda _, x: x + 1.0, x)
 
-    # A new array for every result would have the system find its pages, which takes far longer.
+    # With a new array for every result, the system would have to provide pages, which takes far longer.
     compiled, numbers = jax.jit(move, donate_argnums=0), jnp.zeros(length, jnp.float32)
 
     def run():

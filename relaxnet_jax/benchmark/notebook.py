@@ -1,4 +1,4 @@
-"""Measurements kept as they are made: a run that was cut off, or out of time, can go on."""
+"""Keeps measurements as they are made, so that a run cut off or out of time can be continued."""
 
 from __future__ import annotations
 
@@ -20,10 +20,12 @@ Entry = dict[str, Any]
 
 
 def conditions(facts: Entry, configs: Sequence[Config], **others: Any) -> Entry:
-    """What figures depend on: machine (but for its load), versions, code, settings, and data as they are.
+    """Everything figures depend on: machine (but not its load), versions, code, settings and data files.
 
     Args:
-      facts: see `machine.describe`. configs: what is measured. others: what else it depends on.
+      facts: see `machine.describe`.
+      configs: the configurations that are measured.
+      others: what else the figures depend on.
     """
     settings: Any = jax.config
     return {k: v for k, v in facts.items() if k not in ("load_average", "memory_bytes")} | {
@@ -37,42 +39,45 @@ def conditions(facts: Entry, configs: Sequence[Config], **others: Any) -> Entry:
 
 
 def _files(path: Path) -> list[tuple[str, int, int]]:
-    """Name, bytes and time of a file, or of those in a folder; nothing where there is none."""
+    """Name, bytes and time of change of a file, or of each file in a folder; empty if there is none."""
     files = sorted(path.iterdir()) if path.is_dir() else [path]
     stats = [(file.name, file.stat()) for file in files if file.is_file()]
     return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
 
 
 class Notebook:
-    """Entries by key, on disk after each; nothing is measured after the time is over.
+    """Measurements by key, on disk after each one; none is begun when the time is over.
 
     Attributes:
-      entries: what was measured. missing: keys there was no time for.
+      entries: the measurements.
+      missing: keys for which no time was left.
     """
 
     def __init__(
         self, path: Path, identity: Entry, minutes: float, report: Callable[[str], None]
     ) -> None:
-        """Goes on with the unfinished notebook at ``path`` of the same identity, else anew.
+        """Continues the unfinished notebook at ``path`` if its identity is the same, else begins anew.
 
         Args:
+          path: the JSON file.
           identity: everything the figures depend on, for JSON; see `conditions`.
-          minutes: after which no measurement begins.
+          minutes: time after which no measurement begins.
+          report: called with one line for each remark.
         """
         self.path, self.identity, self._report = path, json.loads(json.dumps(identity)), report
         self._deadline = time.monotonic() + 60 * minutes
         self.entries: dict[str, Entry] = {}
         self.missing: list[str] = []
-        self._load = round(os.getloadavg()[0], 2)  # of others: later it is this program's own too
+        self._load = round(os.getloadavg()[0], 2)  # others' load; later it includes this program's own
         found = _read(path)
         if found.get("identity") == self.identity and not found.get("complete", True):
             self.entries = found["entries"]
             report(f"{path}: unfinished; its {len(self.entries)} measurements are kept")
 
     def entry(self, key: str, measure: Callable[[], Entry]) -> Entry | None:
-        """The measurement of this key: kept, or made now; None when the time is over.
+        """The measurement under this key, made now unless it is kept; None if the time is over.
 
-        Of what does not fit in memory it says so, and the next one can be made.
+        One that does not fit in memory is recorded as skipped, and the next one can be made.
         """
         if key not in self.entries:
             if time.monotonic() > self._deadline:
@@ -97,7 +102,7 @@ class Notebook:
         self._write(complete=not self.missing)
 
     def document(self, complete: bool) -> Entry:
-        """What is written."""
+        """The document that is written."""
         return {
             "complete": complete,
             "missing": self.missing,

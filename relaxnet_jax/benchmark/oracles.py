@@ -1,4 +1,4 @@
-"""The calculators that ``benchmark steps`` counts steps of."""
+"""The calculators whose steps ``benchmark steps`` counts."""
 
 from __future__ import annotations
 
@@ -8,28 +8,30 @@ from relaxnet_jax.data.files import one_line
 from relaxnet_jax.data.generation.calculators import Calculator, check_calculator
 from relaxnet_jax.errors import InputError
 
-# Forces on rattled MgO, LiF and TiN (2 atoms) differ from those at 900 eV by at most 1.6 meV/Å; at
-# 500 eV by 34 (TiN) and at 400 eV by 28 (MgO). Stresses are slower: 0.05 eV/Å³ off at 600 eV (TiN).
-CUTOFF, CELL_CUTOFF = 600.0, 900.0  # eV, where cells are fixed, and where they relax
+# Forces on rattled MgO, LiF and TiN (2 atoms) differ from those at 900 eV by at most 1.6 meV/Å at 600 eV,
+# by 34 at 500 eV (TiN) and by 28 at 400 eV (MgO). Stresses converge more slowly: 0.05 eV/Å³ off at 600 eV
+# (TiN).
+CUTOFF, CELL_CUTOFF = 600.0, 900.0  # eV, for fixed cells and for those that relax
 KPOINT_DENSITY = 3.0  # per Å⁻¹; from 2 to 3 the forces on MgO and LiF change by less than 1 meV/Å
 SMEARING = 0.05  # eV, of the Fermi-Dirac occupations
-# Of the positions relative to the cell. What a model predicts in single precision is no more
-# symmetric than that.
+# Tolerance for symmetries, in positions relative to the cell. What a model predicts in single precision is
+# no more symmetric than that.
 SYMMETRY = 1e-5
 
 
 def load_oracle(
     name: str, relax_cell: bool, cutoff: float | None = None, density: float | None = None
 ) -> Calculator:
-    """The calculator of ``--oracle``: emt, chgnet, gpaw or MODULE:FACTORY.
+    """Loads the calculator of ``--oracle``.
 
     Args:
+      name: emt, chgnet, gpaw or MODULE:FACTORY.
       relax_cell: whether it must have stresses.
       cutoff: eV, of gpaw's plane waves (default `CUTOFF`, or `CELL_CUTOFF` with ``relax_cell``).
-      density: of gpaw's k-points, per Å⁻¹ (default `KPOINT_DENSITY`).
+      density: density of gpaw's k-points, per Å⁻¹ (default `KPOINT_DENSITY`).
 
     Raises:
-      InputError: it cannot be had, or is given an option it has not.
+      InputError: the calculator cannot be loaded, or does not have an option that is given.
     """
     if name == "gpaw":
         usual = CELL_CUTOFF if relax_cell else CUTOFF
@@ -47,7 +49,7 @@ def load_oracle(
 
 
 def _gpaw(cutoff: float, density: float) -> Calculator:
-    """Plane waves, PBE, no spins: GPAW's own convergence criteria."""
+    """GPAW with plane waves, PBE, no spins and its own convergence criteria."""
     for option, value in (("--cutoff", cutoff), ("--kpoint-density", density)):
         if not value > 0:
             raise InputError(f"{option} {value:g}: must be positive")

@@ -1,4 +1,4 @@
-"""The peer's radial and angular bases; see `relaxnet_jax.basis`. Needs the ``bench`` extra."""
+"""Radial and angular bases of the PyTorch peer; see `relaxnet_jax.basis`. Needs the ``bench`` extra."""
 
 from __future__ import annotations
 
@@ -58,14 +58,14 @@ class SphericalBessel(nn.Module):
         inverse, sine, cosine = 1.0 / x, torch.sin(x), torch.cos(x)
         below, value = cosine * inverse, sine * inverse
         found = [value[..., 0]]
-        for l in range(x.shape[-1] - 1):  # upwards from j_{-1} and j_0
+        for l in range(x.shape[-1] - 1):  # upward recurrence from j_{-1} and j_0
             below, value = value, (2 * l + 1) * inverse * value - below
             found.append(value[..., l + 1])
         return torch.stack(found, -1) * self.scale
 
 
 def spherical_harmonics(a: Tensor, l_max: int) -> Tensor:
-    """Orthonormal real harmonics of unit vectors (E, 3) -> (E, (l_max + 1)²), l = 1 along x, y, z."""
+    """Orthonormal real harmonics of unit vectors, (E, 3) -> (E, (l_max + 1)²); l = 1 as x, y, z."""
     x, y, z = a.unbind(-1)
     xx, yy, zz = x * x, y * y, z * z
     one, c = torch.ones_like(x), math.sqrt(1 / math.pi)

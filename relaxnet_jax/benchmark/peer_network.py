@@ -1,7 +1,7 @@
 """The energy network of RelaxNet in PyTorch, as someone who knows PyTorch would write it.
 
-Written for comparison: the same functions under the same parameter names as `models`, in eager mode,
-on plain edge lists without padding; sums over neighbours are ``index_add``. Needs the ``bench`` extra.
+Written for comparison: the same functions with the same parameter names as `models`, in eager mode, on
+plain edge lists without padding. Sums over neighbours use ``index_add``. Needs the ``bench`` extra.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ NORM_EPSILON = 1e-6  # Flax's
 
 
 class Edges(NamedTuple):
-    """Directed edges: receivers (E,), senders (E,), offsets (E, 3) Å of the sender."""
+    """Directed edges: receivers (E,), senders (E,), and offsets (E, 3) of the senders in Å."""
 
     receivers: Tensor
     senders: Tensor
     offsets: Tensor
 
     def vectors(self, positions: Tensor) -> Tensor:
-        """(E, 3) Å."""
+        """Vectors from receivers to senders, (E, 3) Å."""
         return positions[self.senders] - positions[self.receivers] + self.offsets
 
     def sum(self, values: Tensor, n_atoms: int) -> Tensor:
@@ -48,7 +48,7 @@ class Edges(NamedTuple):
 
 
 def segment_sum(values: Tensor, index: Tensor, n: int) -> Tensor:
-    """(S, ...), (S,) -> (n, ...)."""
+    """Sums of the values with each index: (S, ...), (S,) -> (n, ...)."""
     return values.new_zeros((n, *values.shape[1:])).index_add(0, index, values)
 
 
@@ -57,8 +57,14 @@ class PeerGraph:
     """A batch without padding.
 
     Attributes:
-      positions (N, 3) Å, atomic_numbers (N,), masses (N,) amu, free (N, 1) bool, graph (N,),
-      held (G, 1) bool: structures with fixed atoms; n_graphs: G; edges, bonds: see `Edges`.
+      positions: (N, 3) Å.
+      atomic_numbers: (N,).
+      masses: (N,) amu.
+      free: (N, 1) bool, True where the atom may move.
+      graph: (N,), the structure that each atom belongs to.
+      held: (G, 1) bool, True for structures with fixed atoms.
+      n_graphs: G.
+      edges, bonds: see `Edges`.
     """
 
     positions: Tensor
@@ -73,7 +79,7 @@ class PeerGraph:
 
 
 def check_peer(config: Config) -> None:
-    """Raises InputError for what the peer was not written for."""
+    """Raises InputError for configurations that the peer does not implement."""
     m, d = config.model, config.dynamics
     unknown = {
         "model.architecture": m.architecture != "dtnn",
@@ -128,7 +134,7 @@ class Mlp(nn.Module):
 
 
 class Geometry(NamedTuple):
-    """As `models.layers.Geometry`."""
+    """The counterpart of `models.layers.Geometry`; radial features are per edge."""
 
     vectors: Tensor
     lengths: Tensor
@@ -248,7 +254,7 @@ class DTNNLayer(nn.Module):
 
 
 class Encoding(NamedTuple):
-    """h (N, F), v (N, 2C, 3), the geometry, and the l = 1 part of the edge expansion."""
+    """Features h (N, F) and v (N, 2C, 3), the geometry, and the l = 1 part of the edge expansion."""
 
     h: Tensor
     v: Tensor
@@ -275,7 +281,7 @@ class Encoder(nn.Module):
         self.norm = layer_norm(m.features)
 
     def pairs(self, edges: Edges, positions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Vectors, lengths, radial features with their envelope, envelope."""
+        """Vectors, lengths, radial features times the envelope, and the envelope."""
         vectors = edges.vectors(positions)
         lengths = vectors.norm(dim=-1)
         cut = envelope(lengths, self.graph_config.cutoff, self.config.envelope_power)

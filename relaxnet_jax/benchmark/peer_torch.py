@@ -1,7 +1,7 @@
 """RelaxNet in eager PyTorch with torchdiffeq: trajectories, loss and training step.
 
-The peer that ours is timed against: same architecture, parameters, batches and solver steps.
-Needs the ``bench`` extra.
+The peer that RelaxNet is timed against, with the same architecture, parameters, batches and solver
+steps. Needs the ``bench`` extra.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from relaxnet_jax.typing import Graph, Params
 
 
 class PeerTrajectory(NamedTuple):
-    """positions, velocities, forces (n, N, 3), energies (n, G), as `solver.Trajectory`."""
+    """Positions, velocities and forces (n, N, 3) and energies (n, G); see `solver.Trajectory`."""
 
     positions: Tensor
     velocities: Tensor
@@ -35,7 +35,7 @@ class PeerTrajectory(NamedTuple):
 
 
 class PeerTargets(NamedTuple):
-    """As `losses.Targets`, without padding; sizes (G,) atoms per structure."""
+    """As `losses.Targets`, without padding; ``sizes`` (G,) are the atoms per structure."""
 
     positions: Tensor
     forces: Tensor
@@ -49,22 +49,22 @@ class PeerTargets(NamedTuple):
 
 
 def peer_network(model: RelaxNet, dtype: torch.dtype = torch.float32) -> PeerNetwork:
-    """The peer with a model's parameters. Raises InputError for what it was not written for."""
+    """The peer with a model's parameters. Raises InputError, see `check_peer`."""
     network = PeerNetwork(model.config)
     copy_parameters(model.params, network)
     return network.to(dtype)
 
 
 def copy_parameters(params: Params, network: PeerNetwork) -> None:
-    """Writes Flax parameters into the modules of the same names.
+    """Copies Flax parameters into the modules of the same names.
 
     Raises:
-      ValueError: one of them has no counterpart, or the other way round (a programming error).
+      ValueError: a parameter has no counterpart on the other side (a programming error).
     """
     ours = flax.traverse_util.flatten_dict(jax.device_get(params))
     theirs = dict(network.named_parameters())
     for path, value in ours.items():
-        stacked = path[:2] == ("encoder", "dtnn")  # layers are stacked in front
+        stacked = path[:2] == ("encoder", "dtnn")  # layers are stacked along the first axis
         for index, layer in enumerate(value) if stacked else ((None, value),):
             *modules, name = path if index is None else (*path[:2], str(index), *path[2:])
             target = theirs.pop(".".join([*modules, _NAMES.get(name, name)]), None)
@@ -123,7 +123,10 @@ def peer_targets(graph: Graph, targets: Targets, dtype: torch.dtype = torch.floa
 
 
 class ClassicalRK4(FixedGridODESolver):
-    """torchdiffeq's "rk4" is the 3/8 rule: as many evaluations, but other numbers than ours."""
+    """The classical Runge-Kutta method of order 4.
+
+    torchdiffeq's own "rk4" is the 3/8 rule: as many evaluations, but other numbers than ours.
+    """
 
     order = 4
 
@@ -146,10 +149,10 @@ class Field(nn.Module):
         self.dynamics = d
 
     def evaluate(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Energies (G,) eV, forces (N, 3) eV/Å at fixed h, pair features."""
+        """Energies (G,) in eV, forces (N, 3) at fixed h in eV/Å, and pair features."""
         training = torch.is_grad_enabled()
         with torch.enable_grad():
-            # A tensor of its own: h may depend on the same positions, and F is -dE/dx at fixed h.
+            # A separate tensor, since h may depend on the same positions, and F is -dE/dx at fixed h.
             own = x.view_as(x) if training else x.detach().requires_grad_()
             energies, pair = self.network.energy(h, self.graph, own)
             energies = energies * self.scale
@@ -176,7 +179,7 @@ class Field(nn.Module):
         return dx, du, self.network.rate(torch.cat([h, pair, squares], -1))
 
     def initial_velocity(self, encoding: Any) -> Tensor:
-        """u(0), as it may be."""
+        """The initial velocity u(0), constrained."""
         return self.constrained(self.network.velocity_gate(encoding, self.graph))
 
     def constrained(self, u: Tensor) -> Tensor:
@@ -216,7 +219,7 @@ def solve(network: PeerNetwork, graph: PeerGraph, scale: float) -> PeerTrajector
 def peer_loss(
     prediction: PeerTrajectory, targets: PeerTargets, graph: PeerGraph, config: Config
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss but for cells; see `losses.loss_terms`."""
+    """The loss and its terms, without those for cells; see `losses.loss_terms`."""
     c, t = config.loss, targets
     size = t.sizes if c.energy_per == "atom" else torch.ones_like(t.sizes)
     atom_mask = t.frame_mask[:, graph.graph] & graph.free[:, 0]
@@ -259,7 +262,7 @@ class PeerTraining:
     def __init__(self, network: PeerNetwork, scale: float) -> None:
         self.network, self.scale, t = network, scale, network.config.train
         named = list(network.named_parameters())
-        # Flax's kernels decay: the matrices of linear layers and the mixing kernel.
+        # As in Flax, what is called a kernel decays: matrices of linear layers and the mixing kernel.
         decays = {
             f"{name}.weight" for name, m in network.named_modules() if isinstance(m, nn.Linear)
         }
@@ -294,6 +297,6 @@ class PeerTraining:
 
 
 def infer(network: PeerNetwork, graph: PeerGraph, scale: float) -> PeerTrajectory:
-    """`solve` without a graph for training; the caller has switched off the parameters' gradients."""
+    """`solve` without recording gradients; the caller must turn off those of the parameters."""
     with torch.no_grad():
         return solve(network, graph, scale)

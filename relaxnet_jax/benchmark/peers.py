@@ -1,8 +1,8 @@
-"""``relaxnet-jax benchmark peers``: ours and other programs, side by side in one run.
+"""``relaxnet-jax benchmark peers``: RelaxNet and other programs, side by side in one run.
 
 The eager PyTorch peer has our parameters, batches, solver steps and number of threads, and the two
-take turns. The relaxers predict something else, a potential's own minimum, of the same structures;
-only their time is compared. What is not installed is named and left out.
+take turns. The relaxers predict something else for the same structures, the minimum of a potential, so
+only their time is compared. Peers that are not installed are named and left out.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from relaxnet_jax.predict import relax
 from relaxnet_jax.runtime import usable_cores
 
 PARTS = ("torch", "chgnet", "torch-sim")
-# What each part imports, and the extra that brings it.
+# The modules that each part imports, and the extra that installs them.
 NEEDS = {
     "torch": (("torch", "torchdiffeq"), "relaxnet-jax[bench]"),
     "chgnet": (("torch", "chgnet"), "relaxnet-jax[chgnet]"),
@@ -43,10 +43,10 @@ NEEDS = {
 }
 PACKAGES = (*machine.PACKAGES, "torch", "torchdiffeq", "chgnet", "torch-sim-atomistic")
 MINUTES, FAST_MINUTES = 10.0, 2.0
-TOLERANCE = 1e-3  # of the loss and of the trajectories, in single precision
-PAUSE = 0.02  # s, before each run: idle threads of the other program have stopped spinning by then
+TOLERANCE = 1e-3  # for the loss and the trajectories, in single precision
+PAUSE = 0.02  # s, before each run, until idle threads of the other program have stopped spinning
 STRUCTURES, FAST_STRUCTURES = 8, 2  # relaxed by each relaxer
-RELAX_SECONDS = 90.0  # after which no further relaxation begins
+RELAX_SECONDS = 90.0  # s, after which no further relaxation begins
 
 
 def run_peers(
@@ -57,17 +57,19 @@ def run_peers(
     only: Sequence[str] | None = None,
     minutes: float | None = None,
 ) -> dict[str, Any]:
-    """Compares, and returns the document that is written to ``path`` as it grows.
+    """Runs the comparisons and returns the document, which is written to ``path`` as it grows.
 
     Args:
-      config: with its data. path: of the JSON.
-      fast: one bucket, few structures.
-      only: which of `PARTS`; by default all that are installed.
-      minutes: after which no comparison begins (default 10, fast 2).
+      config: a configuration with its data.
+      path: the JSON file.
+      report: called with one line for each remark.
+      fast: one bucket and few structures only.
+      only: which of `PARTS` to run; by default all that are installed.
+      minutes: time after which no comparison begins (default 10, fast 2).
 
     Raises:
-      InputError: unusable data, a configuration the peer does not know, a part of ``only`` that is
-        not installed, or JAX on an accelerator: PyTorch would run on the CPU.
+      InputError: the data are unusable, the peer does not implement the configuration, a part of
+        ``only`` is not installed, or JAX is on an accelerator (PyTorch would run on the CPU).
     """
     if jax.devices()[0].platform != "cpu":
         raise InputError(
@@ -117,8 +119,10 @@ def _installed(only: Sequence[str] | None, report: Callable[[str], None]) -> lis
 
 
 def training_entry(work: Work, bucket: BucketWork) -> dict[str, Any]:
-    """A training step of both, after checking that both have the same loss; ours as `train` runs it,
-    the cores sharing the batch, and as one program."""
+    """A training step of both, after checking that they have the same loss.
+
+    Ours runs as `train` does, with the batch divided among the cores, and also as one program.
+    """
     from relaxnet_jax.benchmark import peer_torch
 
     graph, targets = bucket.batch
@@ -142,7 +146,7 @@ def training_entry(work: Work, bucket: BucketWork) -> dict[str, Any]:
 
 
 def inference_entry(work: Work, bucket: BucketWork) -> dict[str, Any]:
-    """The trajectories of a batch by both, after checking that they are the same."""
+    """The trajectories of a batch by both, after checking that they agree."""
     from relaxnet_jax.benchmark import peer_torch
 
     graph, _ = bucket.batch
@@ -177,7 +181,7 @@ def _fastest_threads(run: Callable[[], Any]) -> int:
     for threads in sorted({1, usable_cores()}):
         torch.set_num_threads(threads)
         found = []
-        for _ in range(3):  # the first of a number of threads starts them
+        for _ in range(3):  # the first run with a number of threads starts them
             start = time.perf_counter()
             run()
             found.append(time.perf_counter() - start)
@@ -206,7 +210,7 @@ def _ratios(
     bucket: BucketWork,
     more: Mapping[str, Callable[[], Any]] | None = None,
 ) -> dict[str, Any]:
-    """Seconds of both, and of ``more``, taking turns, and how many times longer the peer takes."""
+    """Seconds of both and of ``more``, taking turns, and how many times longer the peer takes."""
     threads = _fastest_threads(theirs)
 
     def paused(run):
@@ -237,7 +241,7 @@ def _spread(ratios: Sequence[float]) -> dict[str, float]:
 
 
 def chgnet_entry(work: Work, count: int) -> dict[str, Any]:
-    """Seconds per structure of our predicted paths and of relaxations one after the other."""
+    """Seconds per structure of our predicted paths, and of CHGNet relaxations one after the other."""
     structures = [relaxers.atoms_of(s) for s in _some(work, count)]
     model = relaxers.load_chgnet()
     threads = _fastest_threads(lambda: relaxers.chgnet_energy(model, structures[0]))
@@ -262,7 +266,7 @@ def chgnet_entry(work: Work, count: int) -> dict[str, Any]:
 
 
 def torch_sim_entry(work: Work, count: int) -> dict[str, Any]:
-    """Seconds per structure of our predicted paths and of one batched relaxation."""
+    """Seconds per structure of our predicted paths, and of one batched relaxation with torch-sim."""
     free = [s for s in _some(work, count) if not s.fixed_mask.any()]
     if not free:
         return {"skipped": "every structure has fixed atoms, which torch-sim does not know"}
@@ -288,7 +292,7 @@ def _some(work: Work, count: int) -> list[Any]:
 
 
 def _ours(work: Work, structures: list[Any]) -> float:
-    """Seconds per structure from ASE Atoms to paths, neighbour lists included, once compiled."""
+    """Seconds per structure from ASE Atoms to paths, with neighbour lists but without compilation."""
     frames = work.config.dynamics.frames
     timing = measure(lambda: relax(work.model, structures, frames))
     return timing.median / len(structures)

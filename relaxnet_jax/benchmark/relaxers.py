@@ -1,4 +1,4 @@
-"""Iterative relaxations to compare with: CHGNet under ASE's LBFGS, and batched under torch-sim."""
+"""Iterative relaxations for comparison: CHGNet with ASE's LBFGS, and batched with torch-sim."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def atoms_of(structure: Structure) -> Atoms:
 
 
 def load_chgnet() -> Any:
-    """The pretrained CHGNet on the CPU. Raises ImportError where it is not installed."""
+    """The pretrained CHGNet on the CPU. Raises ImportError if it is not installed."""
     from chgnet.model.model import CHGNet
 
     return CHGNet.load(use_device="cpu", verbose=False)
@@ -40,13 +40,13 @@ def _with_chgnet(model: Any, atoms: Atoms) -> Atoms:
     from chgnet.model.dynamics import CHGNetCalculator
 
     copy = atoms.copy()
-    with contextlib.redirect_stdout(io.StringIO()):  # it says on which device it runs
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints on which device it runs
         copy.calc = CHGNetCalculator(model, use_device="cpu", on_isolated_atoms="error")
     return copy
 
 
 def chgnet_energy(model: Any, atoms: Atoms) -> float:
-    """eV; forces are computed with it."""
+    """The energy in eV; forces are computed with it."""
     return float(_with_chgnet(model, atoms).get_potential_energy())
 
 
@@ -62,15 +62,15 @@ def relax_with_lbfgs(model: Any, atoms: Atoms) -> tuple[float, int, bool]:
 def relax_with_torch_sim(model: Any, atoms: Sequence[Atoms]) -> tuple[float, list[float]]:
     """Seconds of one batched relaxation (FIRE, fixed cell), and each structure's last fmax.
 
-    torch-sim ships no CHGNet, so it is given one by the few lines its interface asks for. It knows
-    no fixed atoms here: give structures without.
+    torch-sim ships no CHGNet, so one is wrapped here for its interface. Fixed atoms are not supported:
+    give structures without any.
     """
     import torch
     import torch_sim
 
     wrapped = _chgnet_for_torch_sim(model)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # reaching max_steps, which the forces tell
+        warnings.simplefilter("ignore")  # max_steps was reached, which shows in the forces
         start = time.perf_counter()
         state = torch_sim.optimize(
             system=[a.copy() for a in atoms],

@@ -15,16 +15,16 @@ from rich.table import Table
 from relaxnet_jax.data.files import atomic_path
 from relaxnet_jax.evaluate.figures import SERIES, SPARE, STYLE, new_figure, save_figure
 
-LONGEST_NAME = 70  # characters of a kernel's that are shown
+LONGEST_NAME = 70  # characters shown of a kernel's name
 
 
 def steps_of(document: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The entries that are steps of a bucket."""
+    """The entries for steps on a bucket."""
     return {k: v for k, v in document["entries"].items() if "structures_per_s" in v}
 
 
 def curve(document: dict[str, Any], kind: str, unit: str) -> list[dict[str, Any]]:
-    """The entries of a curve, e.g. of ("inference", "atoms"), in order of their abscissa."""
+    """The entries of a curve, e.g. ("inference", "atoms"), in the order of their abscissa."""
     found = [
         v
         for k, v in document["entries"].items()
@@ -34,14 +34,14 @@ def curve(document: dict[str, Any], kind: str, unit: str) -> list[dict[str, Any]
 
 
 def device_line(document: dict[str, Any]) -> str:
-    """Device, cores and versions in a line."""
+    """Device, cores and versions on one line."""
     m = document["machine"]
     versions = ", ".join(f"{name} {v}" for name, v in m["versions"].items())
     return f"{m['device']} ({m['platform']}), {m['cores']} cores; {versions}"
 
 
 def remarks(document: dict[str, Any]) -> list[str]:
-    """What a reader of the figures must know."""
+    """Caveats that a reader of the figures must know."""
     m, lines = document["machine"], []
     loads = {e.get("load_average", m["load_average"]) for e in document["entries"].values()}
     if (load := max(loads, default=0.0)) >= 0.5 * m["cores"]:
@@ -67,7 +67,7 @@ def remarks(document: dict[str, Any]) -> list[str]:
 
 
 def steps_tables(document: dict[str, Any]) -> list[Table]:
-    """Speed, and what it is made of: a row per configuration, bucket and step in each."""
+    """A table of speeds and one of costs, each with a row per configuration, bucket and step."""
     speed, costs = (Table(title=title, title_justify="left") for title in ("Speed", "Costs"))
     _columns(speed, "structures/s", "atoms·frames/s", "ms", "min–max", "cold s", "cached s")
     _columns(costs, "padding", "MiB", "GFLOP", "GB", "matmul", "copy", "cached")
@@ -97,7 +97,7 @@ def steps_tables(document: dict[str, Any]) -> list[Table]:
 
 
 def kernel_tables(document: dict[str, Any]) -> list[Table]:
-    """Of every profiled step the kinds of kernels that took most of the time on the device."""
+    """For every profiled step, a table of the kinds of kernels that took most time on the device."""
     tables = []
     for name, e in steps_of(document).items():
         if not (found := e.get("kernels")):
@@ -123,7 +123,7 @@ def _columns(table: Table, *names: str, first: str = "step") -> None:
 
 
 def ceilings_line(document: dict[str, Any]) -> str | None:
-    """The ceilings in a line."""
+    """The machine's ceilings on one line; None if they were not measured."""
     c = document["entries"].get("ceilings")
     if c is None:
         return None
@@ -156,7 +156,7 @@ CURVE_COLUMNS = (
 
 
 def write_curves(document: dict[str, Any], folder: Path) -> list[Path]:
-    """scaling.csv and, of two points or more, scaling.png; returns what was written."""
+    """Writes scaling.csv and, from two points on, scaling.png; returns the files written."""
     rows = []
     for kind, unit in CURVES:
         for entry in curve(document, kind, unit):
@@ -177,7 +177,7 @@ def write_curves(document: dict[str, Any], folder: Path) -> list[Path]:
 
 
 def scaling_figure(document: dict[str, Any], path: Path) -> None:
-    """Time and memory per atom against atoms, and time per atom against frames."""
+    """Draws time and memory per atom against atoms, and time per atom against frames."""
     panels: Sequence[tuple[str, str, str, float]] = (
         ("atoms", "seconds_per_atom", "time per atom (ms)", 1e3),
         ("atoms", "memory_bytes_per_atom", "memory per atom (KiB)", 2.0**-10),
@@ -196,7 +196,7 @@ def scaling_figure(document: dict[str, Any], path: Path) -> None:
                     x = [p[unit] for p in points]
                     axis.plot(x, [factor * p[field] for p in points], label=kind, **style)
             axis.set(xlabel=unit, ylabel=ylabel, xscale="log", yscale="log")
-            low, high = np.log10(axis.get_ylim())  # whole decades: ticks between them are cramped
+            low, high = np.log10(axis.get_ylim())  # whole decades, as ticks in between are cramped
             axis.set_ylim(10 ** np.floor(low), 10 ** np.ceil(high))
         handles, names = axes[0].get_legend_handles_labels()
         if handles:

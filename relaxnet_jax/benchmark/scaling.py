@@ -39,9 +39,9 @@ FRAME_CELL = (2, 5, 5)
 
 
 def supercell(repeat: tuple[int, int, int]) -> Atoms:
-    """B2 NiAl, its two atoms moved off their sites: every copy of the cell is alike.
+    """B2 NiAl, its two atoms moved off their sites, in the same way in every copy of the cell.
 
-    So the neighbours of an atom, and the work for it, are the same in every supercell.
+    The neighbours of an atom, and the work for it, are thus the same in every supercell.
     """
     cell = crystal(["Ni", "Al"], [(0, 0, 0), (0.5, 0.5, 0.5)], spacegroup=221, cellpar=[2.89] * 3)
     cell.positions += np.random.default_rng(0).normal(0, 0.05, cell.positions.shape)
@@ -49,7 +49,7 @@ def supercell(repeat: tuple[int, int, int]) -> Atoms:
 
 
 def atoms_entry(config: Config, repeat: tuple[int, int, int], training: bool) -> dict[str, Any]:
-    """Seconds and memory per atom of the path of one supercell, or of a training step on it."""
+    """Seconds and memory per atom for the path of one supercell, or for a training step on it."""
     model = create_model(config)
     structure = structure_from_atoms(supercell(repeat), config)
     graph = _graph([structure])
@@ -63,7 +63,7 @@ def atoms_entry(config: Config, repeat: tuple[int, int, int], training: bool) ->
 
 
 def frames_entry(config: Config, frames: int) -> dict[str, Any]:
-    """Seconds of a path of so many frames, solved on its own grid; one frame is the first alone."""
+    """Seconds for a path of so many frames, solved on its own grid; one frame is the initial one alone."""
     solved = dataclasses.replace(config.dynamics, frames=max(frames, 2))
     model = create_model(dataclasses.replace(config, dynamics=solved))
     structure = structure_from_atoms(supercell(FRAME_CELL), model.config)
@@ -79,7 +79,7 @@ def _graph(structures: list[Structure]) -> Graph:
 
 
 def _targets(graph: Graph, config: Config) -> Targets:
-    """Frames that stay where they begin: what a step costs does not depend on them."""
+    """Targets in which nothing moves; what a step costs does not depend on them."""
     n, shape = config.dynamics.frames, graph.nodes["positions"].shape
     n_graphs = graph.n_node.shape[0]
     positions = jnp.broadcast_to(graph.nodes["positions"], (n, *shape))
@@ -105,7 +105,7 @@ def _first_frame(model: RelaxNet, graph: Graph) -> Step:
 
 
 def _measure(step: Step, atom_frames: int, atoms: int) -> dict[str, Any]:
-    """What a step takes; a reason instead where it would not fit in memory."""
+    """Time and memory that a step takes; in place of the time a reason if it would not fit in memory."""
     _, compiled, seconds = compile_once(step.function, step.arguments, step.donate)
     need = memory_bytes(compiled)
     found: dict[str, Any] = {
@@ -127,7 +127,7 @@ Entries = list[tuple[str, Callable[[], dict[str, Any]]]]
 
 
 def scaling_entries(config: Config, fast: bool, only: tuple[str, ...]) -> Entries:
-    """(key, measurement) of every point of the curves; cheap and telling ones first."""
+    """(key, measurement) for every point of the curves; cheap and informative ones first."""
     cells = CELLS[:4:2] + CELLS[4:5] if fast else CELLS
     frames = FRAMES[:4:3] if fast else FRAMES
     name = config.name

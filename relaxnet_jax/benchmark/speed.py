@@ -30,21 +30,24 @@ def run_speed(
     minutes: float | None = None,
     kernels: bool = False,
 ) -> dict[str, Any]:
-    """Measures, and returns the document that is written to ``path`` as it grows.
+    """Runs the measurements and returns the document, which is written to ``path`` as it grows.
 
-    A run that was cut off goes on where it was when it is given the same configurations, data,
-    device, versions and parts; a complete one is measured again.
+    An interrupted run continues if it is given the same configurations, data, device, versions and
+    parts; a complete one is measured again.
 
     Args:
-      configs: each with its data. path: of the JSON.
-      fast: the first bucket of each, and few points of the first one's curves.
-      only: which of `PARTS`: steps (training and inference by bucket), atoms and frames (curves
-        of inference), training (curve of the training step).
-      minutes: after which no measurement begins (default 10, fast 2).
+      configs: the configurations, each with its data.
+      path: the JSON file.
+      report: called with one line for each remark.
+      fast: measures the first bucket of each configuration only, and few points of the first one's
+        curves.
+      only: which of `PARTS` to measure: steps (training and inference by bucket), atoms and frames
+        (curves of inference), training (curve of the training step).
+      minutes: time after which no measurement begins (default 10, fast 2).
       kernels: whether steps are profiled too.
 
     Raises:
-      InputError: data that cannot be used, an output that cannot be written.
+      InputError: the data cannot be used, or the output cannot be written.
     """
     parts = tuple(only)
     facts = machine.describe()
@@ -61,11 +64,11 @@ def run_speed(
             _steps(config, notebook, ceilings or {}, report, buckets, kernels)
 
     def curves(*wanted: str) -> None:
-        # Of the first configuration alone: each point is a program to compile.
+        # Only for the first configuration, since each point is a program to compile.
         for key, entry in scaling_entries(first, fast, tuple(p for p in parts if p in wanted)):
             notebook.entry(key, entry)
 
-    # What tells most first: time may be over before the end.
+    # The most informative first, since the time may run out.
     steps(first)
     curves("atoms", "frames")
     for config in others:
@@ -94,7 +97,7 @@ def _steps(
 
 
 def step_kinds(work: Work, bucket: BucketWork) -> dict[str, Step]:
-    """What is timed of a bucket, by name."""
+    """The steps that are timed on a bucket, by name."""
     kinds = {"training step": make_training_step(work, bucket.batch)}
     if work.config.train.static_epochs:
         kinds["static training step"] = make_training_step(work, bucket.batch, static=True)
@@ -108,10 +111,10 @@ def step_entry(
     ceilings: dict[str, Any],
     kernels: bool = False,
 ) -> dict[str, Any]:
-    """Compilation, time, throughput, costs and memory of a step on one bucket; its kernels if wanted.
+    """Compilation, time, throughput, costs and memory of a step on one bucket; if wanted, its kernels.
 
-    Throughput counts real structures and atoms, as many as a batch of this bucket holds on
-    average; the time of a step does not depend on how full its batch is.
+    Throughput counts real structures and atoms, as many as a batch of this bucket holds on average. The
+    time of a step does not depend on how full its batch is.
     """
     frames = work.config.dynamics.frames
     peak = machine.device_peak_bytes()
@@ -137,7 +140,7 @@ def step_entry(
         "atom_frames_per_s": bucket.mean_atoms * frames / timing.median,
         "compile_s": dataclasses.asdict(compilation),
         "memory_bytes": need,
-        # Since the process began: it tells of this step only where it has risen.
+        # A peak since the process began, which tells something of this step only if it has risen.
         "device_peak_bytes": risen if risen != peak else None,
         "costs": dataclasses.asdict(costs),
     }

@@ -1,4 +1,4 @@
-"""Where an oracle's relaxation may begin: the initial structure, and what others make of it."""
+"""Where an oracle's relaxation may begin: at the initial structure, or where another method leads."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 
 
 class Start(NamedTuple):
-    """Where one relaxation begins.
+    """The start of one relaxation.
 
     Attributes:
-      atoms: with the constraints of the initial structure; None where there is no usable start.
-      seconds: that it took to find it.
-      remark: why there is none, or what must be known of it; else empty.
+      atoms: the structure, with the constraints of the initial one; None if there is no usable start.
+      seconds: time it took to find the start.
+      remark: why there is no start, or a caveat about it; else empty.
     """
 
     atoms: Atoms | None
@@ -41,10 +41,11 @@ class Start(NamedTuple):
 class Kind(NamedTuple):
     """A kind of start.
 
-    Attributes:
-      key: for files. label: for tables. identity: what its result depends on.
-      find: starts of structures, in their order.
-      one_by_one: whether finding one takes so long that it waits for the structure's turn.
+      key: its name in files.
+      label: its name in tables.
+      identity: what its result depends on.
+      find: finds the starts of structures, in their order.
+      one_by_one: whether finding a start takes so long that it waits for the structure's turn.
     """
 
     key: str
@@ -60,14 +61,16 @@ INITIAL = Kind(
 
 
 def shaken_start(noise: float) -> Kind:
-    """The initial structure, its atoms moved by Gaussian noise (standard deviation in Å): what any
-    start nearby comes to, by chance, however it was found."""
+    """The initial structure with Gaussian noise on its atoms (standard deviation in Å).
+
+    It shows what any nearby start achieves by chance, however it was found.
+    """
 
     def find(cases: Sequence[Case]) -> list[Start]:
         starts = []
         for case in cases:
             rng = np.random.default_rng(zlib.crc32(case.name.encode()))
-            atoms = case.atoms.copy()  # set_positions heeds constraints
+            atoms = case.atoms.copy()  # set_positions respects constraints
             atoms.set_positions(atoms.positions + rng.normal(0.0, noise, (len(atoms), 3)))
             starts.append(Start(atoms, 0.0))
         return starts
@@ -97,14 +100,14 @@ def predicted_start(models: Mapping[str, RelaxNet], identity: str) -> Kind:
 
 
 def minimised_start(model: RelaxNet, identity: str, fmax: float, steps: int) -> Kind:
-    """The end of a model's own L-BFGS relaxation. Raises InputError for one that is no potential."""
+    """The end of a model's own L-BFGS relaxation. Raises InputError if the model is not a potential."""
     from relaxnet_jax.lbfgs import minimise
     from relaxnet_jax.predict import as_trajectory, minimised_path
     from relaxnet_jax.structure_files import Predicted
     from relaxnet_jax.trust import NOT_CONVERGED, Flag, trust_flags
 
     if not model.config.is_potential:
-        minimise(model, [])  # says so
+        minimise(model, [])  # raises the InputError
 
     def predict(usable: Sequence[tuple[str, Structure]]) -> list[Predicted | str]:
         found: list[Predicted | str] = []
@@ -164,7 +167,7 @@ def _with_model(
     cases: Sequence[Case],
     predict: Callable[[Sequence[tuple[str, Structure]]], list[Predicted | str]],
 ) -> list[Start]:
-    """Ends of predicted paths; seconds: of all, compiling included, by their number."""
+    """The ends of predicted paths; ``seconds`` is the mean over all, compilation included."""
     begin = time.perf_counter()
     starts: dict[str, Start] = {}
     usable: list[tuple[str, Structure]] = []
@@ -182,7 +185,7 @@ def _with_model(
 
 
 def _end(case: Case, result: Predicted | str, seconds: float) -> Start:
-    """The start at the end of a predicted path; none where it is unusable or there is but a reason."""
+    """The start at the end of a predicted path; none if it is unusable or failed for the reason given."""
     from relaxnet_jax.constraints import move_to_end
     from relaxnet_jax.trust import unusable
 

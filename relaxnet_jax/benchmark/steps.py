@@ -1,4 +1,4 @@
-"""``relaxnet-jax benchmark steps``: ionic steps an oracle needs from different starts."""
+"""``relaxnet-jax benchmark steps``: ionic steps that an oracle needs from different starts."""
 
 from __future__ import annotations
 
@@ -15,14 +15,16 @@ from relaxnet_jax.relaxation.refine import descend
 
 CONVERGED, UNCONVERGED = "converged", "not converged"
 FAILED, NO_START, SKIPPED = "failed", "no start", "skipped"
-NO_OTHER = "there is no other start"  # and so nothing to relax the initial structure for
+NO_OTHER = "there is no other start"  # so there is no reason to relax the initial structure
 
 
 class Limits(NamedTuple):
     """When relaxations stop.
 
     Attributes:
-      fmax: eV/Å. max_steps: LBFGS steps of each. minutes: after which none begins, or None.
+      fmax: eV/Å.
+      max_steps: largest number of LBFGS steps of each relaxation.
+      minutes: time after which no relaxation begins; None for no limit.
     """
 
     fmax: float = 0.05
@@ -41,18 +43,26 @@ def run_steps(
 ) -> list[dict[str, Any]]:
     """Relaxes every structure with the oracle from its initial state and from every other start.
 
-    What the ledger has, of the same structure, start, oracle and limits, is not computed again;
-    what failed is tried again. A structure without any other start is not relaxed at all.
+    Relaxations that the ledger has for the same structure, start, oracle and limits are not run again;
+    those that failed are tried again. A structure without any other start is not relaxed at all.
 
     Args:
-      kinds: beside the initial structure; may be empty. progress: called with structures done.
+      cases: the structures.
+      oracle: the calculator whose steps are counted.
+      kinds: the starts besides the initial structure; may be empty.
+      limits: when relaxations stop.
+      ledger: where results are kept.
+      report: called with one line for each remark.
+      progress: called with the number of structures done.
 
     Returns:
-      One row per structure and start, the initial one first: structure, formula, atoms, cell
-      ("fixed" or "variable"), start; status: `CONVERGED`, `UNCONVERGED` (``max_steps``), `FAILED`
-      (the oracle did), `NO_START`, `SKIPPED` (no other start, or no time); steps (ionic, see
-      `refine.Leg`), seconds, energy (eV), fmax (eV/Å), None where there are none; start_seconds:
-      to find the start; remark.
+      One row per structure and start, the initial one first, with the keys
+      structure, formula, atoms, cell ("fixed" or "variable"), start;
+      status: `CONVERGED`, `UNCONVERGED` (after ``max_steps``), `FAILED` (the oracle did), `NO_START` or
+        `SKIPPED` (no other start, or no time left);
+      steps (ionic, see `refine.Leg`), seconds, energy (eV), fmax (eV/Å): None if there are none;
+      start_seconds: time to find the start;
+      remark.
     """
     end = None if limits.minutes is None else time.monotonic() + 60 * limits.minutes
     every = (INITIAL, *kinds)
@@ -61,7 +71,7 @@ def run_steps(
     }
     late = {kind.key for kind in kinds if kind.one_by_one}
     starts: dict[tuple[str, str], Start] = {}
-    for kind in kinds:  # models predict in batches; other calculators when it is their turn
+    for kind in kinds:  # models predict in batches; other calculators wait for the structure's turn
         wanted = [c for c in cases if ledger.get(keys[c.name, kind.key]) is None]
         if wanted and kind.key not in late:
             report(f"{kind.label}: {len(wanted)} structures")

@@ -24,10 +24,10 @@ PACKAGES = (*machine.PACKAGES, "ase", "chgnet", "gpaw")
 
 
 def benchmark_steps(args: argparse.Namespace) -> int:
-    """Relaxes, writes steps.csv, steps.md and steps.json, and prints the table.
+    """Runs the relaxations, writes steps.csv, steps.md and steps.json, and prints the table.
 
     Raises:
-      InputError: wrong arguments, or not one structure could be relaxed.
+      InputError: the arguments are wrong, or no initial structure could be relaxed.
     """
     _check(args)
     models = {name: getattr(args, name) for name in ("model", "egnn") if getattr(args, name)}
@@ -39,7 +39,7 @@ def benchmark_steps(args: argparse.Namespace) -> int:
     cases, failures = find_cases(args.structures, list(models.values()), variable, args.limit, note)
     for failure in failures:
         note(f"left out: {failure}")
-    if variable and not any(case.relax_cell for case in cases):  # what fixed cells need is less
+    if variable and not any(case.relax_cell for case in cases):  # fixed cells need less
         oracle = load_oracle(args.oracle, False, args.cutoff, args.kpoint_density)
     folder = Path(args.out)
     ledger = Ledger(folder / "steps.jsonl")
@@ -90,7 +90,7 @@ def _load(name: str) -> tuple[dict[str, RelaxNet], str]:
 def _kinds(
     args: argparse.Namespace, loaded: dict[str, tuple[dict[str, RelaxNet], str]], variable: bool
 ) -> list[Kind]:
-    """The starts asked for, beside the initial structure."""
+    """The starts asked for, besides the initial structure."""
     kinds = []
     if "model" in loaded:
         kinds.append(starts.predicted_start(*loaded["model"]))
@@ -109,7 +109,7 @@ def _kinds(
 
 
 def _facts(args: argparse.Namespace, oracle: Calculator, kinds: Sequence[Kind]) -> dict[str, Any]:
-    """What the figures depend on."""
+    """Everything that the figures depend on."""
     return {
         "structures": args.structures,
         "limit": args.limit,

@@ -56,12 +56,17 @@ def judged(
     per_atom: float = WRONG_MINIMUM,
     whole: float = WRONG_MINIMUM_WHOLE,
 ) -> list[dict[str, Any]]:
-    """The rows with ``energy_difference_per_atom`` (eV, from the relaxation of the initial
-    structure) and ``result``: "same", "wrong" or "lower" minimum. Both are None where the two
-    did not converge.
+    """Compares each row with the relaxation of its initial structure.
 
     Args:
-      rows: of `run_steps`. per_atom: eV/atom, whole: eV; see `same_minimum_within`.
+      rows: from `run_steps`.
+      per_atom: eV/atom; see `same_minimum_within`.
+      whole: eV; see `same_minimum_within`.
+
+    Returns:
+      The rows with ``energy_difference_per_atom`` (eV, from the relaxation of the initial structure)
+      and ``result``: "same minimum", "wrong minimum" or "lower minimum". Both are None unless both
+      relaxations converged.
     """
     initial = {r["structure"]: r for r in rows if r["start"] == "initial"}
     found = []
@@ -79,19 +84,28 @@ def judged(
 
 
 def summaries(rows: Sequence[dict[str, Any]], labels: Mapping[str, str]) -> list[dict[str, Any]]:
-    """One dictionary per start, of the structures whose initial state the oracle relaxed, and of those
-    for which there is no other start, failures of every start.
+    """Summarises the rows, as one dictionary per start.
+
+    The structures covered are those whose initial state the oracle relaxed, and those without any
+    other start, which are failures of every start.
 
     Args:
-      rows: of `judged`. labels: of the starts by key, in order, "initial" first.
+      rows: from `judged`.
+      labels: labels of the starts by key, in order, "initial" first.
 
     Returns:
-      start, label; n: structures, without those for which no time was left; relaxed: to a minimum
-      that is not wrong; wrong_minimum, lower_minimum: how many; wrong_minimum_rate: of those that
-      converged; steps, seconds, start_seconds: medians over the relaxed; reference_steps: median
-      of the same structures from the initial state; saved_median, saved_mean: fractions of the
-      steps from the initial structure, over the relaxed; saved_with_failures: mean over all,
-      failures counting as 0. None where there is nothing to say.
+      start, label: key and label of the start.
+      n: number of structures, without those for which no time was left.
+      relaxed: number relaxed to a minimum that is not wrong.
+      wrong_minimum, lower_minimum: number that ended in such a minimum.
+      wrong_minimum_rate: fraction of wrong minima among those that converged.
+      reference_steps: median steps of the relaxed ones from their initial state.
+      steps, seconds, start_seconds: medians over the relaxed ones.
+      saved_median, saved_mean: saved fraction of the steps from the initial state, over the relaxed
+        ones.
+      saved_with_failures: its mean over all n, failures counting as 0.
+
+      A value without anything to say is None.
     """
     by_start = {key: [r for r in rows if r["start"] == key] for key in labels}
     reference = {r["structure"]: r for r in by_start["initial"] if r["status"] == CONVERGED}

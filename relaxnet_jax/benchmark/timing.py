@@ -1,4 +1,4 @@
-"""Clocks: repeated runs, and compilation with and without a cache."""
+"""Timing of repeated runs, and of compilation with and without a cache."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ import jax.numpy as jnp
 
 from relaxnet_jax import programs
 
-LEAST, MOST = 3, 30  # repetitions
+LEAST, MOST = 3, 30  # repetitions, fewest and most
 
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """Seconds of repeated runs."""
+    """Seconds of repeated runs: their median, extremes and number."""
 
     median: float
     fastest: float
@@ -29,19 +29,20 @@ class Timing:
 
 
 def measure(run: Callable[[], Any], seconds: float = 3.0) -> Timing:
-    """Times ``run`` after one run that is not counted; see `measure_alternating`."""
+    """Times repeated runs after one that is not counted; see `measure_alternating`."""
     return summary(measure_alternating({"": run}, seconds)[""])
 
 
 def measure_alternating(
     runs: Mapping[str, Callable[[], Any]], seconds: float, least: int = LEAST
 ) -> dict[str, list[float]]:
-    """Seconds of every run of several functions that take turns, so that all see the same machine.
+    """Seconds of every run of several functions, which take turns so that all see the same machine.
 
     Args:
       runs: functions that return what they computed; JAX arrays in it are waited for.
-      seconds: rounds begin until this time is over, at least ``least`` and at most `MOST`; one
-        is enough where the uncounted one took longer than four times this.
+      seconds: rounds begin until this time is over.
+      least: fewest rounds; one is enough if the uncounted round took longer than four times
+        ``seconds``. There are at most `MOST`.
     """
     begin = time.perf_counter()
     for run in runs.values():
@@ -60,7 +61,7 @@ def measure_alternating(
 
 
 def summary(times: list[float]) -> Timing:
-    """Median and extremes."""
+    """Median and extremes of times."""
     return Timing(statistics.median(times), min(times), max(times), len(times))
 
 
@@ -69,11 +70,11 @@ class Step:
     """A function to compile and run again and again.
 
     Attributes:
-      function, arguments: pure function, and what it is called with.
-      donate: arguments whose buffers it may reuse.
-      advance: the arguments of the next call, from this call's result and arguments.
-      plain: the same without parts that are kept on disk, into which nothing can look; None where
-        there are none.
+      function, arguments: a pure function, and what it is called with.
+      donate: indices of the arguments whose buffers it may reuse.
+      advance: makes the arguments of the next call from this call's result and arguments.
+      plain: the same function without parts that are kept on disk, which cannot be looked into; None if
+        it has none.
     """
 
     function: Callable
@@ -83,8 +84,8 @@ class Step:
     plain: Callable | None = None
 
     def runner(self, compiled: Callable) -> Callable[[], Any]:
-        """The compiled function without arguments, each call going on from the last."""
-        arguments = tuple(  # what is donated is copied: its buffers are lost
+        """The compiled function without arguments; each call continues from the last."""
+        arguments = tuple(  # donated ones are copied, since their buffers are lost
             jax.tree.map(jnp.array, a) if k in self.donate else a
             for k, a in enumerate(self.arguments)
         )
@@ -103,9 +104,10 @@ class Compilation:
     """Seconds from a Python function to a program that can run.
 
     Attributes:
-      trace: Python to a jaxpr and to StableHLO. compile: XLA, with nothing in its cache.
-      cached_trace, cached_compile: both once more, with the traced and the compiled program on disk
-        and all that is remembered in memory forgotten: what the next process will need.
+      trace: from Python to a jaxpr and to StableHLO.
+      compile: XLA, with nothing in its cache.
+      cached_trace, cached_compile: both once more, with the traced and the compiled program on disk but
+        nothing in memory, as the next process will find them.
     """
 
     trace: float
@@ -127,7 +129,7 @@ def compile_twice(step: Step) -> tuple[Any, Any, Compilation]:
 
 
 def _forget() -> None:
-    """As a new process, which has nothing but what is on disk."""
+    """Leaves only what is on disk, as for a new process."""
     jax.clear_caches()
     programs.forget()
 
@@ -151,7 +153,7 @@ def _compile(function: Callable, arguments: tuple, donate: tuple[int, ...]):
 
 @contextlib.contextmanager
 def _empty_cache() -> Iterator[None]:
-    """JAX's compilation cache in a folder of its own that is empty, and gone afterwards."""
+    """JAX's compilation cache in an empty folder of its own, which is removed afterwards."""
     from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
     names = (

@@ -33,12 +33,13 @@ class BucketWork:
     """One bucket of an epoch over the training split.
 
     Attributes:
-      shape: of its batches. batch: its fullest one, on the device.
-      samples: what it was made of. structures: theirs.
-      mean_structures, mean_atoms: real ones per batch, over the bucket's epoch.
-      batches: in an epoch.
+      shape: shape of its batches.
+      batch: its fullest batch, on the device.
+      samples: the samples in that batch.
+      mean_structures, mean_atoms: real structures and atoms per batch, averaged over an epoch.
+      batches: number of batches in an epoch.
       padding: fraction of the bucket's edge and triplet slots that are unused, over an epoch.
-      atom_padding: the same of its atoms.
+      atom_padding: the same for atom slots.
     """
 
     shape: BatchShape
@@ -58,7 +59,7 @@ class BucketWork:
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """A configuration's model (untrained) and buckets on some data."""
+    """The model of a configuration (untrained), and its buckets on some data."""
 
     config: Config
     data: str
@@ -67,7 +68,7 @@ class Work:
 
     @property
     def scale(self) -> float:
-        """eV, the training set's spread per atom."""
+        """Energy scale in eV: the spread per atom in the training set."""
         return float(self.model.energy_scale)
 
 
@@ -75,8 +76,8 @@ def load_work(config: Config, report: Callable[[str], None]) -> Work:
     """Data, buckets and batches as a training run of this configuration would have them.
 
     Raises:
-      InputError: unusable data, see `data.dataset.load_dataset`; no usable relaxation in the training or
-        validation split.
+      InputError: the data are unusable, see `data.dataset.load_dataset`; or the training or validation
+        split has no usable relaxation.
     """
     data = prepare(config, load_dataset(config, report), report)
     sizes, buckets, t = data.samples.sizes, data.buckets, config.train
@@ -84,7 +85,7 @@ def load_work(config: Config, report: Callable[[str], None]) -> Work:
     made = []
     for index, shape in enumerate(buckets.shapes):
         batches = [members for bucket, members in plan if bucket == index]
-        if not batches:  # of validation relaxations alone
+        if not batches:  # a bucket for validation relaxations only
             continue
         fullest = max(batches, key=len)
         inside = [i for members in batches for i in members]
@@ -126,12 +127,14 @@ def training_step(work: Work, batch: tuple[Graph, Targets], static: bool = False
 def shared_training(
     work: Work, bucket: BucketWork, report: Callable[[str], None]
 ) -> Callable[[], dict[str, Any]]:
-    """A training step over the bucket's batch, divided among all local devices as `train` does it
-    on the cores of a CPU; every call goes on from the last, and returns the metrics."""
+    """A training step on the bucket's batch, divided among all local devices as `train` does on a CPU.
+
+    Every call continues from the last and returns the metrics.
+    """
     devices = Devices(log=report)
     parts = [bucket.samples[k :: devices.n] for k in range(devices.n)]
     shapes = [fitting_shape([s.structure for s in part]) for part in parts]
-    # As much padding as the whole batch has: a bucket of smaller batches is about as full.
+    # As much padding as the whole batch has, since a bucket of smaller batches is about as full.
     whole = dataclasses.asdict(bucket.shape)
     share = {k: v if k == "n_slots" else -(-v // devices.n) for k, v in whole.items()}
     shape = largest_shape([*shapes, BatchShape(**share)])
