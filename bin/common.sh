@@ -1,4 +1,4 @@
-# Sourced by quickstart and test: finds a Python, makes .venv in the repository, installs into it.
+# Sourced by other scripts: finds a Python, makes .venv in the repository and installs into it.
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 
@@ -7,7 +7,7 @@ die() {
   exit 2
 }
 
-# A Python this package runs on: version 3.11 or later with venv and ensurepip.
+# Whether a Python can run this package: version 3.11 or later with venv and ensurepip.
 usable_python() {
   command -v "$1" >/dev/null 2>&1 &&
     "$1" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1
@@ -31,7 +31,7 @@ find_python() {
     "install python3 python3-venv) or name it: PYTHON=/path/to/python3.12 bin/$(basename "$0")"
 }
 
-# install EXTRAS: the package, editable, in .venv; does nothing where that is already so.
+# install EXTRAS: installs the package, editable, into .venv, unless it is there already.
 # Sets $python to the environment's interpreter.
 install() {
   local extras="$1" venv="$root/.venv" stamp wanted found

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# Trains on N nodes with M GPUs each under SLURM. Sizes come first, train's own options last:
+# Trains on N nodes with M GPUs each under SLURM. Options of sbatch come first, those of train last:
 #
 #   sbatch --nodes=2 --gpus-per-node=4 --ntasks-per-node=4 bin/train_slurm.sh \
 #     --config explicit.py --workdir runs/big --set data.path=/scratch/big.h5
 #
-# Give the same command again to go on where the run was stopped, also with other sizes.
+# Submit the same command again to continue a run that was stopped, also on another number of nodes or GPUs.
 #
-# One process per GPU: each collates its own batches, so the GPUs of a node do not queue for one
-# Python, and it is what JAX expects of SLURM: task k of a node takes GPU k. All GPUs of a node must
-# be visible to all its tasks (--gpus-per-node, not --gpus-per-task), or NCCL could not use NVLink.
+# There is one process per GPU. Each collates its own batches, so that the GPUs of a node do not queue for
+# one Python; and JAX expects this of SLURM: task k of a node takes GPU k. All GPUs of a node must be
+# visible to all its tasks (--gpus-per-node, not --gpus-per-task), or NCCL could not use NVLink.
 # The workdir and the data must be on a file system that all nodes see.
 #
 #SBATCH --job-name=relaxnet-jax
@@ -18,7 +18,7 @@
 #SBATCH --cpus-per-task=8
 #SBATCH --time=24:00:00
 #SBATCH --output=%x-%j.log
-# Three minutes before the time is up: training writes a checkpoint and ends.
+# Three minutes before the time limit, training is told to write a checkpoint and end.
 #SBATCH --signal=TERM@180
 set -euo pipefail
 
@@ -34,8 +34,8 @@ tasks="${SLURM_NTASKS_PER_NODE:-1}" gpus="${SLURM_GPUS_ON_NODE:-0}"
 [ "$gpus" = 0 ] || [ "$tasks" = "$gpus" ] ||
   die "$tasks tasks on a node with $gpus GPUs; give --ntasks-per-node=$gpus, one task per GPU"
 
-# The repository's own environment, where sbatch was called from it (what runs here is a copy of this
-# script, so its own place says nothing); else what is on the PATH.
+# The repository's own environment if sbatch was called from the repository (SLURM runs a copy of this
+# script, whose own location says nothing); otherwise what is on the PATH.
 relaxnet="${RELAXNET_JAX:-relaxnet-jax}"
 if [ -z "${RELAXNET_JAX:-}" ] && [ -x "${SLURM_SUBMIT_DIR:-.}/.venv/bin/relaxnet-jax" ]; then
   relaxnet="${SLURM_SUBMIT_DIR:-.}/.venv/bin/relaxnet-jax"
@@ -43,7 +43,7 @@ fi
 command -v "$relaxnet" >/dev/null ||
   die "$relaxnet: not found; activate its environment before sbatch, or set RELAXNET_JAX to its path"
 
-# A run with a checkpoint goes on; else it starts.
+# A run with a checkpoint is resumed; otherwise it is started.
 workdir="" previous=""
 for argument in "$@"; do
   case "$argument" in --workdir=*) workdir="${argument#--workdir=}" ;; esac
@@ -53,15 +53,15 @@ done
 [ -n "$workdir" ] || die "give --workdir DIR, so that the run can be found again"
 resume=()
 for folder in "$workdir"/checkpoints/latest/[0-9]*; do
-  # Of one that orbax has not finished the name is longer.
+  # The name of a checkpoint that orbax has not finished is longer.
   case "${folder##*/}" in *[!0-9]*) ;; *) resume=(--resume) ;; esac
 done
 
 # srun no longer takes --cpus-per-task from the job (since SLURM 22.05).
 [ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"
-# Data are only read; some parallel file systems have no locks.
+# The data are only read, and some parallel file systems have no locks.
 export HDF5_USE_FILE_LOCKING="${HDF5_USE_FILE_LOCKING:-BEST_EFFORT}"
 
 echo "job $SLURM_JOB_ID: ${SLURM_JOB_NUM_NODES:-1} node(s) × $tasks process(es)"
-# A process that is lost takes the others with it, instead of leaving them to wait for it.
+# If one process dies, the others are ended too, instead of waiting for it.
 exec srun --kill-on-bad-exit=1 --ntasks-per-node="$tasks" "$relaxnet" train ${resume[@]+"${resume[@]}"} "$@"
