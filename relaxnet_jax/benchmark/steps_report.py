@@ -87,7 +87,7 @@ def summaries(rows: Sequence[dict[str, Any]], labels: Mapping[str, str]) -> list
     """Summarises the rows, as one dictionary per start.
 
     The structures covered are those whose initial state the oracle relaxed, and those without any
-    other start, which are failures of every start.
+    other start, which are failures of every other start.
 
     Args:
       rows: from `judged`.

@@ -90,7 +90,7 @@ def refine(
 
     The initial one is necessary if the relaxation from the prediction fails or does not converge. If
     the predicted cell differs from the initial one, both relax the cell too (ASE's
-    `FrechetCellFilter`); fmax then applies to the stress times the volume as well.
+    `FrechetCellFilter`); fmax then applies to the stress times the volume per atom as well.
 
     Args:
       initial, predicted: structures with their constraints; not changed.
@@ -152,7 +152,7 @@ def descend(atoms: Atoms, calculator: Calculator, fmax: float, steps: int, relax
       fmax: eV/Å.
       steps: largest number of optimiser steps.
       relax_cell: also relax the cell in its periodic directions (ASE's `FrechetCellFilter`); fmax
-        then applies to the stress times the volume as well.
+        then applies to the stress times the volume per atom as well.
 
     Raises:
       InputError: the calculator does not know an element, or fails.
