@@ -1,4 +1,4 @@
-"""Relaxation data: reading, storing, splitting and generating. Pure NumPy, no JAX."""
+"""Relaxation data: reading, storing, splitting and generating it. Pure NumPy, no JAX."""
 
 from relaxnet_jax.data.ase_io import SkippedRelaxation
 from relaxnet_jax.data.frames import FrameSelection, select_frames

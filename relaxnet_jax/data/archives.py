@@ -1,4 +1,4 @@
-"""The files of relaxations in zip and tar archives, unpacked one at a time."""
+"""Relaxation files in zip and tar archives, unpacked one at a time."""
 
 from __future__ import annotations
 
@@ -24,13 +24,20 @@ from relaxnet_jax.data.sources import (
 )
 from relaxnet_jax.errors import InputError
 
-# Also members that are encrypted, or packed in a way unknown here.
+# Also encrypted members, and those compressed by an unsupported method.
 _DAMAGED = (*DAMAGE, RuntimeError, NotImplementedError)
 
 
 class Member(NamedTuple):
-    """A file out of an archive: its ``name`` there, and a ``path`` to it while it lasts, or the
-    ``error`` that kept it from being unpacked; what lies ``beside`` it, empty where damaged."""
+    """A relaxation file in an archive.
+
+    Attributes:
+      name: its path inside the archive.
+      path: the unpacked file, which exists until the next member is taken; None if it could not be
+        unpacked.
+      error: why it could not be unpacked, else "".
+      beside: companion files of the same run; a damaged one is an empty file.
+    """
 
     name: PurePosixPath
     path: Path | None
@@ -39,12 +46,13 @@ class Member(NamedTuple):
 
 
 def archive_members(archive: Path) -> Iterator[Member]:
-    """The files of relaxations in an archive, by name, one unpacked at a time.
+    """Yields the relaxation files in an archive in order of name, unpacking one at a time.
 
     A compressed tar is first decompressed as a whole, into a temporary file.
 
     Raises:
-      InputError: the archive is damaged, or holds none; there is no room to decompress it.
+      InputError: the archive is damaged or contains no relaxation files, or there is no room to
+        decompress it.
     """
     with tempfile.TemporaryDirectory(prefix="relaxnet-jax-") as place, _opened(archive) as opened:
         folder, (names, open_member) = Path(place), opened
@@ -53,7 +61,7 @@ def archive_members(archive: Path) -> Iterator[Member]:
         found = relaxation_files(inside)
         chosen = [name for name in found if not is_archive(name)]
         packed = [name for name in found if is_archive(name)]
-        # Data sets come as one JSON file in a zip; beside other files JSON is something else.
+        # Data sets come as one JSON file in a zip; next to relaxation files, JSON is something else.
         chosen = chosen or [name for name in inside if is_json(name)]
         if not chosen and not packed:
             raise InputError(
@@ -69,7 +77,7 @@ def archive_members(archive: Path) -> Iterator[Member]:
             return path
 
         def unpacked_beside(name: PurePosixPath) -> Path:
-            """Empty where it is damaged, which its reader tells."""
+            """Unpacks a companion file; a damaged one becomes empty, which its reader reports."""
             try:
                 return unpacked(name)
             except _DAMAGED as error:
@@ -97,7 +105,7 @@ def archive_members(archive: Path) -> Iterator[Member]:
 
 @contextlib.contextmanager
 def _opened(archive: Path) -> Iterator[tuple[dict[str, Any], Callable[[Any], Any]]]:
-    """(members by name, a function that opens one) of an archive."""
+    """Opens an archive: (members by name, function that opens a member)."""
     try:
         if archive.suffix.lower() == ".zip":
             with zipfile.ZipFile(archive) as packed:
@@ -110,7 +118,7 @@ def _opened(archive: Path) -> Iterator[tuple[dict[str, Any], Callable[[Any], Any
                     packed.open,
                 )
         else:
-            # Members are read in another order than theirs.
+            # Members are read out of archive order, which needs a seekable tar.
             with plain_copy(archive) as plain, tarfile.open(plain) as packed:
                 files = {str(PurePosixPath(i.name)): i for i in packed.getmembers() if i.isfile()}
                 yield files, packed.extractfile

@@ -1,4 +1,4 @@
-"""Relaxations from files ASE reads, one relaxation in memory at a time."""
+"""Relaxations from files that ASE reads, with one relaxation in memory at a time."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ if TYPE_CHECKING:
 
 
 class SkippedRelaxation(NamedTuple):
-    """A relaxation left out.
+    """A relaxation that was left out.
 
     Attributes:
-      id: its name.
-      reason: one line, without the id.
+      id: id of the relaxation.
+      reason: why it was left out, in one line that does not repeat the id.
     """
 
     id: str
@@ -39,17 +39,17 @@ class SkippedRelaxation(NamedTuple):
 
 
 class Unreadable(str):
-    """The complaint about a frame that cannot be parsed.
+    """The error message for a frame that cannot be parsed.
 
     Attributes:
-      comment: its comment line.
+      comment: comment line of the frame.
     """
 
     comment: str = ""
 
 
 class _Frame(NamedTuple):
-    """One frame: either ``atoms`` or, if it cannot be read, the ``error``."""
+    """One frame of the relaxation ``name``: its ``atoms``, or the ``error`` if it cannot be read."""
 
     name: str
     atoms: ase.Atoms | None
@@ -59,15 +59,16 @@ class _Frame(NamedTuple):
 def read_frames(
     path: Path, plain: Path, default: str
 ) -> Iterator[RelaxationTrajectory | SkippedRelaxation]:
-    """The relaxations of a file ASE reads; see `reading.read_relaxations`.
+    """Yields the relaxations of a file that ASE reads; see `reading.read_relaxations`.
 
     Args:
-      path: the file, for messages. plain: it or a decompressed copy.
+      path: the file, as named in messages.
+      plain: the file itself or a decompressed copy of it.
       default: id of a relaxation that has no ``traj_id``.
 
     Raises:
-      InputError: the file is unreadable or of molecular dynamics, or no frame of it has energy and
-        forces.
+      InputError: the file is unreadable or holds molecular dynamics, or none of its frames has both
+        energy and forces.
     """
     dynamics = _molecular_dynamics(plain)
     if dynamics:
@@ -77,7 +78,7 @@ def read_frames(
     frames = _frames(path, plain, default)
     for own, members in itertools.groupby(frames, key=lambda frame: frame.name):
         images, error = _collect(members)
-        # The traj_id of a prediction tells relaxations from it apart in a file, not in several files.
+        # A prediction's traj_id identifies a relaxation started from it within one file, not across files.
         name = f"{default}/{own}" if own != default and _begun_at_prediction(images) else own
         try:
             labels = [labels_of(atoms) for atoms in images]
@@ -104,13 +105,13 @@ def read_frames(
 
 
 def _frames(path: Path, plain: Path, default: str) -> Iterator[_Frame]:
-    """Frames with the name of their relaxation; reading ends at damage that hides the rest.
+    """Yields frames with the name of their relaxation; stops at damage that hides the rest.
 
-    An unreadable frame that does not name its relaxation may be of the one before it or of the one
-    after it: it is yielded for both.
+    An unreadable frame that does not name its relaxation may belong to the one before it or to the
+    one after it, so it is yielded for both.
     """
     name, n_read = "", 0
-    orphan = ""  # complaint about a nameless frame that may be of the relaxation to come
+    orphan = ""  # error of a nameless frame that may belong to the next relaxation
     try:
         for item in images_of(plain):
             error = f"frame {n_read} of the file: {item}" if isinstance(item, Unreadable) else ""
@@ -138,19 +139,19 @@ def _frames(path: Path, plain: Path, default: str) -> Iterator[_Frame]:
 
 
 def _name_of(item: ase.Atoms | Unreadable, default: str) -> str:
-    """Name of a frame's relaxation; "" for an unreadable frame that does not say it."""
+    """Name of a frame's relaxation; "" for an unreadable frame that does not state it."""
     if not isinstance(item, Unreadable):
         return text_of(_info(item).get("traj_id")) or default
     from ase.io.extxyz import key_val_str_to_dict
 
-    try:  # as the frames around it are read, or the names would differ
+    try:  # parsed as for readable frames, or the names would differ
         return text_of(key_val_str_to_dict(item.comment).get("traj_id"))
     except Exception:
         return ""
 
 
 def _molecular_dynamics(plain: Path) -> str:
-    """The algorithm by which ASE's molecular dynamics wrote this .traj, "" for any other file."""
+    """Name of the ASE molecular-dynamics algorithm that wrote this .traj; "" for any other file."""
     import ase.io
 
     if plain.suffix != ".traj":
@@ -158,13 +159,13 @@ def _molecular_dynamics(plain: Path) -> str:
     try:
         with ase.io.Trajectory(str(plain)) as frames:
             written: dict[str, Any] = frames.description or {}
-    except Exception:  # what cannot be read is named where the frames are
+    except Exception:  # an unreadable file is reported when its frames are read
         return ""
     return str(written.get("md-type", "ASE")) if written.get("type") == "molecular-dynamics" else ""
 
 
 def images_of(plain: Path) -> Iterator[ase.Atoms | Unreadable]:
-    """ASE's frames; for extxyz, a frame that cannot be parsed as the complaint about it."""
+    """Yields ASE's frames; an extxyz frame that cannot be parsed comes as an `Unreadable`."""
     import ase.io
     from ase.io.extxyz import read_xyz
 
@@ -190,7 +191,7 @@ def images_of(plain: Path) -> Iterator[ase.Atoms | Unreadable]:
 
 
 def _collect(frames: Iterator[_Frame]) -> tuple[list[ase.Atoms], str]:
-    """The readable frames, and what the first unreadable one complains of (or "")."""
+    """The readable frames, and the error of the first unreadable one, or ""."""
     images: list[ase.Atoms] = []
     error = ""
     for frame in frames:
@@ -207,7 +208,7 @@ _Labels = tuple[float | None, np.ndarray | None, np.ndarray | None]
 def _build(
     name: str, images: list[ase.Atoms], labels: list[_Labels], source: str
 ) -> RelaxationTrajectory | SkippedRelaxation:
-    """The relaxation made of ``images``; skipped if it is unsound."""
+    """Builds the relaxation from ``images``; skips it if it is predicted or unsound."""
     first, info = images[0], _info(images[0])
     if predicted(images):
         return SkippedRelaxation(name, "was predicted by this package, not computed: leave it out")
@@ -238,7 +239,7 @@ def _build(
 
 
 def labels_of(atoms: ase.Atoms) -> _Labels:
-    """Energy (eV), (N, 3) raw forces (eV/Å), (6,) stress (eV/Å³) of a frame, None if absent."""
+    """Energy (eV), raw forces (N, 3) (eV/Å) and stress (6,) (eV/Å³) of a frame; None if absent."""
     results: dict[str, Any] = {} if atoms.calc is None else atoms.calc.results
     energy = results.get("free_energy")
     energy = results.get("energy") if energy is None else energy
@@ -251,7 +252,7 @@ def labels_of(atoms: ase.Atoms) -> _Labels:
 
 
 def _complaint(images: list[ase.Atoms], labels: list[_Labels]) -> str:
-    """Why these frames are no relaxation; empty if they are one."""
+    """Why these frames do not form a relaxation; "" if they do."""
     if len(images) < 2:
         return "a single frame: a relaxation needs two or more"
     first, last, numbered = images[0], -1, _numbered(images)
@@ -270,7 +271,7 @@ def _complaint(images: list[ase.Atoms], labels: list[_Labels]) -> str:
             return f"frame {k}, atomic_numbers: order or species change: sort the atoms alike"
         if np.any(atoms.pbc != first.pbc):
             return f"frame {k}, pbc: changes between frames: keep it the same"
-        # A relaxation moves no momenta; one that starts from a snapshot of dynamics keeps its own.
+        # A relaxation leaves momenta as they are, e.g. those of the MD snapshot it starts from.
         moving = atoms.has("momenta") or first.has("momenta")
         if moving and not np.allclose(atoms.get_momenta(), first.get_momenta()):
             return f"frame {k}, momenta: change (molecular dynamics): give a relaxation"
@@ -292,11 +293,11 @@ def _complaint(images: list[ase.Atoms], labels: list[_Labels]) -> str:
 
 
 def _band(positions: np.ndarray) -> int:
-    """Number of images where frames are those of a band, all written at each step; 0 where not.
+    """Number of images if the frames are an NEB band, all written at each step; 0 otherwise.
 
-    The ends of a band do not move, so both come again to the last bit, one of them after as many
-    frames as there are images. Between them a relaxation would have to be in as many places, and
-    come back to two of them. A band written only once cannot be told from a relaxation.
+    The ends of a band do not move, so both recur bit for bit, with a period of the number of images.
+    To look the same, a relaxation would have to pass through as many distinct structures and
+    return to exactly two of them. A band written only once cannot be distinguished from a relaxation.
 
     Args:
       positions: (n, N, 3), Å.
@@ -311,24 +312,30 @@ def _band(positions: np.ndarray) -> int:
 
 
 def fixed_atoms(atoms: ase.Atoms) -> np.ndarray:
-    """(N,) bool, the atoms that cannot move. InputError where one can in some directions only."""
+    """(N,) bool: which atoms cannot move.
+
+    Raises:
+      InputError: an atom is held in some directions only.
+    """
     fixed, partly = held_atoms(atoms)
     if partly.any():
-        # Its force would never vanish, and there is no mask for one direction.
+        # Its force would never vanish, and the mask cannot hold a single direction.
         raise InputError("an atom is held in some directions only: fix or free it")
     return fixed
 
 
 def _begun_at_prediction(images: Sequence[ase.Atoms]) -> bool:
-    """Whether frames of one relaxation, which say that this package predicted them, were computed from
-    its prediction on: ASE's optimisers copy ``info`` of the structure they begin at into every frame, but
-    the frames of a predicted path are numbered one by one."""
+    """Whether a relaxation was computed starting from a structure that this package predicted.
+
+    All its frames then claim to be predicted, since ASE's optimisers copy the ``info`` of the initial
+    structure into every frame. The frames of a predicted path, in contrast, are numbered.
+    """
     source = text_of(_info(images[0]).get("source")) if len(images) > 1 else ""
     return source.startswith((PREDICTED, ALONE)) and not _numbered(images)
 
 
 def predicted(images: Sequence[ase.Atoms]) -> bool:
-    """Whether frames of one relaxation are of a predicted path, or their energies the package's own."""
+    """Whether the frames are a predicted path, or have energies from the package's own calculator."""
     if any(getattr(atoms.calc, "name", None) == CALCULATOR for atoms in images):
         return True
     source = text_of(_info(images[0]).get("source"))
@@ -336,17 +343,17 @@ def predicted(images: Sequence[ase.Atoms]) -> bool:
 
 
 def _numbered(images: Sequence[ase.Atoms]) -> bool:
-    """Whether frames of one relaxation say which they are: not where all say the same."""
+    """Whether the frames of a relaxation are numbered; one number shared by all does not count."""
     return len({text_of(_info(atoms).get("frame")) for atoms in images}) > 1
 
 
 def _info(atoms: ase.Atoms) -> dict[str, Any]:
-    """What a frame says of itself, in ASE's databases too."""
+    """``info`` of a frame, including the key-value pairs of an ASE database."""
     return atoms.info.get("key_value_pairs", {}) | atoms.info
 
 
 def text_of(value: object) -> str:
-    """Text of an ``info`` value; extxyz turns the formulas of fluorine and so on into bools."""
+    """Text of an ``info`` value; extxyz turns formulas such as "F" (fluorine) into bools."""
     if value is None or (isinstance(value, float) and np.isnan(value)):
         return ""
     return str(value)[0] if isinstance(value, bool | np.bool_) else str(value)

@@ -1,4 +1,4 @@
-"""The few shapes batches come in, and which structures go into which batch (NumPy)."""
+"""A small number of batch shapes, and which structures go into which batch (NumPy)."""
 
 from __future__ import annotations
 
@@ -11,19 +11,20 @@ import numpy as np
 from relaxnet_jax.batching import BatchShape, structure_cost
 from relaxnet_jax.graph import Structure
 
-OPEN = 32  # batches being filled at a time
-CUTS = 12  # places tried for a further cut between buckets
-SAMPLE = 2000  # structures the cuts are tried on
-# Atoms and bonds may vary more than edges, which are most of the cost, before a batch is full.
+OPEN = 32  # batches filled at the same time
+CUTS = 12  # positions tried for each further cut between buckets
+SAMPLE = 2000  # structures on which the cuts are tried
+# Room relative to the mean: atoms and bonds get some slack, so that a batch is full when its
+# edges, which are most of the cost, are.
 ROOM = {"n_atoms": 1.15, "n_edges": 1.0, "n_bonds": 1.08}
 
 
 class Sizes(NamedTuple):
-    """What a plan needs to know of S structures, (S,) int each.
+    """Sizes of S structures that a plan depends on, each an (S,) int array.
 
     Attributes:
-      atoms, edges, bonds, slots: their N, E, B and K.
-      cost: see `batching.structure_cost`.
+      atoms, edges, bonds, slots: N, E, B and K of each structure (see `Neighbors`).
+      cost: cost of each structure, see `batching.structure_cost`.
     """
 
     atoms: np.ndarray
@@ -34,13 +35,13 @@ class Sizes(NamedTuple):
 
 
 def size_of(s: Structure) -> tuple[int, int, int, int, int]:
-    """A row of `Sizes`."""
+    """The row of `Sizes` for one structure."""
     n = s.neighbors
     return s.n_atoms, n.n_edges, n.n_bonds, n.n_slots, structure_cost(s)
 
 
 def sizes_of(structures: Sequence[Structure]) -> Sizes:
-    """The sizes of these structures."""
+    """The sizes of the given structures."""
     rows = [size_of(s) for s in structures]
     return Sizes(*np.array(rows, np.int64).reshape(-1, len(Sizes._fields)).T)
 
@@ -52,8 +53,8 @@ class Buckets:
     Attributes:
       shapes: one per bucket, cheapest first.
       assignment: (S,) bucket of each sample.
-      padding: fraction of the batches' cost (edges, bonds, triplets) left unused, measured on one
-        epoch.
+      padding: fraction of the batches' cost (edges, bonds, triplets) that is left unused, measured
+        on one epoch.
     """
 
     shapes: tuple[BatchShape, ...]
@@ -62,10 +63,11 @@ class Buckets:
 
 
 def plan_buckets(sizes: Sizes, batch_size: int, max_buckets: int, max_padding: float) -> Buckets:
-    """The fewest shapes whose padding is at most ``max_padding``, or ``max_buckets`` of them.
+    """Finds the fewest shapes with at most ``max_padding``, but no more than ``max_buckets``.
 
-    A batch holds ``batch_size`` structures of its bucket's mean size, up to half as many more if
-    they are small. Buckets are ranges of cost; each further cut is where it saves most padding.
+    A batch holds ``batch_size`` structures of its bucket's mean size, and up to half as many more if
+    they are small. Buckets are ranges of cost; each further cut is placed where it saves the most
+    padding.
     """
     cost = sizes.cost
     levels = np.unique(np.quantile(cost, np.linspace(0, 1, CUTS + 2)[1:-1], method="higher"))
@@ -85,7 +87,10 @@ def plan_buckets(sizes: Sizes, batch_size: int, max_buckets: int, max_padding: f
 
 
 def _with_cuts(sizes: Sizes, batch_size: int, cuts: list[int], few: np.ndarray) -> Buckets:
-    """Buckets between these costs, a cut belonging to the upper one; padding on some structures."""
+    """Buckets separated at the costs ``cuts``, with the padding measured on the structures ``few``.
+
+    A cost equal to a cut belongs to the upper bucket.
+    """
     level = np.searchsorted(np.sort(cuts), sizes.cost, side="right")
     found = np.unique(level)
     assignment = np.searchsorted(found, level)
@@ -109,7 +114,7 @@ def _bucket_shape(sizes: Sizes, batch_size: int) -> BatchShape:
     def budget(name: str, values: np.ndarray) -> int:
         return max(1, int(np.ceil(ROOM[name] * values.mean() * n)), int(values.max()))
 
-    # As little room as holds everything where there is only one batch.
+    # If there is only one batch, it gets no more room than its structures need.
     most = {"n_atoms": sizes.atoms, "n_edges": sizes.edges, "n_bonds": sizes.bonds}
     room = {name: min(budget(name, v), max(1, int(v.sum()))) for name, v in most.items()}
     return BatchShape(
@@ -126,11 +131,11 @@ def pack_epoch(
     members: np.ndarray | None = None,
     group: int = 1,
 ) -> list[tuple[int, list[int]]]:
-    """(bucket, sample indices) of every batch of an epoch; shuffled when a generator is given.
+    """(bucket, sample indices) of every batch of an epoch, shuffled if ``rng`` is given.
 
     Args:
       members: samples to visit, all by default.
-      group: batches of one bucket come in runs of this many (one per device); the last run
+      group: batches of one bucket come in runs of this length (one per device); the last run
         of a bucket may end in empty batches.
     """
     members = np.arange(len(sizes.atoms)) if members is None else np.asarray(members)
@@ -150,7 +155,7 @@ def pack_epoch(
 
 
 def _pack(order: np.ndarray, sizes: Sizes, shape: BatchShape) -> list[list[int]]:
-    """First fit into a few open batches: each structure goes into the oldest with room for it."""
+    """First fit into a few open batches: each structure goes into the oldest one with room for it."""
     need = np.stack([np.ones_like(sizes.atoms), sizes.atoms, sizes.edges, sizes.bonds], 1)
     capacity = np.array([shape.n_graphs - 1, shape.n_atoms, shape.n_edges, shape.n_bonds])
     done: list[list[int]] = []
@@ -160,7 +165,7 @@ def _pack(order: np.ndarray, sizes: Sizes, shape: BatchShape) -> list[list[int]]
         fits = (room >= need[index]).all(1)
         k = int(fits.argmax()) if fits.any() else len(filling)
         if k == len(filling):
-            if k == OPEN:  # the fullest goes
+            if k == OPEN:  # close the fullest one
                 fullest = int(room[:, 2].argmin())
                 done.append(filling.pop(fullest))
                 room, k = np.delete(room, fullest, 0), k - 1

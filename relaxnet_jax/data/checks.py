@@ -1,4 +1,4 @@
-"""What `RelaxationTrajectory.validate` checks, one kind of fault at a time."""
+"""The checks of `RelaxationTrajectory.validate`, one function per kind of fault."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 # Energies within one relaxation differ by less than this, in eV/atom: cohesive energies are
 # below 10 and real relaxations drop by at most 1.5, so anything beyond is a parsing fault.
 MAX_ENERGY_SPAN = 20.0
-# Å; atoms of a structure that makes sense are never this close.
+# Å; atoms of a meaningful structure are never this close.
 MIN_DISTANCE = 1e-3
-# Å³; a cell below this has lattice vectors in one plane. Also of an area in Å² and a length in Å.
+# Å³; a smaller cell has coplanar lattice vectors. Also the bound of an area in Å² or a length in Å.
 MIN_VOLUME = 1e-6
 
 
@@ -25,7 +25,7 @@ def _fail(traj: RelaxationTrajectory, where: str, what: str, remedy: str) -> NoR
 
 
 def check_shapes(traj: RelaxationTrajectory) -> None:
-    """InputError unless every field has the shape that ``positions`` implies."""
+    """Raises InputError unless every field has the shape that ``positions`` implies."""
     shape = np.shape(traj.positions)
     if len(shape) != 3 or shape[2] != 3 or 0 in shape:
         _fail(traj, "positions", f"shape {shape}", "give (frames, atoms, 3), none of them 0")
@@ -50,7 +50,7 @@ def check_shapes(traj: RelaxationTrajectory) -> None:
 
 
 def check_numbers(traj: RelaxationTrajectory) -> None:
-    """InputError unless all numbers are finite and elements, energies and times possible."""
+    """Raises InputError unless numbers are finite, and elements, energies and times possible."""
     for name in ("positions", "cells", "energies", "forces", "stresses", "charges", "times"):
         value = getattr(traj, name)
         if value is None:
@@ -72,10 +72,10 @@ def check_numbers(traj: RelaxationTrajectory) -> None:
 
 
 def check_geometry(traj: RelaxationTrajectory) -> None:
-    """InputError if periodic lattice vectors are degenerate or two atoms at one point."""
+    """Raises InputError if periodic lattice vectors are degenerate or two atoms coincide."""
     periodic = np.asarray(traj.pbc, dtype=bool)
     if periodic.any():
-        # Along the other directions lattice vectors may be missing, as in ASE's slabs.
+        # Lattice vectors along non-periodic directions may be missing, as in ASE's slabs.
         given = periodic | traj.cells.any(axis=(0, 2))
         sizes = np.linalg.svd(traj.cells[:, given], compute_uv=False).prod(axis=1)
         if sizes.min() < MIN_VOLUME:
@@ -91,7 +91,7 @@ def check_geometry(traj: RelaxationTrajectory) -> None:
 
 
 def _completed(cells: np.ndarray) -> np.ndarray:
-    """Cells (n, 3, 3) with vectors of 1 Å across the others in place of those that are zero."""
+    """Cells (n, 3, 3) whose zero vectors are replaced by 1 Å vectors orthogonal to the others."""
     missing = ~cells.any(axis=(0, 2))
     if not missing.any():
         return cells
@@ -104,19 +104,21 @@ def _completed(cells: np.ndarray) -> np.ndarray:
 def _coincident(
     positions: np.ndarray, cells: np.ndarray, periodic: np.ndarray
 ) -> tuple[int, int, int] | None:
-    """(frame, i, j) of the first two atoms closer than MIN_DISTANCE, images included; of cells
-    with three vectors."""
+    """(frame, i, j) of the first two atoms closer than MIN_DISTANCE, or None.
+
+    Periodic images count. ``cells`` must have three independent lattice vectors.
+    """
     from scipy.spatial import KDTree
 
     n, n_atoms = positions.shape[:2]
     points, radius = positions, MIN_DISTANCE
     if periodic.any():
         inverses = np.linalg.inv(cells)
-        # Columns of the inverse are 1/height long, so this reaches at least as far.
+        # Columns of the inverse are 1/height long, so this radius reaches at least as far.
         radius = min(MIN_DISTANCE * np.linalg.norm(inverses, axis=1).max(), 0.49)
         points = positions @ inverses
         points = np.where(periodic, points % 1.0 % 1.0, points)
-    # One tree for all frames: they are one apart along a fourth axis (a box of 0 is none).
+    # One tree for all frames, which are 1 apart along a fourth axis (boxsize 0: not periodic).
     labels = np.repeat(np.arange(n, dtype=float), n_atoms)[:, None]
     tree = KDTree(np.hstack([labels, points.reshape(-1, 3)]), boxsize=[0.0, *periodic])
     pairs = tree.query_pairs(radius, p=np.inf, output_type="ndarray")

@@ -1,4 +1,4 @@
-"""The data set of a run: relaxations found, checked, split."""
+"""The data set of a run: finding, limiting and splitting its relaxations."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ class Dataset:
     """Relaxations and the split each belongs to.
 
     Attributes:
-      trajectories: all that are used. splits: indices by split name.
-      left_out: reason -> count.
+      trajectories: all relaxations that are used.
+      splits: indices into ``trajectories`` by split name.
+      left_out: number of relaxations left out, by reason.
     """
 
     trajectories: Relaxations
@@ -33,7 +34,7 @@ class Dataset:
 
     @property
     def name(self) -> str:
-        """For captions."""
+        """Name of the data set, for captions."""
         return self.trajectories.name
 
     def ids(self) -> dict[str, list[str]]:
@@ -45,13 +46,14 @@ class Dataset:
 def read_trajectories(
     path: str, config: Config, report: Callable[[str], None]
 ) -> tuple[Relaxations, dict[str, int]]:
-    """All relaxations of a store (or of the generated data) that the model can follow.
+    """Reads all relaxations of a store (or of the generated data) that the model can follow.
 
     Returns:
-      The relaxations, read from disk when indexed; and reason -> count of those left out.
+      The relaxations, read from disk when indexed, and the number of those left out by reason.
 
     Raises:
-      InputError: no such store, or relaxations with a changing cell that are not to be dropped.
+      InputError: there is no such store, or it has relaxations with a changing cell that may not be
+        dropped, or only such relaxations.
     """
     generated = path == "emt"
     file = default_dataset(config.data.n_emt, 0, report) if generated else path
@@ -59,7 +61,7 @@ def read_trajectories(
     if store.incomplete:
         report(f"{path}: not complete, {len(store)} relaxations so far: run what makes it again")
     name = "EMT alloys (generated, not DFT)" if generated else str(path)
-    if config.dynamics.cell == "variable":  # fixed cells are followed too
+    if config.dynamics.cell == "variable":  # such a model follows fixed cells too
         return Relaxations(store, np.arange(len(store)), name), {}
     changes = store.variable_cell()
     left_out = {"the cell changes": int(changes.sum())} if changes.any() else {}

@@ -1,4 +1,4 @@
-"""Files fetched over HTTP: whole and verified, or not there."""
+"""Downloads over HTTP: a file is either complete and verified, or absent."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ _RANGE = re.compile(r"bytes (?:(\d+)-\d+|\*)/(\d+|\*)")
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-    """How hard to try.
+    """How persistently to try.
 
     Attributes:
-      tries: requests for a file in all.
-      wait: seconds before the second one, doubled before each further one, times a random factor
-        from 0.5 to 1.5; a server that says how long to wait is heeded.
-      longest: seconds waited at most.
-      timeout: seconds without a byte after which a connection is given up.
-      sleep: waits for so many seconds.
-      uniform: a random number in [0, 1).
+      tries: most requests made for a file.
+      wait: seconds before the second request, doubled before each further one and multiplied by a
+        random factor from 0.5 to 1.5; a longer wait that the server asks for is respected.
+      longest: longest wait in seconds.
+      timeout: seconds without data after which a connection is given up.
+      sleep: function that waits for a number of seconds.
+      uniform: function that returns a random number in [0, 1).
     """
 
     tries: int = 6
@@ -49,10 +49,10 @@ class Policy:
 
 
 class Fetched(NamedTuple):
-    """What became of a file.
+    """Outcome of a download.
 
     Attributes:
-      size: in bytes.
+      size: size of the file in bytes.
       how: "already there", "fetched", or "fetched, resumed at byte N".
     """
 
@@ -61,7 +61,7 @@ class Fetched(NamedTuple):
 
 
 class _TransientError(Exception):
-    """Worth another try, after ``wait`` seconds if the server said so."""
+    """An error worth another try, after ``wait`` seconds if the server asked for that."""
 
     def __init__(self, reason: str, wait: float = 0.0) -> None:
         super().__init__(reason)
@@ -69,8 +69,12 @@ class _TransientError(Exception):
 
 
 class _Body(NamedTuple):
-    """``began``: byte the first of the bytes received belongs to. ``sure``: the server said how
-    many there are, and that many are there."""
+    """Outcome of one response.
+
+    Attributes:
+      began: offset in the file of the first byte received.
+      sure: whether the server stated the length of the file, and that many bytes are there.
+    """
 
     began: int
     sure: bool
@@ -84,21 +88,21 @@ def fetch(
     md5: str | None = None,
     policy: Policy | None = None,
 ) -> Fetched:
-    """Fetches a file, unless it is there and passes.
+    """Downloads a file, unless a valid copy is already there.
 
-    What arrives goes to a hidden ``.NAME.part`` beside the target, which it replaces once it has
-    passed. A connection that breaks is taken up where it broke, if the server can, also by a later
-    call.
+    Data are written to a hidden ``.NAME.part`` beside the target, which they replace once verified.
+    A broken connection is resumed where it broke if the server supports that, also by a later call.
 
     Args:
-      url: http or https.
+      url: http or https address.
       target: the file to write.
-      verify: called with a path, raises InputError (without naming it) if the content is wrong.
-      size: bytes it should have. md5: hexadecimal digest of what it should be; None: not known.
-      policy: how hard to try.
+      verify: called with a path; raises InputError (without naming the path) if the content is wrong.
+      size: expected size in bytes, None if unknown.
+      md5: expected MD5 sum in hexadecimal, None if unknown.
+      policy: how persistently to try.
 
     Raises:
-      InputError: it could not be had, or what came is not what it should be.
+      InputError: the file could not be downloaded, or its content is not as expected.
     """
     policy, target = policy or Policy(), Path(target)
     if not url.lower().startswith(("http://", "https://")):
@@ -123,7 +127,7 @@ def fetch(
                 part.unlink()
                 if body.sure and body.began == 0:
                     raise InputError(f"{url}: {wrong}") from None
-                # The pieces may be of two versions, or the end may be missing.
+                # The pieces may come from two versions of the file, or the end may be missing.
                 raise _TransientError(str(wrong)) from None
             length = part.stat().st_size
             part.replace(target)
@@ -147,7 +151,7 @@ def fetch(
 
 
 def verify_zip(path: Path) -> None:
-    """InputError unless it is a zip archive all of whose members can be unpacked."""
+    """Raises InputError unless the file is a zip archive whose members can all be unpacked."""
     try:
         with zipfile.ZipFile(path) as archive:
             bad = archive.testzip()
@@ -178,7 +182,7 @@ def _is_page(head: bytes) -> bool:
 
 
 def _stream(url: str, part: Path, size: int | None, timeout: float) -> _Body:
-    """Requests what is missing of ``part`` and appends it."""
+    """Requests what is missing from ``part`` and appends it."""
     have = part.stat().st_size if part.is_file() else 0
     if size is not None and have > size:
         have = 0
@@ -209,7 +213,7 @@ def _stream(url: str, part: Path, size: int | None, timeout: float) -> _Body:
 
 
 def _receive(url: str, response: Any, part: Path, have: int) -> _Body:
-    """Writes the body of a response, from byte ``have`` on if that is what it holds."""
+    """Writes the body of a response to ``part``, appending at byte ``have`` if it starts there."""
     if response.status in _RETRIED:
         raise _TransientError(f"HTTP {response.status} {response.reason}",
                          _seconds(response.headers.get("Retry-After")))  # fmt: skip
@@ -224,7 +228,7 @@ def _receive(url: str, response: Any, part: Path, have: int) -> _Body:
             raise _TransientError("the server sent another part than asked for")
         total = int(where[2]) if where[2].isdigit() else None if total is None else have + total
     else:
-        have = 0  # it cannot resume, and sends all of it
+        have = 0  # the server cannot resume and sends the whole file
     received = have
     with part.open("ab" if have else "wb") as out:
         while chunk := _read(response):
@@ -251,5 +255,5 @@ def _read(response: IO[bytes]) -> bytes:
 
 
 def _seconds(text: str | None) -> float:
-    """Of a Retry-After header; 0 where it is none or a date."""
+    """Seconds of a Retry-After header; 0 if it is missing or a date."""
     return float(text) if text and text.isdigit() else 0.0

@@ -14,16 +14,16 @@ from pathlib import Path
 
 from relaxnet_jax.errors import InputError
 
-# What a write says where there is no room, and no read; EFBIG is of a limit on the size of files.
+# Errors of a write (never of a read) when there is no room; EFBIG is a limit on file size.
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary path beside ``path`` that replaces it when the block ends without error.
+    """Yields a temporary path beside ``path`` that replaces it if the block ends without error.
 
     Raises:
-      InputError: the folder cannot be made or written to.
+      InputError: the folder cannot be created or written to.
     """
     target = Path(path)
     # The suffix stays last: some writers choose the format by it.
@@ -55,23 +55,24 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 
 
 def is_poscar(path: str | os.PathLike[str]) -> bool:
-    """Whether the name is one of VASP's for structures: POSCAR*, CONTCAR*, *.vasp, *.poscar."""
+    """Whether the name is one that VASP uses for structures: POSCAR*, CONTCAR*, *.vasp, *.poscar."""
     upper = Path(path).name.upper()
     return upper.startswith(("POSCAR", "CONTCAR")) or upper.endswith((".VASP", ".POSCAR"))
 
 
 @contextlib.contextmanager
 def held(folder: str | os.PathLike[str], work: str, option: str) -> Iterator[None]:
-    """Holds a folder, made if need be, so that no other process does the same work there meanwhile.
+    """Locks a folder, created if necessary, so that no other process does the same work there.
 
-    On file systems that know no locks nobody is held off. A folder in which nothing was left is
-    removed again.
+    On file systems without locks, other processes are not kept out. A folder left empty is removed
+    again.
 
     Args:
-      work: what is done there, for the error. option: that which names the folder.
+      work: the work done there, for the error message.
+      option: the command-line option that names the folder, for the error message.
 
     Raises:
-      InputError: another process holds it, or it cannot be written to.
+      InputError: another process holds the lock, or the folder cannot be written to.
     """
     path = Path(folder) / ".lock"
     try:
@@ -101,9 +102,9 @@ def held(folder: str | os.PathLike[str], work: str, option: str) -> Iterator[Non
 
 
 def remove_leftovers(path: str | os.PathLike[str]) -> None:
-    """Deletes what processes that were killed in `atomic_path` have left beside ``path``.
+    """Deletes what processes killed in `atomic_path` have left beside ``path``.
 
-    Only where no other process may be writing it.
+    Call it only if no other process may be writing ``path``.
     """
     target = Path(path)
     for file in target.parent.glob(f".{glob.escape(target.stem)}.*.tmp{target.suffix}"):
@@ -111,18 +112,20 @@ def remove_leftovers(path: str | os.PathLike[str]) -> None:
 
 
 def one_line(error: BaseException) -> str:
-    """The message of an exception of another library, on one line of at most 200 characters."""
+    """The message of another library's exception, on one line of at most 200 characters."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 200 else text[:197] + "..."
 
 
 def no_space(error: BaseException | None) -> bool:
-    """Whether an error, or what it came from, is that of a full disk: as the system says it, or
-    tensorstore, which checkpoints are written with."""
+    """Whether an error, or one of its causes, reports a full disk.
+
+    Recognises the errors of the operating system and of tensorstore, which writes checkpoints.
+    """
     while error is not None:
         if isinstance(error, OSError) and error.errno in NO_ROOM:
             return True
-        if isinstance(error, ValueError):  # of a device's memory it is a RuntimeError
+        if isinstance(error, ValueError):  # for device memory it is a RuntimeError
             words = ["RESOURCE_EXHAUSTED", *(f"os_error_code='{code}'" for code in NO_ROOM)]
             if any(word in str(error) for word in words):
                 return True
@@ -132,7 +135,7 @@ def no_space(error: BaseException | None) -> bool:
 
 @contextlib.contextmanager
 def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary folder that takes the place of ``path`` when the block ends without error.
+    """Yields a temporary folder that replaces ``path`` if the block ends without error.
 
     Raises:
       InputError: ``path`` is a file, or its parent cannot be written to.

@@ -1,4 +1,4 @@
-"""Which frames of a relaxation are trained on, and at which pseudotimes."""
+"""Selection of the frames of a relaxation to train on, and their pseudotimes."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from relaxnet_jax.errors import InputError
 
 
 class FrameSelection(NamedTuple):
-    """Frames of one relaxation.
+    """Frames selected from one relaxation.
 
     Attributes:
-      indices: (m,) int, ascending frames of the relaxation, the first 0 and the last its last.
-      slots: (m,) int, distinct ascending places they take in an array of ``n_frames``.
-      times: (m,) float64, their pseudotimes, from 0 to 1.
+      indices: (m,) int, ascending frame numbers, from 0 to the last frame of the relaxation.
+      slots: (m,) int, distinct ascending positions of the frames in an array of ``n_frames``.
+      times: (m,) float64, pseudotimes of the frames, from 0 to 1.
     """
 
     indices: np.ndarray
@@ -26,20 +26,20 @@ class FrameSelection(NamedTuple):
 def select_frames(
     n_available: int, n_frames: int, mode: Literal["equidistant", "all"] = "equidistant"
 ) -> FrameSelection:
-    """Chooses frames.
+    """Selects frames of a relaxation.
 
-    "equidistant" puts the frames nearest to k/(n_frames-1) of the way on that grid of
-    pseudotimes; of a shorter relaxation it takes every frame, in the nearest grid slots.
-    "all" takes every frame at its own pseudotime index/(n_available-1); of a relaxation
-    longer than ``n_frames``, equidistant ones.
+    "equidistant" takes the frames nearest to the pseudotimes k/(n_frames-1) and places them on this
+    grid; if the relaxation is shorter, it takes every frame, placed in the nearest grid slot.
+    "all" takes every frame at its own pseudotime index/(n_available-1), or equidistant ones if the
+    relaxation has more than ``n_frames``.
 
     Args:
-      n_available: frames of the relaxation, at least 2.
-      n_frames: most frames wanted, at least 2.
+      n_available: number of frames of the relaxation, at least 2.
+      n_frames: largest number of frames to select, at least 2.
       mode: see above.
 
     Raises:
-      InputError: fewer than 2 frames available or wanted, or another mode.
+      InputError: fewer than 2 frames are available or wanted, or the mode is unknown.
     """
     if n_frames < 2:
         raise InputError(f"frames: {n_frames} wanted: a trajectory needs 2 or more")

@@ -1,4 +1,4 @@
-"""Relaxations the package makes itself: fcc alloys under ASE's EMT potential (not DFT)."""
+"""Relaxations that the package generates itself: fcc alloys with ASE's EMT potential (not DFT)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from relaxnet_jax.runtime import cache_folder
 if TYPE_CHECKING:
     import ase
 
-# Part of the cache's file name: raise it whenever the same seed gives other relaxations.
+# Part of the cached file's name: increase it whenever the same seed gives different relaxations.
 GENERATOR_VERSION = 1
 ELEMENTS = ("Al", "Cu", "Ag", "Au", "Ni", "Pd", "Pt")
 KINDS = ("bulk", "vacancy", "surface")
@@ -34,18 +34,18 @@ def emt_relaxations(
 ) -> Iterator[RelaxationTrajectory]:
     """Relaxes rattled alloy cells with EMT and keeps every ionic step.
 
-    The kinds bulk, vacancy and surface take turns. Each relaxation depends on ``(seed,
-    index)`` only. Cells are fixed, the optimiser is LBFGS down to 0.02 eV/Å; an attempt that
-    is not there after 100 steps is replaced by the next one.
+    The kinds bulk, vacancy and surface alternate. Each relaxation depends only on ``(seed,
+    index)``. Cells are fixed, and the optimiser is LBFGS down to 0.02 eV/Å; an attempt that has
+    not converged after 100 steps is replaced by another one.
 
     Args:
       n: number of relaxations.
-      seed: of all random choices.
+      seed: seed of all random choices.
       progress: called with (relaxations done, attempts made so far) after each.
 
     Yields:
-      Trajectories of 4 to 16 atoms, ids ``emt-SEED-INDEX``, with the reduced formula as
-      group; surfaces carry fixed bottom layers and no stresses.
+      Trajectories of 4 to 16 atoms with ids ``emt-SEED-INDEX`` and the reduced formula as group;
+      surfaces have fixed bottom layers and no stresses.
 
     Raises:
       InputError: ``n`` is below 1.
@@ -71,15 +71,15 @@ def emt_relaxations(
 def default_dataset(
     n: int = 600, seed: int = 0, report: Callable[[str], None] | None = None
 ) -> Path:
-    """The store of ``emt_relaxations(n, seed)``, made on first use (about a minute).
+    """Returns the store of ``emt_relaxations(n, seed)``, generated on first use (about a minute).
 
-    It lies in the folder named by the environment variable RELAXNET_JAX_CACHE or else in the
-    user's cache folder. A damaged one is made again. Safe to call from several processes: the
-    last to finish replaces the file as a whole.
+    The store lies in the folder given by the environment variable RELAXNET_JAX_CACHE, or else in the
+    user's cache folder. A damaged one is generated again. The function may be called from several
+    processes: the last to finish replaces the file as a whole.
 
     Args:
       n, seed: see `emt_relaxations`.
-      report: called with a line when the data are made.
+      report: called with one line when the data are generated.
 
     Returns:
       Path of the store.
@@ -103,7 +103,7 @@ def default_dataset(
 
 
 def _lattice_constant(symbols: list[str]) -> float:
-    """Å: Vegard's law, the mean of the elements' fcc lattice constants."""
+    """Lattice constant in Å by Vegard's law: the mean of the elements' fcc lattice constants."""
     from ase.data import atomic_numbers, reference_states
 
     states: Any = reference_states
@@ -111,7 +111,7 @@ def _lattice_constant(symbols: list[str]) -> float:
 
 
 def _composition(n: int, rng: np.random.Generator) -> list[str]:
-    """(n,) symbols of one to three elements in random proportion and order."""
+    """(n,) symbols of one to three elements in random proportions and order."""
     n_elements = int(rng.choice([1, 2, 3], p=[0.15, 0.6, 0.25]))
     chosen = rng.choice(ELEMENTS, size=n_elements, replace=False)
     # Each chosen element occurs at least once.
@@ -148,7 +148,7 @@ def _structure(kind: str, rng: np.random.Generator) -> ase.Atoms:
 
 
 def _surface(rng: np.random.Generator) -> ase.Atoms:
-    """A slab of 3 or 4 layers in vacuum, the lower half fixed, the rest rattled."""
+    """A slab of 3 or 4 layers in vacuum; the top two are rattled, the others fixed."""
     from ase import build
     from ase.constraints import FixAtoms
 
@@ -176,7 +176,7 @@ def symmetric(voigt: np.ndarray) -> np.ndarray:
 
 
 def _relax(atoms: ase.Atoms, name: str, kind: str) -> RelaxationTrajectory | None:
-    """Every step of the relaxation, or None if it does not converge or does not move."""
+    """Relaxes a structure and keeps every step; None if it does not converge or does not move."""
     from ase.calculators.emt import EMT
     from ase.optimize import LBFGS
 
@@ -184,8 +184,8 @@ def _relax(atoms: ase.Atoms, name: str, kind: str) -> RelaxationTrajectory | Non
     positions, energies, forces, stresses = [], [], [], []
     options: dict[str, Any] = {"maxstep": 0.2, "logfile": None}
     for _ in LBFGS(atoms, **options).irun(fmax=FMAX, steps=MAX_STEPS):
-        # The optimiser has just had the forces of these positions; atoms.get_forces() and so
-        # on would compare all atoms with the calculator's first and cost a third of the time.
+        # The optimiser has just computed the forces at these positions; atoms.get_forces() etc.
+        # would first compare all atoms with the calculator's, at a third of the total time.
         results = atoms.calc.results
         positions.append(atoms.get_positions())
         energies.append(results["energy"])

@@ -1,4 +1,4 @@
-"""What the processes of an import do: a few files each."""
+"""The tasks of an import: reading a few files each, possibly in separate processes."""
 
 from __future__ import annotations
 
@@ -17,20 +17,23 @@ from relaxnet_jax.data.vasp.beside import Initial
 from relaxnet_jax.data.vasp.vasprun import Energy
 from relaxnet_jax.errors import InputError
 
-# A task reads up to this much, so that many small files do not each cost a file of their own,
-# and no more than a sixteenth of the files, so that few do not all end up on one process.
+# Upper limits of a task. Small files share a task, so that each does not cost a part file of its
+# own; a task takes at most a sixteenth of the files, so that few files are spread over processes.
 TASK_FILES = 32
 TASK_BYTES = 64 << 20
 MIN_TASKS = 16
 
 
 class ReadFile(NamedTuple):
-    """A file to read, as the process that reads it must know it.
+    """A file to read, described for the process that reads it.
 
     Attributes:
-      path: absolute. shown: as the user named it. id: of its relaxation.
-      beside: what else there is of its run, absolute.
-      stamps: (size in bytes, time of change in ns) of all of these, (-1, -1) where there is none.
+      path: absolute path.
+      shown: path as the user gave it.
+      id: id of its relaxation, if the file does not name it.
+      beside: absolute paths of its companion files (see `sources.Beside`).
+      stamps: (size in bytes, modification time in ns) of ``path`` and of each of ``beside``;
+        (-1, -1) for a missing one.
     """
 
     path: str
@@ -41,7 +44,7 @@ class ReadFile(NamedTuple):
 
 
 class ReadTask(NamedTuple):
-    """Files that one process reads, and the options: see `read_relaxations`."""
+    """Files that one process reads, and the options of `read_relaxations`."""
 
     files: tuple[ReadFile, ...]
     energy: Energy
@@ -49,7 +52,7 @@ class ReadTask(NamedTuple):
 
 
 def stamped(sources: Iterable[Source]) -> tuple[ReadFile, ...]:
-    """Sources with what tells whether they, or what lies beside them, have changed."""
+    """Sources with stamps that show whether they or their companion files have changed."""
     files = []
     for source in sources:
         path = source.path.absolute()
@@ -68,20 +71,24 @@ def _stamp(path: str | None) -> tuple[int, int]:
 
 
 def size_of(file: ReadFile) -> int:
-    """Bytes that reading the file reads."""
+    """Number of bytes to read for a file, including its companion files."""
     return sum(max(size, 0) for size, _ in file.stamps)
 
 
 def key(task: ReadTask) -> str:
-    """What the result of a task depends on."""
+    """A string of everything that the result of a task depends on."""
     from relaxnet_jax import __version__
 
     return json.dumps([__version__, *task])
 
 
 def read_files(task: ReadTask) -> Iterator[Item]:
-    """Reads the files in order: relaxations, those skipped, and a `Mark` for each remark
-    ("note") and for the end of each file ("end", with the reason if it cannot be read)."""
+    """Reads the files of a task in order.
+
+    Yields:
+      Relaxations, skipped ones, a `Mark` "note" for each remark, and a `Mark` "end" at the end of
+      each file, whose text is the reason if the file cannot be read.
+    """
     for file in task.files:
         notes: list[str] = []
         near = Beside(*(Path(path) if path else None for path in file.beside))
@@ -103,7 +110,7 @@ def read_files(task: ReadTask) -> Iterator[Item]:
 
 
 def _remarks(notes: list[str], file: ReadFile) -> Iterator[Mark]:
-    """The notes taken so far, with files called as the user does."""
+    """Yields and removes the notes taken so far, with files named as the user gave them."""
     name = Path(file.path).name
     folder, shown = (path.removesuffix(name) for path in (file.path, file.shown))
     while notes:
@@ -111,7 +118,7 @@ def _remarks(notes: list[str], file: ReadFile) -> Iterator[Mark]:
 
 
 def split_task(task: ReadTask) -> list[ReadTask]:
-    """Tasks of a few consecutive files each, the same whatever is to do them."""
+    """Splits a task into tasks of a few consecutive files each, whatever is going to run them."""
     most = min(TASK_FILES, -(-len(task.files) // MIN_TASKS))
     chunks: list[list[ReadFile]] = []
     filled = 0

@@ -1,4 +1,4 @@
-"""Files in, one store out: every relaxation is read, or named with the reason it was not."""
+"""Importing files into one store; every relaxation is read, or reported with the reason why not."""
 
 from __future__ import annotations
 
@@ -32,22 +32,22 @@ from relaxnet_jax.data.vasp.vasprun import Energy
 from relaxnet_jax.errors import InputError
 from relaxnet_jax.runtime import usable_cores
 
-# Below this another process takes longer to start than to read.
+# For fewer bytes, starting another process takes longer than reading.
 ALONE_BYTES = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True)
 class ImportReport:
-    """What an import did.
+    """Outcome of an import.
 
     Attributes:
       read: number of relaxations in the store.
-      skipped: (file, id, reason) of each relaxation left out; id is "" where the whole file
-        could not be read, or a folder not be searched.
+      skipped: (file, id, reason) of each relaxation left out; id is "" if the whole file could not
+        be read, or a folder could not be searched.
       frames: number of ionic steps in the store.
-      unfinished: number of relaxations in the store whose VASP run lacks its end (see
+      unfinished: number of relaxations in the store from VASP runs that did not finish (see
         `vasp.unfinished`).
-      at_nelm: number of those with electronically unconverged ionic steps (see
+      at_nelm: number of relaxations in the store with electronically unconverged ionic steps (see
         `vasp.electronic`).
     """
 
@@ -71,36 +71,36 @@ def import_files(
     shard_size: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> ImportReport:
-    """Imports files, folders and archives into one store, or a folder of them.
+    """Imports files, folders and archives into one store or a folder of shards.
 
-    A relaxation that is unsound, and a file that cannot be read, is left out, reported, and
-    the rest goes on. Whatever reads the files, and however often it was cut off and called
-    again, the result is the same to the byte. What was read before a cut is kept beside ``out``
-    in the folder ``.NAME.parts`` until the import is complete (not of a single file or archive, and
-    not of imports of up to 64 MB by one process).
+    Unsound relaxations and unreadable files are left out and reported; the import continues with
+    the rest. The result is the same to the byte whatever processes read the files, and however often
+    the import was interrupted and repeated. What was read before an interruption is kept beside
+    ``out`` in the folder ``.NAME.parts`` until the import is complete (except for a single file or
+    archive, and for imports of up to 64 MB by one process).
 
     Args:
-      paths: files of ionic steps and stores (see `read_relaxations`), and folders to search for them (see
-        `find_sources`).
+      paths: files of ionic steps and stores (see `read_relaxations`), and folders to search for them
+        (see `find_sources`).
       out: the store to write, ending in .h5; an existing one is replaced (the command refuses that
-        without --overwrite). Without suffix, or where it is a folder, a folder of shards (see
+        without --overwrite). A path without suffix, or a folder, becomes a folder of shards (see
         `write_shards`).
       report: called with one line for each file and each thing left out.
-      groups: group of a relaxation by id (see `read_groups`), instead of the file's own.
-      energy: which energy of a vasprun.xml, see `read_vasprun`.
+      groups: group of each relaxation by id (see `read_groups`), overriding the file's own.
+      energy: which energy to take from VASP's files, see `read_vasprun`.
       initial: what the first frame must agree with, see `read_relaxations`.
-      jobs: processes; None for as many as there are usable cores, if there is enough to read.
-      scheduler: address of a Dask scheduler whose workers read instead; they must reach the
-        files and the folder of ``out`` under the same paths as this process.
+      jobs: number of processes; None for one per usable core if there is enough to read.
+      scheduler: address of a Dask scheduler whose workers read the files instead; they must reach
+        the files and the folder of ``out`` under the same paths as this process.
       shard_size: relaxations per shard, 10,000 by default.
-      progress: called with (files done, all files) after each file.
+      progress: called with (files done, number of files) after each file.
 
     Returns:
-      Counts, and what was skipped.
+      The counts, and what was skipped.
 
     Raises:
       InputError: no relaxation could be read, or ``groups`` names none of them (nothing is left
-        behind); ``out`` cannot be written; or see `run_parts`.
+        behind in either case); ``out`` cannot be written; or see `run_parts`.
     """
 
     def say(line: str) -> None:
@@ -123,7 +123,7 @@ def import_files(
         say(f"{found.attempts} archives of custodian's failed attempts (error.N.tar.gz) in the folders "
             "are left out: name them to read them")  # fmt: skip
     read = [source.path.resolve() for source in found.sources]
-    # Shards in the folder of the output are replaced while others are still to be read.
+    # Shards in the output folder would be replaced while others are still to be read.
     replaced = [path.parent for path in read if sharded and path.suffix in SUFFIXES]
     if out.resolve() in (*read, *replaced):
         raise InputError(f"{out}: is also read: choose another output path")
@@ -173,7 +173,7 @@ def import_files(
 def _read_in_parts(
     tasks: list[ReadTask], folder: Path, jobs: int, scheduler: str | None
 ) -> Iterator[Item]:
-    """What `read_files` yields for the tasks together."""
+    """Yields what `read_files` yields for all tasks, in order."""
     results = run_parts(tasks, read_files, folder, key=key, jobs=jobs, scheduler=scheduler)
     with contextlib.closing(results):
         for task, result in zip(tasks, results):
@@ -182,18 +182,19 @@ def _read_in_parts(
             elif len(task.files) == 1:
                 yield Mark("end", result.error)
             else:
-                # One of the files is at fault; the others are not to go with it.
+                # One of the files is at fault; reading each alone saves the others.
                 alone = [task._replace(files=(file,)) for file in task.files]
                 inner = folder / f"task-{result.number:06d}"
                 yield from _read_in_parts(alone, inner, max(jobs, 2), scheduler)
 
 
 class _Merged:
-    """What came of the files, as their relaxations go by.
+    """Passes the relaxations of all files on, and counts them.
 
     Attributes:
-      skipped, frames, unfinished, at_nelm: see `ImportReport`. seen: ids. done: whether everything
-        has gone by.
+      skipped, frames, unfinished, at_nelm: see `ImportReport`.
+      seen: ids of the relaxations passed on.
+      done: whether all files have been processed.
     """
 
     def __init__(
@@ -211,10 +212,10 @@ class _Merged:
         self.done = False
 
     def relaxations(self, items: Iterable[Item]) -> Generator[RelaxationTrajectory, None, None]:
-        """Those to store, of all files; an id that occurs again is left out.
+        """Yields the relaxations to store, of all files; an id that occurs again is skipped.
 
         Raises:
-          InputError: there is none.
+          InputError: there are none.
         """
         left = iter(items)
         for count, source in enumerate(self.sources, 1):
@@ -281,14 +282,14 @@ class _Merged:
 
 
 def read_groups(path: str | os.PathLike[str]) -> dict[str, str]:
-    """Groups by id from a CSV file with the columns ``id`` and ``group``.
+    """Reads groups by id from a CSV file with the columns ``id`` and ``group``.
 
     Raises:
-      InputError: the file is missing, or lacks one of the columns, or a row an id or group; an id
-        comes with two groups.
+      InputError: the file is missing or unreadable, lacks one of the columns, has a row without id
+        or group, or assigns two groups to one id.
     """
     try:
-        # Excel writes a byte order mark, which would be part of the first column's name.
+        # Excel writes a byte order mark, which would become part of the first column's name.
         with open(path, newline="", encoding="utf-8-sig") as file:
             rows = csv.DictReader(file)
             missing = {"id", "group"} - set(rows.fieldnames or [])
