@@ -1,10 +1,10 @@
-"""JARVIS-DFT's raw VASP archives: from the index on figshare to a store.
+"""Download and import of JARVIS-DFT's raw VASP archives, from the index on figshare to a store.
 
-jarvis-tools names the index of raw files (``raw_files`` in `jarvis.db.figshare.get_db_info`): a
-zip with one JSON object, ``{category: [{"name": "JVASP-39.zip", "download_url": …, "size": …,
-"computed_md5": …}, …]}``, where entries that are no objects are passed over, as it does. The
+jarvis-tools gives the address of the index (``raw_files`` in `jarvis.db.figshare.get_db_info`). The
+index is a zip with one JSON object, ``{category: [{"name": "JVASP-39.zip", "download_url": …, "size":
+…, "computed_md5": …}, …]}``; entries that are not objects are ignored, as in jarvis-tools. The
 category "DFT-SCF" holds the geometry optimisations (POSCAR, INCAR, KPOINTS, OSZICAR, vasprun.xml);
-the others are band structures, optics, elastic constants and so on.
+the others hold band structures, optics, elastic constants and so on.
 """
 
 from __future__ import annotations
@@ -33,7 +33,15 @@ _MD5 = re.compile(r"[0-9a-fA-F]{32}")
 
 
 class Archive(NamedTuple):
-    """An entry of the index: material, file name, address, and size and MD5 sum if it has them."""
+    """An archive listed in the index.
+
+    Attributes:
+      id: material, e.g. "JVASP-39".
+      name: file name.
+      url: address.
+      size: size in bytes, None if the index does not state it.
+      md5: MD5 sum in hexadecimal, None if the index does not state it.
+    """
 
     id: str
     name: str
@@ -44,12 +52,14 @@ class Archive(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class JarvisReport:
-    """What `fetch_jarvis` did.
+    """Outcome of `fetch_jarvis`.
 
     Attributes:
-      came: archives that are there. failed, skipped: ids with the reason, by archive.
-      manifest: the file that says so of each.
-      imported: what became of the relaxations.
+      came: number of archives that are there.
+      failed: reason for each archive that could not be downloaded, by name.
+      skipped: reason for each archive that was not tried, by name (by id if not in the index).
+      manifest: path of the manifest, which records all of this by archive.
+      imported: outcome of the import.
     """
 
     came: int
@@ -60,12 +70,13 @@ class JarvisReport:
 
 
 class Manifest:
-    """JSON lines, one of each archive: ``name``, ``id``, ``status`` ("came", "failed" or
-    "skipped"), ``reason`` or ``how``, ``url``, ``bytes``, and ``not_read`` for relaxations that
-    could not be imported.
+    """A file of JSON lines, one for each archive.
 
-    Lines are appended as things happen, a later one overriding an earlier of the same name, and
-    `compact` leaves one of each. What an interruption left of a line is passed over.
+    Their fields are ``name``, ``id``, ``status`` ("came", "failed" or "skipped"), ``reason`` or
+    ``how``, ``url``, ``bytes``, and ``not_read`` for relaxations that could not be imported.
+
+    Lines are appended as things happen; a later line overrides an earlier one of the same name, and
+    `compact` leaves one per archive. A line truncated by an interruption is ignored.
     """
 
     def __init__(self, path: Path) -> None:
@@ -83,7 +94,7 @@ class Manifest:
                     continue
 
     def add(self, name: str, **fields: Any) -> None:
-        """Records what became of an archive.
+        """Records the status of an archive.
 
         Raises:
           InputError: the file cannot be written.
@@ -100,7 +111,7 @@ class Manifest:
         self._torn = False
 
     def compact(self) -> None:
-        """Rewrites the file with one line of each archive."""
+        """Rewrites the file with one line per archive."""
         with atomic_path(self.path) as temporary:
             temporary.write_text("".join(json.dumps(line) + "\n" for line in self.lines.values()))
 
@@ -120,25 +131,26 @@ def fetch_jarvis(
 ) -> JarvisReport:
     """Downloads raw archives of JARVIS-DFT and imports their relaxations into a store.
 
-    What is there and sound is not fetched again, so an interrupted call is taken up by the same
-    call. An archive that cannot be had never stops the rest.
+    Archives that are there and sound are not downloaded again, so repeating an interrupted call
+    resumes it. An archive that cannot be downloaded never stops the others.
 
     Args:
       out: the store to write, ending in .h5; an existing one is replaced (the command refuses that
         without --overwrite). The manifest ``NAME.manifest.jsonl`` is beside it.
-      ids: materials, "JVASP-39"; by default all.
-      limit: at most so many archives.
+      ids: materials such as "JVASP-39"; all by default.
+      limit: largest number of archives.
       downloads: folder for the archives, by default ``NAME-downloads`` beside the store.
-      index: a file or an address, by default figshare's; addresses in it may be relative to its
-        own.
-      category: of the index.
-      report: called with a line for each archive that fails, and by the import.
-      policy: how hard to try, see `Policy`.
+      index: file or address of the index, by default figshare's; addresses in it may be relative
+        to its own.
+      category: category of the index.
+      report: called with one line for each archive, and by the import.
+      policy: how persistently to try, see `Policy`.
       jobs, scheduler: what reads the archives, see `import_files`.
 
     Raises:
-      InputError: the index cannot be had or has no such category, no archive came, or none of
-        them holds a relaxation. The manifest is complete then, too.
+      InputError: the index cannot be obtained or has no such category, no archive could be
+        downloaded, or none of them holds a relaxation. In the latter two cases the manifest is
+        complete nevertheless.
     """
     say, out = report or (lambda _: None), Path(out)
     if limit is not None and limit < 1:
@@ -189,13 +201,13 @@ def fetch_jarvis(
 def read_index(
     source: str | None, folder: Path, policy: Policy | None = None
 ) -> tuple[dict[str, Any], str]:
-    """The index and its address ("" of a file). One from the net is kept in ``folder``.
+    """Returns the index and its address ("" for a file); a downloaded one is kept in ``folder``.
 
     Args:
-      source: a file or an address of JSON, also as zip or gzip; None for figshare's.
+      source: file or address of a JSON file, possibly in zip or gzip form; None for figshare's.
 
     Raises:
-      InputError: it cannot be had, or is no index.
+      InputError: it cannot be obtained, or is not an index.
     """
     if source is None:
         from jarvis.db.figshare import get_db_info
@@ -209,7 +221,7 @@ def read_index(
             return _parsed(path), ""
         except InputError as error:
             raise InputError(f"{path}: {error}") from None
-    # One file for each address: mirrors may hold different versions.
+    # One file per address, since mirrors may hold different versions.
     tag = hashlib.sha256(source.encode()).hexdigest()[:8]
     path = folder / f"index-{tag}.json"
     fetch(source, path, _verify_index, policy=policy)
@@ -221,7 +233,7 @@ def _verify_index(path: Path) -> None:
 
 
 def _parsed(path: Path) -> dict[str, Any]:
-    """The index in a file. Raises InputError, which does not name the file, if it is none."""
+    """The index in a file; raises InputError, which does not name the file, if it is not one."""
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as packed:
@@ -245,7 +257,10 @@ def select(
     limit: int | None = None,
     origin: str = "",
 ) -> tuple[list[Archive], dict[str, str]]:
-    """(archives to fetch, why others are not, by name) out of an index.
+    """Selects archives of an index.
+
+    Returns:
+      The archives to download, and by name the reason why others are skipped.
 
     Raises:
       InputError: there is no such category.
@@ -284,18 +299,18 @@ def select(
 
 
 def _material(name: str) -> str:
-    """ "JVASP-39" of "JVASP-39.zip" and "JVASP-39_Negative.zip"."""
+    """Material of an archive: "JVASP-39" for "JVASP-39.zip" and "JVASP-39_Negative.zip"."""
     return name.split(" ")[0].split("_")[0].removesuffix(".zip")
 
 
 def read_ids(text: str) -> list[str]:
-    """Ids from a file with one a line, or from text with commas between them.
+    """Reads ids from a file with one per line, or from comma-separated text.
 
     Raises:
-      InputError: there are none, or the file cannot be read.
+      InputError: there are no ids, or the file cannot be read.
     """
     given = text
-    # Not Path.is_file: a list of ids is too long for a file name.
+    # Not Path.is_file, which may raise if a list of ids is too long for a file name.
     if os.path.isfile(given):
         try:
             text = Path(given).read_text(encoding="utf-8-sig")

@@ -1,40 +1,42 @@
 """Relaxations from the JSON files of three collections: JARVIS's ALIGNN-FF set, MPtrj, Alexandria.
 
-ALIGNN-FF (jarvis-tools' ``alignn_ff_db``, and files laid out like it) is a list of records::
+ALIGNN-FF (jarvis-tools' ``alignn_ff_db``, and files of the same layout) is a list of records::
 
     {"jid": "JVASP-6664_main-5", "atoms": {"lattice_mat": …, "coords": …, "elements": …,
      "cartesian": false}, "total_energy": …, "forces": …, "stresses": …}
 
-What is before the last hyphen of ``jid`` names the relaxation, the number after it the ionic step
-(a field ``step`` or ``id`` says it instead if there; records that share a plain ``jid`` such as
-"JVASP-39" are in order). Records may come in any order. ``total_energy`` is in eV per atom in spite
-of its name (so JARVIS's list of data sets has it, and NIST's nfflr multiplies by the number of
-atoms); ``forces`` in eV/Å; ``stresses`` as in vasprun.xml, from which jarvis-tools reads it: 3×3,
-kB, pressure positive.
+The part of ``jid`` before the last hyphen names the relaxation, and the number after it is the ionic
+step. A field ``step`` or ``id``, if present, gives the step instead. Records may come in any order,
+except that those sharing a plain ``jid`` such as "JVASP-39" are taken as in order. ``total_energy`` is
+in eV per atom despite its name (JARVIS's list of data sets says so, and NIST's nfflr multiplies it by
+the number of atoms). ``forces`` are in eV/Å. ``stresses`` are as in vasprun.xml, from which
+jarvis-tools reads them: 3×3, kB, pressure positive.
 
-MPtrj is an object of materials, each an object of frames::
+MPtrj is an object of materials, each of which is an object of frames::
 
     {"mp-1234": {"mp-1234-0-3": {"structure": …, "uncorrected_total_energy": …, "force": …,
      "stress": …}}}
 
-A frame's name is task, calculation and ionic step; the frames of one calculation are a relaxation,
-named after both, as "mp-1234-0", after the material too where that is another task: "mp-1/mp-1234-0".
-The energy is the uncorrected one (eV), which the forces (eV/Å) belong to. ``stress`` is VASP's: 3×3,
-kB, pressure positive. CHGNet trains on -0.1 times it as GPa, tension positive, and
-matbench-discovery's conversion for ASE is the same times ASE's GPa: eV/Å³ = -0.1/160.21766208 kB.
+A frame's name consists of task, calculation and ionic step. The frames of one calculation form a
+relaxation, which is named after task and calculation, e.g. "mp-1234-0", and also after the material if
+its id differs from the task's, e.g. "mp-1/mp-1234-0". The energy is the uncorrected one (eV), with
+which the forces (eV/Å) are consistent. ``stress`` is VASP's: 3×3, kB, pressure positive. CHGNet trains
+on -0.1 times it, in GPa with tension positive, and matbench-discovery's conversion for ASE is the same
+times ASE's GPa: eV/Å³ = -0.1/160.21766208 kB.
 
-Both sets are chosen ionic steps: of a relaxation some are missing, maybe the first or last, and
-those there are in order.
+Both sets contain selected ionic steps: some steps of a relaxation are missing, possibly the first or
+the last; those present are in order.
 
-Alexandria's relaxation paths (``geo_opt_paths``) are an object of materials, each a list of runs::
+Alexandria's relaxation paths (``geo_opt_paths``) are an object of materials, each of which is a list of
+runs::
 
     {"agm001": [{"functional": "PBE", "steps": [{"structure": …, "energy": …, "forces": …,
      "stress": …}]}]}
 
-A run is a relaxation, named after material and place in the list, as "agm001-0". This is how public
-converters of these files read them, with energies in eV and forces in eV/Å; it has not been tried on a
-file of the collection. Stresses are left out: the converters take them for VASP's, which nothing documents. A
-component of a force may be null: such a run is left out.
+A run is a relaxation, named after the material and the run's position in the list, e.g. "agm001-0".
+Public converters read these files in this way, with energies in eV and forces in eV/Å; it has not been
+tried on a file of the collection. Stresses are left out: the converters assume VASP's convention, which
+is not documented. Force components may be null; such a run is left out.
 """
 
 from __future__ import annotations
@@ -65,7 +67,7 @@ Layout = Literal["alignn", "mptrj", "alexandria"]
 _Relaxations = Iterator[RelaxationTrajectory | SkippedRelaxation]
 # eV/atom; DFT total energies with pseudopotentials are within 20.
 _LARGEST_PER_ATOM = 60.0
-_LOOKED_AT = 10  # values, to tell the layout
+_LOOKED_AT = 10  # values inspected to recognise the layout
 _STEP = re.compile(r"(.+)[-_](\d+)")
 _MPTRJ_STEP = re.compile(r"(\w+-\d+-\d+)-(\d+)")
 _MATERIAL = re.compile(r"JVASP-\d+")
@@ -73,8 +75,18 @@ _UNLABELLED = re.compile(r": no (forces?|(total_|uncorrected_total_)?energy): ")
 
 
 class _Frame(NamedTuple):
-    """One ionic step: its number, (N,) elements, (N, 3) positions Å, (3, 3) cell Å, periodic
-    directions, energy eV, (N, 3) forces eV/Å, (6,) stress eV/Å³ in ASE's sign or None."""
+    """One ionic step.
+
+    Attributes:
+      step: number of the ionic step.
+      numbers: (N,) atomic numbers.
+      positions: (N, 3), Å.
+      cell: (3, 3), Å.
+      pbc: (3,) bool, periodic directions.
+      energy: eV.
+      forces: (N, 3), eV/Å.
+      stress: (6,), eV/Å³ in ASE's sign convention, or None.
+    """
 
     step: int
     numbers: np.ndarray
@@ -87,7 +99,7 @@ class _Frame(NamedTuple):
 
 
 def json_layout(path: Path) -> Layout | None:
-    """Which of the layouts a JSON file has, by its first values; None if none of them.
+    """Recognises the layout of a JSON file by its first values; None if it is none of the three.
 
     Raises:
       InputError: a compressed file is damaged.
@@ -114,18 +126,19 @@ def json_layout(path: Path) -> Layout | None:
 
 
 def read_json_set(shown: Path, path: Path, layout: Layout) -> _Relaxations:
-    """The relaxations of a JSON file, one in memory at a time.
+    """Yields the relaxations of a JSON file, with one in memory at a time.
 
     Args:
-      shown: the file, for messages. path: where it is, plain or compressed.
+      shown: the file, as named in messages.
+      path: where the file is, plain or compressed.
       layout: see `json_layout`.
 
     Yields:
-      A validated `RelaxationTrajectory` of at least two frames, or a `SkippedRelaxation`: one bad
-      record costs its relaxation. Damage ends the file.
+      A validated `RelaxationTrajectory` of at least two frames, or a `SkippedRelaxation`. One bad
+      record makes its relaxation be skipped; reading stops where the file is damaged.
 
     Raises:
-      InputError: nothing can be read, or no record has energy and forces.
+      InputError: nothing can be read, or no record has both energy and forces.
     """
     labelled = False
     read: dict[Layout, Callable[[Path, Path], _Relaxations]] = {
@@ -148,7 +161,7 @@ def read_json_set(shown: Path, path: Path, layout: Layout) -> _Relaxations:
 def _materials(
     relaxations_of: Callable[[Item, str], _Relaxations], shown: Path, path: Path
 ) -> _Relaxations:
-    """The relaxations of an object of materials."""
+    """Yields the relaxations of an object of materials."""
     n_read = 0
     seen: set[str] = set()
     with decompressed(path) as stream:
@@ -168,7 +181,7 @@ def _materials(
 
 
 def _of_mptrj(material: Item, source: str) -> _Relaxations:
-    """The relaxations of one material of MPtrj."""
+    """Yields the relaxations of one material of MPtrj."""
     runs: dict[str, list[tuple[int, str, Any]]] = {}
     for name, record in _mapping(material.value).items():
         match = _MPTRJ_STEP.fullmatch(name)
@@ -184,7 +197,7 @@ def _of_mptrj(material: Item, source: str) -> _Relaxations:
 
 
 def _of_alexandria(material: Item, source: str) -> _Relaxations:
-    """The relaxations of one material of Alexandria."""
+    """Yields the relaxations of one material of Alexandria."""
     parse = functools.partial(_pymatgen_frame, energy="energy", force="forces", stress=None)
     runs = material.value if isinstance(material.value, list) else []
     if not runs:
@@ -200,7 +213,10 @@ def _of_alexandria(material: Item, source: str) -> _Relaxations:
 
 
 def _alignn(shown: Path, path: Path) -> _Relaxations:
-    """Records are looked up first, since those of a relaxation need not be neighbours."""
+    """Yields the relaxations of a list of records.
+
+    All records are located first, since those of one relaxation need not be adjacent.
+    """
     runs: dict[str, list[tuple[int, str, int, int]]] = {}
     damage, last, n_read = "", "", 0
     with plain_copy(path) as plain, plain.open("rb") as file:
@@ -217,24 +233,24 @@ def _alignn(shown: Path, path: Path) -> _Relaxations:
         except JsonDamageError as error:
             damage = f"file damaged after {n_read} records ({error}): fetch it again"
         for name, places in runs.items():
-            # More of this one may have been in the part that is lost.
+            # The part that is lost may have held more of this relaxation.
             if damage and name == last:
                 yield SkippedRelaxation(name, damage)
                 continue
             records = []
             for step, label, start, length in places:
                 file.seek(start)
-                # Bytes that are no text were let pass by the search for the records too.
+                # Bytes that are not text were also accepted when the records were located.
                 text = file.read(length).decode("utf-8", "replace")
                 records.append((step, label, json.loads(text)))
             yield _relaxation(name, records, _alignn_frame, shown.name)
 
 
 def _record_id(record: Any) -> tuple[str, int | None, str]:
-    """(relaxation, ionic step or None, name of the record).
+    """(relaxation, ionic step or None, label of the record).
 
     Raises:
-      InputError: it has none.
+      InputError: the record names no relaxation.
     """
     record = _mapping(record)
     jid = record.get("jid")
@@ -260,7 +276,7 @@ def _relaxation(
     parse: Callable[[int, Mapping[str, Any]], _Frame],
     source: str,
 ) -> RelaxationTrajectory | SkippedRelaxation:
-    """The relaxation made of (step, name, record); skipped if one of them is unsound."""
+    """Builds a relaxation from (step, label, record) tuples; skips it if one of them is unsound."""
     frames: list[_Frame] = []
     for step, label, record in sorted(records, key=lambda entry: entry[0]):
         try:
@@ -334,7 +350,7 @@ def _pymatgen_frame(
     force: str = "force",
     stress: str | None = "stress",
 ) -> _Frame:
-    """A frame whose structure is one of pymatgen's; the labels are in the fields named."""
+    """A frame with a pymatgen structure; the other arguments name the fields of its labels."""
     structure = _mapping(record["structure"])
     lattice, sites = structure["lattice"], structure["sites"]
     if any(len(site["species"]) != 1 or site["species"][0]["occu"] != 1 for site in sites):
@@ -381,14 +397,14 @@ def _array(field: str, value: Any, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _per_atom(field: str, value: Any, n_atoms: int) -> np.ndarray:
-    """(N, 3); jarvis-tools gives a lone atom's vector without the first axis."""
+    """(N, 3) array; jarvis-tools omits the first axis if there is only one atom."""
     if n_atoms == 1 and isinstance(value, list) and len(value) == 3:
         value = [value]
     return _array(field, value, (n_atoms, 3))
 
 
 def _stress(field: str, value: Any) -> np.ndarray | None:
-    """(6,) eV/Å³, Voigt order, tension positive, from (3, 3) kB with pressure positive."""
+    """(6,) stress, eV/Å³, Voigt order, tension positive, from (3, 3) in kB with pressure positive."""
     if value is None or value == "na" or value == []:
         return None
     return stress_of(_array(field, value, (3, 3)))

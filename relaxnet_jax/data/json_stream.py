@@ -1,7 +1,7 @@
-"""The values of a JSON file's outermost list or object, one in memory at a time.
+"""The values of a JSON file's outermost list or object, with one in memory at a time.
 
-The C decoder of the standard library parses each value whole, so it is fast, takes the NaN that
-Python writes, and says where each value lies, so that a file can be read in another order.
+The standard library's C decoder parses each value as a whole, which is fast and accepts the NaN that
+Python writes. The position of each value is reported, so that a file can be read in another order.
 """
 
 from __future__ import annotations
@@ -14,21 +14,22 @@ from typing import IO, Any, NamedTuple
 _CHUNK = 1 << 20
 _LARGEST = 1 << 29  # bytes of one value; far beyond any material's frames
 _SPACE = re.compile(r"[ \t\n\r]*")
-# A complaint this close to the end of what has been read may be about a token cut in two.
+# An error this close to the end of the buffer may be due to a token cut in two.
 _LONGEST_TOKEN = 32
 
 
 class JsonDamageError(ValueError):
-    """The file is no JSON from some byte on; the message says which, and why."""
+    """The file is not JSON from some byte on; the message states the byte and the reason."""
 
 
 class Item(NamedTuple):
     """A value of the outermost list or object.
 
     Attributes:
-      key: its name in an object, "" in a list.
-      value: as Python objects.
-      start: byte where its text begins. length: bytes of its text.
+      key: name of the value in an object, "" in a list.
+      value: the value as Python objects.
+      start: offset of its text in bytes.
+      length: length of its text in bytes.
     """
 
     key: str
@@ -38,8 +39,11 @@ class Item(NamedTuple):
 
 
 class _Text:
-    """Text of a stream from ``start`` on. One character is one byte (Latin-1): JSON's own
-    characters are ASCII and never part of a UTF-8 sequence."""
+    """Buffered text of a stream; ``start`` is the offset of the buffer in the stream.
+
+    One character is one byte (Latin-1). This is safe, as JSON's own characters are ASCII and never
+    part of a UTF-8 sequence.
+    """
 
     def __init__(self, stream: IO[bytes]) -> None:
         self._stream, self._decoder = stream, json.JSONDecoder()
@@ -52,7 +56,7 @@ class _Text:
         return self.start + self.at
 
     def _more(self) -> bool:
-        """Reads on, twice as much each time no value ends; False at the end of the file."""
+        """Reads on, doubling the buffer while no value ends; False at the end of the file."""
         rest = self.text[self.at :]
         if len(rest) > _LARGEST:
             raise JsonDamageError(f"byte {self.byte}: a value of more than {_LARGEST >> 20} MB")
@@ -62,7 +66,7 @@ class _Text:
         return bool(chunk)
 
     def next(self) -> str:
-        """The next character that is no space, "" at the end."""
+        """Moves to the next character that is not a space and returns it; "" at the end."""
         while True:
             self.at = _SPACE.match(self.text, self.at).end()  # type: ignore[union-attr]
             if self.at < len(self.text):
@@ -71,7 +75,7 @@ class _Text:
                 return ""
 
     def expect(self, characters: str) -> str:
-        """Passes over one of the characters and returns it."""
+        """Consumes the next character, which must be one of those given, and returns it."""
         found = self.next()
         if not found or found not in characters:
             what = f"{found!r} where {' or '.join(characters)} should be" if found else "cut off"
@@ -80,7 +84,7 @@ class _Text:
         return found
 
     def value(self) -> tuple[Any, int, int]:
-        """(value, byte it begins at, length in bytes)."""
+        """Parses the next value: (value, offset in bytes, length in bytes)."""
         self.next()
         while True:
             try:
@@ -92,7 +96,7 @@ class _Text:
                 raise JsonDamageError(f"byte {self.start + error.pos}: {error.msg}") from None
             except (ValueError, RecursionError) as error:
                 raise JsonDamageError(f"byte {self.byte}: {error}") from None
-            # A number near the end of what has been read may go on: "-1." is taken for -1.
+            # A number near the end of the buffer may continue: "-1." is taken for -1.
             near = end > len(self.text) - _LONGEST_TOKEN and self.text[end - 1] not in '"]}'
             if near and self._more():
                 continue
@@ -102,12 +106,13 @@ class _Text:
 
 
 def items(stream: IO[bytes]) -> Iterator[Item]:
-    """The values of the outermost list or object, in order.
+    """Yields the values of the outermost list or object, in order.
 
-    Strings that are not ASCII come as Latin-1; keys come right.
+    Keys are decoded as UTF-8, but strings inside values as Latin-1.
 
     Raises:
-      JsonDamageError: the outermost value is neither, or the file is damaged; values before are given.
+      JsonDamageError: the outermost value is neither a list nor an object, or the file is damaged;
+        values before the damage are yielded first.
     """
     text = _Text(stream)
     close = {"[": "]", "{": "}"}[text.expect("[{")]

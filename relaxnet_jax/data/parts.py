@@ -1,6 +1,6 @@
-"""Many tasks that make relaxations, on several processes or a cluster, one file kept for each.
+"""Runs many tasks that yield relaxations, in several processes or on a cluster, with a file for each.
 
-A run that was cut off goes on where it stopped: a task whose file is there is not done again.
+An interrupted run resumes where it stopped: a task whose file is there is not repeated.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from relaxnet_jax.errors import InputError
 
 
 class Mark(NamedTuple):
-    """A line that a task puts between its relaxations, e.g. where a file of several ends."""
+    """A message that a task yields between its relaxations, e.g. at the end of one of several files."""
 
     kind: str
     text: str
@@ -36,14 +36,14 @@ Work = Callable[[Any], Iterator[Any]]
 
 
 class PartResult(NamedTuple):
-    """What a task left.
+    """Result of a task.
 
     Attributes:
-      number: of the task, from 0.
-      path: the store of its relaxations, or None where it has none.
-      log: for each thing the task yielded, in order: None for a relaxation, [id, reason] for a
-        skipped one, {kind: text} for a `Mark`.
-      error: "" or, on one line, what ended the task: an `InputError` of its own (the relaxations
+      number: index of the task, from 0.
+      path: the store of its relaxations, or None if there are none.
+      log: an entry for each item the task yielded, in order: None for a relaxation, [id, reason] for
+        a skipped one, {kind: text} for a `Mark`.
+      error: "" or, on one line, what ended the task: an `InputError` that it raised (the relaxations
         before it are kept), or anything unexpected (nothing is kept).
     """
 
@@ -58,7 +58,7 @@ class PartResult(NamedTuple):
         return [SkippedRelaxation(*entry) for entry in self.log if isinstance(entry, list)]
 
     def items(self) -> Iterator[Item]:
-        """What the task yielded, in order, one relaxation in memory at a time."""
+        """Yields what the task yielded, in order, with one relaxation in memory at a time."""
         with contextlib.ExitStack() as stack:
             store = stack.enter_context(TrajectoryStore(self.path)) if self.path else None
             read = itertools.count()
@@ -81,24 +81,24 @@ def run_parts(
     scheduler: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Generator[PartResult, None, None]:
-    """Does the tasks and yields what each left, in their order, whatever is done first.
+    """Runs the tasks and yields their results in order, whichever finishes first.
 
     Args:
-      tasks: picklable.
-      work: a function of a module (not a lambda) that yields the relaxations of a task, the
-        `SkippedRelaxation` it leaves out, and `Mark`; the same ones whenever it is called.
-      folder: takes one file per task, an .h5 store, or .json of a task without relaxation;
-        every other ``part-*`` in it is deleted. On a cluster all workers must reach it under
-        the same path, as they must all files that ``work`` reads.
-      key: what the result depends on; a file is used again where this is what it was.
-      jobs: processes on this machine; with 1 the work is done in this one.
+      tasks: picklable descriptions of the tasks.
+      work: a module-level function (not a lambda) that yields a task's relaxations, a
+        `SkippedRelaxation` for each one left out, and `Mark`; the same items whenever it is called.
+      folder: folder for one file per task, an .h5 store, or .json for a task without relaxations;
+        every other ``part-*`` in it is deleted. On a cluster all workers must reach the folder, and
+        all files that ``work`` reads, under the same paths.
+      key: gives all that a task's result depends on as a string; a file is reused if its key matches.
+      jobs: number of processes on this machine; with 1 the work is done in this process.
       scheduler: address of a Dask scheduler whose workers do the work instead.
-      progress: called with (tasks done, all tasks) after each.
+      progress: called with (tasks done, number of tasks) after each task.
 
     Raises:
-      InputError: the folder cannot be written, ``distributed`` is not installed, or the
-        scheduler does not answer. What fails inside a task, even if it takes its process with
-        it, is that task's `PartResult.error`.
+      InputError: the folder cannot be written, ``distributed`` is not installed, or the scheduler
+        does not answer. A failure inside a task, even one that kills its process, is reported as
+        that task's `PartResult.error`.
     """
     folder = Path(folder).absolute()
     parts = [_Part.of(folder, index, key(task)) for index, task in enumerate(tasks)]
@@ -119,7 +119,7 @@ def run_parts(
 
 
 class _Part(NamedTuple):
-    """The files of a task: ``store`` or ``bare`` when it is done, ``started`` while it runs."""
+    """The files of a task: ``store`` or ``bare`` (log only) once done, ``started`` while it runs."""
 
     store: Path
     bare: Path
@@ -135,7 +135,7 @@ class _Part(NamedTuple):
 
 
 def _clean(folder: Path, wanted: set[str]) -> None:
-    """Makes the folder; deletes what earlier runs left that is no part of this one."""
+    """Creates the folder and deletes parts of earlier runs that do not belong to this one."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for file in [*folder.glob("part-*"), *folder.glob(".part-*")]:
@@ -148,7 +148,7 @@ def _clean(folder: Path, wanted: set[str]) -> None:
 
 
 def _do(part: _Part, work: Work, task: Any) -> str:
-    """Does one task, unless it is done; returns what went wrong."""
+    """Runs one task unless it is done already; returns the error, or ""."""
     if not part.store.parent.is_dir():
         return f"{part.store.parent}: not there: let all workers reach this folder"
     try:
@@ -163,7 +163,7 @@ def _do(part: _Part, work: Work, task: Any) -> str:
 
 
 def _write(part: _Part, work: Work, task: Any) -> None:
-    """The relaxations of a task as a store with its log; only the log where there is none."""
+    """Writes a task's relaxations and log to a store; only the log if there are no relaxations."""
     log: list[LogEntry] = []
     errors: list[str] = []
 
@@ -184,7 +184,7 @@ def _write(part: _Part, work: Work, task: Any) -> None:
     made = relaxations()
     first = next(made, None)
     if first is not None:
-        # Whether two tasks, or files of a task, share an id is for the reader of the parts.
+        # Ids shared by two tasks, or two files of a task, are handled by the reader of the parts.
         write_store(part.store, itertools.chain([first], made), metadata=facts, unique=False)
         return
     with atomic_path(part.bare) as temporary:
@@ -192,7 +192,7 @@ def _write(part: _Part, work: Work, task: Any) -> None:
 
 
 def _read_log(part: _Part, verify: bool = False) -> dict[str, Any] | None:
-    """Log and error of a finished part; None if there is none, or it is damaged."""
+    """Log and error of a finished part; None if it is missing, damaged or of another key."""
     try:
         if part.store.exists():
             with TrajectoryStore(part.store) as store:

@@ -18,8 +18,11 @@ from relaxnet_jax.typing import Graph
 def collate_samples(
     samples: Sequence[Sample], shape: BatchShape, config: Config, dtype=np.float32
 ) -> tuple[Graph, Targets]:
-    """A padded batch and its targets, of structures about the coordinate origin, as in prediction: far
-    from it ``dtype`` would round distances."""
+    """Collates samples into a padded batch and its targets.
+
+    Structures are centred at the coordinate origin, as in prediction: far from it, ``dtype`` would
+    round distances.
+    """
     n, N, G = frame_slots(config), shape.n_atoms, shape.n_graphs
     positions, forces = np.zeros((n, N, 3), dtype), np.zeros((n, N, 3), dtype)
     energies, times = np.zeros((n, G), dtype), np.zeros((n, G), dtype)
@@ -59,7 +62,7 @@ def epoch_iterator(
     config: Config,
     threads: int = 1,
 ) -> Iterator[tuple[int, list[int], tuple[Graph, Targets]]]:
-    """Yields (bucket, sample indices, batch) in the plan's order, collated ahead in threads."""
+    """Yields (bucket, sample indices, batch) in the order of the plan, collated ahead in threads."""
 
     def load(entry):
         bucket, indices = entry

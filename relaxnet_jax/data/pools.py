@@ -1,4 +1,4 @@
-"""Calls spread over this process, several on this machine, or the workers of a Dask cluster."""
+"""Runs calls in this process, in several on this machine, or on the workers of a Dask cluster."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CONNECT_SECONDS = 20
 
 
 class Done(NamedTuple):
-    """Call ``number`` has returned ``error``, or ended its process."""
+    """Outcome of call ``number``: the ``error`` it returned, or that it killed its process."""
 
     number: int
     error: str
@@ -26,13 +26,13 @@ class Done(NamedTuple):
 def run_everywhere(
     calls: Sequence[Call], started: Sequence[Path], jobs: int = 1, scheduler: str | None = None
 ) -> Generator[Done, None, None]:
-    """Makes the calls and yields each when it is done, in any order.
+    """Runs the calls and yields the outcome of each as it finishes, in any order.
 
     Args:
       calls: functions and their arguments; each returns "" or an error.
-      started: for each call a file that exists while it runs: tells which calls were running
-        when a process died.
-      jobs: processes on this machine; with 1 the calls are made in this one.
+      started: for each call, a file that exists while it runs, which shows the calls that were
+        running when a process died.
+      jobs: number of processes on this machine; with 1 the calls run in this process.
       scheduler: address of a Dask scheduler to use instead.
 
     Raises:
@@ -56,8 +56,11 @@ def _call(index: int, function: Callable[..., str], arguments: tuple) -> Done:
 def _processes(
     calls: Sequence[Call], started: Sequence[Path], jobs: int
 ) -> Generator[Done, None, None]:
-    """On this machine. A process that dies takes joblib's pool with it: the calls that were
-    running are then made one by one, so that the one at fault is found, and the rest goes on."""
+    """Runs the calls in several processes on this machine.
+
+    A process that dies takes joblib's pool with it. The calls that were running are then repeated
+    one by one to find the one at fault, and the rest continues.
+    """
     pending = dict(enumerate(calls))
     while pending:
         try:
@@ -86,8 +89,10 @@ def _pool(calls: dict[int, Call], jobs: int) -> Generator[Done, None, None]:
 
 
 def _cluster(calls: Sequence[Call], scheduler: str) -> Generator[Done, None, None]:
-    """On a Dask cluster, which itself moves the calls of a lost worker to others, up to its
-    limit of losses per call."""
+    """Runs the calls on a Dask cluster.
+
+    Dask itself moves the calls of a lost worker to others, up to its limit of losses per call.
+    """
     try:
         from distributed import Client, as_completed
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""Which crystals are one structure type filled with different elements."""
+"""Prototypes: the structure types that crystals of different elements may share."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import numpy as np
 
 from relaxnet_jax.data.trajectory import RelaxationTrajectory
 
-SYMPREC = 0.1  # Å; relaxed structures keep rests of the noise they started with
+SYMPREC = 0.1  # Å; relaxed structures retain some of the noise they started with
 
 
 def prototype(t: RelaxationTrajectory) -> str:
-    """Anonymous formula and space group of the final structure, e.g. "A-B2 136" of rutile.
+    """Anonymous formula and space group of the final structure, e.g. "A-B2 136" for rutile.
 
-    The space group is spglib's within 0.1 Å, also of slabs (their vacuum is part of the cell).
-    Without three periodic directions, and where spglib finds none, it is left out.
+    The space group is found by spglib within 0.1 Å, also for slabs (their vacuum is part of the
+    cell). It is left out without three periodic directions, or if spglib finds none.
     """
     import spglib
 
@@ -28,6 +28,6 @@ def prototype(t: RelaxationTrajectory) -> str:
     fractional = t.positions[-1] @ np.linalg.inv(cell)
     crystal = (cell.tolist(), fractional.tolist(), t.atomic_numbers.tolist())
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of how version 2 says "none"
+        warnings.simplefilter("ignore", DeprecationWarning)  # about how version 2 reports "none"
         found = spglib.get_symmetry_dataset(crystal, symprec=SYMPREC)
     return formula if found is None else f"{formula} {found.number}"

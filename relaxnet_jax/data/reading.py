@@ -1,4 +1,4 @@
-"""Relaxations from one file, whatever it is."""
+"""Reading the relaxations of one file of any supported kind."""
 
 from __future__ import annotations
 
@@ -40,32 +40,37 @@ def read_relaxations(
 ) -> Iterator[RelaxationTrajectory | SkippedRelaxation]:
     """Reads the relaxations of a file, in order.
 
-    A vasprun.xml or OUTCAR is one relaxation. Under the same name beside it (in its folder or
-    archive), the OUTCAR of a vasprun.xml gives ``charges`` (net charges of the PAW spheres, see
-    `outcar.Outcar`), and the POSCAR or CONTCAR of an OUTCAR its fixed atoms; where these
-    are damaged the run is read without them. Of other files, consecutive frames that share
-    ``traj_id`` in their ``info`` are one relaxation, and their ``frame`` (if there) must ascend;
-    without ``traj_id`` the whole file is one. What this package predicted is left out; what was
-    computed from a prediction on, in all frames of which is that one's ``info``, is named by the file
-    and ``traj_id``. A frame that cannot be parsed costs the relaxation its ``traj_id`` names, or
-    those on both sides where it names none. JSON files of the ALIGNN-FF
-    set, MPtrj and Alexandria are recognised by content (see `json_sets`). Of an archive every file of
-    relaxations is read. The relaxations of a store (`write_store`) come as they are.
-    Forces are raw, ``FixAtoms`` and selective dynamics become ``fixed_mask``, positions are
+    A vasprun.xml or OUTCAR is one relaxation. Companion files of the same name beside it (in its
+    folder or archive) complete it: the OUTCAR beside a vasprun.xml gives ``charges`` (net charges of
+    the PAW spheres, see `outcar.Outcar`), the POSCAR or CONTCAR beside an OUTCAR the fixed atoms. If
+    these are damaged, the run is read without them.
+
+    In other files, consecutive frames with the same ``traj_id`` in their ``info`` form one
+    relaxation, and their ``frame`` (if present) must ascend; without ``traj_id`` the whole file is
+    one. If a frame cannot be parsed, the relaxation that its ``traj_id`` names is skipped, or, if it
+    names none, those before and after it. Predictions of this package are left out. A relaxation
+    that was computed starting from a prediction has the prediction's ``info`` in all its frames; it
+    is named after the file and the ``traj_id``.
+
+    JSON files of the ALIGNN-FF set, MPtrj and Alexandria are recognised by content (see
+    `json_sets`). In an archive, every relaxation file is read. The relaxations of a store
+    (`write_store`) are passed on as they are.
+
+    Forces are raw, ``FixAtoms`` and selective dynamics become ``fixed_mask``, and positions are
     unwrapped.
 
     Args:
-      path: vasprun.xml, OUTCAR, any file ASE reads as consecutive frames with energies and
-        forces (extxyz, traj, db, ...), a store, plain or as .gz, .xz, .bz2, or a zip or tar
-        archive.
-      name: id of a relaxation the file does not name; by default the file's name without
-        suffixes, and for VASP's own file names that of the folder.
-      energy: which energy of a vasprun.xml or OUTCAR, see `vasprun.read_vasprun`; ASE's
-        readers give force-consistent (free) ones where they can.
-      initial: "cif": the first frame of a vasprun.xml or OUTCAR must be the crystal of the CIF
+      path: a vasprun.xml, OUTCAR, any file that ASE reads as consecutive frames with energies and
+        forces (extxyz, traj, db, ...), or a store, plain or compressed (.gz, .xz, .bz2); or a zip or
+        tar archive.
+      name: id of a relaxation that the file does not name; by default the file's name without
+        suffixes, or the folder's name for VASP's own file names.
+      energy: which energy to take from a vasprun.xml or OUTCAR, see `vasprun.read_vasprun`; ASE's
+        readers give force-consistent (free) energies where they can.
+      initial: "cif" if the first frame of a vasprun.xml or OUTCAR must be the crystal of the CIF
         beside it (see `beside.difference`). Other files are not compared.
       note: called with one line, which names the file, for each thing left out or assumed.
-      near: what lies beside the file; by default its folder is looked through.
+      near: the companion files; by default the file's folder is searched for them.
 
     Yields:
       A validated `RelaxationTrajectory` of at least two frames, or a `SkippedRelaxation`.
@@ -86,7 +91,7 @@ def read_relaxations(
         return
     for member in archive_members(path):
         own = relaxation_id(member.name)
-        # VASP's own file names at the top of an archive name nothing.
+        # At the top of an archive, VASP's own file names do not identify a run.
         label = name if own == plain_name(member.name) else f"{name}/{own}"
         if member.path is None:
             yield SkippedRelaxation(label, member.error)
@@ -100,7 +105,7 @@ def read_relaxations(
 def _read_file(
     shown: Path, path: Path, name: str, near: Beside, options: VaspOptions
 ) -> Iterator[RelaxationTrajectory | SkippedRelaxation]:
-    """The relaxations of a file at ``path`` that is called ``shown`` in messages."""
+    """Yields the relaxations of the file at ``path``, which is called ``shown`` in messages."""
     if is_vasprun(path) or is_outcar(path):
         yield read_run(shown, path, name, near, options)
         return
@@ -118,7 +123,7 @@ def _read_file(
 
 
 def _read_store(shown: Path, path: Path) -> Iterator[RelaxationTrajectory | SkippedRelaxation]:
-    """The relaxations of a store of this package."""
+    """Yields the relaxations of a store of this package."""
 
     def reason(error: InputError) -> str:
         text = str(error).removeprefix(f"{path}: ")
@@ -133,7 +138,7 @@ def _read_store(shown: Path, path: Path) -> Iterator[RelaxationTrajectory | Skip
         for i, name in enumerate(names):
             try:
                 found = sound_and_unwrapped(store[i])
-            except InputError as error:  # a damaged part costs the relaxations in it
+            except InputError as error:  # only relaxations in a damaged part are lost
                 yield SkippedRelaxation(name, reason(error))
                 continue
             if found.n_frames > 1:

@@ -1,4 +1,4 @@
-"""The energy reference of a training set: composition energies, and the spread about them."""
+"""The energy reference of a training set: composition energies, and the spread around them."""
 
 from __future__ import annotations
 
@@ -12,20 +12,21 @@ BLOCK = 1024  # rows between two reductions of the least-squares problem
 def fit_element_energies(
     relaxations: Iterable[tuple[np.ndarray, np.ndarray]], n_elements: int
 ) -> tuple[np.ndarray, float, np.ndarray]:
-    """Least-squares composition energies of the final frames, and the spread about them.
+    """Fits composition energies to the final frames, and measures the spread around them.
 
-    Minimises sum_s (E_s - sum_i eps(Z_i))² / N_s², by minimum-norm least squares: where
-    compositions do not determine an element alone, the combination that occurs is right.
-    The relaxations are passed over once and not kept: the problem is reduced as it grows
+    Minimises sum_s (E_s - sum_i eps(Z_i))² / N_s². The minimum-norm solution is taken: if the
+    compositions do not determine an element's energy alone, the combinations that occur are still
+    right. The relaxations are visited once and not kept, since the problem is reduced as it grows
     (sequential QR).
 
     Args:
-      relaxations: (atomic_numbers (N,), energies (n,) eV) of each.
+      relaxations: (atomic_numbers (N,), energies (n,) in eV) of each relaxation.
       n_elements: length of the table.
 
     Returns:
-      element_energies (n_elements,) eV, zero for elements that do not occur; the standard
-      deviation per atom over all frames, eV (at least 1 meV); and (n_elements,) bool, seen.
+      The element energies (n_elements,), eV, zero for elements that do not occur; the standard
+      deviation per atom over all frames, eV (at least 1 meV); and (n_elements,) bool, which elements
+      occur.
     """
     final, mean = _LeastSquares(n_elements), _LeastSquares(n_elements)
     seen = np.zeros(n_elements, bool)
@@ -44,7 +45,7 @@ def fit_element_energies(
     matrix = final.reduced()
     table = np.zeros(n_elements)
     table[seen] = np.linalg.lstsq(matrix[:, :-1][:, seen], matrix[:, -1], rcond=1e-10)[0]
-    # Residuals of relaxation s scatter by its own frames (within) about mean_s - f_s . table.
+    # Residuals of relaxation s: its frames scatter (within) around mean_s - f_s . table.
     combination = np.append(-table, 1.0)
     square = within + float(((mean.reduced() @ combination) ** 2).sum())
     bias = float(weighted @ combination) / n_frames
@@ -53,21 +54,21 @@ def fit_element_energies(
 
 
 class _LeastSquares:
-    """Rows [A | b] of a least-squares problem, kept as the R of their QR factorisation."""
+    """Rows [A | b] of a least-squares problem, stored as the factor R of their QR factorisation."""
 
     def __init__(self, n_columns: int) -> None:
         self.rows = [np.zeros((0, n_columns + 1))]
         self.waiting = 0
 
     def add(self, row: np.ndarray) -> None:
-        """One more equation."""
+        """Adds an equation."""
         self.rows.append(row[None])
         self.waiting += 1
         if self.waiting >= BLOCK:
             self.reduced()
 
     def reduced(self) -> np.ndarray:
-        """A matrix R with R^T R = [A | b]^T [A | b]."""
+        """Reduces the rows to a matrix R with R^T R = [A | b]^T [A | b]."""
         stacked = np.concatenate(self.rows)
         if len(stacked) > stacked.shape[1]:
             stacked = np.asarray(np.linalg.qr(stacked, mode="r"))

@@ -1,4 +1,4 @@
-"""Some relaxations of a store, read when indexed."""
+"""A selection of the relaxations of a store, read when indexed."""
 
 from __future__ import annotations
 
@@ -9,15 +9,17 @@ import numpy as np
 from relaxnet_jax.data.store import TrajectoryStore
 from relaxnet_jax.data.trajectory import RelaxationTrajectory
 
-LEAST_FRAMES = 3  # of a relaxation that begins later
+LEAST_FRAMES = 3  # of a later start
 
 
 class Relaxations(Sequence[RelaxationTrajectory]):
-    """Rows of a store as a sequence of relaxations; memory for one at a time.
+    """Rows of a store as a sequence of relaxations, with one in memory at a time.
 
     Attributes:
-      store: where they are. rows: (R,) int64, which of its relaxations. name: for captions.
-      starts: (R,) int64, the frame with which each begins, those before it left out.
+      store: the store with the relaxations.
+      rows: (R,) int64, index in the store of each relaxation.
+      name: name of the data, for captions.
+      starts: (R,) int64, frame at which each relaxation begins; those before it are left out.
     """
 
     def __init__(
@@ -39,43 +41,46 @@ class Relaxations(Sequence[RelaxationTrajectory]):
 
     @property
     def ids(self) -> list[str]:
-        """Their names, ``ID@FRAME`` of those that begin later."""
+        """Ids of the relaxations, ``ID@FRAME`` for later starts."""
         ids = self.store.ids
         return [f"{ids[row]}@{k}" if k else ids[row] for row, k in zip(self.rows, self.starts)]
 
     @property
     def groups(self) -> list[str]:
-        """Their groups."""
+        """Groups of the relaxations."""
         groups = self.store.groups
         return [groups[row] for row in self.rows]
 
     def named(self, ids: Collection[str]) -> Relaxations:
-        """Those with these ids."""
+        """The relaxations with the given ids."""
         wanted = set(ids)
         keep = [name in wanted for name in self.ids]
         return self.take(np.array(keep, bool))
 
     def take(self, which: np.ndarray | slice) -> Relaxations:
-        """Some of them, by position or mask."""
+        """A subset of the relaxations, by position or mask."""
         return Relaxations(self.store, self.rows[which], self.name, self.starts[which])
 
     def with_cell(self, i: int) -> tuple[RelaxationTrajectory, bool]:
-        """One of them, and whether the cell of the whole relaxation changes, though it may rest from
-        its start on: of such a relaxation it is free all the same."""
+        """Relaxation ``i``, and whether the cell of the whole relaxation changes.
+
+        The cell is free in all later starts of such a relaxation, even if it stays constant from there.
+        """
         whole = self.store[int(self.rows[i])]
         return whole.begun_at(int(self.starts[i])), whole.variable_cell
 
     def with_later_starts(self, which: np.ndarray, n: int) -> tuple[Relaxations, np.ndarray]:
-        """These relaxations, and after them some again from later frames on: wherever on its path a
-        relaxation begins, it goes on as it did.
+        """Appends later starts: some of the relaxations again, beginning at later frames.
+
+        Wherever on its path a relaxation begins, it continues in the same way.
 
         Args:
-          which: positions of those that come again. n: how often each, at a half, a quarter, …
-            of its frames; less often where that leaves fewer than `LEAST_FRAMES`, or comes to a
-            frame it begins with already.
+          which: positions of the relaxations that get later starts.
+          n: number of later starts for each, at a half, a quarter, … of its frames; fewer if one
+            would leave fewer than `LEAST_FRAMES` or repeat a frame at which it already begins.
 
         Returns:
-          All of them, and the positions of those that were added.
+          All relaxations, and the positions of those that were added.
         """
         rows = self.rows[which]
         frames = self.store.n_frames[rows]
