@@ -1,4 +1,4 @@
-"""One relaxation made ready for training (NumPy): its graph and the frames chosen of it."""
+"""A relaxation prepared for training (NumPy): its graph and its selected frames."""
 
 from __future__ import annotations
 
@@ -17,13 +17,21 @@ from relaxnet_jax.strain import deformations, from_reference, from_voigt, to_ref
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Sample:
-    """One relaxation ready for training: its initial structure and the chosen frames.
+    """A relaxation prepared for training: its initial structure and the selected frames.
 
-    Arrays over the n frame slots: positions (n, N, 3) Å, forces (n, N, 3) eV/Å, energies (n,) eV,
-    frame_mask (n,), times (n,); absent slots are zero.
-    Where the cell relaxes, positions are reference positions (see `relaxnet_jax.strain`), and
-    deformations (n, 3, 3), the identity in absent slots, stresses (n, 3, 3) eV/Å³ and stress_mask
-    (n,) say the rest.
+    Arrays with a leading n run over the frame slots; empty slots are zero unless stated otherwise.
+
+    Attributes:
+      id: id of the relaxation.
+      structure: initial structure with its graph.
+      positions: (n, N, 3), Å; reference positions if the cell relaxes (see `relaxnet_jax.strain`).
+      forces: (n, N, 3), eV/Å.
+      energies: (n,), eV.
+      frame_mask: (n,) bool, which slots hold a frame.
+      times: (n,) pseudotimes.
+      deformations: (n, 3, 3), deformation of the cell; the identity in empty slots.
+      stresses: (n, 3, 3), eV/Å³.
+      stress_mask: (n,) bool, where the stress is known.
     """
 
     id: str
@@ -39,7 +47,7 @@ class Sample:
 
 
 def frame_slots(config: Config) -> int:
-    """n, the number of frame slots of a batch."""
+    """Number n of frame slots of a batch."""
     return (
         config.dynamics.frames
         if config.data.frame_selection == "equidistant"
@@ -48,7 +56,7 @@ def frame_slots(config: Config) -> int:
 
 
 def without_drift(positions: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Frames (n, N, 3) translated rigidly so that their weighted centre stays where it began."""
+    """Frames (n, N, 3) translated rigidly so that their weighted centre stays that of the first."""
     centre = np.average(positions, axis=1, weights=weights)
     return positions - (centre - centre[:1])[:, None]
 
@@ -56,14 +64,14 @@ def without_drift(positions: np.ndarray, weights: np.ndarray) -> np.ndarray:
 def make_sample(
     trajectory: RelaxationTrajectory, config: Config, relax_cell: bool | None = None
 ) -> Sample:
-    """Chooses the frames of a relaxation and builds the graph of its first one.
+    """Selects frames of a relaxation and builds the graph of its first frame.
+
+    The dynamics conserve momentum. Without fixed atoms, the rigid translation of the frames, which
+    has no physical meaning, is therefore removed: that of the centre of mass, or of the centroid
+    with unit masses.
 
     Args:
-      relax_cell: whether its cell may relax; by default, whether it does.
-
-    The dynamics conserve momentum; so in a structure without fixed atoms the frames'
-    rigid translation, which has no physical meaning, is removed (about the centre of mass, or
-    the centroid with unit masses).
+      relax_cell: whether the cell may relax; by default, whether it does in ``trajectory``.
 
     Raises:
       InputError: see `graph.build_structure`.
@@ -93,7 +101,7 @@ def make_sample(
     identity = np.broadcast_to(np.eye(3), (n, 3, 3)).copy()
     identity[chosen.slots] = steps
     # Without three periodic directions the volume, and so the stress, depends on the vacuum; without
-    # a third lattice vector there is none.
+    # a third lattice vector there is no volume.
     known = t.stresses is not None and bool(structure.strain.any() or np.all(t.pbc))
     known &= abs(np.linalg.det(structure.cell)) >= MIN_VOLUME
     stresses = np.zeros_like(steps)
@@ -114,7 +122,7 @@ def make_sample(
 
 
 def _beyond_the_skin(t: RelaxationTrajectory, indices: np.ndarray, config: Config) -> Frames:
-    """The frames in which atoms may be neighbours that the skin does not foresee."""
+    """The frames in which atoms may be neighbours that the skin does not cover."""
     g, found = config.graph, []
     for k in indices[1:]:
         x, cells = t.positions[[0, k]], t.cells[[0, k]]
@@ -126,10 +134,10 @@ def _beyond_the_skin(t: RelaxationTrajectory, indices: np.ndarray, config: Confi
 def reference_frames(
     t: RelaxationTrajectory, indices: np.ndarray, relaxes: bool, mass: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Some frames as the dynamics can follow them: without rigid translation.
+    """Frames as the dynamics can follow them, i.e. without rigid translation.
 
     Args:
-      mass: of the dynamics: with "atomic" the centre of mass rests, else the centroid.
+      mass: ``dynamics.mass``: with "atomic" the centre of mass is kept at rest, else the centroid.
 
     Returns:
       Reference positions (m, N, 3) Å and deformations (m, 3, 3), the identity unless the cell
@@ -145,15 +153,22 @@ def reference_frames(
 def centred(
     positions: np.ndarray, steps: np.ndarray, fixed_mask: np.ndarray, weights: np.ndarray
 ) -> np.ndarray:
-    """Frames mapped back to the initial cell by their deformations (m, 3, 3), their weighted centre
-    where it was in the first one unless atoms are fixed: reference positions (m, N, 3) Å."""
+    """Maps frames back to the initial cell and, unless atoms are fixed, removes their drift.
+
+    Args:
+      steps: (m, 3, 3), deformations of the frames.
+      weights: (N,), weights of the centre that is kept at its place in the first frame.
+
+    Returns:
+      Reference positions (m, N, 3), Å.
+    """
     if (steps != np.eye(3)).any():
         positions = to_reference(positions, steps)
     return positions if fixed_mask.any() else without_drift(positions, weights)
 
 
 def driftless(t: RelaxationTrajectory, relaxes: bool, config: Config) -> RelaxationTrajectory:
-    """A relaxation without its rigid translation, as training sees it."""
+    """A relaxation without its rigid translation, as used in training."""
     mass = config.dynamics.mass
     positions, steps = reference_frames(t, np.arange(t.n_frames), relaxes, mass)
     return dataclasses.replace(t, positions=from_reference(positions, steps))

@@ -1,8 +1,8 @@
-"""Samples on disk: neighbour lists are built once, and memory does not grow with the data set.
+"""Samples on disk: neighbour lists are built once, and memory hardly grows with the data set.
 
 A file holds one record per relaxation (its arrays one after the other, see `_FIELDS`), then an
 index (npz, no pickles), the index's length and `MAGIC`. It lies in the cache folder under a name
-made of what it depends on, so a later run on the same data and configuration finds it.
+derived from everything it depends on, so a later run with the same data and configuration finds it.
 """
 
 from __future__ import annotations
@@ -56,15 +56,15 @@ _FIELDS: dict[str, tuple[str, tuple[str | int, ...]]] = {
     "frame_mask": ("|b1", ("n",)),
     "stress_mask": ("|b1", ("n",)),
 }
-_ELEMENT_BYTES = -(-(MAX_ATOMIC_NUMBER + 1) // 8)  # a bit for each element
-CHUNK = 128  # relaxations prepared at a time
-PARALLEL = 2000  # relaxations from which worker processes are worth their start
-UNUSED_DAYS = 30  # after which a file of the cache is deleted
+_ELEMENT_BYTES = -(-(MAX_ATOMIC_NUMBER + 1) // 8)  # one bit per element
+CHUNK = 128  # relaxations prepared together
+PARALLEL = 2000  # number of relaxations from which starting worker processes pays off
+UNUSED_DAYS = 30  # without use, after which a cached file is deleted
 
 
 @dataclasses.dataclass(frozen=True)
 class _Row:
-    """One relaxation's record, or why it has none."""
+    """The record of one relaxation, or the reason why it has none."""
 
     record: bytes
     sizes: tuple[int, ...]
@@ -76,8 +76,8 @@ class SampleFile:
     """Samples of a set of relaxations, read from disk when indexed.
 
     Attributes:
-      sizes: of all of them, zero where ``left_out``.
-      left_out: reason by row, for those of which no sample could be made.
+      sizes: sizes of all samples, zero for those in ``left_out``.
+      left_out: reason by row, for relaxations of which no sample could be made.
     """
 
     def __init__(self, path: Path, n_frames: int) -> None:
@@ -88,9 +88,9 @@ class SampleFile:
         except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
             self.close()
             raise InputError(f"{path}: damaged cache file: delete it") from error
-        # What is kept here of every relaxation is all of memory that grows with their number.
+        # What is kept here per relaxation is the only memory that grows with their number.
         self.sizes = Sizes(*np.ascontiguousarray(index["sizes"].T, np.int32))
-        self._elements = index["elements"]  # a bit each
+        self._elements = index["elements"]  # one bit per element
         self._offsets = index["offsets"]
         self._names, self._name_ends = index["names"].tobytes(), index["name_ends"]
         left_out = json.loads(index["left_out"].tobytes().decode())
@@ -119,16 +119,16 @@ class SampleFile:
         return len(self._name_ends)
 
     def id(self, row: int) -> str:
-        """The relaxation's name."""
+        """Id of the relaxation."""
         begin = int(self._name_ends[row - 1]) if row else 0
         return self._names[begin : int(self._name_ends[row])].decode()
 
     def has_any(self, elements: np.ndarray) -> np.ndarray:
-        """(R,) bool: which relaxations have one of these elements ((119,) bool)."""
+        """(R,) bool: which relaxations contain one of the given elements ((119,) bool)."""
         return np.any(self._elements & np.packbits(elements), axis=1)
 
     def __getitem__(self, row: int) -> Sample:
-        """The sample of a relaxation, with energies as stored; KeyError for one left out."""
+        """The sample of a relaxation, with energies as stored; raises KeyError if it is left out."""
         if row in self.left_out:
             raise KeyError(f"{self.id(row)}: {self.left_out[row]}")
         begin, end = int(self._offsets[row]), int(self._offsets[row + 1])
@@ -138,10 +138,10 @@ class SampleFile:
 
 
 class SampleView(Sequence[Sample]):
-    """Some samples of a file, their energies relative to the composition energies.
+    """A selection of a file's samples, with energies relative to the composition energies.
 
     Attributes:
-      sizes: theirs, see `buckets.Sizes`.
+      sizes: sizes of the selected samples, see `buckets.Sizes`.
     """
 
     def __init__(self, file: SampleFile, rows: np.ndarray, element_energies: np.ndarray) -> None:
@@ -152,7 +152,7 @@ class SampleView(Sequence[Sample]):
         return len(self.rows)
 
     def id(self, k: int) -> str:
-        """Of a relaxation, without reading its sample."""
+        """Id of a relaxation, without reading its sample."""
         return self.file.id(int(self.rows[k]))
 
     def __getitem__(self, k):
@@ -165,9 +165,9 @@ class SampleView(Sequence[Sample]):
 def prepare_samples(
     relaxations: Relaxations, config: Config, report: Callable[[str], None] = lambda _: None
 ) -> SampleFile:
-    """The samples of these relaxations, from the cache or made now and put there.
+    """Returns the samples of the relaxations, from the cache or newly made and cached.
 
-    Energies in them are total ones: subtract the composition energy on reading.
+    Their energies are total energies: subtract the composition energy on reading.
 
     Raises:
       InputError: the cache folder cannot be written to.
@@ -235,7 +235,7 @@ def _write(path: Path, relaxations: Relaxations, config: Config) -> None:
 
 
 def _rows(relaxations: Relaxations, config: Config) -> Iterator[_Row]:
-    """All rows in order; in several processes where there are many."""
+    """Yields all rows in order, made in several processes if there are many."""
     starts = range(0, len(relaxations), CHUNK)
     parts = (relaxations[k : k + CHUNK] for k in starts)
     jobs = joblib.cpu_count() if len(relaxations) >= PARALLEL else 1
@@ -278,7 +278,7 @@ def _decode(record: bytes, lengths: dict[str, int], n_slots: int, name: str) -> 
     for field, (dtype, letters) in _FIELDS.items():
         shape = [lengths[x] if isinstance(x, str) else x for x in letters]
         count = math.prod(shape)
-        # A copy: arrays of a sample may be written to, the record's bytes may not.
+        # A copy: the arrays of a sample must be writable, and the record's bytes are not.
         found[field] = np.frombuffer(record, dtype, count, at).reshape(shape).copy()
         at += found[field].nbytes
     neighbors = Neighbors(

@@ -27,22 +27,22 @@ def write_shards(
 ) -> int:
     """Writes relaxations to a folder of stores, shard-00000.h5 and so on.
 
-    Each shard appears when it is complete, in order, so that at any moment the folder opens as
-    the relaxations so far. Its metadata hold ``shard``: its ``index``, and whether it is the
-    ``last``; until that one is there, the set counts as incomplete (see `incomplete`).
+    Shards appear in order, each when it is complete, so that the folder can be opened at any time
+    and holds the relaxations so far. The metadata of a shard contain ``shard``: its ``index``, and
+    whether it is the ``last``; until that one is there, the set counts as incomplete (see
+    `incomplete`).
 
     Args:
-      folder: made if need be; shards in it are replaced once the first new one is complete.
+      folder: created if necessary; shards in it are replaced once the first new one is complete.
       trajectories: consumed one at a time.
       size: relaxations per shard.
-      metadata: JSON-able facts about the data set, kept with the first shard.
+      metadata: JSON-serialisable facts about the data set, kept in the first shard.
 
     Returns:
       The number of relaxations written.
 
     Raises:
-      InputError: as `write_store`; ``folder`` is a file or holds other stores; ``size`` is
-        below 1.
+      InputError: see `write_store`; ``folder`` is a file or holds other stores; ``size`` is below 1.
     """
     target = Path(folder)
     if size < 1:
@@ -65,7 +65,7 @@ def write_shards(
 
         with atomic_path(path) as temporary:
             total += fill_store(temporary, path, members, facts)
-            # The last one first: what is left if this is cut off counts as incomplete.
+            # The last one first, so that what an interruption leaves counts as incomplete.
             while old:
                 old.pop().unlink(missing_ok=True)
         head = following[0]
@@ -75,12 +75,12 @@ def write_shards(
 
 
 def is_sharded(out: Path) -> bool:
-    """Whether a name for a new data set means a folder of shards: it has no suffix, or is one."""
+    """Whether the path of a new data set is a folder of shards: it has no suffix, or is a folder."""
     return out.is_dir() or not out.suffix
 
 
 def incomplete(marks: Sequence[Mapping[str, Any] | None]) -> bool:
-    """Whether shards are missing, by the ``shard`` of the metadata of all stores of a set."""
+    """Whether shards are missing, judged by ``shard`` in the metadata of all stores of a set."""
     shards = [mark for mark in marks if mark]
     if not shards:
         return False
@@ -88,7 +88,7 @@ def incomplete(marks: Sequence[Mapping[str, Any] | None]) -> bool:
 
 
 def _old_shards(folder: Path) -> list[Path]:
-    """Shards in the folder, by name; also deletes what an interrupted run left unfinished."""
+    """Shards in the folder in order of name; deletes unfinished ones of an interrupted run."""
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder}: is a file: choose another output folder")
     stores = sorted(p for p in folder.glob("*.h5") if not p.name.startswith("."))

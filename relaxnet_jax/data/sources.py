@@ -1,4 +1,4 @@
-"""Where relaxations are: files, folders, archives; which of their files to read, under what id."""
+"""Finding relaxations in files, folders and archives: which files to read, and under which id."""
 
 from __future__ import annotations
 
@@ -28,22 +28,22 @@ _COMPRESSED: dict[str, Callable[..., Any]] = {
 }  # fmt: skip
 _TARS = {".tgz": ".gz", ".txz": ".xz", ".tbz": ".bz2", ".tbz2": ".bz2"}
 _ARCHIVES = (".zip", ".tar", *(f".tar{suffix}" for suffix in _COMPRESSED), *_TARS)
-# What a folder or an archive is searched for; a file named by the user is read whatever its name.
+# What folders and archives are searched for; a file given by the user is read whatever its name.
 _WANTED = (".extxyz", ".traj", ".db")
 _VASP = re.compile(r"(?i)[._-]?(vasprun|outcar)(?:[._-]?xml)?")
 _STRUCTURE = re.compile(r"(?i)[._-]?(poscar|contcar)(?:[._-]?vasp)?")
-# In these custodian keeps the files of attempts that failed, beside those of the one that did not.
+# custodian's archives of failed attempts, which it keeps beside the files of the successful one.
 _ATTEMPT = re.compile(r"error\.\d+\.tar(\.gz)?")
 DAMAGE = (OSError, EOFError, zlib.error, lzma.LZMAError, tarfile.TarError, zipfile.BadZipFile)
 
 
 class Beside(NamedTuple):
-    """What lies beside a VASP run's file and belongs to the same run; None where nothing does.
+    """Companion files, i.e. files beside that of a VASP run that belong to the same run; None if absent.
 
     Attributes:
       outcar: OUTCAR of a run with a vasprun.xml.
       structure: POSCAR, or else CONTCAR.
-      cif: of the run's name, or the only one in a folder of a single run.
+      cif: the CIF with the run's name, or the only CIF in a folder with a single run.
     """
 
     outcar: Path | None = None
@@ -55,9 +55,9 @@ class Source(NamedTuple):
     """A file of relaxations.
 
     Attributes:
-      path: on disk.
-      id: of its relaxation, where the file does not name it.
-      beside: what else there is of the same run.
+      path: path on disk.
+      id: id of its relaxation, if the file does not name it.
+      beside: companion files of the same run.
     """
 
     path: Path
@@ -66,13 +66,13 @@ class Source(NamedTuple):
 
 
 class Found(NamedTuple):
-    """What a search came upon.
+    """Outcome of a search.
 
     Attributes:
       sources: files to read, in order.
-      others: number of files left alone because they are none of relaxations.
-      closed: (folder, reason) of each that could not be searched.
-      attempts: number of custodian's archives of failed attempts left alone.
+      others: number of files ignored because they are not relaxation files.
+      closed: (folder, reason) of each folder that could not be searched.
+      attempts: number of custodian's archives of failed attempts that were ignored.
     """
 
     sources: list[Source]
@@ -82,16 +82,17 @@ class Found(NamedTuple):
 
 
 def find_sources(paths: Sequence[str | os.PathLike[str]]) -> Found:
-    """Files to read, in order: those named, and those in the folders named, searched recursively.
+    """Finds the files to read, in order: files given, and those in folders given, recursively.
 
-    In a folder these are VASP's vasprun.xml and OUTCAR under any name that contains one of the
-    words, extxyz, traj and db files, and archives of them, also compressed. Of a vasprun.xml and
-    an OUTCAR of the same run the vasprun.xml is read. The archives in which custodian keeps failed
-    attempts (error.N.tar.gz) are read only where they are named. Symbolic links are followed; a
-    folder that can be reached in several ways is searched once, as itself if it is in the folder named.
+    In a folder these are VASP's vasprun.xml and OUTCAR under any name that contains one of these
+    words, extxyz, traj and db files, and archives of them, also compressed. If a run has both a
+    vasprun.xml and an OUTCAR, the vasprun.xml is read. The archives in which custodian keeps failed
+    attempts (error.N.tar.gz) are read only if they are given themselves. Symbolic links are followed.
+    A folder that can be reached in several ways is searched once, under its own path if that lies in
+    the folder given.
 
     Raises:
-      InputError: nothing is there under one of the names, or a folder holds no such file.
+      InputError: one of the paths does not exist, or a folder holds no such file.
     """
     sources: list[Source] = []
     others, attempts, closed = 0, 0, []
@@ -125,11 +126,11 @@ def find_sources(paths: Sequence[str | os.PathLike[str]]) -> Found:
 
 
 def _inside(top: Path) -> tuple[list[Path], list[tuple[str, str]]]:
-    """(files in a folder and those below, (folder, reason) of each that cannot be listed)."""
+    """Files in a folder and below it, and (folder, reason) of each folder that cannot be listed."""
     files: list[Path] = []
     closed: list[tuple[str, str]] = []
     seen: set[tuple[int, int]] = set()
-    # Folders before links, or an id would depend on which of two ways to a folder comes first.
+    # Folders before links, or an id would depend on which path to a folder comes first.
     links = [top]
 
     def left_out(error: OSError) -> None:
@@ -139,7 +140,7 @@ def _inside(top: Path) -> tuple[list[Path], list[tuple[str, str]]]:
     while links:
         for place, folders, names in os.walk(links.pop(0), onerror=left_out):
             stat = os.stat(place)
-            if (stat.st_dev, stat.st_ino) in seen:  # also a link to a folder above itself
+            if (stat.st_dev, stat.st_ino) in seen:  # e.g. a link to a parent folder
                 folders.clear()
                 continue
             seen.add((stat.st_dev, stat.st_ino))
@@ -151,19 +152,19 @@ def _inside(top: Path) -> tuple[list[Path], list[tuple[str, str]]]:
 
 
 def relaxation_files(names: Iterable[PurePath]) -> list:
-    """Those of the names that are files of relaxations, each run once."""
+    """The names of relaxation files among those given, one per run."""
     kinds = {name: _kind(name) for name in names}
     runs = {_run(name) for name, kind in kinds.items() if kind == "vasprun"}
     return [n for n, kind in kinds.items() if kind and not (kind == "outcar" and _run(n) in runs)]
 
 
 def _run(name: PurePath, words: re.Pattern[str] = _VASP) -> tuple[PurePath, str]:
-    """What the files of one run have in common: folder, and name without VASP's words."""
+    """What the files of one run have in common: the folder, and the name without VASP's words."""
     return name.parent, words.sub("", plain_name(name).removesuffix(".xml"))
 
 
 class Companions:
-    """Which files belong to one run, of all files in a folder or an archive."""
+    """Finds files of the same run among all files in a folder or an archive."""
 
     def __init__(self, names: Iterable[PurePath]) -> None:
         self._found: dict[str, dict[tuple[PurePath, str], Any]] = {
@@ -178,7 +179,7 @@ class Companions:
                 kind, key = "cif", (name.parent, plain[:-4])
             if kind in self._found and not plain.startswith("."):
                 self._found[kind].setdefault(key, name)
-        # By folder, once for all of its runs.
+        # By folder, collected once for all of its runs.
         self._runs: dict[PurePath, set[str]] = collections.defaultdict(set)
         self._cifs: dict[PurePath, list[Any]] = collections.defaultdict(list)
         for folder, run in (*self._found["vasprun"], *self._found["outcar"]):
@@ -187,7 +188,7 @@ class Companions:
             self._cifs[folder].append(cif)
 
     def of(self, name: PurePath) -> Beside:
-        """What is of the same run as a vasprun.xml or OUTCAR; nothing for other files."""
+        """Companion files of a vasprun.xml or OUTCAR; none for other files."""
         kind, key = _kind(name), _run(name)
         if kind not in ("vasprun", "outcar"):
             return Beside()
@@ -202,14 +203,14 @@ class Companions:
 
 
 class Neighbours:
-    """What lies in a file's folder; the folder is listed once for all of its files in a row."""
+    """Finds the companions of files on disk; lists a folder once for consecutive files in it."""
 
     def __init__(self) -> None:
         self._folder: Path | None = None
         self._companions = Companions([])
 
     def of(self, path: Path) -> Beside:
-        """What is of the same run as a vasprun.xml or OUTCAR; nothing for other files."""
+        """Companion files of a vasprun.xml or OUTCAR; none for other files."""
         if _kind(path) not in ("vasprun", "outcar"):
             return Beside()
         if path.parent != self._folder:
@@ -222,7 +223,7 @@ class Neighbours:
 
 
 def _kind(name: PurePath) -> str:
-    """ "vasprun", "outcar", "archive", "frames", or "" for what is none of these."""
+    """Kind of file: "vasprun", "outcar", "archive", "frames", or "" for any other."""
     plain = plain_name(name)
     if plain.startswith("."):
         return ""
@@ -235,37 +236,38 @@ def _kind(name: PurePath) -> str:
 
 
 def is_archive(name: PurePath) -> bool:
-    """Whether it is a zip or tar archive, by its name."""
+    """Whether the file is a zip or tar archive, judged by its name."""
     return name.name.lower().endswith(_ARCHIVES)
 
 
 def is_vasprun(name: PurePath) -> bool:
-    """Whether it is a vasprun.xml, by its name."""
+    """Whether the file is a vasprun.xml, judged by its name."""
     return _kind(name) == "vasprun"
 
 
 def is_outcar(name: PurePath) -> bool:
-    """Whether it is an OUTCAR, by its name."""
+    """Whether the file is an OUTCAR, judged by its name."""
     return _kind(name) == "outcar"
 
 
 def is_json(name: PurePath) -> bool:
-    """Whether it is a JSON file, by its name."""
+    """Whether the file is a JSON file, judged by its name."""
     return plain_name(name).lower().endswith(".json")
 
 
 def plain_name(name: PurePath) -> str:
-    """File name without the suffix of a compression."""
+    """File name without the suffix of compression."""
     return name.stem if name.suffix.lower() in _COMPRESSED else name.name
 
 
 def relaxation_id(relative: PurePath, root: Path | None = None) -> str:
-    """Id of a file's relaxation: its path without suffixes and without VASP's own file names.
+    """Id of a file's relaxation: its path without suffixes and VASP's own file names.
 
     E.g. "Au/run2/vasprun.xml.gz" -> "Au/run2", "JVASP-39.vasprun.xml" -> "JVASP-39".
 
     Args:
-      relative: to ``root``, whose own name is taken where nothing else is left.
+      relative: path of the file relative to ``root``.
+      root: folder whose name is used if nothing else is left.
     """
     plain = plain_name(relative)
     last = (
@@ -283,7 +285,7 @@ def _stem(plain: str) -> str:
 
 @contextlib.contextmanager
 def decompressed(path: Path) -> Iterator[IO[bytes]]:
-    """The file's content as a stream. Raises InputError where it is damaged or missing."""
+    """Opens a file's content as a stream; raises InputError if it is damaged or missing."""
     opener = _opener(path)
     try:
         with opener(path) if opener else path.open("rb") as stream:
@@ -294,19 +296,19 @@ def decompressed(path: Path) -> Iterator[IO[bytes]]:
 
 
 def _opener(path: PurePath) -> Callable[[Path], Any] | None:
-    """What opens a compressed file; None for one that is not."""
+    """The function that opens a compressed file; None if the file is not compressed."""
     suffix = path.suffix.lower()
     return _COMPRESSED.get(_TARS.get(suffix, suffix))
 
 
 def fault(error: BaseException, damaged: str) -> str:
-    """Why a file could not be read: what is wrong here, or else that it is ``damaged``."""
+    """Why a file could not be read: a fault of the machine, or else that the file is ``damaged``."""
     return fault_of_machine(error) or f"{damaged} ({one_line(error)}): fetch it again"
 
 
 def fault_of_machine(error: BaseException) -> str:
-    """What kept a sound file from being read or unpacked; "" where it is the file's own fault."""
-    if not isinstance(error, OSError) or error.errno in (None, errno.EINVAL):  # a seek to nowhere
+    """What kept a sound file from being read or unpacked; "" if the file itself is at fault."""
+    if not isinstance(error, OSError) or error.errno in (None, errno.EINVAL):  # EINVAL: invalid seek
         return ""
     if error.errno in NO_ROOM:
         return f"no room to unpack it in {tempfile.gettempdir()}: set TMPDIR to a larger folder"
@@ -315,7 +317,7 @@ def fault_of_machine(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def plain_copy(path: Path) -> Iterator[Path]:
-    """The file itself, or a decompressed copy: going back in a gzip file is beginning again.
+    """Yields the file itself or a decompressed copy, as seeking back in a gzip file is slow.
 
     Raises:
       InputError: the file is damaged, or there is no room for the copy.

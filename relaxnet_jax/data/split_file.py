@@ -1,4 +1,4 @@
-"""Splits saved beside a set: who is trained on, validated on and tested on, fold by fold."""
+"""Split files: which relaxations of a set are trained, validated and tested on, for each fold."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from relaxnet_jax.errors import InputError
 
 By = Literal["group", "formula", "elements", "prototype", "id"]
 FORMAT = "relaxnet_jax splits"
-RECORD = "splits.json"  # of a training run, in its folder
+RECORD = "splits.json"  # record of a training run, in its folder
 FRACTIONS = (0.9, 0.05, 0.05)
 HELD_OUT = FRACTIONS[2]
 REMEDY = "make one with 'relaxnet-jax data split NAME.h5', or name a run's splits.json"
@@ -31,20 +31,19 @@ def make_folds(
     fractions: tuple[float, float, float] = FRACTIONS,
     seed: int = 0,
 ) -> list[Splits]:
-    """Splits of a set such that what belongs together is never separated.
+    """Splits a set such that relaxations that belong together are never separated.
 
     Args:
-      folds: 1 for one split with these ``fractions``; k > 1 for k splits whose test parts, of
-        1/k each, are disjoint and together everything (validation keeps its fraction).
-      by: what belongs together: relaxations of one group as stored, of one reduced formula, of
-        one set of elements, or of one prototype (see `prototypes`); or "id": nothing, each is alone,
-        which is an honest split only of relaxations that are independent of each other.
-      fractions: training, validation, test, all above 0, as training needs each; used where
-        ``folds`` is 1, else only validation.
+      folds: 1 for one split with these ``fractions``; k > 1 for k splits with disjoint test parts of
+        1/k each, which together cover the whole set (validation keeps its fraction).
+      by: which relaxations belong together: those of one group as stored, of one reduced formula, of
+        one set of elements, or of one prototype (see `prototypes`); or "id": none, each is on its
+        own, which is an honest split only if the relaxations are independent of each other.
+      fractions: fractions of training, validation and test, all above 0, as training needs each; if
+        ``folds`` is not 1, only that of validation is used.
 
     Raises:
-      InputError: see `split_groups`; fewer than 2 folds that are not 1; a fraction that is not
-        above 0.
+      InputError: see `split_groups`; ``folds`` is below 1; a fraction is not above 0.
     """
     if folds < 1:
         raise InputError(f"--folds {folds}: give 1 or more")
@@ -62,7 +61,7 @@ def make_folds(
             )
     labels = _labels(store, by)
     kinds = len(set(labels))
-    # Of three kinds `split_groups` makes three folds, whatever is asked for.
+    # With three kinds `split_groups` always makes three folds.
     if folds > 1 and (folds > kinds or (kinds == 3 and folds != 3)):
         raise InputError(f"--folds {folds}: the set has {kinds} kinds of {by}: give {kinds} folds")
     name = f"{store.paths[0]}{', ...' * (len(store.paths) > 1)}, --by {by}"
@@ -72,19 +71,21 @@ def make_folds(
 def folds_like(
     store: TrajectoryStore, other: TrajectoryStore, path: str | Path, by: By = "group"
 ) -> list[Splits]:
-    """Splits of a set such that what another set validates or tests on is not trained on here.
+    """Splits a set such that nothing another set validates or tests on is trained on here.
 
-    Whatever is of one kind with the other's test split is tested on, of the rest what is of one kind with its
-    validation split is validated on, and all else is trained on: for a model that is trained on one
-    set first and then on the other (``train.start_from``). Where this set has none of one of the two,
-    that split is dealt from the rest.
+    Relaxations of the same kind as one in the other set's test split are tested on. Of the rest, those
+    of the same kind as one in its validation split are validated on, and all others are trained on.
+    This is for a model that is trained first on one set and then on the other (``train.start_from``).
+    If one of the two held-out splits would be empty, it is drawn from the rest.
 
     Args:
-      other, path: a set and the file of its splits (or a run's splits.json), of which each fold gives one.
-      by: of one kind is what has the same; see `make_folds`.
+      other: the other set.
+      path: the file of its splits (or a run's splits.json); each of its folds gives one split.
+      by: what relaxations of the same kind have in common, see `make_folds`.
 
     Raises:
-      InputError: see `read_splits`; nothing here is of one kind with what is held out there, or all is.
+      InputError: see `read_splits`; none or all of the relaxations here are of the same kind as those
+        held out there.
     """
     theirs, ours, folds = _labels(other, by), np.array(_labels(store, by)), []
     for fold in range(len(_read(Path(path))[0])):
@@ -114,7 +115,7 @@ def folds_like(
 
 
 def _labels(store: TrajectoryStore, by: By) -> list[str]:
-    """Of each relaxation, what it has in common with those that are never separated from it."""
+    """Label of each relaxation, which it shares with those that are never separated from it."""
     if by not in get_args(By):
         raise InputError(f"--by {by}: give one of {', '.join(get_args(By))}")
     if by == "id":
@@ -132,13 +133,15 @@ def _label(store: TrajectoryStore, i: int, by: By) -> str:
 
 
 def write_splits(path: Path, ids: list[str], folds: list[Splits], facts: dict[str, Any]) -> None:
-    """Writes the ids of every fold; the file appears only when it is complete, and replaces another
-    (the command refuses that without --overwrite, see `same_splits`)."""
+    """Writes the ids of every fold; the file appears only when it is complete.
+
+    An existing file is replaced (the command refuses that without --overwrite, see `same_splits`).
+    """
     write_text(path, json.dumps(_content(ids, folds, facts), indent=1))
 
 
 def same_splits(path: Path, ids: list[str], folds: list[Splits], facts: dict[str, Any]) -> bool:
-    """Whether a file is what `write_splits` would write."""
+    """Whether a file holds exactly what `write_splits` would write."""
     try:
         return json.loads(path.read_text()) == _content(ids, folds, facts)
     except (OSError, ValueError):
@@ -153,17 +156,17 @@ def _content(ids: list[str], folds: list[Splits], facts: dict[str, Any]) -> dict
 def read_splits(
     path: str | Path, ids: Sequence[str], fold: int = 0, known: Collection[str] = ()
 ) -> tuple[Splits, int]:
-    """Rows of each split among ``ids``, and how many ids no split names.
+    """Reads the rows of each split among ``ids``, and how many of ``ids`` no split names.
 
-    A training run's own record, splits.json in its folder, serves as well: one fold.
+    The file may also be the record of a training run, splits.json in its folder, which has one fold.
 
-    Names in the file that are not among ``ids`` are passed over if they are ``known``:
-    relaxations of the set that are left out for a reason already told; or if the file is the record
-    of a run, whose data may have been more.
+    Names in the file that are not among ``ids`` are ignored if they are ``known``, i.e. relaxations
+    of the set that are left out for a reason already reported, or if the file is the record of a
+    run, which may have used more data.
 
     Raises:
-      InputError: no such file, not one of splits, no such fold, a name that is in two splits or
-        not known, or a split of which nothing is left.
+      InputError: there is no such file or fold, the file is not a split file, a name is unknown or in
+        two splits, or nothing is left of a split.
     """
     path = Path(path)
     folds, of_run = _read(path)
@@ -187,7 +190,7 @@ def read_splits(
 
 
 def _read(path: Path) -> tuple[list[dict[str, list[str]]], bool]:
-    """The ids of each split of every fold, and whether it is the record of a run. Raises InputError."""
+    """Ids of each split of every fold, and whether the file is a run's record. Raises InputError."""
     try:
         content = json.loads(path.read_text())
         if content.get("format", FORMAT) != FORMAT:
@@ -201,11 +204,13 @@ def _read(path: Path) -> tuple[list[dict[str, list[str]]], bool]:
 
 
 def run_splits(folder: Path) -> tuple[Path, dict[str, list[str]]] | None:
-    """The splits.json of a training run, given its folder or that of its model, and the ids of each
-    split in it; None where there is none.
+    """The splits.json of a training run and the ids of each split in it; None if there is no such file.
+
+    Args:
+      folder: folder of the run or of its model.
 
     Raises:
-      InputError: it is damaged.
+      InputError: the file is damaged.
     """
     places = (folder / RECORD, folder.parent / RECORD)
     file = next((place for place in places if place.is_file()), None)
@@ -215,14 +220,14 @@ def run_splits(folder: Path) -> tuple[Path, dict[str, list[str]]] | None:
 
 
 def split_of_run(workdir: Path, split: str, otherwise: str = "") -> list[str]:
-    """The ids of one split of a training run.
+    """Ids of one split of a training run.
 
     Args:
       split: "train", "validation" or "test".
-      otherwise: what else one could do, for the error.
+      otherwise: alternative remedy, added to the error message.
 
     Raises:
-      InputError: there is no splits.json in it, or it is damaged.
+      InputError: ``workdir`` holds no splits.json, or a damaged one.
     """
     remedy = "give the folder of a whole training run" + otherwise
     return _record(workdir / RECORD, remedy)[split]

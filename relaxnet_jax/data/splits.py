@@ -1,4 +1,4 @@
-"""Training, validation and test structures, never with one material in two of them."""
+"""Splits into training, validation and test structures, with no material in two of them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from relaxnet_jax.errors import InputError
 
 
 class Splits(NamedTuple):
-    """Ascending int64 indices of the structures of each split; together each exactly once."""
+    """Ascending int64 indices of the structures in each split; each structure is in exactly one."""
 
     train: np.ndarray
     validation: np.ndarray
@@ -27,22 +27,24 @@ def split_groups(
 ) -> Splits:
     """Splits structures so that structures of one group stay together.
 
-    The groups are dealt to folds of about ``fractions[2]`` of the structures each, larger
-    groups first, each to the fold that lacks most; fold ``fold`` is the test split, so the
-    test splits of all folds are disjoint and together everything. Fold 0 is the one of the most
-    groups among those of the right size. Of the other groups,
-    validation gets its fraction in the same manner. The result depends on which groups there
-    are and how large, not on the order of the structures.
+    The groups are dealt to folds of about ``fractions[2]`` of the structures each: larger groups
+    first, each to the fold with the fewest structures so far. Fold ``fold`` is the test split, so the
+    test splits of all folds are disjoint and together cover all structures. Fold 0 is the one with
+    the most groups among folds of the right size. Validation gets its fraction from the other
+    groups. The result depends on which groups there are and how large they are, not on the order of
+    the structures.
 
     Args:
       groups: (R,) group of each structure.
-      fractions: of the structures in training, validation and test, summing to 1. Training
-        and test must be positive, validation may be 0 (then it is empty).
+      fractions: fractions of the structures in training, validation and test, summing to 1. Training
+        and test must be positive; validation may be 0 (then it is empty).
       fold: 0 to round(1/fractions[2]) - 1 (or one less than the number of groups, if lower).
-      seed: of the dealing. name: of what is split, for errors.
+      seed: seed of the dealing.
+      name: name of what is split, for error messages.
 
     Raises:
-      InputError: fewer groups than splits, fractions that do not sum to 1, or no such fold.
+      InputError: there are fewer groups than splits, the fractions do not sum to 1, or there is no
+        such fold.
     """
     train, validation, test = fractions
     if min(fractions) < 0 or train == 0 or test == 0 or abs(sum(fractions) - 1) > 1e-6:
@@ -61,14 +63,14 @@ def split_groups(
             "split --by id, for data.split_file)"
         )
     n_groups = len(names)
-    # Of three groups each must be a fold, or the other splits would not get one each.
+    # With three groups each must be a fold, or the other splits would not get one each.
     n_folds = 3 if n_groups == 3 else min(max(2, round(1 / test)), n_groups)
     if not 0 <= fold < n_folds:
         raise InputError(f"splits, fold: {fold}: give 0 to {n_folds - 1}")
     order = np.random.default_rng(seed).permutation(n_groups)
     folds = _deal(order, sizes, n_folds)
-    # Fold 0 is near the fraction asked for (to a tenth of it) and has the most groups of those
-    # that are: an error over many materials says more than one that a single one dominates.
+    # Fold 0 has the most groups among the folds nearest to the fraction asked for (to a tenth of it):
+    # an error over many materials is more informative than one dominated by a single material.
     totals, wanted = np.bincount(folds, weights=sizes, minlength=n_folds), test * sizes.sum()
     deviation = np.abs(totals - wanted) / wanted
     counts = np.bincount(folds, minlength=n_folds)
@@ -81,10 +83,10 @@ def split_groups(
 
 
 def _deal(order: np.ndarray, sizes: np.ndarray, n_folds: int) -> np.ndarray:
-    """(G,) fold of each group: the largest first, each to the fold that holds least so far.
+    """(G,) fold of each group: largest groups first, each to the fold that holds least so far.
 
-    ``order`` decides among groups of one size. No fold gets more than G - 2 groups, so that
-    two are left for the other splits.
+    ``order`` decides among groups of equal size. No fold gets more than G - 2 groups, so that two
+    are left for the other splits.
     """
     folds = np.zeros(len(order), dtype=np.int64)
     filled, counts = np.zeros(n_folds), np.zeros(n_folds, dtype=int)
@@ -97,14 +99,16 @@ def _deal(order: np.ndarray, sizes: np.ndarray, n_folds: int) -> np.ndarray:
 
 
 def _pick(groups: np.ndarray, sizes: np.ndarray, target: float) -> np.ndarray:
-    """Groups, in the order given, whose sizes sum to about ``target``; at least one and not
-    all of them, none if ``target`` is 0."""
+    """Takes groups, in the order given, whose sizes sum to about ``target``.
+
+    At least one group is taken, but not all of them; none if ``target`` is 0.
+    """
     if target == 0:
         return groups[:0]
     taken: list[int] = []
     total = 0
     for group in groups:
-        # Only what brings the sum nearer to the target.
+        # Only groups that bring the sum nearer to the target.
         if abs(total + sizes[group] - target) < abs(total - target):
             taken.append(group)
             total += sizes[group]

@@ -1,4 +1,4 @@
-"""Reading the HDF5 store lazily (`store_write` has its layout)."""
+"""Lazy reading of the HDF5 store (see `store_write` for its layout)."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ from relaxnet_jax.errors import InputError
 
 __all__ = ["TrajectoryStore", "write_store"]
 
-BLOCK = 512  # relaxations looked at together where only a small column of them is read
+BLOCK = 512  # relaxations read together if only a small column is needed
 
-# Bytes kept of a file: two unpacked chunks of each column, which is enough to read in order, and
-# HDF5's own index of it all, which it would let grow to 32 MiB.
+# Bytes cached per file: two decompressed chunks of each column, which suffices to read in order, and
+# HDF5's own metadata, whose cache would otherwise grow to 32 MiB.
 _CHUNK_CACHE = 128 * 1024
 _INDEX_CACHE = 512 * 1024
 
 
 def _compact(offsets: np.ndarray) -> np.ndarray:
-    """Ascending offsets in half the memory, where they fit: they are kept of every relaxation."""
+    """Ascending offsets in half the memory if they fit, as they are kept for every relaxation."""
     small = len(offsets) and offsets[-1] <= np.iinfo(np.int32).max
     return offsets.astype(np.int32) if small else offsets
 
@@ -59,7 +59,7 @@ class _Shard:
             index.initial_size = index.min_size = index.max_size = _INDEX_CACHE
             self.file.id.set_mdc_config(index)
         except OSError as error:
-            # HDF5 keeps the number of what the system refused.
+            # HDF5 passes the operating system's error number on.
             if error.errno:
                 raise InputError(
                     f"{path}: cannot be opened ({os.strerror(error.errno)}): check its permissions, "
@@ -97,7 +97,7 @@ class _Shard:
             "frames": self.frame[-1],
             "pairs": self.pair[-1],
         }
-        # Kept open, since HDF5 drops a dataset's cache of unpacked chunks when it is closed.
+        # Kept open, since HDF5 drops a dataset's cache of decompressed chunks when it is closed.
         self.columns = {name: self.file[f"{group}/{name}"] for name, (group, *_) in COLUMNS.items()}
         self.strings = {name: self.file[f"relaxations/{name}"].asstr() for name in TEXTS}
         for name, (group, _, row) in COLUMNS.items():
@@ -111,7 +111,7 @@ class _Shard:
 
     @contextlib.contextmanager
     def guard(self) -> Iterator[None]:
-        """Turns HDF5's complaints about a damaged file into an InputError that names it."""
+        """Turns HDF5's errors about a damaged file into an InputError that names it."""
         try:
             yield
         except (OSError, KeyError, RuntimeError, ValueError) as error:
@@ -147,11 +147,11 @@ class TrajectoryStore:
     """Relaxations in one or several HDF5 files, read from disk when indexed.
 
     Args:
-      path: a store, a folder of stores (its .h5 files by name), or a sequence of them.
+      path: a store, a folder of stores (its .h5 files in order of name), or a sequence of these.
 
     Raises:
-      InputError: a file is missing, not a store of this format and version, or damaged; the
-        folder holds none; two files hold the same id.
+      InputError: a file is missing, not a store of this format and version, or damaged; a folder
+        holds no store; two files hold the same id.
     """
 
     def __init__(self, path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> None:
@@ -180,7 +180,7 @@ class TrajectoryStore:
             raise InputError(f"{self.paths[0]}, ...: stores share ids: give each relaxation once")
 
     def __getstate__(self) -> dict[str, Any]:
-        """No files: open ones cannot go to another process."""
+        """The paths only, as open files cannot be sent to another process."""
         return {"paths": self.paths}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -202,18 +202,18 @@ class TrajectoryStore:
         return int(self._starts[-1])
 
     def __getitem__(self, i: int) -> RelaxationTrajectory:
-        """Reads relaxation ``i`` (negative from the end); IndexError beyond the last."""
+        """Reads relaxation ``i`` (negative: from the end); raises IndexError beyond the last."""
         shard, i = self._locate(range(len(self))[operator.index(i)])
         return shard.read(i)
 
     def _locate(self, i: int) -> tuple[_Shard, int]:
-        """The file of relaxation ``i``, and its number there."""
+        """The file of relaxation ``i``, and its index there."""
         k = int(np.searchsorted(self._starts, i, side="right")) - 1
         return self._shards[k], i - int(self._starts[k])
 
     @property
     def ids(self) -> list[str]:
-        """Names of the relaxations."""
+        """Ids of the relaxations."""
         return [text for shard in self._shards for text in shard.texts("id")]
 
     @property
@@ -233,7 +233,7 @@ class TrajectoryStore:
 
     @property
     def metadata(self) -> dict[str, Any]:
-        """What was given to `write_store`, of the first file."""
+        """Metadata of the first file, as given to `write_store`."""
         return dict(self._shards[0].metadata)
 
     @property
@@ -242,14 +242,14 @@ class TrajectoryStore:
         return hashlib.sha256("".join(s.sha256 for s in self._shards).encode()).hexdigest()
 
     def energies(self, i: int) -> tuple[np.ndarray, np.ndarray]:
-        """Atomic numbers (N,) and energies (n,) eV of relaxation ``i``, and nothing else."""
+        """Reads only the atomic numbers (N,) and energies (n,), eV, of relaxation ``i``."""
         shard, i = self._locate(i)
         with shard.guard():
             numbers = shard.columns["atomic_numbers"][shard.atom[i] : shard.atom[i + 1]]
             return numbers, shard.columns["energies"][shard.frame[i] : shard.frame[i + 1]]
 
     def variable_cell(self) -> np.ndarray:
-        """(R,) bool: which relaxations change their cell, as `RelaxationTrajectory` has it."""
+        """(R,) bool: which relaxations have a variable cell, see `RelaxationTrajectory`."""
         changes = [np.zeros(0, bool)]
         for shard in self._shards:
             for begin in range(0, shard.sizes["relaxations"], BLOCK):
@@ -272,11 +272,11 @@ class TrajectoryStore:
 
     @property
     def incomplete(self) -> bool:
-        """Whether shards of the set are missing: it is still being written, or was cut off."""
+        """Whether shards of the set are missing: it is still being written, or was interrupted."""
         return incomplete([shard.metadata.get("shard") for shard in self._shards])
 
     def elements(self) -> np.ndarray:
-        """(k,) int, the atomic numbers that occur, ascending."""
+        """(k,) int, atomic numbers that occur, ascending."""
         found: set[int] = set()
         for shard in self._shards:
             with shard.guard():

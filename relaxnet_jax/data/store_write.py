@@ -29,7 +29,7 @@ from relaxnet_jax.errors import InputError
 FORMAT = "relaxnet_jax relaxations"
 VERSION = 1
 SUFFIXES = (".h5", ".hdf5")
-# Rows (pairs of frame and atom) buffered before they are appended: some 4 MB.
+# Rows (pairs of frame and atom) buffered before they are appended: about 4 MB.
 FLUSH_ROWS = 65_536
 REMEDY = "make one with 'relaxnet-jax data import FILE --out NAME.h5'"
 # Dataset: (group, dtype, shape of a row). The order is that of the checksum.
@@ -65,15 +65,15 @@ def write_store(
     Args:
       path: a file ending in .h5 or .hdf5; an existing one is replaced.
       trajectories: consumed one at a time, so they need not fit in memory together.
-      metadata: JSON-able facts about the data set, or a function that gives them when all
-        relaxations have been taken.
-      unique: whether two relaxations with one id are an error.
+      metadata: JSON-serialisable facts about the data set, or a function that returns them, which is
+        called once all relaxations have been consumed.
+      unique: whether two relaxations with the same id are an error.
 
     Returns:
       The number of relaxations written.
 
     Raises:
-      InputError: none given, two share an id, one is unsound (see
+      InputError: there are no relaxations, two share an id, one is unsound (see
         `RelaxationTrajectory.validate`), or the file cannot be written.
     """
     target = Path(path)
@@ -90,7 +90,7 @@ def fill_store(
     metadata: Metadata = None,
     unique: bool = True,
 ) -> int:
-    """`write_store` into the open path ``file``, called ``target`` in messages."""
+    """`write_store` to the path ``file``, which is called ``target`` in messages."""
     seen: set[str] = set()
     count = 0
     with h5py.File(file, "w") as opened:
@@ -114,7 +114,7 @@ def fill_store(
 
 
 class _Writer:
-    """Appends relaxations to an open file in chunks and keeps the checksum."""
+    """Appends relaxations to an open file in chunks and updates the checksum."""
 
     def __init__(self, file: h5py.File) -> None:
         self.file, self.digest = file, hashlib.sha256()
@@ -122,7 +122,7 @@ class _Writer:
         self.offsets: dict[str, list[int]] = {name: [0] for name in OFFSETS}
         self.buffered = 0
         for name, (group, dtype, row) in COLUMNS.items():
-            # gzip carries a check of its own: HDF5 refuses a damaged chunk on a lazy read.
+            # gzip has a checksum of its own, so HDF5 rejects a damaged chunk on a lazy read.
             chunk = max(1, 8192 // max(1, int(np.prod(row))))
             file.create_dataset(
                 f"{group}/{name}",
@@ -168,7 +168,7 @@ class _Writer:
         self.buffered = 0
 
     def close(self, metadata: dict[str, Any]) -> None:
-        """Flushes and writes offsets and attributes."""
+        """Flushes the buffer, and writes offsets and attributes."""
         self.flush()
         for name, values in self.offsets.items():
             self.file.create_dataset(f"relaxations/{name}", data=np.array(values, dtype="<i8"))
@@ -200,7 +200,7 @@ def columns_of(trajectory: RelaxationTrajectory) -> dict[str, np.ndarray]:
 
 
 def update_checksum(digest: Any, trajectory: RelaxationTrajectory) -> None:
-    """Adds one relaxation to the checksum, with its sizes so that nothing can shift."""
+    """Adds one relaxation to the checksum, including its sizes so that shifted data are noticed."""
     header = [*(getattr(trajectory, name) for name in TEXTS), *trajectory.positions.shape]
     digest.update(json.dumps(header).encode())
     for value in columns_of(trajectory).values():

@@ -18,19 +18,19 @@ from relaxnet_jax.work import work
 if TYPE_CHECKING:
     import ase
 
-# Å; a lattice-vector component that moves by more has been relaxed, not rounded.
+# Å; a lattice-vector component that changes by more has been relaxed, not rounded.
 CELL_TOLERANCE = 1e-4
-PREDICTED = "RelaxNet"  # the source of predicted relaxations
-REFINED = f"{PREDICTED}, refined"  # that of a structure relaxed on from a prediction
-ALONE = f"refined without {PREDICTED}"  # and of one for which the prediction was no use
+PREDICTED = "RelaxNet"  # ``source`` of predicted relaxations
+REFINED = f"{PREDICTED}, refined"  # of a structure relaxed further from a prediction
+ALONE = f"refined without {PREDICTED}"  # of one for which the prediction was of no use
 CALCULATOR = "relaxnet"  # ASE's name of the package's calculator
-# What a `source` ends in where the relaxation has not come to its end.
-UNFINISHED = ", unfinished"  # killed, going on, or its file cut
+# Endings of ``source`` if the relaxation has not reached its end.
+UNFINISHED = ", unfinished"  # killed, still running, or its file truncated
 UNCONVERGED = ", not converged"
-# What it says before that of a VASP run some of whose ionic steps are electronically unconverged.
+# Precedes these for a VASP run with electronically unconverged ionic steps.
 AT_NELM = ", steps at NELM"
-SPIN_POLARISED = " ISPIN=2"  # what that of a spin-polarised VASP run says before these
-MANY = (".extxyz", ".traj")  # take all frames, of several relaxations
+SPIN_POLARISED = " ISPIN=2"  # precedes all of these for a spin-polarised VASP run
+MANY = (".extxyz", ".traj")  # formats that take all frames, of several relaxations
 SUPPORTED_OUTPUTS = ".extxyz, .traj (all frames), .cif, .vasp, POSCAR*, CONTCAR* (final frame)"
 
 
@@ -47,16 +47,16 @@ class RelaxationTrajectory:
       positions: (n, N, 3), Å, Cartesian.
       cells: (n, 3, 3), Å, rows are lattice vectors.
       pbc: (3,) bool.
-      energies: (n,), eV per structure (total energy as the code gave it).
-      forces: (n, N, 3), eV/Å, raw: those on fixed atoms are not zeroed.
+      energies: (n,), eV per structure (total energies as given by the code).
+      forces: (n, N, 3), eV/Å, raw, i.e. not zeroed on fixed atoms.
       fixed_mask: (N,) bool, True where the atom was held fixed.
-      group: materials that may not be separated by a split share a group.
+      group: group of the material; a split never separates materials of one group.
       stresses: (n, 6) or None, eV/Å³, Voigt order xx yy zz yz xz xy, tension positive.
       charges: (N,) or None, e: net charges of the atoms, positive where electrons are missing
-        (ASE's initial charges; of a VASP run, those of its PAW spheres, see `outcar.Outcar`).
+        (ASE's initial charges; for a VASP run, those of its PAW spheres, see `outcar.Outcar`).
       times: (n,) pseudotime in [0, 1], or None for k/(n-1).
-      source: where it came from (file, code, functional); it ends in `SPIN_POLARISED`, `AT_NELM`,
-        `UNFINISHED` or `UNCONVERGED` where that is so.
+      source: where the relaxation comes from (file, code, functional); it ends in `SPIN_POLARISED`,
+        `AT_NELM`, `UNFINISHED` or `UNCONVERGED` where these apply.
     """
 
     id: str
@@ -100,11 +100,12 @@ class RelaxationTrajectory:
 
     @property
     def family(self) -> str:
-        """``source`` without what it may end in: energies of one family can be compared."""
+        """``source`` without its special endings; energies of one family can be compared."""
         source = self.source
-        # Spin-polarised or not, energies of what has no moments are the same, and many sets hold
-        # both: apart, their rarer elements would have too few relaxations to compare with. What
-        # moments lower an energy by, some 0.1 eV/atom, hides in what compositions leave open.
+        # Structures without magnetic moments have the same energy with and without spin
+        # polarisation, and many sets hold both: separated, their rarer elements would have too few
+        # relaxations to compare with. Moments lower an energy by some 0.1 eV/atom, which is within
+        # what compositions leave unexplained.
         for ending in (UNFINISHED, UNCONVERGED, AT_NELM, SPIN_POLARISED):
             source = source.removesuffix(ending)
         return source
@@ -115,12 +116,12 @@ class RelaxationTrajectory:
         return bool(np.any(np.abs(self.cells - self.cells[:1]) > CELL_TOLERANCE))
 
     def work(self) -> np.ndarray:
-        """E(t) - E(0) as the `relaxnet_jax.work.work` of the forces: (n,) eV.
+        """E(t) - E(0), (n,) eV, as the work of the forces (see `relaxnet_jax.work.work`).
 
-        Of predicted paths in fixed cells: to be added to the first frame's DFT energy.
+        This is for predicted paths in fixed cells; add it to the first frame's DFT energy.
 
         Raises:
-          InputError: the cell changes, whose work is not that of forces alone.
+          InputError: the cell changes, so that forces alone do not give the work.
         """
         if self.variable_cell:
             raise InputError(
@@ -129,7 +130,7 @@ class RelaxationTrajectory:
         return work(self.positions, self.forces, self.fixed_mask)
 
     def begun_at(self, frame: int) -> RelaxationTrajectory:
-        """The relaxation from a frame on, as ``ID@FRAME``; the whole of it for frame 0."""
+        """The relaxation from ``frame`` on, with the id ``ID@FRAME``; itself for frame 0."""
         if frame == 0:
             return self
         times = self.times
@@ -149,9 +150,9 @@ class RelaxationTrajectory:
     def atoms(self, i: int = -1) -> ase.Atoms:
         """Frame ``i`` (the final one by default) as ASE atoms.
 
-        The atoms carry a ``SinglePointCalculator`` with energy, raw forces and (if there)
-        stress, ``charges`` as initial charges, ``FixAtoms`` on fixed atoms, and ``traj_id``,
-        ``frame``, ``group``, ``source`` in ``info``.
+        The atoms carry a ``SinglePointCalculator`` with energy, raw forces and (if known) stress,
+        ``charges`` as initial charges, ``FixAtoms`` on fixed atoms, and ``traj_id``, ``frame``,
+        ``group`` and ``source`` in ``info``.
 
         Raises:
           IndexError: ``i`` is not a frame.
@@ -182,12 +183,12 @@ class RelaxationTrajectory:
         """Writes the trajectory; an existing file is replaced only by a complete one.
 
         Args:
-          path: ``.extxyz`` and ``.traj`` take all frames; ``.cif`` and VASP's names (`is_poscar`)
-            take the final one.
+          path: file to write; ``.extxyz`` and ``.traj`` take all frames, ``.cif`` and VASP's names
+            (see `is_poscar`) the final one.
 
         Raises:
-          InputError: another suffix, a folder that cannot be written, or a format that
-            cannot hold the structure (a molecule without cell as POSCAR).
+          InputError: the suffix is unknown, the folder cannot be written, or the format cannot hold
+            the structure (e.g. a molecule without cell as POSCAR).
         """
         import ase.io
 
@@ -195,7 +196,7 @@ class RelaxationTrajectory:
         form = output_form(target)
         chosen = range(self.n_frames) if target.suffix in MANY else (-1,)
         frames = [self.atoms(i) for i in chosen]
-        # Without a cell ASE writes a POSCAR nothing can read.
+        # Without a cell ASE writes a POSCAR that nothing can read.
         if form == "vasp" and abs(np.linalg.det(self.cells[-1])) < MIN_VOLUME:
             raise InputError(f"{target}: {self.id} has no cell: write .extxyz, .traj or .cif")
         with atomic_path(target) as temporary:
@@ -208,12 +209,12 @@ class RelaxationTrajectory:
                 ) from error
 
     def validate(self) -> RelaxationTrajectory:
-        """Returns itself if it is sound.
+        """Returns the relaxation itself if it is sound.
 
-        Sound means: shapes agree, at least one frame and one atom, atomic numbers 1 to 118,
-        every number finite, times ascending in [0, 1], energies within 20 eV/atom, independent
-        lattice vectors along the periodic directions (those along others may be missing), no two
-        atoms (periodic images included) within 1e-3 Å.
+        Sound means: shapes agree; there are at least one frame and one atom; atomic numbers are 1 to
+        118; every number is finite; times ascend in [0, 1]; energies are within 20 eV/atom; lattice
+        vectors along periodic directions are independent (others may be missing); and no two atoms
+        (periodic images included) are within 1e-3 Å.
 
         Raises:
           InputError: the first of these that does not hold, with id, frame and field.
@@ -225,8 +226,13 @@ class RelaxationTrajectory:
 
 
 def output_form(path: Path) -> str:
-    """ASE's name for the format of a file that is written, by its name: the suffix counts before
-    words like POSCAR, so that no frames are lost. Raises InputError for what is not written."""
+    """ASE's name for the format of an output file, judged by the file's name.
+
+    The suffix takes precedence over words like POSCAR, so that no frames are lost.
+
+    Raises:
+      InputError: files of this name cannot be written.
+    """
     if path.suffix in (*MANY, ".cif"):
         return path.suffix[1:]
     if is_poscar(path):
@@ -235,10 +241,10 @@ def output_form(path: Path) -> str:
 
 
 def sound_and_unwrapped(trajectory: RelaxationTrajectory) -> RelaxationTrajectory:
-    """A relaxation as it was read, validated, with unwrapped positions and texts of UTF-8.
+    """Validates a relaxation as it was read, unwraps its positions and makes its texts UTF-8.
 
     Raises:
-      InputError: it is unsound; the message does not name it, which is for its reader to do.
+      InputError: it is unsound; the message does not name it, which is left to the caller.
     """
     try:
         trajectory.validate()
@@ -246,7 +252,7 @@ def sound_and_unwrapped(trajectory: RelaxationTrajectory) -> RelaxationTrajector
         prefix = f"relaxation {trajectory.id!r}, "
         raise InputError(str(bad).removeprefix(prefix)) from None
     unwrapped = unwrap_positions(trajectory.positions, trajectory.cells, trajectory.pbc)
-    # File names need not be UTF-8, and become ids and sources; a store holds nothing else.
+    # Ids and sources may come from file names, which need not be UTF-8; a store holds only UTF-8.
     return dataclasses.replace(
         trajectory,
         id=printable(trajectory.id),
@@ -257,7 +263,7 @@ def sound_and_unwrapped(trajectory: RelaxationTrajectory) -> RelaxationTrajector
 
 
 def reduced_formula(atomic_numbers: np.ndarray) -> str:
-    """Reduced chemical formula in Hill order of (N,) atomic numbers."""
+    """Reduced chemical formula, in Hill order, of (N,) atomic numbers."""
     from ase.data import chemical_symbols
     from ase.formula import Formula
 
@@ -270,9 +276,9 @@ def reduced_formula(atomic_numbers: np.ndarray) -> str:
 def unwrap_positions(positions: np.ndarray, cells: np.ndarray, pbc: np.ndarray) -> np.ndarray:
     """Removes lattice-vector jumps between consecutive frames.
 
-    A step is a jump where its fractional coordinate along a periodic direction exceeds one
-    half; what is removed is a whole number of the frame's own lattice vectors, so every
-    frame stays the same crystal. Without jumps the result equals the input bit for bit.
+    A step is a jump if it exceeds one half in a fractional coordinate along a periodic direction. A
+    whole number of the frame's own lattice vectors is removed, so every frame remains the same
+    crystal. Without jumps the result equals the input bit for bit.
 
     Args:
       positions: (n, N, 3), Å.
@@ -280,7 +286,7 @@ def unwrap_positions(positions: np.ndarray, cells: np.ndarray, pbc: np.ndarray) 
       pbc: (3,) bool.
 
     Returns:
-      (n, N, 3), Å; the first frame as it was.
+      (n, N, 3), Å; the first frame is unchanged.
     """
     if len(positions) < 2 or not np.any(pbc):
         return positions.copy()
