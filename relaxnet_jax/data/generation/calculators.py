@@ -1,4 +1,4 @@
-"""The calculators relaxations are made with, by name."""
+"""Calculators that relaxations are generated with, by name."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from relaxnet_jax.data.generate import ELEMENTS, SOURCE
 from relaxnet_jax.errors import InputError
 
 _FACTORY = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
-# Up to plutonium without those its training data, the Materials Project's, lack.
+# Elements up to plutonium that are missing in its training data, the Materials Project's.
 _CHGNET_ABSENT = (84, 85, 86, 87, 88)
 
 
@@ -27,12 +27,12 @@ class Calculator(NamedTuple):
     """A kind of calculator.
 
     Attributes:
-      make: gives a fresh ASE calculator.
-      label: short name for ids.
-      source: what the trajectories' ``source`` says.
-      elements: atomic numbers it knows, None for any.
-      version: changes when its results may.
-      serial: whether one thread is all it uses.
+      make: returns a new ASE calculator.
+      label: short name, used in ids.
+      source: ``source`` of the trajectories.
+      elements: atomic numbers it supports, None for any.
+      version: changes whenever its results may change.
+      serial: whether it uses only one thread.
     """
 
     make: Callable[[], Any]
@@ -44,19 +44,20 @@ class Calculator(NamedTuple):
 
 
 def load_calculator(name: str, option: str = "--calculator") -> Calculator:
-    """The calculator called ``name``.
+    """Returns the calculator called ``name``.
 
-    "emt" is ASE's EMT for Al, Cu, Ag, Au, Ni, Pd and Pt; "chgnet" the pretrained CHGNet
-    potential (the extra ``chgnet``). MODULE:FACTORY imports MODULE, from the working directory
-    or the environment, and takes from it the callable FACTORY, which returns an ASE calculator
-    when called without arguments. It is called for every relaxation, so that none depends on
-    another. This runs the code of that module: name only what you would run yourself.
+    "emt" is ASE's EMT for Al, Cu, Ag, Au, Ni, Pd and Pt; "chgnet" is the pretrained CHGNet potential
+    (needs the extra ``chgnet``). MODULE:FACTORY imports MODULE from the working directory or the
+    environment and uses its callable FACTORY, which returns an ASE calculator when called without
+    arguments. FACTORY is called for every relaxation, so that none depends on another. This runs the
+    code of that module: name only what you would run yourself.
 
     Args:
-      option: by which the user named it, for what errors say.
+      name: "emt", "chgnet" or MODULE:FACTORY.
+      option: the command-line option that gave the name, for error messages.
 
     Raises:
-      InputError: no such calculator, module or factory, or CHGNet is not installed.
+      InputError: there is no such calculator, module or factory, or CHGNet is not installed.
     """
     if name == "emt":
         return _emt()
@@ -97,9 +98,9 @@ def _loaded_chgnet() -> Calculator:
     from chgnet.model.dynamics import CHGNetCalculator
     from chgnet.model.model import CHGNet
 
-    # Sums over several threads round otherwise: results would depend on the number of jobs.
+    # Sums over several threads round differently: results would depend on the number of jobs.
     torch.set_num_threads(1)
-    with contextlib.redirect_stdout(io.StringIO()):  # it says what it is and where it runs
+    with contextlib.redirect_stdout(io.StringIO()):  # silences its messages about itself and its device
         model = CHGNet.load(use_device="cpu", verbose=False)
     known = frozenset(range(1, 95)) - frozenset(_CHGNET_ABSENT)
 
@@ -135,14 +136,15 @@ def _factory(name: str, option: str) -> Calculator:
 
 
 def check_calculator(name: str, relax_cell: bool, option: str = "--calculator") -> Calculator:
-    """Loads the calculator and makes one, so that a wrong one is refused before any work.
+    """Loads the calculator and makes one, so that an unsuitable one is refused before any work.
 
     Args:
-      name, option: see `load_calculator`. relax_cell: whether it must have stresses.
+      name, option: see `load_calculator`.
+      relax_cell: whether it must provide stresses.
 
     Raises:
-      InputError: it cannot be loaded or made, is no ASE calculator, or lacks forces, or the
-        stress that relaxing the cell needs.
+      InputError: it cannot be loaded or made, is not an ASE calculator, or lacks the energy, the
+        forces or the stress (needed to relax the cell).
     """
     calculator = load_calculator(name, option)
     try:

@@ -1,4 +1,4 @@
-"""Which elements may stand in for each other, and how large their atoms are."""
+"""Which elements may replace each other, and the sizes of their atoms."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import numpy as np
 
 from relaxnet_jax.data.trajectory import reduced_formula
 
-# Groups 1 to 18 of the periodic table. Hydrogen is no alkali metal and stands alone, and so do
-# the f elements beside lanthanum, which belong to no group, unless they are asked for.
+# Groups 1 to 18 of the periodic table. Hydrogen is not an alkali metal and stands alone. So do the
+# f elements other than lanthanum, which belong to no group, unless f elements are asked for.
 _GROUPS = (
     (3, 11, 19, 37, 55),
     (4, 12, 20, 38, 56),
@@ -38,9 +38,9 @@ _FAMILY_OF = _GROUP_OF | {z: family for family in (_RARE_EARTHS, _ACTINIDES) for
 
 
 def group_of(number: int, f_elements: bool = False) -> tuple[int, ...]:
-    """Atomic numbers of the element's group of the periodic table, ascending, itself included.
+    """Atomic numbers of the element's group of the periodic table, ascending, including itself.
 
-    Astatine, radon and all below them are left out; an element of no group is its own.
+    Astatine, radon and all elements below them are left out; an element of no group is alone.
 
     Args:
       number: atomic number.
@@ -51,10 +51,9 @@ def group_of(number: int, f_elements: bool = False) -> tuple[int, ...]:
 
 
 def family_formula(numbers: np.ndarray, f_elements: bool = False) -> str:
-    """The reduced formula with every element replaced by the lightest of its group.
+    """Reduced formula with every element replaced by the lightest of its group.
 
-    All that substitution can make of a material shares it with the material: NaCl and KBr are
-    both "FLi".
+    All materials that substitution can make from one material share it: NaCl and KBr are both "FLi".
 
     Args:
       numbers: (N,) atomic numbers.
@@ -70,21 +69,24 @@ def substituted(
     rng: np.random.Generator,
     f_elements: bool = False,
 ) -> np.ndarray:
-    """(N,) atomic numbers in which elements have been replaced by others of their group.
+    """Replaces elements at random by others of their group.
 
-    All atoms of an element change together, and elements that differ stay different.
+    All atoms of an element change together, and different elements stay different.
 
     Args:
-      numbers: (N,) int.
-      probability: of replacing each element.
+      numbers: (N,) int, atomic numbers.
+      probability: probability of replacing each element.
       allowed: atomic numbers to choose from; None for all.
-      rng: of the choices.
+      rng: generator of the random choices.
       f_elements: see `group_of`.
+
+    Returns:
+      (N,) atomic numbers.
     """
     result = np.array(numbers)
     present = {int(z) for z in np.unique(numbers)}
     for z in sorted(present):
-        # Drawn whether or not it is used, so that one element's luck does not hang on another's.
+        # Drawn whether or not it is used, so that the elements' draws do not affect each other.
         wanted, choice = rng.random(), rng.random()
         family = group_of(z, f_elements)
         others = [o for o in family if o not in present and (allowed is None or o in allowed)]

@@ -1,4 +1,4 @@
-"""The structures that relaxations are made from: the user's, or mineral prototypes."""
+"""Structures that relaxations are made from: those of the user, or mineral prototypes."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class Parent(NamedTuple):
     """A structure to make relaxations from.
 
     Attributes:
-      name: unique in its set; goes into the ids of its relaxations.
-      atoms: without calculator; at most ``FixAtoms`` as constraint.
-      group: of all its relaxations, "" if nothing names one.
+      name: name, unique in the set, which becomes part of the ids of its relaxations.
+      atoms: the structure, without calculator and with no constraint but ``FixAtoms``.
+      group: group of all its relaxations, "" if none is given.
     """
 
     name: str
@@ -39,16 +39,16 @@ class Parent(NamedTuple):
 
 
 class Parents(NamedTuple):
-    """The ``usable`` parents, and (name, reason) of each that was ``refused``."""
+    """The ``usable`` parents, and (name, reason) of each parent that was ``refused``."""
 
     usable: list[Parent]
     refused: list[tuple[str, str]]
 
 
 def read_parents(structures: Sequence[str]) -> Parents:
-    """Parents from files ASE reads, every image one, and from the word "prototypes".
+    """Reads parents from files that ASE reads, one per image, and from the word "prototypes".
 
-    A file's ``info`` may name ``group`` (or ``parent``); charges, magnetic moments and fixed
+    The ``info`` of an image may name a ``group`` (or ``parent``); charges, magnetic moments and fixed
     atoms are kept.
 
     Raises:
@@ -85,7 +85,7 @@ def read_parents(structures: Sequence[str]) -> Parents:
 
 
 def _parent(name: str, atoms: Atoms) -> Parent:
-    """The image as a parent. Raises InputError for constraints that cannot be kept."""
+    """Turns an image into a parent; raises InputError for constraints that cannot be kept."""
     from ase.constraints import FixAtoms, FixCartesian, FixScaled
 
     kept = FixAtoms | FixCartesian | FixScaled
@@ -101,13 +101,13 @@ def _parent(name: str, atoms: Atoms) -> Parent:
 
 
 def mineral_prototypes() -> list[Parent]:
-    """The mineral prototypes that come with jarvis-tools: some 1,080 relaxed bulk crystals.
+    """The mineral prototypes shipped with jarvis-tools: about 1,080 relaxed bulk crystals.
 
     The group of each is its prototype: stoichiometry, space group and number of atoms in the
     conventional cell, e.g. "AB_225_8" for rock salt.
 
     Raises:
-      InputError: the installed jarvis-tools has no such file, or it is damaged.
+      InputError: jarvis-tools is not installed, or its file is missing or damaged.
     """
     from ase import Atoms
 
@@ -120,8 +120,8 @@ def mineral_prototypes() -> list[Parent]:
         with zipfile.ZipFile(path) as archive:
             table: dict[str, Any] = json.loads(archive.read(_PROTOTYPE_FILE))
         for label, entries in table.items():
-            # Wyckoff letters depend on the choice of the origin: copper and palladium, one
-            # structure, are A_225_a_4 and A_225_b_4.
+            # Wyckoff letters depend on the choice of origin: copper and palladium, which have the
+            # same structure, are A_225_a_4 and A_225_b_4.
             formula, space_group, _, n_atoms = label.split("_")
             for _, _, name, crystal in entries:
                 where = "positions" if crystal["cartesian"] else "scaled_positions"
@@ -145,8 +145,8 @@ def sift(found: Parents, settings: Settings, elements: Collection[int] | None) -
 
     Args:
       found: all parents.
-      settings: of the data set.
-      elements: atomic numbers the calculator knows, None for any.
+      settings: settings of the data set.
+      elements: atomic numbers that the calculator supports, None for any.
     """
     usable, refused = [], list(found.refused)
     for parent in found.usable:
@@ -159,7 +159,7 @@ def sift(found: Parents, settings: Settings, elements: Collection[int] | None) -
 
 
 def _refusal(atoms: Atoms, settings: Settings, elements: Collection[int] | None) -> str:
-    """Why relaxations cannot be made from these atoms; empty if they can."""
+    """Why relaxations cannot be made from these atoms; "" if they can."""
     strangers = set() if elements is None else set(atoms.numbers.tolist()) - set(elements)
     if 0 in atoms.numbers:
         return "has atoms of no element"

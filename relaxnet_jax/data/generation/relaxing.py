@@ -1,4 +1,4 @@
-"""One relaxation, every ionic step of it kept, or the reason why there is none."""
+"""Runs one relaxation and keeps every ionic step, or gives the reason why it failed."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from relaxnet_jax.errors import InputError
 if TYPE_CHECKING:
     from ase import Atoms
 
-MAX_FORCE = 100.0  # eV/Å; beyond, atoms sit in each other or the calculator extrapolates
-MAX_RISE = 1.0  # eV/atom above the start, where a relaxation only goes down
-MAX_SWELL = 3.0  # factor by which a cell's volume may change
-MIN_CONTACT = 0.5  # of the sum of two covalent radii
-MAX_STEP = 0.2  # Å an atom moves in one step
+MAX_FORCE = 100.0  # eV/Å; beyond it, atoms overlap or the calculator extrapolates
+MAX_RISE = 1.0  # eV/atom above the start; a relaxation should only go down
+MAX_SWELL = 3.0  # factor by which the volume of the cell may change
+MIN_CONTACT = 0.5  # fraction of the sum of two covalent radii
+MAX_STEP = 0.2  # Å, largest displacement of an atom in one step
 
 Failure = str
 
@@ -31,26 +31,26 @@ def relax(
 ) -> RelaxationTrajectory | Failure:
     """Relaxes the atoms (in place) with ASE and keeps every ionic step.
 
-    Energies are the force-consistent ones where the calculator tells them apart, forces the
-    atoms' own and raw, also where the cell relaxes; stresses are kept where the calculator has
-    them and all directions are periodic.
+    Energies are the force-consistent ones if the calculator distinguishes them. Forces are raw and
+    those on the atoms, also if the cell relaxes. Stresses are kept if the calculator provides them and
+    all directions are periodic.
 
     Args:
-      atoms: the start.
-      calculator: a fresh ASE calculator.
-      settings: of the data set.
-      name, group, source: of the trajectory.
+      atoms: the starting structure.
+      calculator: a new ASE calculator.
+      settings: settings of the data set.
+      name, group, source: id, group and source of the trajectory.
 
     Returns:
-      The validated trajectory; or a line "KIND: DETAIL" that says why the relaxation is none:
-      it did not converge, left what is physical, or the calculator failed.
+      The validated trajectory, or a line "KIND: DETAIL" that says why there is none: there was nothing
+      to relax, the relaxation did not converge or became unphysical, or the calculator failed.
     """
     atoms.calc = calculator
     frames: list[tuple[Any, ...]] = []
     converged = False
     try:
         with warnings.catch_warnings():
-            # E.g. of an optimiser whose step is cut; what matters shows in the result.
+            # E.g. from an optimiser that limits its step; what matters shows in the result.
             warnings.simplefilter("ignore")
             for done in _steps(atoms, settings):
                 frames.append(_frame(atoms))
@@ -89,7 +89,7 @@ def relax(
 
 
 def _steps(atoms: Atoms, settings: Settings) -> Any:
-    """The optimiser's iterator; yields whether the present step is converged."""
+    """Iterator of the optimiser, which yields whether the current step is converged."""
     from ase.filters import FrechetCellFilter
     from ase.optimize import FIRE, LBFGS
 
@@ -100,8 +100,8 @@ def _steps(atoms: Atoms, settings: Settings) -> Any:
 
 
 def _frame(atoms: Atoms) -> tuple[Any, ...]:
-    """Positions, cell, energy, forces and stress (or None) of the present step."""
-    # The optimiser has just had these forces, so nothing is computed twice.
+    """Positions, cell, energy, forces and stress (or None) of the current step."""
+    # The optimiser has just computed these forces, so nothing is computed twice.
     calculator: Any = atoms.calc
     stress: Any = None
     if atoms.pbc.all() and "stress" in calculator.implemented_properties:
@@ -115,7 +115,7 @@ def _frame(atoms: Atoms) -> tuple[Any, ...]:
 
 
 def _unphysical(atoms: Atoms, frames: list[tuple[Any, ...]]) -> Failure:
-    """What is wrong with the last frame; empty if nothing is."""
+    """What is wrong with the last frame; "" if nothing is."""
     _, first_cell, first_energy, _, _ = frames[0]
     _, cell, energy, forces, stress = frames[-1]
     if not all(np.isfinite(v).all() for v in (energy, forces, stress) if v is not None):

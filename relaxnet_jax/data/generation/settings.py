@@ -1,4 +1,4 @@
-"""What a generated data set is made with."""
+"""Settings of a generated data set."""
 
 from __future__ import annotations
 
@@ -7,34 +7,34 @@ from typing import Literal
 
 from relaxnet_jax.errors import InputError
 
-# Goes into the parts' keys and the store's metadata: raise it whenever the same settings give
-# other relaxations.
+# Part of the parts' keys and the store's metadata: increase it whenever the same settings give
+# different relaxations.
 GENERATOR_VERSION = 1
 OPTIMIZERS = ("lbfgs", "fire")
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How relaxations are made; each then depends on ``seed`` and its index only.
+    """How relaxations are generated; given these settings, each depends only on its index.
 
     Attributes:
       calculator: "emt", "chgnet" or MODULE:FACTORY (see `calculators.load_calculator`).
-      seed: of all random choices, 0 or more.
-      rattle: Å, range of the standard deviation per coordinate.
-      strain: the cell's symmetric strain has components within ± this.
+      seed: seed of all random choices, 0 or more.
+      rattle: Å, range of the standard deviation of the noise per coordinate.
+      strain: largest magnitude of the components of the cell's symmetric strain.
       substitute: probability of replacing each element by another of its group.
-      f_elements: whether rare earths (Sc, Y, La to Lu) may replace each other, and actinides (Ac
-        to Pu).
-      supercell: repetitions along the lattice vectors.
+      f_elements: whether rare earths (Sc, Y, La to Lu) may replace each other, and likewise
+        actinides (Ac to Pu).
+      supercell: number of repetitions along each lattice vector.
       relax_cell: whether the cell relaxes too.
       optimizer: "lbfgs" or "fire".
       fmax: eV/Å, the largest force (with ``relax_cell`` also the cell's) of a relaxed structure.
-      max_steps: after which a relaxation counts as not converged.
+      max_steps: number of steps after which a relaxation counts as not converged.
       keep_unconverged: whether such relaxations are kept; their ``source`` says so.
-      max_atoms: larger structures, supercell included, are refused.
-      attempts: starts drawn for each relaxation before it is left out.
-      group_by: "parent", so that all materials made from one structure or prototype share a
-        group, or "formula".
+      max_atoms: largest number of atoms, supercell included; larger structures are refused.
+      attempts: number of starts drawn for each relaxation before it is left out.
+      group_by: "parent" if all materials made from one structure or prototype share a group, or
+        "formula".
     """
 
     calculator: str
@@ -54,7 +54,7 @@ class Settings:
     group_by: Literal["parent", "formula"] = "parent"
 
     def check(self) -> Settings:
-        """Returns itself; InputError names the first setting that makes no sense."""
+        """Returns the settings; raises InputError, which names the first one that makes no sense."""
         low, high = self.rattle
         complaints = (
             (self.seed >= 0, f"--seed {self.seed}: give 0 or more"),

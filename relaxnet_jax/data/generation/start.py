@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from ase import Atoms
 
-# Of the sum of two covalent radii; a start with closer atoms is drawn again.
+# Fraction of the sum of two covalent radii; a start with closer atoms is drawn again.
 MIN_CONTACT = 0.7
 MAX_DRAWS = 50
 
@@ -23,16 +23,16 @@ MAX_DRAWS = 50
 def draw_start(
     parent: Atoms, settings: Settings, elements: Collection[int] | None, rng: np.random.Generator
 ) -> Atoms | None:
-    """An unrelaxed structure made from the parent.
+    """Draws an unrelaxed structure made from the parent.
 
-    Substitution scales the structure by the mean covalent radius, so that the volume follows
-    its cube. Strain is applied where all directions are periodic; fixed atoms are not rattled.
+    Substitution scales the structure with the mean covalent radius, so that the volume scales with
+    its cube. Strain is applied only if all directions are periodic; fixed atoms are not rattled.
 
     Args:
       parent: the structure to begin with.
-      settings: of the data set.
-      elements: what substitution may choose from (atomic numbers), None for any.
-      rng: of all choices.
+      settings: settings of the data set.
+      elements: atomic numbers that substitution may choose from, None for any.
+      rng: generator of all random choices.
 
     Returns:
       The structure, or None if after MAX_DRAWS draws two atoms are still too close (MIN_CONTACT).
@@ -66,8 +66,10 @@ def _draw(
 
 
 def too_close(atoms: Atoms, fraction: float) -> bool:
-    """Whether two atoms, periodic images included, are nearer than ``fraction`` of the sum of
-    their covalent radii. Pairs of fixed atoms count as well."""
+    """Whether two atoms are closer than ``fraction`` of the sum of their covalent radii.
+
+    Periodic images count, and so do pairs of fixed atoms.
+    """
     from ase.neighborlist import neighbor_list
 
     return len(neighbor_list("i", atoms, fraction * radii(atoms.numbers))) > 0

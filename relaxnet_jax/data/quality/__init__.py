@@ -1,1 +1,1 @@
-"""What is in a set, and which of its relaxations make no physical sense."""
+"""Statistics of a data set, and checks for relaxations that make no physical sense."""

@@ -1,15 +1,15 @@
-"""Medians of atomic charges by element, in memory that does not grow with the data."""
+"""Medians of atomic charges by element, from histograms of constant size."""
 
 from __future__ import annotations
 
 import numpy as np
 
 BIN = 0.01  # e
-RANGE = 20.0  # e; charges beyond are counted in the outermost bins
+RANGE = 20.0  # e; charges beyond it are counted in the outermost bins
 
 
 class Charges:
-    """Counts of atomic charges by element and bin, and the relaxations that have them."""
+    """Counts of atomic charges by element and bin, and the ``rows`` of relaxations with charges."""
 
     def __init__(self) -> None:
         self.rows: list[int] = []
@@ -17,7 +17,7 @@ class Charges:
         self._centres: dict[int, tuple[float, float]] = {}
 
     def add(self, i: int, atomic_numbers: np.ndarray, charges: np.ndarray) -> None:
-        """Counts relaxation ``i``: (N,) int, (N,) e."""
+        """Counts the charges (N,), e, of relaxation ``i`` with atomic numbers (N,)."""
         self.rows.append(i)
         n = int(2 * RANGE / BIN)
         places = np.clip(np.floor((charges + RANGE) / BIN), 0, n - 1).astype(int)
@@ -26,12 +26,12 @@ class Charges:
             self._bins[z] = self._bins.get(z, 0) + counts
 
     def centres(self, atomic_numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Medians and robust standard deviations (1.4826 MAD) of the elements of atoms.
+        """Medians and robust standard deviations (1.4826 MAD) for the element of each atom.
 
-        Ask when all are counted.
+        Call this once all relaxations have been counted.
 
         Returns:
-          (N,) and (N,), e, to within a bin.
+          (N,) and (N,), e, accurate to within a bin.
         """
         for z in set(atomic_numbers.tolist()) - set(self._centres):
             counts = self._bins[z]

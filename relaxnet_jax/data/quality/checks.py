@@ -1,25 +1,25 @@
-"""Relaxations that make no physical sense, each with id, frame and numbers.
+"""Finds relaxations that make no physical sense, each with id, frame and numbers.
 
-What is looked for, and when it is found (see `Limits` for the bounds):
+The reasons for a finding are (see `Limits` for the bounds):
 
-- ``energy``: a final energy far from the composition energies of its source (see
-  `composition`), or a positive one: no code gives a structure more than its atoms have apart.
-- ``energy-change``: energies of one relaxation too far apart.
+- ``energy``: a final energy far from the composition energies of its source (see `composition`), or
+  a positive energy, since no code places a structure above its separated atoms.
+- ``energy-change``: energies of one relaxation that are too far apart.
 - ``force``: a force on a free atom above the bound.
-- ``shifted``: energies that contradict the forces where they stand, and agree with them where
-  all are moved by one frame: labels of the neighbouring frame.
-- ``outlier``: one frame's energy contradicts the forces, while those before and after agree.
-- ``discontinuity``: one step's energy change contradicts the forces, those around it do not:
+- ``shifted``: energies that contradict the forces as they are, but agree with them if all are moved
+  by one frame: labels of the neighbouring frame.
+- ``outlier``: the energy of one frame contradicts the forces, while those before and after agree.
+- ``discontinuity``: the energy change of one step contradicts the forces, those around it do not:
   another spin state, basis or setting from there on.
 - ``work``: steps that contradict the forces in no such pattern.
-- ``order``: the last frame lies above an earlier one; ``rising``: it lies above the first.
+- ``order``: the last frame is higher in energy than an earlier one; ``rising``: higher than the first.
 - ``jump``: an atom crosses much of the cell in one step (see `work.cell_jumps`).
 - ``charge``: an atomic charge far from the median of its element.
 - ``unconverged``: the last fmax is above the bound.
 
-A step contradicts the forces when |dE + W| > 2 meV/atom + (|W0| + |W1|)/4, with W0 and W1 its
-work by the forces of either end and W their mean (`work.step_works`). Honest frames in another
-order agree with their forces all the same: only their energies tell, by ``order``, ``rising``.
+A step contradicts the forces if |dE + W| > 2 meV/atom + (|W0| + |W1|)/4, where W0 and W1 are the work
+along it by the forces at either end, and W is their mean (see `work.step_works`). Correctly labelled
+frames in a wrong order still agree with their forces; only ``order`` and ``rising`` can reveal them.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from relaxnet_jax.data.store_write import write_store
 from relaxnet_jax.data.trajectory import RelaxationTrajectory
 from relaxnet_jax.errors import InputError
 
-# eV/atom and share of the works: at these some 1 % of real DFT relaxations are flagged.
+# eV/atom, and fraction of the works; these flag about 1 % of real DFT relaxations.
 WORK_TOLERANCE = 2e-3
 WORK_SHARE = 0.25
 
@@ -52,14 +52,14 @@ class Limits:
     """Bounds beyond which a relaxation is reported.
 
     Attributes:
-      max_force: eV/Å, any free atom, any frame.
-      max_energy_change: eV/atom, any frame against the first.
-      converged: eV/Å, largest force on a free atom of the last frame.
-      rise: eV/atom, last energy above the first or the lowest.
-      energy_deviations: robust standard deviations from the composition energies.
+      max_force: eV/Å, force on any free atom in any frame.
+      max_energy_change: eV/atom, energy of any frame relative to the first.
+      converged: eV/Å, largest force on a free atom in the last frame.
+      rise: eV/atom, last energy relative to the first or the lowest.
+      energy_deviations: distance from the composition energies in robust standard deviations.
       positive_energy: eV/atom, highest energy.
-      charge_deviations: robust standard deviations from the element's median charge, and at
-        least ``min_charge_deviation`` e.
+      charge_deviations: distance from the element's median charge in robust standard deviations.
+      min_charge_deviation: e, least value of the bound on this distance.
     """
 
     max_force: float = 50.0
@@ -72,7 +72,7 @@ class Limits:
     min_charge_deviation: float = 0.5
 
     def __post_init__(self) -> None:
-        """InputError unless all are positive numbers."""
+        """Raises InputError unless all are positive numbers."""
         for name, value in dataclasses.asdict(self).items():
             if not value > 0 or not np.isfinite(value):
                 raise InputError(f"--{name.replace('_', '-')} {value}: give a number above 0")
@@ -80,13 +80,15 @@ class Limits:
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """One thing wrong with one relaxation.
+    """One problem of one relaxation.
 
     Attributes:
-      reason: one of REASONS. id: of the relaxation.
-      frame: where, from 0; None for the relaxation as a whole.
-      atom: which, from 0; None where it concerns no atom alone.
-      value, bound: what was found and what it exceeds, in ``unit``.
+      reason: one of REASONS.
+      id: id of the relaxation.
+      frame: number of the frame, from 0; None if the relaxation as a whole is concerned.
+      atom: number of the atom, from 0; None if no single atom is concerned.
+      value, bound: the value found and the bound it exceeds, in ``unit``.
+      unit: unit of both.
       text: the same in words.
     """
 
@@ -106,11 +108,12 @@ class QualityReport:
 
     Attributes:
       n: number of relaxations.
-      findings: by relaxation, in the order of the store.
-      energy_unjudged: relaxations whose source holds too few of their elements for a
-        composition energy.
-      work_unjudged: relaxations of variable cell without stresses.
-      steps, steps_inconsistent: steps compared with their forces, and those that contradict.
+      findings: all findings, by relaxation in the order of the store.
+      energy_unjudged: number of relaxations without composition energies, because their source holds
+        too few relaxations with their elements.
+      work_unjudged: number of relaxations with a variable cell but without stresses.
+      steps: number of steps compared with the forces.
+      steps_inconsistent: number of steps that contradict them.
     """
 
     n: int
@@ -121,22 +124,23 @@ class QualityReport:
     steps_inconsistent: int
 
     def counts(self) -> dict[str, int]:
-        """Relaxations with a finding, by reason; all reasons."""
+        """Number of relaxations with a finding, for each of REASONS."""
         found = Counter(reason for reason, _ in {(f.reason, f.id) for f in self.findings})
         return {reason: found[reason] for reason in REASONS}
 
     def ids(self, reasons: Collection[str] = REASONS) -> set[str]:
-        """Relaxations with a finding for one of the reasons."""
+        """Ids of the relaxations with a finding for one of the reasons."""
         return {f.id for f in self.findings if f.reason in reasons}
 
     def to_dict(self) -> dict[str, Any]:
-        """Ready for JSON; energies eV/atom or eV, forces eV/Å, lengths Å, charges e."""
+        """The report ready for JSON: energies in eV/atom or eV, forces eV/Å, lengths Å, charges e."""
         return dataclasses.asdict(self) | {"counts": self.counts(), "flagged": len(self.ids())}
 
 
 def check_relaxation(trajectory: RelaxationTrajectory, limits: Limits) -> list[Finding]:
-    """All that can be told from one relaxation alone: all reasons but the energy against those
-    of its source, and charges.
+    """Finds all problems that show in one relaxation alone.
+
+    These are all reasons but charges, and energies relative to those of the same source.
     """
     return [*_check_labels(trajectory, limits), *_check_steps(trajectory)[0]]
 
@@ -144,11 +148,11 @@ def check_relaxation(trajectory: RelaxationTrajectory, limits: Limits) -> list[F
 def check_store(
     store: TrajectoryStore, limits: Limits, advance: Callable[[int], None] = lambda _: None
 ) -> QualityReport:
-    """Checks all relaxations, reading one at a time; twice where there are charges.
+    """Checks all relaxations, reading one at a time (twice if it has charges).
 
     Args:
-      store: open.
-      limits: bounds.
+      store: the open store.
+      limits: the bounds.
       advance: called with the number of relaxations checked.
     """
     found: dict[int, list[Finding]] = {}
@@ -195,18 +199,18 @@ def write_clean(
 ) -> tuple[int, int]:
     """Writes the relaxations without a finding for any of ``reasons``.
 
-    The metadata of the new store say how many were dropped, and why.
+    The metadata of the new store state how many were dropped, and why.
 
     Args:
       out: a store, ending in .h5, or without suffix a folder of shards (see `write_shards`); an
         existing one is replaced (the command refuses that without --overwrite).
 
     Returns:
-      Numbers of relaxations written and dropped.
+      The numbers of relaxations written and dropped.
 
     Raises:
-      InputError: an unknown reason, ``out`` is one of the store's own files, or their folder, or
-        cannot be written, or nothing would be left.
+      InputError: a reason is unknown; ``out`` is one of the store's own files or their folder, or
+        cannot be written; or nothing would be left.
     """
     reasons, out = chosen(list(reasons)), Path(out)
     read = [path.resolve() for path in store.paths]
@@ -224,14 +228,14 @@ def write_clean(
 
     counts = {reason: n for reason, n in report.counts().items() if n and reason in reasons}
     metadata = store.metadata | {"dropped": {"relaxations": len(dropped), "reasons": counts}}
-    # The place of the first file in its set, which is not that of the new one.
+    # The position of the first file in its set does not apply to the new store.
     metadata.pop("shard", None)
     write = write_shards if is_sharded(out) else write_store
     return write(out, kept(), metadata=metadata), len(dropped)
 
 
 def _check_labels(t: RelaxationTrajectory, limits: Limits) -> list[Finding]:
-    """What energies, forces and positions say without being compared with each other."""
+    """Findings from energies, forces and positions, without comparing them with each other."""
     found = []
 
     def add(reason, frame, value, bound, unit, text, atom=None):
@@ -269,7 +273,7 @@ def _check_labels(t: RelaxationTrajectory, limits: Limits) -> list[Finding]:
 
 
 def _check_steps(t: RelaxationTrajectory) -> tuple[list[Finding], int, int]:
-    """Energy changes against the work of the forces; numbers of steps compared and bad."""
+    """Findings from energy changes and the work of forces; numbers of steps compared and bad."""
     works = step_works(t)
     if works is None:
         return [], 0, 0
@@ -309,7 +313,7 @@ def _check_steps(t: RelaxationTrajectory) -> tuple[list[Finding], int, int]:
 
 
 def _check_charges(t: RelaxationTrajectory, charges: Charges, limits: Limits) -> list[Finding]:
-    """The atom whose charge is furthest beyond its bound, if any is."""
+    """Finding for the atom whose charge is furthest beyond its bound, if there is one."""
     assert t.charges is not None
     medians, spreads = charges.centres(t.atomic_numbers)
     bounds = np.maximum(limits.charge_deviations * spreads, limits.min_charge_deviation)

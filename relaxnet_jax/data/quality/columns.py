@@ -1,4 +1,4 @@
-"""Numbers of many relaxations on disk instead of in memory."""
+"""Columns of numbers for many relaxations, on disk instead of in memory."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ _BLOCK = 512  # rows gathered before they are written
 
 
 class Columns:
-    """Named columns of one row for each relaxation, in temporary files that go with it.
+    """Named columns with one row per relaxation, in temporary files that vanish with the object.
 
     Args:
-      fields: by name, (dtype, width) of a row.
+      fields: (dtype, width) of a row of each column, by name.
     """
 
     def __init__(self, fields: dict[str, tuple[str, int]]) -> None:
@@ -33,7 +33,7 @@ class Columns:
             file.close()
 
     def append(self, **row: object) -> None:
-        """Adds a row: a number, or an array of the column's width, for every column."""
+        """Adds a row: for every column a number, or an array of the column's width."""
         for name, block in self._blocks.items():
             block[self._filled] = row[name]
         self._filled += 1
@@ -48,7 +48,7 @@ class Columns:
         self._filled = 0
 
     def __getitem__(self, name: str) -> np.ndarray:
-        """(R,) of a column of width 1, all in memory."""
+        """(R,) values of a column of width 1, all in memory."""
         self._flush()
         file, (dtype, _) = self._files[name], self._types[name]
         column = np.empty(os.fstat(file.fileno()).st_size // dtype.itemsize, dtype)
@@ -57,7 +57,7 @@ class Columns:
         return column
 
     def rows(self, name: str, rows: np.ndarray) -> np.ndarray:
-        """(len(rows), width) of some rows."""
+        """(len(rows), width) values of a column in the given rows."""
         self._flush()
         dtype, width = self._types[name]
         size = dtype.itemsize * width

@@ -1,4 +1,4 @@
-"""Energies against those of the elements a structure is made of, robustly and per source."""
+"""Energies compared with fitted energies of the elements, robustly and separately per source."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from collections.abc import Iterator
 import numpy as np
 from scipy import sparse
 
-# Rounds of reweighting; the residuals of all sets tried settle within 20.
+# Rounds of reweighting; the residuals of all sets tried converge within 20.
 _ROUNDS = 50
-# eV/atom; residuals below it count alike in the fit, and no family is narrower than it.
+# eV/atom; smaller residuals have equal weight in the fit, and no source has a smaller scale.
 FLOOR = 0.02
-_BLOCK = 8192  # rows of a table made at a time
-# An element's energy is known where this many relaxations hold it; with fewer, the fit follows
-# whichever is wrong.
+_BLOCK = 8192  # rows of a table built at a time
+# An element's energy counts as known if at least this many relaxations contain it; with fewer, the
+# fit would follow a wrong one.
 MIN_RELAXATIONS = 3
 
 
@@ -29,11 +29,11 @@ class Compositions:
         self.energies = np.full(n, np.nan)
         self.sources = np.zeros(n, dtype=np.int64)
         self._codes: dict[str, int] = {}
-        # Flat: as many small arrays they would take twenty times the memory.
+        # Flat arrays: many small ones would take twenty times the memory.
         self._numbers, self._counts, self._ends = array("B"), array("I"), array("q", [0])
 
     def add(self, i: int, atomic_numbers: np.ndarray, energy: float, source: str) -> None:
-        """Takes relaxation ``i`` (in order): (N,) int, total energy in eV."""
+        """Adds relaxation ``i`` (in order): (N,) atomic numbers, total energy in eV, source."""
         numbers, counts = np.unique(atomic_numbers, return_counts=True)
         self._numbers.extend(numbers.tolist())
         self._counts.extend(counts.tolist())
@@ -42,14 +42,14 @@ class Compositions:
         self.sources[i] = self._codes.setdefault(source, len(self._codes))
 
     def deviations(self) -> tuple[np.ndarray, np.ndarray]:
-        """Residuals from the composition energies of each source, and their usual size.
+        """Residuals from the composition energies of each source, and their typical size.
 
         Composition energies are the least-absolute-deviations fit E/N = sum_Z x_Z eps_Z.
 
         Returns:
           (R,) residuals and (R,) scales (1.4826 median |residual| of the source, at least
-          20 meV), eV/atom; NaN where it cannot be judged: the source has too few relaxations
-          for its elements, or one of its elements occurs in fewer than 3.
+          20 meV), eV/atom; NaN if a relaxation cannot be judged, because its source has too few
+          relaxations for their elements, or one of its elements occurs in fewer than 3.
         """
         n = len(self.energies)
         residuals, scales = np.full(n, np.nan), np.full(n, np.nan)
@@ -63,7 +63,7 @@ class Compositions:
         return residuals, scales
 
     def _tables(self, rows: np.ndarray) -> Iterator[tuple[slice, sparse.csr_matrix]]:
-        """Fractions of the 119 elements in some of the rows after others: (which, (k, 119))."""
+        """Yields the fractions of the 119 elements block by block: (slice of ``rows``, (k, 119))."""
         numbers, counts, ends = map(np.asarray, (self._numbers, self._counts, self._ends))
         for begin in range(0, len(rows), _BLOCK):
             part = slice(begin, begin + _BLOCK)
@@ -78,7 +78,7 @@ class Compositions:
             yield part, table
 
     def _judged(self, rows: np.ndarray) -> np.ndarray:
-        """The rows whose elements are all in MIN_RELAXATIONS such rows; none if too few."""
+        """The rows whose elements each occur in MIN_RELAXATIONS such rows; none if there are too few."""
         while len(rows):
             counts = np.sum([table.getnnz(axis=0) for _, table in self._tables(rows)], axis=0)
             rare = ((counts > 0) & (counts < MIN_RELAXATIONS)).astype(float)
@@ -88,8 +88,8 @@ class Compositions:
         return rows
 
     def _least_absolute(self, rows: np.ndarray) -> np.ndarray:
-        """Residuals of the least-absolute-deviations fit, by reweighted least squares."""
-        # About the median, so that absurd energies leave digits to the others.
+        """Residuals of the least-absolute-deviations fit, by iteratively reweighted least squares."""
+        # Relative to the median, so that absurd energies do not cost the others precision.
         target = self.energies[rows]
         target -= np.median(target)
         residuals = target
