@@ -1,17 +1,17 @@
 """Relaxations that start from the same structure.
 
-Two first frames are the same when they have the same composition and periodic directions,
-metric tensors of the cell that agree, and atoms that agree one by one to within ``TOLERANCE``
+Two first frames are the same if they have the same composition and periodic directions, if the
+metric tensors of their cells agree, and if their atoms agree one by one to within ``TOLERANCE``
 after a rigid translation, in any order and any periodic image. Rotated copies of a periodic
-structure are found (the metric tensor knows no orientation). Not found: other lattice vectors
-for the same crystal (supercells, another choice or order of vectors), mirror images, and, along
-directions that are not periodic, rotated copies.
+structure are found, as the metric tensor does not depend on orientation. Not found are the same
+crystal with other lattice vectors (supercells, another choice or order of vectors), mirror images,
+and copies rotated along directions that are not periodic.
 
-Each relaxation is first reduced to a hash of its composition, one of all its content, and 27
-numbers that none of these changes touches (`invariants`). Equal content needs no comparison; what
-is of one composition and agrees in all of the numbers is read again and compared, the most alike
-first. So the search takes time in proportion to the number of relaxations, also where a hundred
-thousand are nearly equal.
+Each relaxation is first reduced to a hash of its composition, a hash of its whole content, and 27
+numbers that are invariant under all these changes (see `invariants`). Structures of equal content
+need no comparison. Those of the same composition that agree in all numbers are read again and
+compared, the most similar first. The search thus takes time proportional to the number of
+relaxations, even if a hundred thousand are nearly equal.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ _VECTORS = np.array([
 ])  # fmt: skip
 _PAIRS = np.triu_indices(3)
 N_INVARIANTS = len(_PAIRS[0]) + 3 * len(_VECTORS)
-# Å, how far the numbers of one structure may differ: five standard deviations of what independent
-# errors of up to TOLERANCE in every coordinate do, and what is allowed to the cell.
+# Å, by how much the numbers of one structure may differ: five standard deviations of the effect of
+# independent errors of up to TOLERANCE in every coordinate, plus what the cell is allowed.
 _WINDOW = 3.2e-3
-_SLAB = 8192  # relaxations of one composition looked at together
-_UNLIKE = 16  # comparisons that may fail in a row, the most alike first
-_KEPT_ATOMS = 16_384  # of structures kept for the next comparison
+_SLAB = 8192  # relaxations of one composition processed together
+_UNLIKE = 16  # comparisons that may fail in a row, the most similar first
+_KEPT_ATOMS = 16_384  # total size of structures kept for further comparisons
 FIELDS = {"key": ("<i8", 1), "content": ("<i8", 1), "invariants": ("<f4", N_INVARIANTS)}
 
 
 class First(NamedTuple):
-    """The first frame of a relaxation: numbers (N,), positions (N, 3) Å, cell (3, 3) Å, pbc (3,)."""
+    """First frame of a relaxation: numbers (N,), positions (N, 3) Å, cell (3, 3) Å, pbc (3,)."""
 
     atomic_numbers: np.ndarray
     positions: np.ndarray
@@ -52,13 +52,13 @@ class First(NamedTuple):
 
 
 def first_frame(t: RelaxationTrajectory) -> First:
-    """What is compared of a relaxation."""
-    # Copies, which do not keep the other frames.
+    """The part of a relaxation that is compared."""
+    # Copies, which do not keep the other frames in memory.
     return First(t.atomic_numbers, t.positions[0].copy(), t.cells[0].copy(), t.pbc.astype(bool))
 
 
 def row(first: First) -> dict[str, object]:
-    """The row of `FIELDS` of a structure."""
+    """The row of `FIELDS` for a structure."""
     composition = np.sort(first.atomic_numbers).astype("<i8").tobytes() + first.pbc.tobytes()
     arrays = (first.atomic_numbers.astype("<i8"), first.positions, first.cell, first.pbc)
     content = b"".join(np.ascontiguousarray(array).tobytes() for array in arrays)
@@ -70,19 +70,19 @@ def row(first: First) -> dict[str, object]:
 
 
 def hash64(content: bytes) -> int:
-    """A hash of signed 64 bits, the same on every machine."""
+    """A signed 64-bit hash, the same on every machine."""
     digest = hashlib.blake2b(content, digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
 
 
 def invariants(first: First) -> np.ndarray:
-    """(27,) numbers in Å, the same for the same structures.
+    """(27,) numbers in Å that are the same for the same structures.
 
-    They are the metric tensor G_ij over |a_i| + |a_j|, and of seven reciprocal vectors h with
-    structure factors F, weighted by element, and f, of the rarest element alone: sqrt(N) |F| and
-    the complex sqrt(n) F f*, over |h|/2π. Where atoms sit on sites of high symmetry one or the
-    other is still linear in their displacements; the roots make all of them change by about as
-    much as one atom moves.
+    They are the metric tensor G_ij over |a_i| + |a_j| and, for seven reciprocal vectors h, sqrt(N) |F|
+    and the complex sqrt(n) F f*, both over |h|/2π. F is the structure factor weighted by element, f
+    that of the rarest element alone. If atoms sit on sites of high symmetry, one or the other is
+    still linear in their displacements; the roots make all numbers change by about as much as one
+    atom moves.
     """
     fractional, cell = _fractional(first)
     lengths = np.linalg.norm(cell, axis=1)
@@ -90,7 +90,7 @@ def invariants(first: First) -> np.ndarray:
     numbers, kinds, counts = np.unique(
         first.atomic_numbers, return_inverse=True, return_counts=True
     )
-    # Golden-section multiples spread over [0.75, 1.25]: no element weighs as much as another.
+    # Golden-section multiples spread over [0.75, 1.25], so that no two elements have equal weights.
     weights = 0.75 + 0.5 * (numbers * 0.6180339887 % 1)
     rarest = counts.argmin()
     waves = np.exp(2j * np.pi * (_VECTORS @ fractional.T))
@@ -123,17 +123,17 @@ def same_structure(a: First, b: First) -> bool:
 
 
 def find_duplicates(columns: Columns, read: Callable[[int], First]) -> list[list[int]]:
-    """Groups of relaxations that start from the same structure.
+    """Finds groups of relaxations that start from the same structure.
 
-    Where more than 16 structures are more like another one than its copy is, without being the
+    If more than 16 structures are more similar to another one than its copy is, without being the
     same, the copy is not found.
 
     Args:
-      columns: with `FIELDS`.
-      read: gives the first frame of a relaxation by its row.
+      columns: columns that include `FIELDS`.
+      read: returns the first frame of the relaxation in a row.
 
     Returns:
-      Rows of each group of two or more, ascending.
+      The rows of each group of two or more, ascending.
     """
     keys = columns["key"]
     order = np.argsort(keys, kind="stable")
@@ -149,10 +149,10 @@ def find_duplicates(columns: Columns, read: Callable[[int], First]) -> list[list
 
 
 def _of_one_composition(rows: np.ndarray, columns: Columns, kept: _Kept) -> list[list[int]]:
-    """`find_duplicates` among the given rows."""
+    """`find_duplicates` among the given rows, which have one composition."""
     contents = columns.rows("content", rows)[:, 0]
     _, first, content = np.unique(contents, return_index=True, return_inverse=True)
-    # One row stands for all that have its content.
+    # One row represents all rows with the same content.
     group_of = np.arange(len(first))
     for group in _alike(rows[first], columns, kept):
         group_of[group] = group[0]
@@ -163,14 +163,14 @@ def _of_one_composition(rows: np.ndarray, columns: Columns, kept: _Kept) -> list
 
 
 def _alike(rows: np.ndarray, columns: Columns, kept: _Kept) -> Iterator[list[int]]:
-    """Groups of the same structures among rows of different content, as indices into ``rows``."""
+    """Yields groups of same structures among rows of different content, as indices into ``rows``."""
     if len(rows) < 2:
         return
     free = np.ones(len(rows), dtype=bool)
     for slab, n_own in _slabs(rows, columns):
         numbers = columns.rows("invariants", rows[slab]).astype(np.float64)
         tree = KDTree(numbers)
-        # The nearest is the structure itself.
+        # The nearest neighbour is the structure itself.
         near = tree.query(numbers[:n_own], 2, p=np.inf, distance_upper_bound=_WINDOW)[0][:, 1]
         for k in np.flatnonzero(np.isfinite(near)).tolist():
             if not free[slab[k]]:
@@ -192,11 +192,11 @@ def _alike(rows: np.ndarray, columns: Columns, kept: _Kept) -> Iterator[list[int
 
 
 def _slabs(rows: np.ndarray, columns: Columns) -> Iterator[tuple[np.ndarray, int]]:
-    """Indices into ``rows`` of structures that may be the same.
+    """Yields sets of structures that may be the same, as indices into ``rows``.
 
     Yields:
-      Some thousands of structures in the order of one of their numbers, followed by those of the
-      next ones that are within the window; how many are not of the next ones.
+      Some thousands of structures sorted by one of their numbers, followed by the next ones that are
+      within the window; and the number of structures before the next ones.
     """
     if len(rows) <= _SLAB:
         yield np.arange(len(rows)), len(rows)
@@ -214,7 +214,7 @@ def _slabs(rows: np.ndarray, columns: Columns) -> Iterator[tuple[np.ndarray, int
 
 
 def _nearest(tree: KDTree, point: np.ndarray) -> Iterator[int]:
-    """Those within the window, the nearest first."""
+    """Yields the points within the window, the nearest first."""
     seen: set[int] = set()
     n = 2 * _UNLIKE
     while True:
@@ -231,7 +231,7 @@ def _nearest(tree: KDTree, point: np.ndarray) -> Iterator[int]:
 
 
 class _Kept:
-    """Structures read, kept while there is room for them."""
+    """Structures that have been read, kept while there is room for them."""
 
     def __init__(self, read: Callable[[int], First]) -> None:
         self._read = read
@@ -239,21 +239,21 @@ class _Kept:
         self._atoms = 0
 
     def of(self, i: int) -> First:
-        """The structure of a row."""
+        """The structure in a row."""
         if i not in self._found:
             if self._atoms > _KEPT_ATOMS:
                 self._found.clear()
                 self._atoms = 0
             self._found[i] = self._read(i)
-            self._atoms += len(self._found[i].atomic_numbers) + 16  # of Python's own
+            self._atoms += len(self._found[i].atomic_numbers) + 16  # Python's own overhead
         return self._found[i]
 
 
 def _fractional(first: First) -> tuple[np.ndarray, np.ndarray]:
     """(N, 3) fractional coordinates and the (3, 3) cell they refer to, Å.
 
-    Missing lattice vectors, and those along directions that are not periodic (which say
-    nothing about the structure), are replaced by perpendicular ones of 10 Å.
+    Missing lattice vectors, and those along directions that are not periodic (which are irrelevant
+    to the structure), are replaced by perpendicular ones of 10 Å.
     """
     cell = np.array(first.cell)
     missing = ~first.pbc | (np.linalg.norm(cell, axis=1) == 0)
@@ -264,8 +264,11 @@ def _fractional(first: First) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _match(a: np.ndarray, b: np.ndarray, cell: np.ndarray, periodic: np.ndarray) -> bool:
-    """Whether (k, 3) points agree one to one; the translation, known from one atom of either,
-    may be wrong by as much as that atom."""
+    """Whether two sets of (k, 3) points agree one to one.
+
+    The translation is known from one atom of each structure only, and may be off by as much as these
+    atoms are; the tolerance is therefore doubled.
+    """
     difference = a[:, None] - b[None]
     difference -= np.round(difference) * periodic
     distances = np.linalg.norm(difference @ cell, axis=-1)

@@ -1,4 +1,4 @@
-"""The reasons a relaxation is reported for; `quality` says what each means."""
+"""The reasons for which a relaxation is reported; `quality.checks` explains each of them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ REASONS = (
 
 
 def chosen(names: Sequence[str]) -> tuple[str, ...]:
-    """The reasons of a list of names that may be "all"; InputError names an unknown one."""
+    """The reasons named, all of them for "all"; raises InputError, which names an unknown one."""
     unknown = [name for name in names if name not in (*REASONS, "all")]
     if unknown:
         known = ", ".join(REASONS)

@@ -1,4 +1,4 @@
-"""What is in a store: counts, distributions, groups, duplicates; one pass, a few numbers each."""
+"""Statistics of a store, from one pass: counts, distributions, groups and duplicates."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from relaxnet_jax.data.quality.work import displacements
 from relaxnet_jax.data.store import TrajectoryStore
 from relaxnet_jax.data.trajectory import RelaxationTrajectory
 
-# Scalar of each relaxation: (what it is, unit).
+# Scalars of each relaxation: (label, unit).
 SCALARS: dict[str, tuple[str, str]] = {
     "atoms": ("atoms", ""),
     "frames": ("frames", ""),
@@ -33,7 +33,7 @@ _QUARTILES = ("min", "quartile", "median", "quartile", "max")
 
 @dataclasses.dataclass(frozen=True)
 class Distribution:
-    """Count of relaxations that have the number, and its quartiles over them (exact)."""
+    """Number of relaxations that have a scalar, and its (exact) quartiles over them."""
 
     n: int
     min: float
@@ -48,17 +48,21 @@ class DataSummary:
     """What a store holds.
 
     Attributes:
-      relaxations, frames, atoms: counts; atoms of all structures, each once.
-      elements: (relaxations, atoms) that hold it, by symbol, in order of atomic number.
-      distributions: by name of `SCALARS`, those some relaxation has. Displacements are those of
-        free atoms from the first frame to the last (see `work.displacements`), mean and
-        largest of a relaxation; volume change is that of relaxations whose cell varies.
-      with_stresses, with_charges, with_fixed_atoms, variable_cell: numbers of relaxations.
-      groups, sources: distinct ones; largest: (name, relaxations), largest first, at most five.
-      duplicates: ids of relaxations that start from the same structure (see `duplicates`).
-      metadata: the store's own.
-      values: (R,) float64 by name of `SCALARS`, NaN where a relaxation has none, kept on disk; not
-        in JSON.
+      relaxations: number of relaxations.
+      frames: number of frames of all relaxations.
+      atoms: number of atoms of all structures, each structure counted once.
+      elements: by symbol, in order of atomic number, the numbers of relaxations with the element and
+        of its atoms.
+      distributions: by name of `SCALARS`, for those that some relaxation has. Displacements are the
+        mean and the largest of a relaxation's free atoms from the first frame to the last (see
+        `work.displacements`); the volume change is that of relaxations with a variable cell.
+      with_stresses, with_charges, with_fixed_atoms, variable_cell: numbers of such relaxations.
+      groups, sources: numbers of distinct groups and sources.
+      largest_groups, largest_sources: (name, number of relaxations), largest first, at most five.
+      duplicates: sets of ids of relaxations that start from the same structure (see `duplicates`).
+      metadata: metadata of the store.
+      values: (R,) float64 by name of `SCALARS`, NaN if a relaxation has none; kept on disk, and not
+        part of the JSON.
     """
 
     relaxations: int
@@ -79,7 +83,7 @@ class DataSummary:
     values: Columns
 
     def to_dict(self) -> dict[str, Any]:
-        """Ready for JSON; units as in `SCALARS`."""
+        """The summary ready for JSON; units as in `SCALARS`."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         del fields["values"]
         fields["distributions"] = {
@@ -95,10 +99,10 @@ class DataSummary:
 def summarise(
     store: TrajectoryStore, advance: Callable[[int], None] = lambda _: None
 ) -> DataSummary:
-    """Reads every relaxation once, and again those that may be duplicates.
+    """Summarises a store, reading every relaxation once and those that may be duplicates again.
 
     Args:
-      store: open. What is kept of each relaxation, some 220 bytes, is in temporary files.
+      store: the open store; some 220 bytes per relaxation are kept in temporary files.
       advance: called with the number of relaxations read.
     """
     from ase.data import chemical_symbols
@@ -152,7 +156,7 @@ def summarise(
 
 
 def scalars(t: RelaxationTrajectory) -> dict[str, float]:
-    """The numbers of `SCALARS` one relaxation has, in their units."""
+    """Those of `SCALARS` that a relaxation has, in their units."""
     fmax = t.fmax
     found = {
         "atoms": t.n_atoms,
@@ -174,7 +178,7 @@ def scalars(t: RelaxationTrajectory) -> dict[str, float]:
 
 
 def summary_lines(summary: DataSummary) -> list[str]:
-    """The summary as text of at most 100 columns, but for ids and names."""
+    """The summary as text of at most 100 columns, except for ids and names."""
     s = summary
     lines = [
         f"{s.relaxations} relaxations, {s.frames} frames, {s.atoms} atoms, "
@@ -216,7 +220,7 @@ def _distribution(column: np.ndarray) -> Distribution | None:
 def _largest(
     columns: Columns, column: str, name: Callable[[int], str], n: int = 5
 ) -> tuple[int, list[tuple[str, int]]]:
-    """Number of distinct hashes in a column, and the commonest with their counts, named by a row."""
+    """Number of distinct hashes in a column, and (name, count) of the ``n`` most frequent."""
     hashes = columns[column]
     hashes.sort()
     starts = np.flatnonzero(np.append(True, hashes[1:] != hashes[:-1]))

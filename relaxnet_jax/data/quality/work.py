@@ -1,4 +1,4 @@
-"""What forces and stresses say a relaxation's energies do, and how far its atoms move."""
+"""Work of the forces and stresses along a relaxation, and displacements of its atoms."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ import numpy as np
 from relaxnet_jax.data.checks import MIN_VOLUME
 from relaxnet_jax.data.trajectory import RelaxationTrajectory
 
-# (3, 3) matrix of a stress from its Voigt order xx yy zz yz xz xy.
+# Indices that turn a stress in Voigt order xx yy zz yz xz xy into a (3, 3) matrix.
 _VOIGT = np.array([[0, 5, 4], [5, 1, 3], [4, 3, 2]])
 
 
 def displacements(
     trajectory: RelaxationTrajectory, start: np.ndarray, end: np.ndarray
 ) -> np.ndarray:
-    """How atoms move between frames, without what the cell alone and a drift would move them.
+    """Displacements of atoms between frames, excluding the motion of the cell and the drift.
 
-    Where the cell varies it is the change of fractional coordinates in the cell of the ``end``
-    frame. Where no atom is fixed, the mean over atoms is removed: nothing holds the structure
-    in its place, and a rigid translation changes nothing.
+    If the cell varies, they are the changes of fractional coordinates, in the cell of the ``end``
+    frame. If no atom is fixed, the mean over atoms is removed: nothing holds the structure in its
+    place, and a rigid translation changes nothing.
 
     Args:
-      trajectory: N atoms.
-      start, end: (k,) int, frames.
+      trajectory: relaxation of N atoms.
+      start, end: (k,) int, frame numbers.
 
     Returns:
       (k, N, 3), Å.
@@ -37,14 +37,14 @@ def displacements(
 
 
 def step_works(trajectory: RelaxationTrajectory) -> np.ndarray | None:
-    """Work of forces and stress along each step, by the labels of either of its ends.
+    """Work of forces and stress along each step, from the labels at either end of the step.
 
-    The energy falls by their mean up to third order in the step (trapezoid rule). Works are
+    The energy falls by the mean of the two, up to third order in the step (trapezoid rule). Each is
     sum_i F_i·dx_i - V sum_ab sigma_ab d(strain)_ab, with dx at fixed strain.
 
     Returns:
-      (2, n-1), eV: by the labels of the first and of the second frame of each step. None where
-      the cell varies and there are no stresses, or no volume that they are of.
+      (2, n-1), eV: from the labels of the first and of the second frame of each step. None if the
+      cell varies and there are no stresses, or no volume that they refer to.
     """
     x, forces, cells = trajectory.positions, trajectory.forces, trajectory.cells
     if not trajectory.variable_cell:
@@ -65,14 +65,14 @@ def step_works(trajectory: RelaxationTrajectory) -> np.ndarray | None:
 
 
 def cell_jumps(trajectory: RelaxationTrajectory) -> list[tuple[int, int, float, float]]:
-    """Atoms that cross much of the cell within one step.
+    """Finds atoms that cross much of the cell within one step.
 
-    That is more than half of the shortest lattice vector, or nearer to another periodic image
-    than to where they were. A drift of the whole structure does not count.
+    Such an atom moves by more than half of the shortest lattice vector, or ends nearer to another
+    periodic image than to where it was. A drift of the whole structure does not count.
 
     Returns:
-      (frame, atom, displacement Å, bound Å) of the atom that moves furthest in each such step;
-      ``frame`` is where it arrives. Nothing where no direction is periodic.
+      (frame, atom, displacement in Å, bound in Å) of the atom that moves furthest in each such step,
+      where ``frame`` is the one at the end of the step. Empty if no direction is periodic.
     """
     periodic = np.asarray(trajectory.pbc, dtype=bool)
     if trajectory.n_frames < 2 or not periodic.any():
@@ -80,7 +80,7 @@ def cell_jumps(trajectory: RelaxationTrajectory) -> list[tuple[int, int, float, 
     end = np.arange(1, trajectory.n_frames)
     moved = displacements(trajectory, end - 1, end)
     if not trajectory.fixed_mask.any():
-        # Of few atoms, one that jumps drags the mean with it: the middle atom is the drift.
+        # If there are few atoms, one that jumps shifts the mean, so the middle atom gives the drift.
         middle = np.median(moved, axis=1, keepdims=True)
         nearest = np.linalg.norm(moved - middle, axis=-1).argmin(axis=1)
         moved = moved - moved[np.arange(len(end)), nearest][:, None]

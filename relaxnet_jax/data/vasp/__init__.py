@@ -1,1 +1,1 @@
-"""VASP: vasprun.xml and OUTCAR, read in one pass, and what lies beside them."""
+"""Reading VASP's vasprun.xml and OUTCAR in one pass, with their companion files."""

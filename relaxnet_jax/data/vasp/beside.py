@@ -1,4 +1,4 @@
-"""What lies beside a VASP run's file: charges, selective dynamics, the crystal it started from."""
+"""Companion files of a VASP run: charges, selective dynamics, the crystal it started from."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ if TYPE_CHECKING:
     import ase
 
 Initial = Literal["cif"]
-# A CIF is the structure the run started from if lengths, angles and places agree to within these.
-# Å, degrees, Å; CIFs are often rounded to three decimals, a relaxed crystal differs by more.
+# A CIF is the structure the run started from if lengths (Å), angles (degrees) and positions (Å) agree
+# to within these. CIFs are often rounded to three decimals; a relaxed crystal differs by more.
 LENGTH_TOLERANCE = 0.01
 ANGLE_TOLERANCE = 0.1
 PLACE_TOLERANCE = 0.02
 
 
 def with_charges(trajectory: RelaxationTrajectory, outcar: Path) -> RelaxationTrajectory:
-    """The relaxation of a vasprun.xml with the charges of the OUTCAR of the same run.
+    """Adds the charges in the OUTCAR of the same run to the relaxation of a vasprun.xml.
 
-    They are the net charges of the PAW spheres by its last "total charge" table (see
-    `Outcar.charges`). Without a table it is returned as it was.
+    They are the net charges of the PAW spheres from the last "total charge" table (see
+    `Outcar.charges`). Without such a table the relaxation is returned as it was.
 
     Raises:
-      InputError: the OUTCAR is cut, damaged or another run's; the message does not name it.
+      InputError: the OUTCAR is truncated, damaged or of another run; the message does not name it.
     """
     with decompressed(outcar) as stream:
         run = Outcar(stream)
@@ -53,20 +53,21 @@ def with_charges(trajectory: RelaxationTrajectory, outcar: Path) -> RelaxationTr
 
 
 def fixed_by(poscar: Path) -> np.ndarray:
-    """(N,) bool, the atoms that the selective dynamics of a POSCAR or CONTCAR holds fixed.
+    """(N,) bool: which atoms the selective dynamics of a POSCAR or CONTCAR holds fixed.
 
     Raises:
-      InputError: it cannot be read, or an atom is held in some directions only; the message does
-        not name it.
+      InputError: the file cannot be read, or an atom is held in some directions only; the message
+        does not name the file.
     """
     return fixed_atoms(_structure(poscar, "vasp"))
 
 
 def difference(trajectory: RelaxationTrajectory, cif: Path) -> str:
-    """In what the first frame is not the crystal of a CIF; "" if it is.
+    """In which respect the first frame differs from the crystal of a CIF; "" if it does not.
 
-    Compared are composition, lengths and angles of the cell, and fractional coordinates, atoms of
-    one element in any order and in any periodic image. Orientation is not: a CIF has none.
+    Composition, lengths and angles of the cell, and fractional coordinates are compared, with the
+    atoms of an element in any order and in any periodic image. Orientation is not compared, as a CIF
+    has none.
 
     Raises:
       InputError: the CIF cannot be read; the message does not name it.
@@ -104,7 +105,7 @@ def difference(trajectory: RelaxationTrajectory, cif: Path) -> str:
 
 
 def _structure(path: Path, form: str) -> ase.Atoms:
-    """The structure of a file, by ASE."""
+    """Reads the only structure of a file with ASE."""
     import ase.io
 
     with plain_copy(path) as plain, warnings.catch_warnings():

@@ -1,9 +1,9 @@
-"""Ionic steps whose electronic minimisation did not converge: one policy for all files of VASP.
+"""Ionic steps whose electronic minimisation did not converge: one policy for all VASP files.
 
-Such a step ends at NELM with energies and forces that are not those of the ground state. One before
-others is kept, for what follows it was computed anew: that is noted, counted by the import, and
-said by the relaxation's ``source`` (`trajectory.AT_NELM`). After a last one it is not known
-whether the structure is a minimum, and what its energy is: the run is refused.
+Such a step ends at NELM, with energies and forces that are not those of the ground state. If others
+follow, it is kept, as they were computed anew; this is noted, counted by the import, and recorded in
+the relaxation's ``source`` (`trajectory.AT_NELM`). If it is the last one, it is unknown whether the
+structure is a minimum and what its energy is, so the run is refused.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ def tell_unconverged(unconverged: Sequence[bool], say: Callable[[str], None]) ->
     """Notes how many ionic steps are electronically unconverged, if any.
 
     Args:
-      unconverged: of each ionic step. say: called with one line.
+      unconverged: for each ionic step, whether it is unconverged.
+      say: called with one line.
 
     Returns:
-      What the run's ``source`` says of it, "" where all steps converged.
+      The ending that marks this in the run's ``source``, "" if all steps converged.
 
     Raises:
       NoRelaxation: the last step is unconverged.

@@ -1,4 +1,4 @@
-"""Which functional a VASP run was made with: runs of different ones have different energies."""
+"""The functional of a VASP run; energies of runs with different ones are not comparable."""
 
 from __future__ import annotations
 
@@ -7,25 +7,25 @@ from collections.abc import Mapping, Sequence
 from relaxnet_jax.data.trajectory import SPIN_POLARISED
 
 _SETTINGS = ("GGA", "METAGGA", "LHFCALC", "LUSE_VDW", "IVDW", "LDAU", "LSORBIT")
-# Of a hybrid functional (LHFCALC), with VASP's defaults, which are those of PBE0.
+# Tags of a hybrid functional (LHFCALC), with VASP's defaults, which are those of PBE0.
 _HYBRID = {"AEXX": 0.25, "HFSCREEN": 0.0}
 FUNCTIONAL_TAGS = (*_SETTINGS, *_HYBRID, "ISPIN")
 _UNSET = ("", "--", "NONE", "F", ".FALSE.", "0")
 
 
 def is_true(value: bytes) -> bool:
-    """Whether a logical tag is on: T, .TRUE. and what else Fortran takes for it."""
+    """Whether a logical tag is on: T, .TRUE. and whatever else Fortran accepts as true."""
     return value.strip().lstrip(b".").upper().startswith(b"T")
 
 
 def functional_of(values: Mapping[str, Sequence[bytes]]) -> str:
     """VASP and the INCAR tags that change the energy, e.g. "VASP GGA=PS LDAU ISPIN=2".
 
-    Without GGA the functional is that of the potentials (POTCAR), which are not told apart, nor are
-    the U of different elements.
+    Without GGA the functional is that of the potentials (POTCAR), which are not distinguished;
+    neither are the values of U for different elements.
 
     Args:
-      values: of `FUNCTIONAL_TAGS`, all that the file gives: as asked for, and as used.
+      values: all values that the file gives for each of `FUNCTIONAL_TAGS`: as requested, and as used.
     """
     known = {
         tag: [value.strip().decode("ascii", "replace").upper() for value in values.get(tag, ())]
@@ -44,7 +44,7 @@ def functional_of(values: Mapping[str, Sequence[bytes]]) -> str:
 
 
 def _used(values: Sequence[str], default: float) -> float:
-    """The last number, to the four decimals of an OUTCAR; the default where there is none."""
+    """The last number, rounded to the four decimals of an OUTCAR; the default if there is none."""
     try:
         return round(float(values[-1]), 4)
     except (IndexError, ValueError):

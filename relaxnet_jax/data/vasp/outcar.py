@@ -1,6 +1,6 @@
-"""OUTCAR, read in one pass with one ionic step in memory.
+"""Reading an OUTCAR in one pass, with one ionic step in memory.
 
-Few lines of an OUTCAR are of interest, and each begins with words of its own: the text is searched
+Few lines of an OUTCAR are of interest, and each begins with distinctive words. The text is searched
 for these words chunk by chunk, and what lies between is never split into lines.
 """
 
@@ -34,17 +34,24 @@ from relaxnet_jax.data.vasp.vasprun import (
 )
 from relaxnet_jax.errors import InputError
 
-# Of each ionic step of an image between the ends: VASP's own method, and VTST's. Builds with VTST
-# write "CHAIN: Running the NEB" of every run.
+# Written at each ionic step of an NEB image between the ends, by VASP's own method and by VTST's.
+# ("CHAIN: Running the NEB" does not serve, as builds with VTST write it in every run.)
 _BAND = (b"energy of chain is (eV)", b"NEB: projections on to tangent")
 _SYMBOL = re.compile(rb"[A-Z][a-z]?(?![A-Za-z])")
 
 
 class _Step(NamedTuple):
-    """One ionic step: cell (3, 3) Å, positions (N, 3) Å, energy eV, forces (N, 3), stress or None.
+    """One ionic step.
 
-    ``own_cell``: whether the cell was printed for this very step. ``converged``: whether its
-    electronic minimisation was, by NELM and by what VASP says of it; None where it says nothing.
+    Attributes:
+      cell: (3, 3), Å.
+      own_cell: whether the cell was printed for this very step.
+      positions: (N, 3), Å.
+      energy: eV.
+      forces: (N, 3), eV/Å.
+      stress: (6,), eV/Å³ in ASE's sign convention, or None.
+      converged: whether the electronic minimisation converged, judged by NELM and by what VASP
+        reports; None if it reports nothing.
     """
 
     cell: np.ndarray
@@ -64,27 +71,27 @@ def read_outcar(
     fixed: np.ndarray | None = None,
     note: Callable[[str], None] | None = None,
 ) -> RelaxationTrajectory:
-    """The relaxation of an OUTCAR.
+    """Reads the relaxation of an OUTCAR.
 
     Positions are unwrapped; forces are raw; stresses have ASE's sign. Positions have the five
-    decimals of an OUTCAR (a vasprun.xml has more). Of each ionic step the energy is the one after
-    its last electronic step, converged or not, as in `vasprun.read_vasprun`. Of a run without its
-    end the complete ionic steps are kept (see `unfinished`), and electronically unconverged ones
-    before the last (see `electronic`). ``charges`` are the net charges of the PAW spheres by the
-    last "total charge" table (see `Outcar.charges`), None if there is none.
+    decimals of an OUTCAR (a vasprun.xml has more). The energy of an ionic step is that after its last
+    electronic step, converged or not, as in `vasprun.read_vasprun`. The complete ionic steps of a run
+    that did not finish are kept (see `unfinished`), and so are electronically unconverged ones before
+    the last (see `electronic`). ``charges`` are the net charges of the PAW spheres from the last
+    "total charge" table (see `Outcar.charges`), None if there is no table.
 
     Args:
-      file: opened in binary mode, decompressed.
+      file: the file, opened in binary mode and decompressed.
       name: id of the relaxation.
       energy: "free" (TOTEN, consistent with the forces), "sigma0" (extrapolated to zero
         smearing) or "internal" (without entropy).
-      source: where it came from; VASP and its functional by default, see `functional_of`.
-      fixed: (N,) bool, True where selective dynamics held the atom. An OUTCAR does not say which
-        atoms these are; without it none is taken as fixed.
+      source: ``source`` of the relaxation; VASP and its functional by default, see `functional_of`.
+      fixed: (N,) bool, True where selective dynamics held the atom. An OUTCAR does not name these
+        atoms; if ``fixed`` is None, no atom is taken as fixed.
       note: called with one line for each thing left out or assumed.
 
     Raises:
-      InputError: it is no relaxation of two or more complete ionic steps, or is damaged; the
+      InputError: the file is not a relaxation of two or more complete ionic steps, or is damaged; the
         message is one line without the name of the file.
     """
     say = note or (lambda _: None)
@@ -128,8 +135,8 @@ def read_outcar(
 
 
 def _unconverged(steps: list[_Step]) -> list[bool]:
-    """Of each ionic step, whether its electronic minimisation did not converge."""
-    # VASP says of each step that it converged, or, in some versions and of some algorithms, of none.
+    """For each ionic step, whether its electronic minimisation did not converge."""
+    # VASP reports convergence at each step or, in some versions and for some algorithms, at none.
     said = any(step.converged for step in steps)
     return [not step.converged if said else step.converged is False for step in steps]
 
@@ -138,15 +145,15 @@ class Outcar:
     """The ionic steps of an OUTCAR, and what else is known once they have been read.
 
     Attributes:
-      done: complete ionic steps so far.
-      finished: whether VASP came to its end and wrote its timings.
+      done: number of complete ionic steps so far.
+      finished: whether VASP reached its end and wrote its timings.
       selective: whether selective dynamics was on.
-      charges: (N,) net charge of each atom's PAW sphere (radius RWIGS), e: its core's charge ZVAL
-        less the electrons in it, which are the column "tot" of the last table "total charge".
-        Spheres neither fill space nor overlap equally: what lies between them is counted to no
-        atom, so the charges depend on RWIGS, do not add up to that of the cell, and even anions
-        may have positive ones. None without table (LORBIT not set).
-      charges_fault: why there are none though there is a table, or "".
+      charges: (N,) net charge of each atom's PAW sphere (radius RWIGS), e: the charge ZVAL of its core
+        minus the electrons in it, which are the column "tot" of the last table "total charge". The
+        spheres neither fill space nor overlap equally, and what lies between them is assigned to no
+        atom. The charges therefore depend on RWIGS, do not add up to that of the cell, and may be
+        positive even for anions. None without a table (LORBIT not set).
+      charges_fault: why there are no charges although there is a table, or "".
       functional: values of INCAR tags, for `functional_of`.
     """
 
@@ -169,13 +176,13 @@ class Outcar:
 
     @property
     def numbers(self) -> np.ndarray:
-        """(N,) atomic numbers. Raises InputError where the head of the file is damaged."""
+        """(N,) atomic numbers; raises InputError if the head of the file is damaged."""
         if self._numbers is None:
             self._numbers = self._read_numbers()
         return self._numbers
 
     def steps(self) -> Iterator[_Step]:
-        """The complete ionic steps, in order. Raises InputError at damage other than a cut."""
+        """Yields the complete ionic steps; raises InputError at damage other than truncation."""
         try:
             yield from self._steps()
         except Cut:
@@ -236,7 +243,7 @@ class Outcar:
                 if not is_number(token):
                     self._fail(f"energy {token.decode('ascii', 'replace')!r} is no number")
                 self.charges, self.charges_fault = self._net_charges()
-                # VASP 5 says that EDIFF is reached also at NELM.
+                # VASP 5 also reports that EDIFF is reached when NELM was.
                 converged = False if 0 < self._nelm <= n_electronic else reached
                 forces = placed[:, 3:]
                 yield _Step(cell, own_cell, placed[:, :3], float(token), forces, stress, converged)
@@ -299,18 +306,18 @@ class Outcar:
                 raise InputError("'ions per type': not all numbers: the file is damaged")
             self._counts = [int(token) for token in text.split()]
         elif mark == b"ZVAL   =":
-            # Six columns each, which touch where they are full.
+            # Six columns wide each, so that numbers touch if they fill their field.
             self._cores = [float(x) for x in re.findall(rb"\d+\.\d\d", self._numbers_from(line))]
 
     def _numbers_from(self, line: bytes) -> bytes:
-        """What comes after "=", and the lines of nothing but numbers that go on with it."""
+        """The text after "=", and the following lines that continue it with nothing but numbers."""
         text = line.partition(b"=")[2]
         while re.fullmatch(rb"[\s\d.]*\d[\s\d.]*", self._scanner.peek()):
             text += b" " + self._scanner.lines(1)[0]
         return text
 
     def _net_charges(self) -> tuple[np.ndarray | None, str]:
-        """Net charges by the table read last, or why there are none."""
+        """Net charges from the table read last, or why there are none."""
         electrons, fault = self._table
         if electrons is None:
             return None, fault
@@ -351,7 +358,7 @@ class Outcar:
         return cell
 
     def _read_atoms(self) -> np.ndarray:
-        """(N, 6): positions, Å, and forces, eV/Å."""
+        """(N, 6) array: positions, Å, and forces, eV/Å."""
         n_atoms = len(self.numbers)
         rule, *rows, end = self._scanner.lines(n_atoms + 2)
         if rule.strip(b" -\r") or end.strip(b" -\r") or not end.strip():
@@ -359,7 +366,7 @@ class Outcar:
         return table(rows, 6, f"ionic step {self.done}: positions and forces")
 
     def _read_charges(self) -> tuple[np.ndarray | None, str]:
-        """Electrons of each atom (column "tot") by a table, or why it cannot be read."""
+        """Electrons of each atom (column "tot") from a table, or why it cannot be read."""
         n_atoms = len(self.numbers)
         blank, head, rule, *rows = self._scanner.lines(n_atoms + 3)
         titles = head.split()
@@ -381,7 +388,7 @@ class Outcar:
 
 
 def _element(words: list[bytes]) -> str:
-    """The last of the words that is the symbol of an element, or ""."""
+    """The last of the words that is the symbol of an element, "" if none is."""
     from ase.data import atomic_numbers
 
     symbols = [w.decode() for w in words if _SYMBOL.fullmatch(w)]

@@ -1,4 +1,4 @@
-"""Lines and tables of an OUTCAR, out of a stream of which only a chunk is in memory."""
+"""Lines and tables of an OUTCAR, read from a stream with only one chunk in memory."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from relaxnet_jax.errors import InputError
 
 _CHUNK = 1 << 20
 _LONGEST_LINE = 1 << 16
-# What the lines of interest begin with, blanks aside, and dashes before those of `_DASHED`.
+# Beginnings of the lines of interest, after blanks, or after dashes for those in `_DASHED`.
 _MARKS = (
     b"TITEL  =",
     b"VRHFIN =",
@@ -36,8 +36,8 @@ _MARKS = (
     b"General timing and accounting",
 )
 _DASHED = (b" Iteration ", b" aborting loop ")
-# Those of the head, which ends with the first iteration: tags of `functional.functional_of` whose
-# value is one word, and others.
+# Beginnings of lines in the head, which ends with the first iteration: tags for
+# `functional.functional_of` whose value is one word, and others.
 FUNCTIONAL_MARKS = (
     b"GGA     =",
     b"METAGGA=",
@@ -54,7 +54,7 @@ _HEAD = (
     b"ISIF   =",
     b"IVDW ",
     b"LDA+U is selected",
-    # Of the INCAR, which newer versions repeat.
+    # From the INCAR, which newer versions repeat.
     b"LATTICE_CONSTRAINTS",
     b"ML_LMLFF",
     b"ML_FF_LMLFF",
@@ -63,9 +63,10 @@ _GLUED = re.compile(rb"(?<=\d)-")
 
 
 class Scanner:
-    """Looks for lines of interest in a binary stream and forgets what it has passed.
+    """Searches a binary stream for lines of interest and forgets what it has passed.
 
-    Only lines that end in a line break are seen: the last one of a cut file may be half a number.
+    Only lines that end in a line break are seen: the last line of a truncated file may end in half a
+    number.
     """
 
     def __init__(self, file: IO[bytes]) -> None:
@@ -74,7 +75,7 @@ class Scanner:
         self._marks: tuple[bytes, ...] = _MARKS + _HEAD
 
     def _more(self) -> bool:
-        """Reads on; False at the end of the file."""
+        """Reads the next chunk; False at the end of the file."""
         if len(self._buffer) - self._at > _LONGEST_LINE + 2 * _CHUNK:
             raise InputError("lines longer than 64 kB, or a table without end: the file is damaged")
         chunk = self._file.read(_CHUNK)
@@ -92,7 +93,7 @@ class Scanner:
         return bool(chunk)
 
     def line(self) -> tuple[bytes, bytes] | None:
-        """(what it begins with, the line) of the next line of interest, None at the end."""
+        """(its beginning in `_MARKS` or `_HEAD`, the line) of the next line of interest; None at the end."""
         while True:
             while self._hits:
                 found, mark = self._hits.pop()
@@ -110,7 +111,7 @@ class Scanner:
                 return None
 
     def lines(self, count: int) -> list[bytes]:
-        """The next ``count`` lines. Raises Cut if the file ends first."""
+        """The next ``count`` lines; raises Cut if the file ends first."""
         taken: list[bytes] = []
         while len(taken) < count:
             end = self._buffer.find(b"\n", self._at)
@@ -122,7 +123,7 @@ class Scanner:
         return taken
 
     def peek(self) -> bytes:
-        """The next line, which stays; b"" at the end of the file."""
+        """The next line, without consuming it; b"" at the end of the file."""
         while (end := self._buffer.find(b"\n", self._at)) < 0:
             if not self._more():
                 return b""
@@ -130,8 +131,8 @@ class Scanner:
 
 
 def table(lines: list[bytes], columns: int, what: str) -> np.ndarray:
-    """(rows, columns) numbers. Raises InputError if there are others."""
-    # Numbers of a Fortran format touch where the second is negative and fills its field.
+    """Parses lines into (rows, columns) numbers; raises InputError if that fails."""
+    # Numbers in a Fortran format touch if the second is negative and fills its field.
     found = [_GLUED.sub(b" -", line).split() for line in lines]
     if any(len(row) != columns for row in found):
         bad = next(len(row) for row in found if len(row) != columns)

@@ -1,4 +1,4 @@
-"""One VASP run: its vasprun.xml or OUTCAR, with what lies beside it."""
+"""Reading one VASP run: its vasprun.xml or OUTCAR, with its companion files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from relaxnet_jax.errors import InputError
 
 
 class VaspOptions(NamedTuple):
-    """What is asked of VASP runs, see `reading.read_relaxations`."""
+    """Options for reading VASP runs, see `reading.read_relaxations`."""
 
     energy: Energy = "free"
     initial: Initial | None = None
@@ -28,23 +28,24 @@ class VaspOptions(NamedTuple):
 def read_run(
     shown: Path, path: Path, name: str, near: Beside, options: VaspOptions
 ) -> RelaxationTrajectory:
-    """The relaxation of a vasprun.xml or OUTCAR.
+    """Reads the relaxation of a vasprun.xml or OUTCAR.
 
     The OUTCAR beside a vasprun.xml gives the charges, the POSCAR or CONTCAR beside an OUTCAR the
-    fixed atoms; where these are damaged that is noted and the run is read without them. Where the
-    vasprun.xml is damaged or holds fewer than two complete ionic steps, the OUTCAR beside it is
-    read instead, and that is noted.
+    fixed atoms; if these are damaged, that is noted and the run is read without them. If the
+    vasprun.xml is damaged or holds fewer than two complete ionic steps, the OUTCAR beside it is read
+    instead, and that is noted.
 
     Args:
-      shown: what the file is called in messages. path: where it is.
+      shown: the file, as named in messages.
+      path: where the file is.
       name: id of the relaxation.
-      near: what lies beside it.
-      options: among them ``note``, called with one line, which names the file, for each thing
-        left out or assumed.
+      near: the companion files.
+      options: options; ``note`` is called with one line, which names the file, for each thing left
+        out or assumed.
 
     Raises:
-      InputError: it is no sound relaxation, or does not start from the CIF beside it when that is
-        asked for.
+      InputError: the file is not a sound relaxation, or it does not start from the CIF beside it
+        although that is required.
     """
 
     def note(line: str) -> None:
@@ -67,7 +68,7 @@ def _read_vasprun(
     options: VaspOptions,
     note: Callable[[str], None],
 ) -> RelaxationTrajectory:
-    """The relaxation of a vasprun.xml with the OUTCAR's charges, or that of the OUTCAR."""
+    """The relaxation of a vasprun.xml with the OUTCAR's charges, or else that of the OUTCAR."""
     try:
         with decompressed(path) as stream:
             trajectory = read_vasprun(stream, name, options.energy, note=note)
@@ -125,7 +126,7 @@ def _check_initial(trajectory: RelaxationTrajectory, cif: Path | None) -> None:
 
 
 def _fixed(poscar: Path | None, note: Callable[[str], None]) -> np.ndarray | None:
-    """(N,) bool of the selective dynamics beside an OUTCAR, None where nothing tells."""
+    """(N,) bool: fixed atoms by the selective dynamics beside an OUTCAR; None if unknown."""
     if poscar is None:
         return None
     try:
@@ -139,5 +140,5 @@ def _fixed(poscar: Path | None, note: Callable[[str], None]) -> np.ndarray | Non
 
 
 def _unnamed(error: InputError, path: Path) -> str:
-    """The message without the path, which may be that of a temporary copy."""
+    """The error message without the path, which may be that of a temporary copy."""
     return str(error).removeprefix(f"{path}: ")

@@ -1,8 +1,9 @@
-"""Runs without their end, and what is done with them: one policy for all files of VASP.
+"""Runs that did not finish: one policy for all VASP files.
 
-A run that was killed or is still going, and a file that is cut short, keep their complete ionic
-steps. That is noted, counted by the import, and said by the relaxation's ``source``, which ends in
-`trajectory.UNFINISHED`. Damage within a file, and in its compression, is no such end: the file is refused.
+A run that was killed or is still running, and a file that is truncated, keep their complete ionic
+steps. This is noted, counted by the import, and recorded in the relaxation's ``source``, which ends in
+`trajectory.UNFINISHED`. Damage within a file or in its compression is another matter: the file is
+refused.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ class Cut(Exception):  # noqa: N818 - the end of the file, not a fault of it
 
 
 class NoRelaxation(InputError):  # noqa: N818 - as above
-    """The run itself is nothing to learn from, whatever the state of its files."""
+    """The run itself cannot be learned from, whatever the state of its files."""
 
 
 def remark(n_steps: int) -> str:
-    """What is noted of a run without its end."""
+    """The note about a run that did not finish."""
     return (
         f"the run was killed, is still going or the file is cut: {n_steps} complete ionic steps "
         "kept"
@@ -27,7 +28,7 @@ def remark(n_steps: int) -> str:
 
 
 def too_few(n_steps: int, end: str = "") -> str:
-    """Why fewer than two ionic steps are refused; ``end``: where a cut file ends."""
+    """Why fewer than two ionic steps are refused; ``end`` says where a truncated file ends."""
     what = "a single ionic step" if n_steps else "no complete ionic step"
     if end:
         what = f"ends {end}, after {n_steps} complete ionic steps"

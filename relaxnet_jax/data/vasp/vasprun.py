@@ -1,8 +1,8 @@
-"""vasprun.xml, read in one pass with one ionic step in memory.
+"""Reading a vasprun.xml in one pass, with one ionic step in memory.
 
-VASP writes each tag of interest on a line of its own, so the file is scanned for the few blocks a
-relaxation needs, and densities of states, eigenvalues and projections, nearly all of a large file,
-are passed over by their closing tag without being parsed.
+VASP writes each tag of interest on a line of its own, so the file is scanned for the few blocks that
+a relaxation needs. Densities of states, eigenvalues and projections, which are nearly all of a large
+file, are skipped up to their closing tag without being parsed.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ _TAG = re.compile(
 _NAME = re.compile(rb'name\s*=\s*"([^"]*)"')
 _VECTORS = re.compile(rb"<v[^<>]*>([^<>]*)</v>")
 _ATOM = re.compile(rb"<rc>\s*<c>([^<>]*)</c>\s*<c>[^<>]*</c>\s*</rc>")
-# Runs that are no relaxations, by IBRION; 1, 2 and 3 are. -1 and 0 with few steps are seen to by
-# the number of frames.
+# Runs that are not relaxations, by IBRION (1, 2 and 3 are). -1 and 0 with few steps are handled by the
+# number of frames.
 _NO_RELAXATION = {
     0: "molecular dynamics",
     5: "finite differences for phonons",
@@ -58,8 +58,8 @@ _NO_RELAXATION = {
     40: "an intrinsic reaction coordinate",
     44: "the dimer method",
 }
-# What a relaxation with these ISIF holds beside the atoms of selective dynamics; 0, 1 and 2 hold
-# the cell, 3 nothing. 8 is of VASP 6.4.
+# What a relaxation with these ISIF holds fixed besides the atoms of selective dynamics; 0, 1 and 2
+# hold the cell, 3 nothing. 8 was introduced in VASP 6.4.
 _HELD = {
     4: "the volume",
     5: "positions and volume",
@@ -70,9 +70,15 @@ _HELD = {
 
 
 class _Step(NamedTuple):
-    """One ionic step: cell (3, 3) Å, fractional (N, 3), energy eV, forces (N, 3), stress or None.
+    """One ionic step.
 
-    ``n_electronic``: number of electronic steps.
+    Attributes:
+      cell: (3, 3), Å.
+      fractional: (N, 3), fractional coordinates.
+      energy: eV.
+      forces: (N, 3), eV/Å.
+      stress: (6,), eV/Å³ in ASE's sign convention, or None.
+      n_electronic: number of electronic steps.
     """
 
     cell: np.ndarray
@@ -84,19 +90,19 @@ class _Step(NamedTuple):
 
 
 class _Scanner:
-    """Looks for tags in a binary stream and forgets what it has passed."""
+    """Searches a binary stream for tags and forgets what it has passed."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file, self._buffer, self._at = file, b"", 0
 
     def _more(self) -> bool:
-        """Reads on; False at the end of the file."""
+        """Reads the next chunk; False at the end of the file."""
         chunk = self._file.read(_CHUNK)
         self._buffer, self._at = self._buffer[self._at :] + chunk, 0
         return bool(chunk)
 
     def tag(self) -> re.Match[bytes] | None:
-        """The next tag of interest, None at the end of the file."""
+        """The next tag of interest; None at the end of the file."""
         while True:
             match = _TAG.search(self._buffer, self._at)
             if match:
@@ -108,11 +114,11 @@ class _Scanner:
                 return None
 
     def until(self, end: bytes, keep: bool = True) -> bytes:
-        """What comes before ``end`` (or b"" if it is not kept).
+        """The text before ``end`` (b"" if it is not kept).
 
         Raises:
-          Cut: the file ends first, without its own end.
-          InputError: an ionic step or the file's own end comes before it, so ``end`` is missing.
+          Cut: the file ends first, without its own end tag.
+          InputError: an ionic step or the file's end tag comes first, so ``end`` is missing.
         """
         searched = self._at
         while True:
@@ -142,26 +148,26 @@ def read_vasprun(
     source: str | None = None,
     note: Callable[[str], None] | None = None,
 ) -> RelaxationTrajectory:
-    """The relaxation of a vasprun.xml.
+    """Reads the relaxation of a vasprun.xml.
 
-    Positions are unwrapped; forces are raw; stresses have ASE's sign. Of each ionic step the
-    energy is that of the last electronic step. Of a run without its end the complete ionic steps
-    are kept (see `unfinished`), and electronically unconverged ones before the last (see
-    `electronic`): those with as many electronic steps as NELM allows.
+    Positions are unwrapped; forces are raw; stresses have ASE's sign. The energy of an ionic step is
+    that of its last electronic step. The complete ionic steps of a run that did not finish are kept
+    (see `unfinished`), and so are electronically unconverged ones before the last (see `electronic`),
+    i.e. those with as many electronic steps as NELM allows.
 
     Args:
-      file: opened in binary mode, decompressed.
+      file: the file, opened in binary mode and decompressed.
       name: id of the relaxation.
       energy: "free" (TOTEN, consistent with the forces), "sigma0" (extrapolated to zero
         smearing) or "internal" (without entropy).
-      source: where it came from; VASP and its functional by default, see `functional_of`.
-      note: called with one line if the run is without its end, or has unconverged ionic steps.
+      source: ``source`` of the relaxation; VASP and its functional by default, see `functional_of`.
+      note: called with one line if the run did not finish, and if it has unconverged ionic steps.
 
     Raises:
-      NoRelaxation: it is a run of another kind, of a machine-learned force field, of a single
-        ionic step, or holds an atom in some directions only, all positions, or a part of the cell;
-        or its last ionic step is electronically unconverged.
-      InputError: it holds fewer than two complete ionic steps or is damaged; the message is one
+      NoRelaxation: the run is of another kind, uses a machine-learned force field, has a single ionic
+        step, or holds an atom in some directions only, all positions, or a part of the cell; or its
+        last ionic step is electronically unconverged.
+      InputError: the file holds fewer than two complete ionic steps or is damaged; the message is one
         line without the name of the file.
     """
     say = note or (lambda _: None)
@@ -204,8 +210,11 @@ class _Parser:
     """Turns tags into ionic steps.
 
     Attributes:
-      numbers: (N,) atomic numbers, once read. fixed: (N,) bool. done: complete steps so far.
-      cut: where the file ends if it lacks its own end, or "". nelm: NELM, 0 where it is not said.
+      numbers: (N,) atomic numbers, None until they have been read.
+      fixed: (N,) bool, atoms held fixed by selective dynamics.
+      done: number of complete ionic steps so far.
+      cut: where the file ends if it is truncated, else "".
+      nelm: NELM, 0 if it is not given.
       functional: values of INCAR tags, for `functional_of`.
     """
 
@@ -221,7 +230,7 @@ class _Parser:
         self._isif, self._constraints = 0, b""
 
     def steps(self) -> Iterator[_Step]:
-        """The complete ionic steps. Raises InputError at damage other than a cut."""
+        """Yields the complete ionic steps; raises InputError at damage other than truncation."""
         try:
             yield from self._steps()
         except Cut:
@@ -281,7 +290,7 @@ class _Parser:
             self.cut = "without </modeling>"
 
     def _read_setting(self, name: str, value: bytes) -> None:
-        """Takes a tag of the INCAR, as it was asked for or as it was used."""
+        """Handles a tag of the INCAR, as requested or as used."""
         if name == "IBRION":
             check_ibrion(int(value))
         elif name == "ISIF":
@@ -291,7 +300,7 @@ class _Parser:
             self._constraints = value
             check_isif(self._isif, self._constraints)
         elif name == "NELM":
-            # That of response functions comes later under the same name.
+            # The NELM of response functions comes later under the same name.
             self.nelm = self.nelm or int(value)
         elif name == "PSTRESS":
             check_pressure(value)
@@ -303,7 +312,7 @@ class _Parser:
             self.functional.setdefault(name, []).append(value)
 
     def _block(self, tag: bytes) -> bytes:
-        """Text up to the closing tag."""
+        """The text up to the closing tag."""
         text = self._upto(tag)
         if b"<" + tag in text:
             raise InputError(
@@ -312,7 +321,7 @@ class _Parser:
         return text
 
     def _upto(self, tag: bytes, keep: bool = True) -> bytes:
-        """Goes past the closing tag; see `_Scanner.until`."""
+        """Moves past the closing tag, see `_Scanner.until`."""
         self._inside = tag
         return self._scanner.until(b"</" + tag + b">", keep)
 
@@ -329,7 +338,7 @@ class _Parser:
         start = block.find(b'name="atoms"')
         atoms = block[start : block.find(b"</array>", start)] if start >= 0 else b""
         symbols = [text.strip().decode("ascii", "replace") for text in _ATOM.findall(atoms)]
-        # VASP cuts some symbols to two columns of its POTCAR's title.
+        # VASP truncates some symbols to two columns of the POTCAR's title.
         symbols = [{"r": "Zr", "X": "Xe"}.get(symbol, symbol) for symbol in symbols]
         unknown = sorted({s for s in symbols if s not in atomic_numbers or s == "X"})
         if unknown or not symbols:
@@ -374,8 +383,8 @@ class _Parser:
         if self._energy == b"e_fr_energy":
             energy = free
         else:
-            # VASP before 5.4 repeats other numbers under these names in the final block; the last
-            # electronic step has them right, up to what is added after it (van der Waals terms).
+            # VASP before 5.4 writes other numbers under these names in the final block; those of the
+            # last electronic step are right, up to what is added after it (van der Waals terms).
             last = electronic[-1] if electronic else final
             if self._energy not in last or b"e_fr_energy" not in last:
                 raise InputError(f"ionic step {self.done}: no {self._energy.decode()}")
@@ -388,13 +397,13 @@ class _Parser:
 
 
 def _varray(block: bytes, name: bytes) -> bytes | None:
-    """Text of the varray of this name."""
+    """Text of the varray of the given name."""
     match = re.search(rb'<varray\s[^<>]*name="' + name + rb'"[^<>]*>(.*?)</varray>', block, re.S)
     return match[1] if match else None
 
 
 def _rows(text: bytes, name: bytes, rows: int) -> np.ndarray:
-    """(rows, 3) numbers of a varray. Raises InputError if there are others."""
+    """Parses (rows, 3) numbers of a varray; raises InputError if that fails."""
     found = _VECTORS.findall(text)
     tokens = b" ".join(found).split()
     if len(found) != rows or len(tokens) != 3 * rows:
@@ -413,13 +422,19 @@ def _rows(text: bytes, name: bytes, rows: int) -> np.ndarray:
 
 
 def stress_of(kilobar: np.ndarray) -> np.ndarray:
-    """(6,) stress in eV/Å³, Voigt order, tension positive, of VASP's (3, 3) in kB, whose sign is
-    that of a pressure."""
+    """Converts VASP's stress to ASE's convention.
+
+    Args:
+      kilobar: (3, 3) stress in kB with the sign of a pressure.
+
+    Returns:
+      (6,) stress in eV/Å³, Voigt order, tension positive.
+    """
     return -KILOBAR * kilobar.reshape(9)[[0, 4, 8, 5, 2, 1]]
 
 
 def check_ibrion(ibrion: int) -> None:
-    """Raises NoRelaxation if a run with this IBRION is none."""
+    """Raises NoRelaxation if a run with this IBRION is not a relaxation."""
     if ibrion in _NO_RELAXATION:
         raise NoRelaxation(
             f"IBRION={ibrion}, {_NO_RELAXATION[ibrion]}: give a relaxation (IBRION 1, 2 or 3)"
@@ -427,11 +442,12 @@ def check_ibrion(ibrion: int) -> None:
 
 
 def check_isif(isif: int, constraints: bytes = b"") -> None:
-    """Raises NoRelaxation if a run held the positions, or a part of the cell.
+    """Raises NoRelaxation if a run held all positions or a part of the cell.
 
     Args:
-      isif: ISIF. constraints: LATTICE_CONSTRAINTS, b"" where it is not said; it has no say in cells
-        that stay.
+      isif: value of ISIF.
+      constraints: value of LATTICE_CONSTRAINTS, b"" if not given; it does not matter if the cell is
+        fixed.
     """
     if isif in _HELD:
         held, remedy = f"ISIF={isif} held {_HELD[isif]}", "give one with ISIF 2 or 3"
@@ -448,14 +464,16 @@ def check_isif(isif: int, constraints: bytes = b"") -> None:
 
 
 def check_images(images: int) -> None:
-    """Raises NoRelaxation if a run with so many IMAGES is none."""
+    """Raises NoRelaxation if a run with this number of IMAGES is not a relaxation."""
     if images > 0:
         raise NoRelaxation("IMAGES, a path of images (NEB): give a relaxation")
 
 
 def check_force_field(on: bool) -> None:
-    """Raises NoRelaxation if a machine-learned force field was ``on``. While one is trained, some
-    steps are of DFT, and the others not."""
+    """Raises NoRelaxation if a machine-learned force field was ``on``.
+
+    While such a force field is trained, some steps are DFT and others are not.
+    """
     if on:
         raise NoRelaxation(
             "made by a machine-learned force field (ML_LMLFF), all of it or some steps: give a run of "
@@ -464,7 +482,7 @@ def check_force_field(on: bool) -> None:
 
 
 def check_pressure(kilobar: bytes) -> None:
-    """Raises NoRelaxation if a run was relaxed under this PSTRESS and not at zero pressure."""
+    """Raises NoRelaxation if PSTRESS is not zero, i.e. the run was relaxed under pressure."""
     if is_number(kilobar) and float(kilobar) != 0:
         raise NoRelaxation(
             f"PSTRESS={float(kilobar):g} kB: its minimum is that of an enthalpy, and its stress is not the "
@@ -473,7 +491,7 @@ def check_pressure(kilobar: bytes) -> None:
 
 
 def is_number(token: bytes) -> bool:
-    """Whether Python takes it for a number."""
+    """Whether Python can parse the token as a number."""
     try:
         float(token)
     except ValueError:
@@ -482,6 +500,6 @@ def is_number(token: bytes) -> bool:
 
 
 def _energies(block: bytes) -> dict[bytes, float]:
-    """Energies by name, eV; those VASP had no room for are left out."""
+    """Energies by name, eV; those that VASP had no room to print are left out."""
     pairs = re.findall(rb'<i\s+name="(\w+)"[^<>]*>([^<>]*)</i>', block)
     return {key: float(text) for key, text in pairs if is_number(text)}
