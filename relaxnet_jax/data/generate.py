@@ -185,7 +185,7 @@ def _relax(atoms: ase.Atoms, name: str, kind: str) -> RelaxationTrajectory | Non
     options: dict[str, Any] = {"maxstep": 0.2, "logfile": None}
     for _ in LBFGS(atoms, **options).irun(fmax=FMAX, steps=MAX_STEPS):
         # The optimiser has just computed the forces at these positions; atoms.get_forces() etc.
-        # would first compare all atoms with the calculator's, at a third of the total time.
+        # would first compare all atoms with the calculator's, which costs a third of the time.
         results = atoms.calc.results
         positions.append(atoms.get_positions())
         energies.append(results["energy"])

@@ -9,7 +9,7 @@ import numpy as np
 from relaxnet_jax.data.store import TrajectoryStore
 from relaxnet_jax.data.trajectory import RelaxationTrajectory
 
-LEAST_FRAMES = 3  # of a later start
+LEAST_FRAMES = 3  # least number of frames of a later start
 
 
 class Relaxations(Sequence[RelaxationTrajectory]):

@@ -59,7 +59,7 @@ _FIELDS: dict[str, tuple[str, tuple[str | int, ...]]] = {
 _ELEMENT_BYTES = -(-(MAX_ATOMIC_NUMBER + 1) // 8)  # one bit per element
 CHUNK = 128  # relaxations prepared together
 PARALLEL = 2000  # number of relaxations from which starting worker processes pays off
-UNUSED_DAYS = 30  # without use, after which a cached file is deleted
+UNUSED_DAYS = 30  # days without use after which a cached file is deleted
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,7 +19,7 @@ from relaxnet_jax.data.generate import ELEMENTS, SOURCE
 from relaxnet_jax.errors import InputError
 
 _FACTORY = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
-# Elements up to plutonium that are missing in its training data, the Materials Project's.
+# Elements up to plutonium that its training data, the Materials Project's, lack.
 _CHGNET_ABSENT = (84, 85, 86, 87, 88)
 
 

@@ -348,7 +348,7 @@ def make_chunk(chunk: Chunk) -> Iterator[RelaxationTrajectory | SkippedRelaxatio
     try:
         calculator = load_calculator(chunk.settings.calculator)
     except InputError as error:
-        # It did load when the work began. Unlike an InputError, this is not kept: it may be repaired.
+        # It loaded when the work began. A part would keep an InputError, but the cause may be repaired.
         raise RuntimeError(str(error)) from error
     # For 3 x 3 matrices threads cost far more than they gain, and their number may change how sums
     # are rounded.

@@ -31,7 +31,7 @@ def with_charges(trajectory: RelaxationTrajectory, outcar: Path) -> RelaxationTr
     """Adds the charges in the OUTCAR of the same run to the relaxation of a vasprun.xml.
 
     They are the net charges of the PAW spheres from the last "total charge" table (see
-    `Outcar.charges`). Without such a table the relaxation is returned as it was.
+    `Outcar.charges`). Without such a table the relaxation is returned unchanged.
 
     Raises:
       InputError: the OUTCAR is truncated, damaged or of another run; the message does not name it.

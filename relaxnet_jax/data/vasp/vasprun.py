@@ -59,7 +59,7 @@ _NO_RELAXATION = {
     44: "the dimer method",
 }
 # What a relaxation with these ISIF holds fixed besides the atoms of selective dynamics; 0, 1 and 2
-# hold the cell, 3 nothing. 8 was introduced in VASP 6.4.
+# hold the cell, 3 nothing. 8 is an option of VASP 6.4.
 _HELD = {
     4: "the volume",
     5: "positions and volume",
