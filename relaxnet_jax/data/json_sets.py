@@ -5,7 +5,7 @@ ALIGNN-FF (jarvis-tools' ``alignn_ff_db``, and files of the same layout) is a li
     {"jid": "JVASP-6664_main-5", "atoms": {"lattice_mat": …, "coords": …, "elements": …,
      "cartesian": false}, "total_energy": …, "forces": …, "stresses": …}
 
-The part of ``jid`` before the last hyphen names the relaxation, and the number after it is the ionic
+The part of ``jid`` before the last hyphen (or underscore) names the relaxation, and the number after it is the ionic
 step. A field ``step`` or ``id``, if present, gives the step instead. Records may come in any order,
 except that those sharing a plain ``jid`` such as "JVASP-39" are taken as in order. ``total_energy`` is
 in eV per atom despite its name (JARVIS's list of data sets says so, and NIST's nfflr multiplies it by

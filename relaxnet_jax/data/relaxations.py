@@ -72,7 +72,8 @@ class Relaxations(Sequence[RelaxationTrajectory]):
     def with_later_starts(self, which: np.ndarray, n: int) -> tuple[Relaxations, np.ndarray]:
         """Appends later starts: some of the relaxations again, beginning at later frames.
 
-        Wherever on its path a relaxation begins, it continues in the same way.
+        Wherever on its path a relaxation begins, it continues in the same way. The relaxations must begin at
+        their first frames themselves.
 
         Args:
           which: positions of the relaxations that get later starts.

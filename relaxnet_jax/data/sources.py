@@ -92,7 +92,7 @@ def find_sources(paths: Sequence[str | os.PathLike[str]]) -> Found:
     the folder given.
 
     Raises:
-      InputError: one of the paths does not exist, or a folder holds no such file.
+      InputError: a folder holds no such file.
     """
     sources: list[Source] = []
     others, attempts, closed = 0, 0, []

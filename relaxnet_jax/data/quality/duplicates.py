@@ -79,7 +79,7 @@ def invariants(first: First) -> np.ndarray:
     """(27,) numbers in Å that are the same for the same structures.
 
     They are the metric tensor G_ij over |a_i| + |a_j| and, for seven reciprocal vectors h, sqrt(N) |F|
-    and the complex sqrt(n) F f*, both over |h|/2π. F is the structure factor weighted by element, f
+    and the complex sqrt(n) F f*, both over 2π|h| (h without the factor 2π). F is the structure factor weighted by element, f
     that of the rarest element alone. If atoms sit on sites of high symmetry, one or the other is
     still linear in their displacements; the roots make all numbers change by about as much as one
     atom moves.
@@ -125,8 +125,8 @@ def same_structure(a: First, b: First) -> bool:
 def find_duplicates(columns: Columns, read: Callable[[int], First]) -> list[list[int]]:
     """Finds groups of relaxations that start from the same structure.
 
-    If more than 16 structures are more similar to another one than its copy is, without being the
-    same, the copy is not found.
+    The search around a structure ends when 16 comparisons in a row have found no copy: a copy that is
+    less similar than 16 other structures is not found.
 
     Args:
       columns: columns that include `FIELDS`.

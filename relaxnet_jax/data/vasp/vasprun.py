@@ -164,7 +164,7 @@ def read_vasprun(
       note: called with one line if the run did not finish, and if it has unconverged ionic steps.
 
     Raises:
-      NoRelaxation: the run is of another kind, uses a machine-learned force field, has a single ionic
+      NoRelaxation: the run is of another kind or under pressure, uses a machine-learned force field, has a single ionic
         step, or holds an atom in some directions only, all positions, or a part of the cell; or its
         last ionic step is electronically unconverged.
       InputError: the file holds fewer than two complete ionic steps or is damaged; the message is one
