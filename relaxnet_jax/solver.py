@@ -149,7 +149,8 @@ def solve_with_rates(
         zero = jax.tree.map(jnp.zeros_like, start)
 
         def stage(carry, coefficients):
-            y, k, total = carry  # state at the start of the step; h f of the last stage; sum of b_s k_s
+            # State at the start of the step; h f of the last stage; sum of b_s k_s.
+            y, k, total = carry
             a, b, ends = coefficients
             at = jax.tree.map(lambda y, k: y + a * k, y, k)
             rate = checkpointed(at)

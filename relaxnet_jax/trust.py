@@ -30,7 +30,8 @@ MIN_CONTACT = 0.6
 MAX_RISE = 2e-3  # eV/atom; the energy of a relaxation only falls
 # By how much the means below may leave the range of the training data, as a fraction of its ends.
 MARGIN = 0.1
-MAX_STRETCH = 2.0  # of a cell along any direction, or its inverse; strains in training are far smaller
+# Of a cell along any direction, or its inverse; strains in training are far smaller.
+MAX_STRETCH = 2.0
 VACUUM = 6.0  # Å without an atom along a lattice direction
 AT_REST = 0.05  # eV/Å; forces below this need not fall any further
 # Fraction of doing nothing's position error, at or above which a model has learned nothing about positions.

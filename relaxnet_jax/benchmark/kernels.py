@@ -13,7 +13,8 @@ import jax
 
 RUNS = 3  # runs of the program under the profiler
 MOST = 12  # kinds of kernels listed separately; the others are added up
-_NUMBERED = re.compile(r"(?:[._]\d+)+$")  # loop_add_fusion_12 is the same kind as loop_add_fusion_11
+# E.g. loop_add_fusion_12 is the same kind as loop_add_fusion_11.
+_NUMBERED = re.compile(r"(?:[._]\d+)+$")
 
 
 class Kernel(NamedTuple):

@@ -68,7 +68,8 @@ class Notebook:
         self._deadline = time.monotonic() + 60 * minutes
         self.entries: dict[str, Entry] = {}
         self.missing: list[str] = []
-        self._load = round(os.getloadavg()[0], 2)  # others' load; later it includes this program's own
+        # Others' load; later it includes this program's own.
+        self._load = round(os.getloadavg()[0], 2)
         found = _read(path)
         if found.get("identity") == self.identity and not found.get("complete", True):
             self.entries = found["entries"]

@@ -1,8 +1,9 @@
 """``relaxnet-jax benchmark peers``: RelaxNet and other programs, side by side in one run.
 
 The eager PyTorch peer has our parameters, batches and solver steps and the number of threads that suits it
-best (one or all cores), and the two take turns. The relaxers predict something else for the same structures, the minimum of a potential, so
-only their time is compared. Peers that are not installed are named and left out.
+best (one or all cores), and the two take turns. The relaxers predict something else for the same
+structures, the minimum of a potential, so only their time is compared. Peers that are not installed are
+named and left out.
 """
 
 from __future__ import annotations

@@ -308,7 +308,8 @@ def fault(error: BaseException, damaged: str) -> str:
 
 def fault_of_machine(error: BaseException) -> str:
     """What kept a sound file from being read or unpacked; "" if the file itself is at fault."""
-    if not isinstance(error, OSError) or error.errno in (None, errno.EINVAL):  # EINVAL: invalid seek
+    # EINVAL: invalid seek.
+    if not isinstance(error, OSError) or error.errno in (None, errno.EINVAL):
         return ""
     if error.errno in NO_ROOM:
         return f"no room to unpack it in {tempfile.gettempdir()}: set TMPDIR to a larger folder"

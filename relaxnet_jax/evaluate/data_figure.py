@@ -12,7 +12,8 @@ from relaxnet_jax.data.quality.statistics import DataSummary
 from relaxnet_jax.evaluate.figures import SERIES, SPARE, STYLE, new_figure, save_figure
 
 _BINS = 40
-STILL = 1e-6  # Å; smaller displacements come from rounding, in files and in mapping cells on each other
+# Å; smaller displacements come from rounding, in files and in mapping cells on each other.
+STILL = 1e-6
 _FIRST, _LAST = SERIES["nothing"]["color"], SERIES["model"]["color"]
 _OTHER = SPARE[0]["color"]
 

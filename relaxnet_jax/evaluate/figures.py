@@ -122,7 +122,8 @@ def parity_figure(
     frames = slice(-1 if final_only else None, None)
     columns = (true, pred, [c.slots for c in drawn])
     x, y, slots = (np.concatenate([one[frames] for one in column]) for column in columns)
-    order = np.random.default_rng(0).permutation(len(x))  # so that late frames do not hide early ones
+    # So that late frames do not hide early ones.
+    order = np.random.default_rng(0).permutation(len(x))
     low, high = min(x.min(), y.min()), max(x.max(), y.max())
     pad = 0.05 * (high - low) or 0.01
     limits = (low - pad, high + pad)

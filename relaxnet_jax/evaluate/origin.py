@@ -13,7 +13,8 @@ from relaxnet_jax.metrics import Comparison
 
 LEAST = 0.1  # eV per atom; smaller errors are the model's own
 SHARE = 0.2  # of the error, the most that energies of the elements may leave unexplained
-SPARE = 3  # compositions for each element; with fewer, energies of the elements could explain any error
+# Compositions for each element; with fewer, energies of the elements could explain any error.
+SPARE = 3
 
 
 def foreign_origin(comparisons: Sequence[Comparison]) -> str:

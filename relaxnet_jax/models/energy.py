@@ -236,4 +236,3 @@ class _StrainHead(nn.Module):
         per_atom = jnp.where(graph.nodes["mask"][:, None, None], per_atom, 0.0)
         total = jraph.segment_sum(per_atom, graph.nodes["graph"], n_graphs)
         return STRAIN_UNIT * total / jnp.maximum(graph.n_node, 1).astype(h.dtype)[:, None, None]
-

@@ -100,7 +100,8 @@ def _loaded_chgnet() -> Calculator:
 
     # Sums over several threads round differently: results would depend on the number of jobs.
     torch.set_num_threads(1)
-    with contextlib.redirect_stdout(io.StringIO()):  # silences its messages about itself and its device
+    # Silences its messages about itself and its device.
+    with contextlib.redirect_stdout(io.StringIO()):
         model = CHGNet.load(use_device="cpu", verbose=False)
     known = frozenset(range(1, 95)) - frozenset(_CHGNET_ABSENT)
 

@@ -79,9 +79,9 @@ def invariants(first: First) -> np.ndarray:
     """(27,) numbers in Å that are the same for the same structures.
 
     They are the metric tensor G_ij over |a_i| + |a_j| and, for seven reciprocal vectors h, sqrt(N) |F|
-    and the complex sqrt(n) F f*, both over 2π|h| (h without the factor 2π). F is the structure factor weighted by element, f
-    that of the rarest element alone. If atoms sit on sites of high symmetry, one or the other is
-    still linear in their displacements; the roots make all numbers change by about as much as one
+    and the complex sqrt(n) F f*, both over 2π|h| (h without the factor 2π). F is the structure factor
+    weighted by element, f that of the rarest element alone. If atoms sit on sites of high symmetry,
+    one or the other is still linear in their displacements; the roots make all numbers change by about as much as one
     atom moves.
     """
     fractional, cell = _fractional(first)
