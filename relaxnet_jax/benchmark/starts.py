@@ -41,11 +41,12 @@ class Start(NamedTuple):
 class Kind(NamedTuple):
     """A kind of start.
 
-    key: its name in files.
-    label: its name in tables.
-    identity: what its result depends on.
-    find: finds the starts of structures, in their order.
-    one_by_one: whether finding a start takes so long that it waits for the structure's turn.
+    Attributes:
+      key: its name in files.
+      label: its name in tables.
+      identity: what its result depends on.
+      find: finds the starts of structures, in their order.
+      one_by_one: whether finding a start takes so long that it waits for the structure's turn.
     """
 
     key: str
