@@ -812,7 +812,7 @@ def test_static_models_are_all_compared_with(tmp_path):
         made = EXPERIMENTS["table4"].section(lab(setting(tmp_path, folds=4)))
         found[lab] = {c.text: c.outcome.verdict for c in made.claims}
         assert made.tables[0].rows[0][1].mean < 0.2 and made.tables[0].rows[-6][1] == 1
-    claim = "RelaxNet's all-frame energies are as good as static models', given less"
+    claim = "RelaxNet's all-frame energies are as good as those of static models, from less input"
     assert (found[Inventor][claim], found[Between][claim]) == (HOLDS, FAILS)
     assert found[Inventor]["final geometry: less than 0.25 of doing nothing"] == HOLDS
 
