@@ -3,30 +3,8 @@
   relaxnet-jax train --config paper_implicit.py --set data.path=MY.h5
   relaxnet-jax reproduce all --data MY.h5 --budget 600 --config explicit=paper_explicit.py implicit=paper_implicit.py
 
-As printed in the paper:
-
-- Newton's equations with atomic masses and nothing else; RK4;
-- 2 DTNN layers with one MLP for each triplet, vector messages, position updates and attention;
-- the energy loss per structure;
-- AdamW with 5e-4 and 5e-5; the rate is multiplied by 0.8 after 8 epochs without a better loss, and training
-  ends after 20; at most 1000 epochs, 64 structures per device. No averaged parameters, and no cool-down
-  before a time limit.
-
-Not printed, and therefore the defaults of relaxnet_jax.config: widths, cutoffs, basis sizes and the weights
-of the loss.
-
-Cannot be switched off, and therefore different from the paper:
-
-- energies are learned on top of the composition's;
-- embeddings start from the elements' properties;
-- weight decay acts on kernels only;
-- u(0) also has terms of the three-body vectors, and it has no total momentum;
-- triplets see the lengths of their bonds only through the radial bases;
-- positions inside the encoder act within the real cutoffs;
-- means over atoms are taken over the whole batch;
-- a gradient longer than train.clip_norm is clipped.
-
-If the data have charges, add model.charges=True.
+The settings are those of paper_explicit.py, whose docstring lists what the paper prints, what it leaves open and
+what cannot be switched off; only the latent evolution differs, and no static epochs precede the ODE.
 
 implicit.py works better.
 """
