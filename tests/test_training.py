@@ -25,7 +25,7 @@ from tiny import TINY
 
 from relaxnet_jax.config import TrainConfig, load_config, to_dict, to_json
 from relaxnet_jax.data.dataset import load_dataset, read_trajectories
-from relaxnet_jax.data.files import no_space
+from relaxnet_jax.data.files import atomic_folder, no_space
 from relaxnet_jax.data.sample_file import SampleView
 from relaxnet_jax.errors import InputError
 from relaxnet_jax.losses import TERMS, Term
@@ -34,10 +34,13 @@ from relaxnet_jax.predict import relax
 from relaxnet_jax.runtime import usable_cores
 from relaxnet_jax.train import data as training_data
 from relaxnet_jax.train import loop
-from relaxnet_jax.train.checkpoint import Checkpoints, has_checkpoint
+from relaxnet_jax.train.checkpoint import LATEST, Checkpoints, has_checkpoint
+from relaxnet_jax.train.clock import Clock
+from relaxnet_jax.train.epochs import Epochs
 from relaxnet_jax.train.loop import train
 from relaxnet_jax.train.parallel import Devices
 from relaxnet_jax.train.report import ConsoleReport, MetricsLog
+from relaxnet_jax.train.run import Run
 from relaxnet_jax.train.state import (
     Cooling,
     Plateau,
@@ -205,13 +208,14 @@ def test_resume_after_a_kill(run, folder):
         import time
         from pathlib import Path
         from relaxnet_jax.config import from_json
-        from relaxnet_jax.train import loop
-        original = loop._Run.validate
+        from relaxnet_jax.train.loop import train
+        from relaxnet_jax.train.run import Run
+        original = Run.validate
         def slow(self, params):  # so that the kill comes before the end
             time.sleep(1.0)
             return original(self, params)
-        loop._Run.validate = slow
-        loop.train(from_json(Path({str(file)!r}).read_text()), {str(workdir)!r}, devices=1)
+        Run.validate = slow
+        train(from_json(Path({str(file)!r}).read_text()), {str(workdir)!r}, devices=1)
     """)
     process = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True)
     try:
@@ -247,14 +251,16 @@ def ahead(request, monkeypatch):
 
 
 def test_resume_within_an_epoch(run, folder, monkeypatch, ahead):
-    """Killed after a checkpoint in the middle of an epoch: taken up at the next batch."""
+    """An error after a checkpoint in the middle of an epoch: taken up at the next batch.
+
+    The error does not end the process before the checkpoint, written in the background, is whole.
+    """
     result, _ = run
     workdir = folder / f"within-{ahead}"
     original = Checkpoints.save
 
     def save(self, state, progress):
         original(self, state, progress)
-        self.wait()
         if progress["tally"]["batches"] == 2 and progress["epoch"] == 1:
             raise RuntimeError("killed")
 
@@ -291,6 +297,53 @@ def test_sigterm_writes_a_checkpoint(run, folder, ahead):
     same_run(result.workdir, workdir, config_of())
 
 
+def test_ctrl_c_writes_a_checkpoint(run, folder):
+    """As SIGTERM does, but the exception is not swallowed: no script goes on as if the run had ended."""
+    result, _ = run
+    workdir = folder / "interrupted"
+    report, text = quiet()
+
+    class Interrupting(ConsoleReport):
+        def batch(self, done, loss, rate):
+            if done == 2 and not records(workdir):
+                signal.raise_signal(signal.SIGINT)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            train(config_of(), workdir, report=Interrupting(report.console), devices=1)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert "stopping with a checkpoint; Ctrl-C again to stop at once" in text.getvalue()
+    assert "stopped within epoch 0: told to stop (Ctrl-C)" in text.getvalue()
+    train(config_of(), workdir, resume=True, report=report, devices=1)
+    assert "resuming within epoch 0, after 2 batches" in text.getvalue()
+    same_run(result.workdir, workdir, config_of())
+
+
+def test_a_second_ctrl_c_is_at_once():
+    """And a SIGINT that the process ignores or handles itself is left alone."""
+    devices = SimpleNamespace(hosts=SimpleNamespace(count=1))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    said = []
+    try:
+        with Clock(devices, 0.0, said.append) as clock:
+            signal.raise_signal(signal.SIGINT)
+            assert not clock.stop and clock.interrupted and len(said) == 1
+            clock.tick()
+            assert clock.stop
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        with Clock(devices, 0.0) as clock:
+            signal.raise_signal(signal.SIGINT)
+            assert not clock.told
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 HOLDING = """
 import sys
 from relaxnet_jax.data.files import held
@@ -318,20 +371,25 @@ def test_one_process_at_a_time(folder):
 
 def test_sigterm_while_validating(folder, monkeypatch):
     """No step of the next epoch is waited for; there is a checkpoint, though none was due."""
-    original, called = loop._Run.validate, []
+    original, called = Run.validate, []
 
     def told(self, params):
         called.append(params)
-        if len(called) == 2:
+        if len(called) in (2, 3):
             os.kill(os.getpid(), signal.SIGTERM)
         return original(self, params)
 
     config = config_of(epochs=4, max_buckets=1, checkpoint_every=9, learning_rate=1e-30)
     report, text = quiet()
     with monkeypatch.context() as patch:
-        patch.setattr(loop._Run, "validate", told)
+        patch.setattr(Run, "validate", told)
         stopped = train(config, folder / "validating", report=report, devices=1)
-    assert stopped.stopped and stopped.epochs == 2
+        shutil.copytree(stopped.workdir, folder / "last")
+        last = dataclasses.replace(config, train=dataclasses.replace(config.train, epochs=3))
+        ended = train(last, folder / "last", resume=True, report=report, devices=1)
+    assert stopped.stopped and stopped.told and stopped.epochs == 2
+    # Nothing is left to stop after the last epoch, but whoever trains other runs must know.
+    assert ended.told and not ended.stopped and ended.reason == "epochs"
     assert "stopped after epoch 1: told to stop (SIGTERM)" in text.getvalue()
     assert [r["best"] for r in records(stopped.workdir)] == [True, False]
     assert final_state(stopped.workdir, config)[1] == 1
@@ -393,11 +451,13 @@ def test_early_stop(folder):
     """With a learning rate of nothing the second epoch is no better: two more, then the end."""
     report, text = quiet()
     config = config_of(
-        learning_rate=1e-30, early_stop_patience=2, epochs=50, max_buckets=1)  # fmt: skip
+        learning_rate=1e-30, early_stop_patience=2, epochs=50, max_buckets=1, checkpoint_every=9)  # fmt: skip
     result = train(config, folder / "early", report=report, devices=1)
     assert result.epochs == 3 and "no better validation loss for 2 epochs" in result.reason
     assert [r["best"] for r in records(result.workdir)] == [True, False, False]
     assert "best validation loss" in text.getvalue()
+    # The last epoch has a checkpoint, though none was due: given more patience, the run goes on there.
+    assert final_state(result.workdir, config)[1] == 2
 
 
 def test_workdirs_are_guarded(run, folder):
@@ -410,6 +470,20 @@ def test_workdirs_are_guarded(run, folder):
     with pytest.raises(InputError, match=r"train\.batch_size is 4 there, 5 here"):
         train(config_of(batch_size=5), result.workdir, resume=True, report=report)
     assert not (folder / "nothing").exists()
+    with pytest.raises(InputError, match="model: is a model folder; give another --workdir"):
+        train(config_of(), result.model_folder, report=report)
+    other = folder / "of something else"
+    other.mkdir()
+    (other / "config.json").write_text('{"name": "a web server"}')
+    with pytest.raises(InputError, match=r"config\.json: is not a run's and would be overwritten"):
+        train(config_of(), other, report=report)
+    (other / "config.json").rename(other / "settings.json")
+    for name in ("model", LATEST / "12"):
+        (other / name).mkdir(parents=True)
+        with pytest.raises(InputError, match=r"else/.*: exists, without the config\.json of a run"):
+            train(config_of(), other, report=report)
+        (other / name).rmdir()
+    assert (other / "settings.json").read_text() == '{"name": "a web server"}'
 
 
 def test_resume_refuses_other_splits(run, folder):
@@ -434,25 +508,17 @@ def test_resume_refuses_other_splits(run, folder):
         train(config_of(epochs=7), workdir, resume=True, report=report, devices=1)
 
 
-def test_a_new_run_keeps_no_older_checkpoints(run, folder):
-    """Of a run stopped before its first model: orbax would keep those, of a higher step, alone."""
-    result, _ = run
-    workdir = folder / "anew"
-    shutil.copytree(result.workdir / "checkpoints", workdir / "checkpoints")
-    assert has_checkpoint(workdir)
-    (workdir / "config.json").write_text("{}")
-    report, _ = quiet()
-    with pytest.raises(InputError, match="already holds a run"):  # though it has no model yet
-        train(config_of(epochs=1, max_buckets=1), workdir, report=report, devices=1)
-    (workdir / "config.json").unlink()
-    report, _ = quiet()
-    config = config_of(epochs=1, max_buckets=1)
-    train(config, workdir, report=report, devices=1)
-    state, epoch = final_state(workdir, config)
-    assert epoch == 0 and int(state[-2]) < 6
-    unfinished = folder / "unfinished" / "checkpoints" / "latest" / "12.orbax-checkpoint-tmp"
+def test_checkpoints_that_a_kill_left_unfinished(folder):
+    """They are no run to resume, and are removed when one begins."""
+    unfinished = folder / "unfinished" / LATEST / "12.orbax-checkpoint-tmp"
     unfinished.mkdir(parents=True)
+    (unfinished / "state").mkdir()
     assert not has_checkpoint(folder / "unfinished")
+    whole = unfinished.with_name("3")
+    whole.mkdir()
+    assert has_checkpoint(folder / "unfinished")
+    Checkpoints(folder / "unfinished").close()
+    assert whole.exists() and not unfinished.exists()
 
 
 def test_killed_before_the_first_model(folder, monkeypatch):
@@ -463,16 +529,51 @@ def test_killed_before_the_first_model(folder, monkeypatch):
         raise RuntimeError("killed")
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop._Run, "export", killed)
+        patch.setattr(Run, "export", killed)
         with pytest.raises(RuntimeError, match="killed"):
             train(config, workdir, report=quiet()[0], devices=1)
     assert has_checkpoint(workdir) and not (workdir / "model").exists()
     result = train(config, workdir, resume=True, report=quiet()[0], devices=1)
     states, _ = final_state(workdir, config)
-    parameters = jax.tree.leaves(load_model(result.model_folder).params)
+    model = load_model(result.model_folder)
+    parameters = jax.tree.leaves(model.params)
     n = len(parameters)
     for ours, average in zip(parameters, states[n : 2 * n]):
         np.testing.assert_array_equal(ours, average)
+    mean = records(workdir)[-1]["validation"]
+    score = json.loads(model.statistics)["validation"]
+    assert score["positions_over_nothing"] == pytest.approx(mean["coordinates"] / mean["nothing"], 1e-3)
+
+
+def test_a_kill_while_the_model_is_replaced(run, folder):
+    """Between two renames there is no model: the older one comes back when the run is gone on with."""
+    result, _ = run
+    workdir = folder / "between"
+    shutil.copytree(result.workdir, workdir)
+    (workdir / "model").rename(workdir / ".model.old-1-ab.tmp")
+    shutil.copytree(workdir / ".model.old-1-ab.tmp", workdir / ".model.new-1-ab.tmp")
+    train(config_of(), workdir, resume=True, report=quiet()[0], devices=1)
+    assert not list(workdir.glob(".model*"))
+    same_run(result.workdir, workdir, config_of())
+
+
+def test_a_folder_that_cannot_be_replaced(tmp_path, monkeypatch):
+    """The one that was there stays."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "old").touch()
+    original = Path.replace
+
+    def replace(self, target):
+        if ".new-" in self.name:
+            raise OSError(errno.EIO, "Input/output error")
+        return original(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", replace)
+        with pytest.raises(OSError, match="Input/output"), atomic_folder(tmp_path / "model") as new:
+            (new / "new").touch()
+    assert [file.relative_to(tmp_path) for file in tmp_path.rglob("*") if file.is_file()] == [
+        Path("model", "old")]  # fmt: skip
 
 
 def test_a_full_disk_is_told(folder, monkeypatch):
@@ -490,10 +591,10 @@ def test_a_full_disk_is_told(folder, monkeypatch):
 
     config = config_of(epochs=1, max_buckets=1)
     with monkeypatch.context() as patch:
-        patch.setattr(loop._Run, "execute", full)
+        patch.setattr(Epochs, "execute", full)
         with pytest.raises(InputError, match=r"full: no space left; free some and start again"):
             train(config, folder / "full", report=quiet()[0], devices=1)
-        patch.setattr(loop._Run, "execute", execute)
+        patch.setattr(Epochs, "execute", execute)
         with pytest.raises(RuntimeError, match="of a thread"):
             train(config, folder / "full", report=quiet()[0], devices=1)
 
@@ -509,7 +610,7 @@ def test_batches_that_do_not_fit_are_told(folder, monkeypatch):
         def fail(*_, error=error):
             raise error
 
-        monkeypatch.setattr(loop._Run, "execute", fail)
+        monkeypatch.setattr(Epochs, "execute", fail)
         kind = InputError if message else type(error)
         with pytest.raises(kind, match=message):
             train(config, folder / "big", report=quiet()[0], devices=1)
@@ -518,7 +619,7 @@ def test_batches_that_do_not_fit_are_told(folder, monkeypatch):
 
 
 def test_an_ode_that_is_never_trained_is_told(folder, monkeypatch):
-    monkeypatch.setattr(loop._Run, "execute", lambda *_: None)
+    monkeypatch.setattr(Epochs, "execute", lambda *_: None)
     changes = {"dynamics.latent": "implicit", "train.max_buckets": 1, "train.epochs": 2}
     for static, told in ((1, False), (2, True)):
         config = load_config(to_dict(config_of()), changes | {"train.static_epochs": static})
@@ -617,12 +718,12 @@ def test_the_console_tells_force_errors_of_their_own():
 def test_tensorboard_has_the_learning_rate(tmp_path, monkeypatch):
     told = []
     writer = SimpleNamespace(add_scalar=lambda *a: told.append(a), flush=lambda: None)
-    module = SimpleNamespace(SummaryWriter=lambda _: writer)
+    module = SimpleNamespace(SummaryWriter=lambda _, purge_step: told.append(purge_step) or writer)
     monkeypatch.setitem(sys.modules, "tensorboardX", module)
     log = MetricsLog(tmp_path, -1, tensorboard=True)
     record = {"epoch": 2, "train": {"loss": 1.0}, "validation": {"loss": math.nan}}
     log.write(record | {"learning_rate": 1e-4, "partial": False})
-    assert told == [("learning_rate", 1e-4, 2), ("train/loss", 1.0, 2)]
+    assert told == [0, ("learning_rate", 1e-4, 2), ("train/loss", 1.0, 2)]
     assert records(tmp_path)[0]["validation"] == {"loss": None}
 
 

@@ -155,9 +155,30 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         ) from error
     try:
         yield temporary
+        # A folder cannot be replaced in one step; see `restore_folder`.
         if target.exists():
             target.replace(retired)
-        temporary.replace(target)
+        try:
+            temporary.replace(target)
+        except BaseException:
+            if retired.exists():
+                retired.replace(target)
+            raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(retired, ignore_errors=True)
+        if target.exists():
+            shutil.rmtree(retired, ignore_errors=True)
+
+
+def restore_folder(path: str | os.PathLike[str]) -> None:
+    """Completes or undoes what a process killed in `atomic_folder` has left half done.
+
+    Call it only if no other process may be writing ``path``.
+    """
+    target = Path(path)
+    for kind in ("old", "new"):
+        for folder in target.parent.glob(f".{glob.escape(target.name)}.{kind}-*.tmp"):
+            if kind == "old" and not target.exists():
+                folder.replace(target)
+            else:
+                shutil.rmtree(folder, ignore_errors=True)

@@ -88,7 +88,7 @@ def reproduce(args: argparse.Namespace) -> int:
             for name in names:
                 failed += not write_section(EXPERIMENTS[name], setting, plan, command)
         except StoppedError:
-            note("stopped; the same command goes on there")
+            note("stopped; the same command continues from there")
             return TERMINATED
         if len(names) > 1 or (out / REPORT).is_file():
             say(str(write_report(setting, EXPERIMENTS, command)))

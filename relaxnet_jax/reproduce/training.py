@@ -23,7 +23,7 @@ SHOWN = 12  # digits kept of the code's digest
 
 
 class StoppedError(Exception):
-    """SIGTERM was received: the run wrote a checkpoint, from which the same command resumes."""
+    """SIGTERM was received: the run has ended, or written a checkpoint for the same command to resume."""
 
 
 def train_entry(
@@ -65,6 +65,8 @@ def train_entry(
         "code": programs.CODE[:SHOWN],
     }
     write_facts(folder, facts)
+    if result.told:  # too late to stop this run
+        raise StoppedError
 
 
 def train_all(

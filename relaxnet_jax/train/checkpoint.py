@@ -15,6 +15,7 @@ from relaxnet_jax.errors import InputError
 from relaxnet_jax.train.state import TrainState
 
 LATEST = Path("checkpoints", "latest")  # in a workdir
+UNFINISHED = "*.orbax-checkpoint-tmp*"
 
 
 def has_checkpoint(workdir: Path) -> bool:
@@ -29,14 +30,11 @@ class Checkpoints:
     there is no other process and waits for none.
     """
 
-    def __init__(self, workdir: Path, fresh: bool = False) -> None:
-        """Opens the folder. For a ``fresh`` run, older checkpoints are removed first.
-
-        Orbax would otherwise keep those with the highest step.
-        """
+    def __init__(self, workdir: Path) -> None:
+        """Opens the folder and removes what killed runs have not finished writing."""
         self._folder = (Path(workdir) / LATEST).resolve()
-        if fresh:
-            shutil.rmtree(self._folder, ignore_errors=True)
+        for unfinished in self._folder.glob(UNFINISHED):
+            shutil.rmtree(unfinished, ignore_errors=True)
         alone = MultiprocessingOptions(primary_host=0, active_processes={0})
         # Orbax does not create it for only some of the processes.
         self._folder.mkdir(parents=True, exist_ok=True)

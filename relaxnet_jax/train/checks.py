@@ -10,7 +10,7 @@ from relaxnet_jax.config import Config, from_json, to_dict, to_json
 from relaxnet_jax.data.dataset import Dataset
 from relaxnet_jax.errors import InputError
 from relaxnet_jax.train.beginning import FILE, Beginning
-from relaxnet_jax.train.checkpoint import has_checkpoint
+from relaxnet_jax.train.checkpoint import LATEST, has_checkpoint
 from relaxnet_jax.train.data import TrainingData
 from relaxnet_jax.train.hosts import Hosts
 
@@ -29,14 +29,10 @@ MOVABLE = ("path", "split_file")
 
 
 def check_workdir(config: Config, workdir: Path, resume: bool) -> None:
-    """Raises InputError if a new run would overwrite one, or there is none of this config to resume."""
+    """Raises InputError if a new run would overwrite anything, or there is none of this config to resume."""
     file = workdir / "config.json"
     if not resume:
-        # A run that never reached a checkpoint left nothing worth keeping and may be replaced.
-        if file.exists() and ((workdir / "model").exists() or has_checkpoint(workdir)):
-            raise InputError(
-                f"{workdir}: already holds a run; continue it with --resume or give another --workdir"
-            )
+        _check_new(workdir, file)
         return
     if not file.exists():
         raise InputError(
@@ -54,6 +50,32 @@ def check_workdir(config: Config, workdir: Path, resume: bool) -> None:
             f"{workdir}: is a run of another config ({difference}); resume with its own config or "
             "give another --workdir"
         )
+
+
+def _check_new(workdir: Path, config: Path) -> None:
+    """Raises InputError if the workdir holds a run or what is not of a run.
+
+    A run that never reached a checkpoint left nothing worth keeping and may be replaced.
+    """
+    if (workdir / "model").exists() or has_checkpoint(workdir):
+        if config.exists():
+            raise InputError(
+                f"{workdir}: already holds a run; continue it with --resume or give another --workdir"
+            )
+        found = "model" if (workdir / "model").exists() else LATEST
+        raise InputError(
+            f"{workdir / found}: exists, without the config.json of a run; give another --workdir, or "
+            "move it away"
+        )
+    if (workdir / "model.json").exists():
+        raise InputError(f"{workdir}: is a model folder; give another --workdir")
+    if config.exists():
+        try:
+            from_json(config.read_text(), str(config))
+        except (InputError, OSError, ValueError):
+            raise InputError(
+                f"{config}: is not a run's and would be overwritten; give another --workdir"
+            ) from None
 
 
 def check_same_splits(config: Config, dataset: Dataset, file: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,33 +14,49 @@ from relaxnet_jax.train.parallel import Devices
 
 
 class Clock:
-    """Context manager that times a run and notes whether any of its processes received SIGTERM.
+    """Context manager that times a run and notes requests to stop it.
 
     Within the context, SIGTERM, which batch systems send some time before they kill, only sets `stop`.
+    So does the first Ctrl-C, for a single process that does not handle SIGINT itself; the next one
+    raises KeyboardInterrupt at once.
 
     Attributes:
       seconds: duration of the run on process 0, as last read.
-      stop: whether any process had received SIGTERM, as last read.
+      stop: whether any process had been told to stop, as last read.
+      told: whether this process has been told to stop.
+      interrupted: whether that was by Ctrl-C.
     """
 
-    def __init__(self, devices: Devices, elapsed: float) -> None:
+    def __init__(
+        self, devices: Devices, elapsed: float, say: Callable[[str], None] = lambda _: None
+    ) -> None:
         self.seconds, self.stop = elapsed, False
+        self.told = self.interrupted = False
         self._devices, self._start = devices, time.perf_counter() - elapsed
-        self._told = False
-        self._before: Any = None
+        self._say = say
+        self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Clock:
         # Python allows signal handlers to be set in the main thread only.
         if threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGTERM, self._tell)
+            self._before[signal.SIGTERM] = signal.signal(signal.SIGTERM, self._tell)
+            alone = self._devices.hosts.count == 1
+            if alone and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+                self._before[signal.SIGINT] = signal.signal(signal.SIGINT, self._interrupt)
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGTERM, self._before)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _tell(self, *_: object) -> None:
-        self._told = True
+        self.told = True
+
+    def _interrupt(self, *_: object) -> None:
+        if self.interrupted:
+            raise KeyboardInterrupt
+        self.told = self.interrupted = True
+        self._say("stopping with a checkpoint; Ctrl-C again to stop at once")
 
     def tick(self) -> None:
         """Reads the clock; all processes must call this together."""
@@ -49,17 +66,17 @@ class Clock:
         """Starts the exchange that `read` completes; processes need not wait for it in between."""
         if self._devices.hosts.count == 1:
             return None
-        # Integers, since their sums are exact; 32 bits of milliseconds are 24 days.
-        mine = [1000 * self._now() if self._devices.hosts.first else 0, self._told]
-        return self._devices.add(np.array(mine, np.int32))
+        # Integers, since their sums are exact; 32 bits of milliseconds alone would be 24 days.
+        seconds, rest = divmod(self._now() if self._devices.hosts.first else 0.0, 1.0)
+        return self._devices.add(np.array([seconds, 1000 * rest, self.told], np.int32))
 
     def read(self, asked: Any) -> None:
         """Sets ``seconds`` and ``stop`` as of the call of `ask`, or as of now for a single process."""
         if self._devices.hosts.count == 1:
-            self.seconds, self.stop = self._now(), self._told
+            self.seconds, self.stop = self._now(), self.told
             return
         total = self._devices.first(asked)
-        self.seconds, self.stop = float(total[0]) / 1000, bool(total[1])
+        self.seconds, self.stop = float(total[0]) + float(total[1]) / 1000, bool(total[2])
 
     def _now(self) -> float:
         return time.perf_counter() - self._start

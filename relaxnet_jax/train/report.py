@@ -37,7 +37,8 @@ class MetricsLog:
         if tensorboard:
             from tensorboardX import SummaryWriter
 
-            self._events = SummaryWriter(str(folder / "tensorboard"))
+            # Readers then drop earlier events of the epochs that are trained again.
+            self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=keep_until + 1)
 
     def write(self, record: dict[str, Any]) -> None:
         """Appends a record; numbers that are not finite are written as null."""
