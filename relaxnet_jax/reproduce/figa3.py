@@ -21,9 +21,7 @@ from relaxnet_jax.reproduce.runs import Run
 from relaxnet_jax.reproduce.scores import errors, numbers
 from relaxnet_jax.reproduce.section import Cell, Section, Table
 from relaxnet_jax.reproduce.setting import Setting
-from relaxnet_jax.reproduce.verdict import Claim, Outcome, decided
-
-SIGNIFICANT = 0.05  # two-sided p of Spearman's rank correlation
+from relaxnet_jax.reproduce.verdict import SIGNIFICANT, Claim, Outcome, decided
 
 
 def runs(setting: Setting) -> list[Run]:

@@ -68,7 +68,8 @@ def start_parameters(
     A scheme may have learned functions that the start lacks, such as the strain rate of a relaxing
     cell or the latent rate of the explicit scheme: these start at random and are named to ``report``.
     Where the start's function takes fewer inputs (the latent rate of fixed cells lacks those of the
-    strain rate), the common inputs, which come first, get the start's weights.
+    strain rate), the common inputs, which come first, get the start's weights; inputs that only the
+    start's has are left out, and named.
     """
     fresh = create_model(config, config.train.seed).params
     if start is None:
@@ -80,6 +81,14 @@ def start_parameters(
     missing += [f"some inputs of {name}" for name in sorted(wider)]
     if missing:
         report(f"{config.train.start_from}: knows no {', '.join(missing)}: drawn at random")
+    narrower = {
+        path[0] for path in flat if path in known and _rows(flat[path]) < _rows(known[path])
+    }
+    if narrower:
+        report(
+            f"{config.train.start_from}: left out the inputs that {', '.join(sorted(narrower))} has "
+            "there but not here"
+        )
     taken = {p: _with_rows(v, known[p]) if p in known else v for p, v in flat.items()}
     return flax.traverse_util.unflatten_dict(taken)
 
