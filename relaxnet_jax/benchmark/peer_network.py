@@ -103,7 +103,7 @@ def check_peer(config: Config) -> None:
             for part in field.split("."):
                 value = getattr(value, part)
             raise InputError(
-                f"config {config.name!r}: the PyTorch peer has no {field}={value!r}; compare with "
+                f"config {config.name!r}: the PyTorch peer does not support {field}={value!r}; use "
                 "explicit.py"
             )
 

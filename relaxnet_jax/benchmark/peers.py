@@ -38,9 +38,9 @@ from relaxnet_jax.runtime import usable_cores
 PARTS = ("torch", "chgnet", "torch-sim")
 # The modules that each part imports, and the extra that installs them.
 NEEDS = {
-    "torch": (("torch", "torchdiffeq"), "relaxnet-jax[bench]"),
-    "chgnet": (("torch", "chgnet"), "relaxnet-jax[chgnet]"),
-    "torch-sim": (("torch", "chgnet", "torch_sim"), "relaxnet-jax[chgnet] torch-sim-atomistic"),
+    "torch": (("torch", "torchdiffeq"), "'relaxnet-jax[bench]'"),
+    "chgnet": (("torch", "chgnet"), "'relaxnet-jax[chgnet]'"),
+    "torch-sim": (("torch", "chgnet", "torch_sim"), "'relaxnet-jax[chgnet]' torch-sim-atomistic"),
 }
 PACKAGES = (*machine.PACKAGES, "torch", "torchdiffeq", "chgnet", "torch-sim-atomistic")
 MINUTES, FAST_MINUTES = 10.0, 2.0
@@ -74,7 +74,7 @@ def run_peers(
     """
     if jax.devices()[0].platform != "cpu":
         raise InputError(
-            "benchmark peers compares on the CPU's cores; set JAX_PLATFORMS=cpu in the environment"
+            "benchmark peers runs on CPUs only; set JAX_PLATFORMS=cpu in the environment"
         )
     parts = _installed(only, report)
     facts = machine.describe(PACKAGES)
@@ -107,7 +107,7 @@ def _installed(only: Sequence[str] | None, report: Callable[[str], None]) -> lis
         if not absent:
             found.append(part)
             continue
-        message = f"{part}: {', '.join(absent)} is not installed; pip install {extra}"
+        message = f"{part}: missing {', '.join(absent)}; pip install {extra}"
         if only:
             raise InputError(message)
         report(message)
@@ -270,7 +270,7 @@ def torch_sim_entry(work: Work, count: int) -> dict[str, Any]:
     """Seconds per structure of our predicted paths, and of one batched relaxation with torch-sim."""
     free = [s for s in _some(work, count) if not s.fixed_mask.any()]
     if not free:
-        return {"skipped": "every structure has fixed atoms, which torch-sim does not know"}
+        return {"skipped": "every structure has fixed atoms, which torch-sim does not support"}
     structures = [relaxers.atoms_of(s) for s in free]
     model = relaxers.load_chgnet()
     threads = _fastest_threads(lambda: relaxers.chgnet_energy(model, structures[0]))
