@@ -281,9 +281,9 @@ def test_only_unseen_structures(tmp_path):
     assert names()[0] == "abcde"
     assert names("one")[0] == names("one/model")[0] == "cde"
     kept, _, said = names("tuned")
-    assert kept == "cde" and "2 of" in said and "another set" not in said
+    assert kept == "cde" and "2 of" in said and "other data" not in said
     kept, found, said = names("one", "two", "other")
-    assert kept == "de" and "another set" in said
+    assert kept == "de" and "other data" in said
     assert [case.relax_cell for case in found] == [True, False]
     np.testing.assert_array_equal(found[0].atoms.positions, relaxation("d").positions[0])
     assert found[0].atoms.constraints[0].index.tolist() == [0] and found[0].atoms.calc is None
@@ -296,7 +296,7 @@ def test_only_unseen_structures(tmp_path):
     with pytest.raises(InputError, match="test split of all models"):
         names("two")
     (tmp_path / "two" / "splits.json").unlink()
-    assert "says nothing" in names("two")[2]
+    assert "training data unknown" in names("two")[2]
     assert not cases_module._is_store(str(tmp_path / "one")) and cases_module._is_store(
         str(tmp_path)
     )

@@ -92,13 +92,13 @@ def _unseen(name: str, runs: Sequence[str], variable: bool, say: Say) -> list[Ca
             found = run_splits(folder)
             before = trained_ids(str(folder))
             if found is None:
-                say(f"{run}: says nothing of what it was trained on; all of {name} is used")
+                say(f"{run}: training data unknown; all of {name} is used")
             elif any(keep.intersection(members) for members in found[1].values()):
                 keep &= set(found[1]["test"])
             elif not keep & before:
-                say(f"{run}: was trained on another set; all of {name} is used")
+                say(f"{run}: trained on other data; all of {name} is used")
             if seen := len(keep & before):
-                say(f"{run}: {seen} of {name} trained a model it started from; they are left out")
+                say(f"{run}: started from a model trained on {seen} of {name}; these are left out")
             keep -= before
         if not keep:
             raise InputError(

@@ -25,7 +25,9 @@ class Ledger:
             with path.open("a", encoding="utf-8") as file:
                 file.write("\n" if text and not text.endswith("\n") else "")
         except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{path}: cannot be used ({error}); give another --out") from error
+            raise InputError(
+                f"{path}: cannot be read or written ({error}); give another --out"
+            ) from error
         for line in text.splitlines():
             try:
                 entry = json.loads(line)

@@ -74,7 +74,7 @@ def no_room(need: int) -> str:
     free = available_bytes()
     if free is None or need <= ROOM * free:
         return ""
-    return f"needs {need / 2**30:.1f} GiB, {free / 2**30:.1f} are free"
+    return f"needs {need / 2**30:.1f} GiB, but only {free / 2**30:.1f} GiB is free"
 
 
 def _group_bytes() -> int | None:

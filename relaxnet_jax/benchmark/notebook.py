@@ -73,7 +73,7 @@ class Notebook:
         found = _read(path)
         if found.get("identity") == self.identity and not found.get("complete", True):
             self.entries = found["entries"]
-            report(f"{path}: unfinished; its {len(self.entries)} measurements are kept")
+            report(f"{path}: resuming; {len(self.entries)} measurements already made")
 
     def entry(self, key: str, measure: Callable[[], Entry]) -> Entry | None:
         """The measurement under this key, made now unless it is kept; None if the time is over.

@@ -40,7 +40,7 @@ def load_oracle(
         )
     for option, value in (("--cutoff", cutoff), ("--kpoint-density", density)):
         if value is not None:
-            raise InputError(f"{option} {value:g}: is for --oracle gpaw; leave it out")
+            raise InputError(f"{option} {value:g}: only for --oracle gpaw; omit it")
     try:
         return check_calculator(name, relax_cell, "--oracle")
     except InputError as error:
@@ -58,13 +58,13 @@ def _gpaw(cutoff: float, density: float) -> Calculator:
         from gpaw import GPAW, PW, FermiDirac
     except ImportError as error:
         raise InputError(
-            f"--oracle gpaw: GPAW cannot be imported ({one_line(error)}): bin/setup_gpaw of the "
-            "repository installs it on Debian and Ubuntu"
+            f"--oracle gpaw: GPAW cannot be imported ({one_line(error)}); on Debian and "
+            "Ubuntu, install it with bin/setup_gpaw from the repository"
         ) from error
     if not gpaw.setup_paths:
         raise InputError(
-            "--oracle gpaw: GPAW has no PAW data sets: pip install gpaw-data, or name their folder "
-            "in GPAW_SETUP_PATH"
+            "--oracle gpaw: GPAW finds no PAW data sets; run pip install gpaw-data, or set "
+            "GPAW_SETUP_PATH to their folder"
         )
 
     def make() -> Any:

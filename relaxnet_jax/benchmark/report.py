@@ -46,22 +46,22 @@ def remarks(document: dict[str, Any]) -> list[str]:
     loads = {e.get("load_average", m["load_average"]) for e in document["entries"].values()}
     if (load := max(loads, default=0.0)) >= 0.5 * m["cores"]:
         lines.append(
-            f"the load of this machine was {load} on {m['cores']} cores when a run began: "
-            "figures taken beside other work are worse than the machine's own"
+            f"the load average was {load} on {m['cores']} cores when a run began; "
+            "measurements under load understate the machine's speed"
         )
     for name, entry in document["entries"].items():
         if "skipped" in entry:
             lines.append(f"{name}: {entry['skipped']}")
         if entry.get("kernels") == {}:
-            lines.append(f"{name}: JAX's profiler saw no kernels here")
+            lines.append(f"{name}: JAX's profiler recorded no kernels")
         if entry.get("costs", {}).get("remark"):
             lines.append(f"{name}: {entry['costs']['remark']}")
         if entry.get("costs", {}).get("loops_of_unknown_length"):
             lines.append(f"{name}: loops of unknown length are counted once in FLOP and bytes")
     if document["missing"]:
         lines.append(
-            f"no time was left for {len(document['missing'])} measurements; the same command "
-            "goes on with them"
+            f"time ran out before {len(document['missing'])} measurements; run the same command "
+            "again to make them"
         )
     return lines
 

@@ -15,7 +15,7 @@ from relaxnet_jax.relaxation.refine import descend
 
 CONVERGED, UNCONVERGED = "converged", "not converged"
 FAILED, NO_START, SKIPPED = "failed", "no start", "skipped"
-NO_OTHER = "there is no other start"  # so there is no reason to relax the initial structure
+NO_OTHER = "no other start"  # so there is no reason to relax the initial structure
 
 
 class Limits(NamedTuple):

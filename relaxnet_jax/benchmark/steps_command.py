@@ -69,7 +69,7 @@ def benchmark_steps(args: argparse.Namespace) -> int:
     for file in files:
         say(str(file))
     if not found[0]["n"]:
-        raise InputError("benchmark steps: no initial structure was relaxed; the reasons are above")
+        raise InputError("benchmark steps: no initial structure was relaxed; see the reasons above")
     return 0
 
 
@@ -79,7 +79,7 @@ def _check(args: argparse.Namespace) -> None:
         if value is not None and not value > 0:
             raise InputError(f"--{option.replace('_', '-')} {value:g}: must be positive")
     if args.chgnet and args.oracle == "chgnet":
-        raise InputError("--chgnet: CHGNet is the oracle already; leave it out")
+        raise InputError("--chgnet: CHGNet is already the oracle; omit it")
 
 
 def _load(name: str) -> tuple[dict[str, RelaxNet], str]:
@@ -97,7 +97,7 @@ def _kinds(
     if "egnn" in loaded:
         members, identity = loaded["egnn"]
         if len(members) > 1:
-            raise InputError(f"--egnn {args.egnn}: names a committee; name one potential")
+            raise InputError(f"--egnn {args.egnn}: is a committee; give a single potential")
         (model,) = members.values()
         kinds.append(starts.minimised_start(model, identity, args.fmax, args.max_steps))
     if args.shaken is not None:

@@ -44,10 +44,10 @@ HEADINGS = (
     "lower minimum",
     "ionic steps, median",
     "s, median",
-    "s to the start, median",
+    "s for start, median",
     "steps saved, median",
     "steps saved, mean",
-    "… failures as none",
+    "… failures as 0",
 )
 
 
