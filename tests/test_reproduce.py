@@ -1109,7 +1109,7 @@ def test_all_tells_what_cannot_be_done(report, monkeypatch, capsys):
     monkeypatch.setattr("relaxnet_jax.reproduce.registry.EXPERIMENTS", few)
     assert cli.main(["reproduce", "all", *more]) == 1
     told = capsys.readouterr()
-    assert "figA1: cannot be done: no such thing" in told.err
+    assert "figA1: failed: no such thing" in told.err
     text = (out / "REPORT.md").read_text()
     assert "| fig3b |" in text and "## Figure 3b" in text and "Could not be done" in text
 
@@ -1119,7 +1119,7 @@ def test_all_tells_what_cannot_be_done(report, monkeypatch, capsys):
     few["figA1"] = dataclasses.replace(few["figA1"], section=crashing)
     assert cli.main(["reproduce", "figA1", "fig3b", *more]) == 1
     told = capsys.readouterr()
-    assert "Traceback" in told.err and "cannot be done: RuntimeError: out of memory" in told.err
+    assert "Traceback" in told.err and "failed: RuntimeError: out of memory" in told.err
     assert "RuntimeError: out of memory" in (out / "REPORT.md").read_text()
     assert "fig3b.md" in told.out
     assert cli.main(["reproduce", "fig3b", "--folds", "1", *more]) == 2

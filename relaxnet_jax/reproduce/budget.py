@@ -11,8 +11,8 @@ from relaxnet_jax.config import Config
 # evaluates its encoder at every stage, the direct predictor only once.
 LATENT = {"explicit": 1.0, "implicit": 3.0, "static": 1.0, "direct": 0.5}
 RULE = (
-    "weights: explicit 1, implicit 3, each times frames/5 and substeps; static 1, direct 0.5; tsit5 "
-    "twice that of RK4; times the square root of the share of the training relaxations"
+    "weights: explicit 1, implicit 3, each times frames/5 and substeps, doubled for tsit5; static 1, "
+    "direct 0.5; all times the square root of the fraction of the training relaxations used"
 )
 
 

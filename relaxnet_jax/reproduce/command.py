@@ -68,14 +68,14 @@ def reproduce(args: argparse.Namespace) -> int:
     minutes = clock([e.left for e in plan.left], args.jobs)
     say(
         f"{len(plan.entries)} runs, {len(plan.left)} to train"
-        + (f": {minutes:.1f} min of training, predictions not counted" if args.budget else "")
+        + (f": {minutes:.1f} min of training, excluding predictions" if args.budget else "")
     )
     note(RULE)
     if args.plan:
         return 0
     if plan.left and args.budget is None:
         raise InputError(
-            f"--budget: {len(plan.left)} runs are to be trained; give the minutes for them together"
+            f"--budget: {len(plan.left)} runs to train; give the wall time in minutes for all of them"
         )
     command = shlex.join(["relaxnet-jax", *args.argv])
     with held(out, "reproduce", "--out"):
@@ -88,7 +88,7 @@ def reproduce(args: argparse.Namespace) -> int:
             for name in names:
                 failed += not write_section(EXPERIMENTS[name], setting, plan, command)
         except StoppedError:
-            note("stopped; the same command continues from there")
+            note("stopped; run the same command again to resume")
             return TERMINATED
         if len(names) > 1 or (out / REPORT).is_file():
             say(str(write_report(setting, EXPERIMENTS, command)))
@@ -97,9 +97,9 @@ def reproduce(args: argparse.Namespace) -> int:
 
 def _check(args: argparse.Namespace) -> None:
     if args.budget is not None and not args.budget > 0:
-        raise InputError(f"--budget {args.budget:g}: give minutes, above 0")
+        raise InputError(f"--budget {args.budget:g}: must be positive (minutes)")
     if len(set(args.seeds)) != len(args.seeds) or min(args.seeds) < 0:
-        raise InputError("--seeds: give different numbers, none negative")
+        raise InputError("--seeds: give distinct non-negative integers")
     if args.jobs < 1:
         raise InputError(f"--jobs {args.jobs}: give at least 1")
     if args.folds < 2:
@@ -112,7 +112,9 @@ def _check_jobs(jobs: int) -> None:
     from relaxnet_jax.reproduce.workers import core_shares
 
     if jobs > 1 and (platform := jax.devices()[0].platform) != "cpu":
-        raise InputError(f"--jobs {jobs}: is for CPUs; a {platform} trains one run at a time")
+        raise InputError(
+            f"--jobs {jobs}: only for CPUs; a {platform} trains one run at a time; omit it"
+        )
     core_shares(jobs)
 
 
@@ -135,7 +137,7 @@ def _sources(items: list[str]) -> dict[str, str]:
         role, _, file = item.partition("=")
         if role not in ROLES or not file:
             raise InputError(
-                f"--config {item!r}: write it as NAME=FILE, NAME one of {', '.join(ROLES)}"
+                f"--config {item!r}: give NAME=FILE, where NAME is one of {', '.join(ROLES)}"
             )
         # Checked now: a role that cannot be trained may be left out later, a misspelt file may not.
         found[role] = str(find_config(file))

@@ -122,7 +122,7 @@ def _divided(
         return {}
     if budget <= 0:
         raise InputError(
-            "--budget: all of it is what interrupted runs were given before; give more minutes"
+            "--budget: used up by interrupted runs, which keep their time; give more minutes"
         )
     return dict(divide(budget, {d: runs[d].weight for d in missing}))
 

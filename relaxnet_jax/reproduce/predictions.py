@@ -164,7 +164,7 @@ def _within(s: Structure, draws: np.ndarray, mass: str) -> np.ndarray:
 def _nowhere(s: Structure, n: int) -> Path:
     frames, cells = np.full((n, s.n_atoms, 3), np.nan), np.repeat(s.cell[None], n, axis=0)
     times = np.linspace(0.0, 1.0, n)
-    reason = "atoms lie in each other"
+    reason = "atoms overlap"
     return Path(times, frames, frames, np.full(n, np.nan), frames, cells, 0.0, reason)
 
 

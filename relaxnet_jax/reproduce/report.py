@@ -60,7 +60,7 @@ def write_section(experiment: Experiment, setting: Setting, plan: Plan, command:
         if not isinstance(error, InputError):
             note(traceback.format_exc())
             error = InputError(f"{type(error).__name__}: {one_line(error)}")
-        note(f"{experiment.name}: cannot be done: {error}")
+        note(f"{experiment.name}: failed: {error}")
         page = setting.out / f"{experiment.name}.md"
         with atomic_path(page) as temporary:
             text = f"## {experiment.name}\n\nCould not be done: {error}\n"

@@ -148,5 +148,5 @@ def _json(path: Path) -> dict[str, Any]:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise InputError(
-            f"{path}: missing or damaged ({type(error).__name__}): delete its folder to train anew"
+            f"{path}: missing or damaged ({type(error).__name__}); delete its folder to train again"
         ) from None

@@ -61,7 +61,7 @@ class Setting:
         for item in self.changes:
             key = item.partition("=")[0].strip()
             if key in _RESERVED:
-                raise InputError(f"--set {key}: is given by {_RESERVED[key]}")
+                raise InputError(f"--set {key}: use {_RESERVED[key]} instead")
 
     def config(self, role: str, **changes: Any) -> Config:
         """The configuration of a role with an experiment's changes (section__field=value)."""
@@ -77,8 +77,8 @@ class Setting:
         config = load_config(dataclasses.asdict(load_config(source, base)), self.changes)
         if role != "explicit" and _selection(config) != _selection(self.config("explicit")):
             raise InputError(
-                f"{source}: takes other relaxations or splits than explicit (data.limit, splits, fold, "
-                "seed, split_file, dynamics.cell): all must be tested on the same; give them by --set"
+                f"{source}: selects other relaxations or splits than explicit (data.limit, splits, fold, seed, "
+                "split_file, dynamics.cell); all must be tested on the same: set these fields with --set"
             )
         return config
 
@@ -104,7 +104,7 @@ class Setting:
         if self.config("explicit").dynamics.cell != "fixed":
             raise InputError(
                 f"{experiment}: compares positions of different frames, which have different cells "
-                "with dynamics.cell=variable; leave it out, or give --set dynamics.cell=fixed"
+                "with dynamics.cell=variable; omit this experiment, or use --set dynamics.cell=fixed"
             )
 
     def run(self, role: str, seed: int, share: float = 1.0, label: str = "", **changes: Any) -> Run:

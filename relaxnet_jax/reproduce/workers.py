@@ -56,7 +56,7 @@ def train_side_by_side(
                 run = at_work[-1].entry
                 say(
                     f"[{len(entries) - len(waiting)}/{len(entries)}] {run.run.name}: "
-                    f"{run.minutes:.2f} min, told in {_log(out, run)}"
+                    f"{run.minutes:.2f} min, log: {_log(out, run)}"
                 )
             ended = connection.wait([w.process.sentinel for w in at_work])
             for worker in [w for w in at_work if w.process.sentinel in ended]:
@@ -77,7 +77,7 @@ def core_shares(jobs: int) -> list[list[int]]:
     """
     if jobs > usable_cores():
         raise InputError(
-            f"--jobs {jobs}: this machine has {usable_cores()} core(s); give at most that"
+            f"--jobs {jobs}: only {usable_cores()} core(s) available; give at most that many"
         )
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     return [cores[len(cores) * k // jobs : len(cores) * (k + 1) // jobs] for k in range(jobs)]
@@ -131,9 +131,7 @@ def _outcome(worker: _Worker, out: Path) -> str:
         return "stopped (SIGTERM)"
     if code == 0:
         return "done"
-    why = (
-        "killed, perhaps for want of memory: lower --jobs" if code == -signal.SIGKILL else "crashed"
-    )
+    why = "killed, perhaps out of memory: lower --jobs" if code == -signal.SIGKILL else "crashed"
     return f"its process ended with exit code {code} ({why}); see {_log(out, worker.entry)}"
 
 
