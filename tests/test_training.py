@@ -318,7 +318,7 @@ def test_ctrl_c_writes_a_checkpoint(run, folder):
     assert "stopping with a checkpoint; Ctrl-C again to stop at once" in text.getvalue()
     assert "stopped within epoch 0: told to stop (Ctrl-C)" in text.getvalue()
     train(config_of(), workdir, resume=True, report=report, devices=1)
-    assert "resuming within epoch 0, after 2 batches" in text.getvalue()
+    assert "resuming within epoch 0, after 3 batches" in text.getvalue()
     same_run(result.workdir, workdir, config_of())
 
 
