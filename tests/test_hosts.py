@@ -264,7 +264,7 @@ def test_sigterm_to_one_stops_all_with_a_checkpoint(folder):
     pair[1].send_signal(signal.SIGTERM)
     found = finish(pair)
     assert [code for code, _, _ in found] == [143, 143], found
-    assert "told to stop (SIGTERM)" in found[0][2] and "--resume" in found[0][2]
+    assert "stopped by SIGTERM" in found[0][2] and "--resume" in found[0][2]
     done = records(workdir)[-1]["epoch"]
     settings[0] = f"train.epochs={done + 2}"
     ((code, _, error),) = finish(

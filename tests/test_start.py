@@ -89,7 +89,7 @@ def test_between_relaxing_and_fixed_cells(tmp_path, cells):
         (message,) = told
         assert message.endswith("left out the inputs that rate has there but not here")
     else:
-        assert "strain_gate, some inputs of rate: drawn at random" in told[0]
+        assert "strain_gate, some inputs of rate: initialised at random" in told[0]
         kernel = params["rate"]["Dense_0"]["kernel"]
         np.testing.assert_array_equal(kernel[-2:], fresh["rate"]["Dense_0"]["kernel"][-2:])
     (one,) = relax(start, [molecule()])

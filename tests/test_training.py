@@ -290,7 +290,7 @@ def test_sigterm_writes_a_checkpoint(run, folder, ahead):
 
     stopped = train(config_of(), workdir, report=Telling(report.console), devices=1)
     assert stopped.stopped and stopped.epochs == 2 and not result.stopped
-    assert "stopped within epoch 1: told to stop (SIGTERM)" in text.getvalue()
+    assert "stopped by SIGTERM within epoch 1" in text.getvalue()
     assert len(records(workdir)) == 1 and signal.getsignal(signal.SIGTERM) is before
     train(config_of(), workdir, resume=True, report=report, devices=1)
     assert f"resuming within epoch 1, after {2 + ahead} batches" in text.getvalue()
@@ -316,7 +316,7 @@ def test_ctrl_c_writes_a_checkpoint(run, folder):
     finally:
         signal.signal(signal.SIGINT, before)
     assert "stopping with a checkpoint; Ctrl-C again to stop at once" in text.getvalue()
-    assert "stopped within epoch 0: told to stop (Ctrl-C)" in text.getvalue()
+    assert "stopped by Ctrl-C within epoch 0" in text.getvalue()
     train(config_of(), workdir, resume=True, report=report, devices=1)
     assert "resuming within epoch 0, after 3 batches" in text.getvalue()
     same_run(result.workdir, workdir, config_of())
@@ -390,7 +390,7 @@ def test_sigterm_while_validating(folder, monkeypatch):
     assert stopped.stopped and stopped.told and stopped.epochs == 2
     # Nothing is left to stop after the last epoch, but whoever trains other runs must know.
     assert ended.told and not ended.stopped and ended.reason == "epochs"
-    assert "stopped after epoch 1: told to stop (SIGTERM)" in text.getvalue()
+    assert "stopped by SIGTERM after epoch 1" in text.getvalue()
     assert [r["best"] for r in records(stopped.workdir)] == [True, False]
     assert final_state(stopped.workdir, config)[1] == 1
 
@@ -603,8 +603,8 @@ def test_batches_that_do_not_fit_are_told(folder, monkeypatch):
     """Of a device without memory left, with the way out; no other error of JAX's is taken for that."""
     config, text = config_of(), "RESOURCE_EXHAUSTED: Out of memory allocating 5 bytes"
     for error, message in (
-        (jax.errors.JaxRuntimeError(text), r"big: .*train\.batch_size=4 .* start again with fewer .*batch_size=2"),
-        (MemoryError(), r"start again with fewer"),
+        (jax.errors.JaxRuntimeError(text), r"big: .*train\.batch_size=4 .* start again with --set train\.batch_size=2"),
+        (MemoryError(), r"start again with --set train\.batch_size=2"),
         (jax.errors.JaxRuntimeError("INTERNAL: other"), None),
     ):  # fmt: skip
         def fail(*_, error=error):
@@ -615,7 +615,7 @@ def test_batches_that_do_not_fit_are_told(folder, monkeypatch):
         with pytest.raises(kind, match=message):
             train(config, folder / "big", report=quiet()[0], devices=1)
     monkeypatch.setattr(loop, "has_checkpoint", lambda _: True)
-    assert "train.start_from=run, and with fewer" in loop._does_not_fit(config, Path("run"))
+    assert "--set train.start_from=run train.batch_size=2" in loop._does_not_fit(config, Path("run"))
 
 
 def test_an_ode_that_is_never_trained_is_told(folder, monkeypatch):
@@ -741,7 +741,7 @@ def test_mixed_energies_are_told(folder, monkeypatch):
     for start in (None, SimpleNamespace(energy_scale=0.1)):
         told = []
         data = training_data.prepare(config, load_dataset(config), told.append, start)
-        assert sum("of several codes, functionals or settings?" in line for line in told) == 1
+        assert sum("from several codes, functionals or settings?" in line for line in told) == 1
         assert (data.scale == 0.1) == (start is not None)
 
 

@@ -55,6 +55,6 @@ def read_beginning(workdir: Path) -> Beginning | None:
         return Beginning(**json.loads(file.read_text()))
     except (OSError, ValueError, TypeError) as error:
         raise InputError(
-            f"{file}: damaged ({type(error).__name__}): the run cannot be gone on with; start in another "
+            f"{file}: damaged ({type(error).__name__}): the run cannot be resumed; start in another "
             "--workdir"
         ) from None

@@ -87,7 +87,7 @@ def check_same_splits(config: Config, dataset: Dataset, file: Path) -> None:
         before = {i: name for name, ids in json.loads(file.read_text()).items() for i in ids}
     except (OSError, ValueError, AttributeError, TypeError) as error:
         raise InputError(
-            f"{file}: missing or damaged ({type(error).__name__}): the run cannot be gone on with; start "
+            f"{file}: missing or damaged ({type(error).__name__}): the run cannot be resumed; start "
             "in another --workdir"
         ) from None
     now = {i: name for name, ids in dataset.ids().items() for i in ids}

@@ -127,9 +127,9 @@ def prepare(
     energies, scale, spread = hosts.share([*kept, spread])
     if spread > MIXED:
         report(
-            f"{config.data.path}: energies spread by {spread:.3g} eV/atom about what their "
-            "compositions say: of several codes, functionals or settings? Absolute energies of "
-            "different ones do not belong in one training set; relaxnet-jax data info tells the sources"
+            f"{config.data.path}: energies scatter by {spread:.3g} eV/atom around the composition "
+            "energies: do they come from several codes, functionals or settings? Absolute energies of "
+            "different ones must not be mixed in one training set; relaxnet-jax data info lists the sources"
         )
     if config.model.charges:
         _check_charges(config, dataset, report)

@@ -91,13 +91,13 @@ class Epochs:
             for epoch in range(self.first, self.t.epochs):
                 record = self._train(epoch)
                 if clock.stop:
-                    stopped = f"stopped within epoch {epoch}"
+                    stopped = f"within epoch {epoch}"
                     break
                 if end := self._finish(epoch, record):
                     reason = end
                     break
                 if clock.stop:  # during validation: the next step may compile for minutes first
-                    stopped = f"stopped after epoch {epoch}"
+                    stopped = f"after epoch {epoch}"
                     break
         self.run.hosts.wait()
         plateau, folder = self.plateau, self.workdir / MODEL
@@ -105,8 +105,8 @@ class Epochs:
         if plateau.best_epoch < 0:
             best = "no validation loss was finite: kept is the last model whose parameters are"
         if stopped:
-            reason = "told to stop (Ctrl-C)" if clock.interrupted else "told to stop (SIGTERM)"
-            self.report(f"{stopped}: {reason}")
+            reason = "Ctrl-C" if clock.interrupted else "SIGTERM"
+            self.report(f"stopped by {reason} {stopped}")
         else:
             self.report(f"ended after epoch {epoch}: {reason}; {best}; model in {folder}")
         if clock.interrupted:

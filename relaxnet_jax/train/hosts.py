@@ -244,7 +244,7 @@ def _leave(place: Place, error: BaseException, together: bool) -> None:
     else:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         if _LOST.search(str(error)):
-            reason = f"another process was lost ({reason[:500]}); go on with --resume"
+            reason = f"another process was lost ({reason[:500]}); continue with --resume"
         else:
             traceback.print_exception(error)
     _say(place, reason)

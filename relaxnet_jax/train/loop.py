@@ -117,15 +117,13 @@ def _does_not_fit(config: Config, workdir: Path) -> str:
 
     The batch size of a run cannot be changed when it is resumed.
     """
-    again = "start again"
+    again = "start again with --set"
     if has_checkpoint(workdir):
-        again = (
-            f"begin another --workdir with what this one learned, train.start_from={workdir}, and"
-        )
+        again = f"start in another --workdir with --set train.start_from={workdir}"
     return (
         f"{workdir}: a batch of train.batch_size={config.train.batch_size} structures does not fit in the "
-        f"memory of one device ({jax.local_devices()[0].device_kind}): {again} with fewer (--set "
-        f"train.batch_size={max(1, config.train.batch_size // 2)})"
+        f"memory of one device ({jax.local_devices()[0].device_kind}): {again} "
+        f"train.batch_size={max(1, config.train.batch_size // 2)}"
     )
 
 

@@ -80,7 +80,7 @@ def start_parameters(
     wider = {path[0] for path in flat if path in known and _rows(flat[path]) > _rows(known[path])}
     missing += [f"some inputs of {name}" for name in sorted(wider)]
     if missing:
-        report(f"{config.train.start_from}: knows no {', '.join(missing)}: drawn at random")
+        report(f"{config.train.start_from}: has no {', '.join(missing)}: initialised at random")
     narrower = {
         path[0] for path in flat if path in known and _rows(flat[path]) < _rows(known[path])
     }
