@@ -87,8 +87,10 @@ def reproduce(args: argparse.Namespace) -> int:
             failed = 0
             for name in names:
                 failed += not write_section(EXPERIMENTS[name], setting, plan, command)
-        except StoppedError:
+        except (StoppedError, KeyboardInterrupt) as stop:
             note("stopped; run the same command again to resume")
+            if isinstance(stop, KeyboardInterrupt):
+                raise
             return TERMINATED
         if len(names) > 1 or (out / REPORT).is_file():
             say(str(write_report(setting, EXPERIMENTS, command)))

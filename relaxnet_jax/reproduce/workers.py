@@ -47,7 +47,7 @@ def train_side_by_side(
     """
     waiting, free = sorted(entries, key=lambda e: -(e.minutes or 0.0)), core_shares(jobs)
     at_work: list[_Worker] = []
-    with _terminating(at_work) as told:
+    with _terminating(at_work, say) as told:
         while at_work or (waiting and not told):
             while waiting and free and not told:
                 at_work.append(_start(waiting.pop(0), out, free.pop(0)))
@@ -84,8 +84,11 @@ def core_shares(jobs: int) -> list[list[int]]:
 
 
 @contextlib.contextmanager
-def _terminating(at_work: list[_Worker]) -> Iterator[list[bool]]:
-    """Forwards SIGTERM to the workers; yields a list that is non-empty once it was received."""
+def _terminating(at_work: list[_Worker], say: Callable[[str], None]) -> Iterator[list[bool]]:
+    """Forwards SIGTERM to the workers; yields a list that is non-empty once it was received.
+
+    After Ctrl-C or an error it waits until the workers have written checkpoints.
+    """
     told: list[bool] = []
 
     def stop(*_: object) -> None:
@@ -97,8 +100,11 @@ def _terminating(at_work: list[_Worker]) -> Iterator[list[bool]]:
     try:
         yield told
     finally:
-        for worker in at_work:  # left over by an exception, Ctrl-C included
+        if at_work:  # left over by an exception, Ctrl-C included
+            say(f"stopping {len(at_work)} run(s) with a checkpoint; Ctrl-C again to stop at once")
+        for worker in at_work:
             worker.process.terminate()
+        for worker in at_work:
             worker.process.join()
         signal.signal(signal.SIGTERM, before)
 
