@@ -24,7 +24,7 @@ from relaxnet_jax.errors import InputError
 BAD_INPUT = 2
 INTERRUPTED = 130
 CHANGES = "change fields of the config, e.g. train.epochs=50 data.path=mine.h5"
-MOVED = "data.path=FILE: where the run's data lie by now; they are known by their content"
+MOVED = "data.path=FILE: current location of the run's data; their checksum is verified"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -100,47 +100,50 @@ def _add_train(commands) -> None:
     p.add_argument(
         "--config",
         metavar="FILE",
-        help="a config file, or a shipped one's name: "
-        "explicit.py, implicit.py, explicit_cell.py, … (with --resume by default that of the run)",
+        help="config file or name of a shipped config: explicit.py, implicit.py, explicit_cell.py, … "
+        "(default with --resume: the run's own)",
     )
     add_set(p, CHANGES)
-    p.add_argument("--workdir", metavar="DIR", help="where the run lives (default: runs/CONFIG)")
+    p.add_argument("--workdir", metavar="DIR", help="folder of the run (default: runs/CONFIG)")
     p.add_argument("--resume", action="store_true", help="continue the run in the workdir")
     p.add_argument(
         "--devices",
         type=int,
         metavar="N",
-        help="local devices to use, GPUs or cores of a CPU, each with batches of its own (default: all "
-        "GPUs; on a CPU its cores share each batch)",
+        help="number of local devices, GPUs or CPU cores, each with its own batches (default: all GPUs; on "
+        "a CPU, its cores share each batch)",
     )
     hosts = p.add_argument_group(
-        "several processes", "under SLURM's srun they find each other without these options"
+        "several processes",
+        "under SLURM's srun, the processes find each other without these options",
     )
     hosts.add_argument(
-        "--coordinator", metavar="HOST:PORT", help="where process 0 serves the others"
+        "--coordinator", metavar="HOST:PORT", help="address of process 0, reachable by the others"
     )
-    hosts.add_argument("--processes", type=int, metavar="N", help="how many there are")
-    hosts.add_argument("--process-id", type=int, metavar="I", help="which this is, 0 to N-1")
+    hosts.add_argument("--processes", type=int, metavar="N", help="number of processes")
+    hosts.add_argument(
+        "--process-id", type=int, metavar="I", help="index of this process, 0 to N-1"
+    )
     hosts.add_argument(
         "--join-seconds",
         type=float,
         default=300.0,
         metavar="S",
-        help="how long to wait for all to come (default: 300)",
+        help="seconds to wait for all processes to join (default: 300)",
     )
 
 
 def _add_info(commands) -> None:
-    p = command(commands, "info", "info", "tell what a model is: elements, data, errors, versions")
+    p = command(commands, "info", "info", "describe a model: elements, data, errors, versions")
     p.add_argument(
         "model",
         nargs="?",
         default=PRETRAINED,
         metavar="DIR",
-        help="a training run or a model folder (default: the committee that comes with the package)",
+        help="training run or model folder (default: the committee shipped with the package)",
     )
-    p = command(commands, "config", "config", "print a whole configuration, defaults included")
-    p.add_argument("config", metavar="FILE", help="a config file, or a shipped one's name")
+    p = command(commands, "config", "config", "print the complete configuration, defaults included")
+    p.add_argument("config", metavar="FILE", help="config file or name of a shipped config")
     add_set(p, CHANGES)
 
 
@@ -150,22 +153,24 @@ def _add_eval(commands) -> None:
         "--workdir",
         required=True,
         metavar="DIR",
-        help=f"of the training run; with --data a model folder, or {PRETRAINED}, too",
+        help=f"folder of the training run; with --data, also a model folder or {PRETRAINED}",
     )
     p.add_argument(
         "--split",
         default="test",
         choices=("train", "validation", "test"),
-        help="of the run's data (default: test)",
+        help="split of the run's data (default: test)",
     )
     p.add_argument(
         "--data",
         metavar="FILE",
-        help="use these relaxations instead of a split: a store, or any file 'data import' reads",
+        help="evaluate these relaxations instead of a split: a store or any file 'data import' reads",
     )
     add_set(p, MOVED)
     p.add_argument(
-        "--out", metavar="DIR", help="for metrics and figures (default: WORKDIR/eval-SPLIT)"
+        "--out",
+        metavar="DIR",
+        help="output folder for metrics and figures (default: WORKDIR/eval-SPLIT)",
     )
     p.add_argument(
         "--lbfgs",
@@ -173,33 +178,40 @@ def _add_eval(commands) -> None:
         help="also minimise the energy of a static or implicit model, with L-BFGS",
     )
     p.add_argument(
-        "--fmax", type=float, metavar="F", help="--lbfgs to this force in eV/Å (default: 0.05)"
+        "--fmax",
+        type=float,
+        metavar="F",
+        help="force in eV/Å at which minimisation stops (default: 0.05)",
     )
     p.add_argument(
         "--committee",
         nargs="+",
         default=[],
         metavar="DIR",
-        help="runs of other models trained from other seeds: the errors of their mean with this one, "
-        "and how well their disagreement tells them",
+        help="runs trained from other seeds: evaluate the mean prediction of all these models, and how "
+        "well their disagreement predicts its errors",
     )
 
 
 def _add_predict(commands) -> None:
     p = command(commands, "predict", "predict", "predict the relaxation of structures")
-    p.add_argument("file", metavar="FILE", help="structures in any format ASE reads; all images")
+    p.add_argument(
+        "file",
+        metavar="FILE",
+        help="structure file in any format ASE reads; all its images are used",
+    )
     p.add_argument(
         "--model",
         default=PRETRAINED,
         metavar="DIR",
-        help="a training run or a model folder (default: the committee that comes with the package)",
+        help="training run or model folder (default: the committee shipped with the package)",
     )
     p.add_argument(
         "--frames",
         type=int,
         default=5,
         metavar="N",
-        help="of each trajectory, first and last included (default: 5)",
+        help="frames per trajectory, first and last included (default: 5)",
     )
     p.add_argument(
         "--out",
@@ -207,21 +219,25 @@ def _add_predict(commands) -> None:
         help=".extxyz or .traj: all frames of all structures; "
         ".cif, .vasp, POSCAR: the final frame of one (default: NAME-path.extxyz)",
     )
-    p.add_argument("--overwrite", action="store_true", help="replace a file that exists")
+    p.add_argument("--overwrite", action="store_true", help="replace an existing file")
     p.add_argument(
         "--keep-cell",
         action="store_true",
-        help="move atoms only, though the model relaxes cells too",
+        help="relax the atoms only, even if the model relaxes cells",
     )
-    p.epilog = "exit codes: 0 all predicted; 1 some left out, each named on stderr; 2 nothing was predicted"
+    p.epilog = (
+        "exit codes: 0 all predicted; 1 some left out, each named on stderr; 2 nothing predicted"
+    )
 
 
 def _add_demo(commands) -> None:
     p = command(commands, "demo", "demo", "show one test relaxation, predicted and true")
-    p.add_argument("--workdir", required=True, metavar="DIR", help="of the training run")
+    p.add_argument("--workdir", required=True, metavar="DIR", help="folder of the training run")
     add_set(p, MOVED)
     p.add_argument(
-        "--out", metavar="DIR", help="for trajectories and figure (default: WORKDIR/demo)"
+        "--out",
+        metavar="DIR",
+        help="output folder for trajectories and figure (default: WORKDIR/demo)",
     )
 
 

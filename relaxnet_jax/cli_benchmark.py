@@ -21,43 +21,50 @@ def add_benchmark(commands) -> None:
         "--config",
         nargs="+",
         metavar="FILE",
-        help="config files or names of shipped ones (default: the shipped ones of the ODE)",
+        help="config files or names of shipped configs (default: the shipped ones that solve the ODE)",
     )
-    p.add_argument("--data", metavar="STORE", help="relaxations (default: those of the configs)")
+    p.add_argument(
+        "--data", metavar="STORE", help="store of relaxations (default: the data of the configs)"
+    )
     p.add_argument(
         "--only",
         nargs="+",
         choices=SPEED_PARTS,
         metavar="PART",
-        help="steps: training and inference by bucket; atoms, frames: curves of inference; "
-        "training: curve of the training step (default: all)",
+        help="steps: training and inference per bucket; atoms, frames: scaling of inference; training: "
+        "scaling of the training step (default: all)",
     )
-    p.add_argument("--fast", action="store_true", help="the first config and few points")
+    p.add_argument("--fast", action="store_true", help="only the first config, at few points")
     p.add_argument(
         "--batch-size",
         type=int,
         nargs="+",
         metavar="N",
-        help="structures of a batch, instead of the configs' own; several are measured one by one",
+        help="structures per batch, instead of the configs' own; several sizes are measured in turn",
     )
     p.add_argument(
         "--kernels",
         action="store_true",
-        help="profile the steps too: time on the device by kind of kernel",
+        help="also profile the steps: device time by kind of kernel",
     )
     _add_output(p, "speed")
     p = command(kinds, "peers", "benchmark_peers", "time other programs on the same structures")
     p.add_argument(
-        "--config", default="explicit.py", metavar="FILE", help="of ours (default: explicit.py)"
+        "--config",
+        default="explicit.py",
+        metavar="FILE",
+        help="config of our model (default: explicit.py)",
     )
-    p.add_argument("--data", metavar="STORE", help="relaxations (default: those of the config)")
+    p.add_argument(
+        "--data", metavar="STORE", help="store of relaxations (default: the data of the config)"
+    )
     p.add_argument(
         "--only",
         nargs="+",
         choices=PEER_PARTS,
         metavar="PEER",
-        help="torch: the same architecture in eager PyTorch; chgnet: relaxation with CHGNet and "
-        "ASE's LBFGS; torch-sim: the same in batches (default: what is installed)",
+        help="torch: the same architecture in eager PyTorch; chgnet: relaxation with CHGNet and ASE's "
+        "LBFGS; torch-sim: the same in batches (default: all that are installed)",
     )
     p.add_argument("--fast", action="store_true", help="one bucket, few structures")
     _add_output(p, "peers")
@@ -69,27 +76,28 @@ def _add_steps(kinds) -> None:
         kinds,
         "steps",
         "benchmark_steps",
-        "count the ionic steps that a calculator is saved by starting from predictions",
+        "count the ionic steps saved by starting a calculator's relaxations from predictions",
     )
     p.add_argument(
         "--oracle",
         required=True,
         metavar="NAME",
-        help="relaxes every structure with ASE's LBFGS: emt, chgnet, gpaw (plane waves, PBE, no "
-        "spins; bin/setup_gpaw installs it), or MODULE:FACTORY, a function of yours that returns "
-        "an ASE calculator",
+        help="calculator that relaxes every structure with ASE's LBFGS: emt, chgnet, gpaw (plane waves, "
+        "PBE, no spins; bin/setup_gpaw installs it), or MODULE:FACTORY, your function that returns an ASE "
+        "calculator",
     )
     p.add_argument(
         "--structures",
         nargs="+",
         required=True,
         metavar="SET",
-        help="stores, of which the models' test split is used, or structure files and folders",
+        help="stores, of which only the models' test split is used, or structure files and folders",
     )
     p.add_argument(
         "--model",
         metavar="DIR",
-        help="start from its prediction: a run or model folder, or pretrained: the package's own",
+        help="start from this model's prediction: a run or model folder, or pretrained (shipped with the "
+        "package)",
     )
     p.add_argument(
         "--egnn",
@@ -103,56 +111,69 @@ def _add_steps(kinds) -> None:
         "--shaken",
         type=float,
         metavar="S",
-        help="also start from the initial structure with its atoms moved by chance, by Gaussian noise "
-        "of so many Å: how often another start nearby ends elsewhere, whoever found it",
+        help="also start from the initial structure with Gaussian noise of S Å on its atoms, to see how "
+        "often any other start nearby ends elsewhere",
     )
     p.add_argument(
-        "--limit", type=int, metavar="N", help="so many structures, drawn by chance (default: all)"
+        "--limit", type=int, metavar="N", help="use N structures, drawn at random (default: all)"
     )
     p.add_argument(
-        "--fmax", type=float, default=0.05, metavar="F", help="eV/Å, of all (default: 0.05)"
+        "--fmax",
+        type=float,
+        default=0.05,
+        metavar="F",
+        help="force threshold of all relaxations, eV/Å (default: 0.05)",
     )
     p.add_argument(
-        "--max-steps", type=int, default=500, metavar="N", help="of each relaxation (default: 500)"
+        "--max-steps",
+        type=int,
+        default=500,
+        metavar="N",
+        help="maximum number of steps per relaxation (default: 500)",
     )
     p.add_argument(
         "--wrong-minimum",
         type=float,
         default=1e3 * WRONG_MINIMUM,
         metavar="E",
-        help="meV/atom, by which a relaxation that ends higher than that of the initial structure "
-        f"counts as failed (default: {1e3 * WRONG_MINIMUM:g})",
+        help="a relaxation that ends more than this above that of the initial structure counts as failed, "
+        f"meV/atom (default: {1e3 * WRONG_MINIMUM:g})",
     )
     p.add_argument(
         "--wrong-minimum-whole",
         type=float,
         default=WRONG_MINIMUM_WHOLE,
         metavar="E",
-        help="eV of the whole structure, likewise; the stricter of the two counts (default: "
+        help="the same for the whole structure, eV; the stricter of the two counts (default: "
         f"{WRONG_MINIMUM_WHOLE:g})",
     )
     p.add_argument(
         "--cutoff",
         type=float,
         metavar="E",
-        help="eV, of gpaw's plane waves (default: 600, where cells relax 900)",
+        help="plane-wave cutoff of gpaw, eV (default: 600, or 900 where cells relax)",
     )
     p.add_argument(
-        "--kpoint-density", type=float, metavar="D", help="of gpaw, per Å⁻¹ (default: 3)"
+        "--kpoint-density",
+        type=float,
+        metavar="D",
+        help="k-point density of gpaw, per Å⁻¹ (default: 3)",
     )
     p.add_argument(
         "--minutes",
         type=float,
         metavar="M",
-        help="begin no relaxation after so long; the same command goes on (default: no limit)",
+        help="start no relaxation after M minutes; rerun the same command to continue (default: no limit)",
     )
     p.add_argument(
         "--out",
         default="benchmark",
         metavar="DIR",
-        help="for what is written; relaxations kept in it are not made again (default: benchmark)",
+        help="output folder; relaxations already in it are not repeated (default: benchmark)",
     )
-    p.add_argument("--json", metavar="FILE", help="all figures (default: DIR/steps.json)")
+    p.add_argument(
+        "--json", metavar="FILE", help="JSON file of all results (default: DIR/steps.json)"
+    )
 
 
 def _add_output(p: argparse.ArgumentParser, name: str) -> None:
@@ -160,13 +181,15 @@ def _add_output(p: argparse.ArgumentParser, name: str) -> None:
         "--minutes",
         type=float,
         metavar="M",
-        help="begin no measurement after so long (default: 10, with --fast 2); the same command "
-        "goes on where it ended",
+        help="start no measurement after M minutes (default: 10, with --fast 2); rerun the same command to "
+        "continue",
     )
     p.add_argument(
         "--out",
         default="benchmark",
         metavar="DIR",
-        help="for what is written (default: benchmark)",
+        help="output folder (default: benchmark)",
     )
-    p.add_argument("--json", metavar="FILE", help=f"all figures (default: DIR/{name}.json)")
+    p.add_argument(
+        "--json", metavar="FILE", help=f"JSON file of all results (default: DIR/{name}.json)"
+    )

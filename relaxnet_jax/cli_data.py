@@ -23,20 +23,20 @@ def add_data(commands) -> None:
     text = "make or import training data"
     data = commands.add_parser("data", help=text, description=text[0].upper() + text[1:] + ".")
     kinds = data.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    p = command(kinds, "import", "data_import", "put relaxations of your own into a store")
+    p = command(kinds, "import", "data_import", "import your own relaxations into a store")
     p.add_argument(
         "files",
         nargs="+",
         metavar="FILE",
-        help="any file with energies and forces of every ionic step: vasprun.xml, OUTCAR, extxyz, "
-        "traj, db, the JSON of ALIGNN-FF, MPtrj and Alexandria, …, also compressed; zip and tar archives; "
-        "folders, searched for all of these but JSON; stores (.h5)",
+        help="files with energies and forces of every ionic step: vasprun.xml, OUTCAR, extxyz, traj, db, "
+        "JSON of ALIGNN-FF, MPtrj and Alexandria, …, also compressed; zip and tar archives; folders, "
+        "searched for all of these except JSON; stores (.h5)",
     )
     p.add_argument(
         "--out",
         required=True,
         metavar="NAME.h5",
-        help="the store to write; a name without suffix: a folder of shards",
+        help="store to write; without a suffix, a folder of shards",
     )
     _add_overwrite(p)
     _add_parallel(p)
@@ -46,15 +46,14 @@ def add_data(commands) -> None:
     p.add_argument(
         "--groups",
         metavar="CSV",
-        help="columns id and group: relaxations of one "
-        "group are never split apart (default: of one composition)",
+        help="file with columns id and group; splits keep each group together (default: each composition)",
     )
     p.add_argument(
         "--energy",
         choices=("free", "sigma0", "internal"),
         default="free",
-        help="of a vasprun.xml or OUTCAR: free (TOTEN, consistent with the forces; the default), sigma0 "
-        "(without smearing), internal (without entropy)",
+        help="which energy of a vasprun.xml or OUTCAR: free (TOTEN, consistent with the forces; the "
+        "default), sigma0 (without smearing), internal (without entropy)",
     )
     p.add_argument(
         "--initial",
@@ -62,67 +61,78 @@ def add_data(commands) -> None:
         help="cif: compare the first frame of each vasprun.xml and OUTCAR with the .cif of the "
         "same name (or the only one) beside it, and leave out the runs that differ",
     )
-    p = command(kinds, "split", "data_split", "fix who is trained, validated and tested on")
-    p.add_argument("store", metavar="NAME.h5", help="the set")
-    p.add_argument("--folds", type=int, metavar="K", help="of which each is test once (default: 1)")
+    p = command(kinds, "split", "data_split", "assign relaxations to training, validation and test")
+    p.add_argument("store", metavar="NAME.h5", help="the store to split")
+    p.add_argument(
+        "--folds",
+        type=int,
+        metavar="K",
+        help="number of folds, each the test split once (default: 1)",
+    )
     p.add_argument(
         "--by",
         choices=("group", "formula", "elements", "prototype", "id"),
-        help="what is never separated: a group as stored (the default), a reduced formula (that of --like), "
-        "a set of elements, a prototype (anonymous formula and space group of the final structure); "
-        "id: each relaxation is alone, for sets of one composition: honest only where they are "
-        "independent of each other, not two that end alike",
+        help="what stays together: a group as stored (the default), a reduced formula (the default with "
+        "--like), a set of elements, a prototype (anonymous formula and space group of the final "
+        "structure); id: each relaxation by itself, for sets of one composition; valid only if they are "
+        "independent of each other, e.g. no two end alike",
     )
     p.add_argument(
         "--fractions",
         nargs=3,
         type=float,
         metavar=("TRAIN", "VALIDATION", "TEST"),
-        help="default: 0.9 0.05 0.05; of several folds each test part is 1/K",
+        help="default: 0.9 0.05 0.05; with several folds, each test split is 1/K",
     )
-    p.add_argument("--seed", type=int, help="of the dealing (default: 0)")
+    p.add_argument("--seed", type=int, help="random seed of the split (default: 0)")
     p.add_argument(
         "--like",
         nargs=2,
         metavar=("OTHER.h5", "SPLITS"),
-        help="instead of dealing: what is of one kind (--by) with another set's validation or test "
-        "split, as its file of splits (or a run's splits.json) has them, goes to that split here, all "
-        "else to training: for a model that will start from this set's and be trained on the other",
+        help="instead of a random split: what shares a kind (--by) with the validation or test split of "
+        "another set, given by its split file (or a run's splits.json), goes to that split here, all else "
+        "to training; for pretraining on this set a model to be trained on the other",
     )
-    p.add_argument("--out", metavar="FILE", help="default: NAME.splits.json beside the set")
-    _add_overwrite(p, "file of other splits")
+    p.add_argument(
+        "--out",
+        metavar="FILE",
+        help="split file to write (default: NAME.splits.json beside the set)",
+    )
+    _add_overwrite(p, "split file")
     p = command(kinds, "jarvis", "data_jarvis", "download relaxations of JARVIS-DFT into a store")
     p.add_argument("--out", required=True, metavar="NAME.h5", help="the store to write")
     _add_overwrite(p)
     p.add_argument(
         "--ids",
         metavar="IDS",
-        help="JVASP-39,JVASP-1002,… or a file with one a line (default: all, tens of thousands)",
+        help="JVASP-39,JVASP-1002,… or a file with one per line (default: all, tens of thousands)",
     )
-    p.add_argument("--limit", type=int, metavar="N", help="at most so many archives")
+    p.add_argument("--limit", type=int, metavar="N", help="at most N archives")
     p.add_argument(
-        "--downloads", metavar="DIR", help="for the archives (default: NAME-downloads beside --out)"
+        "--downloads",
+        metavar="DIR",
+        help="folder for the archives (default: NAME-downloads beside --out)",
     )
     p.add_argument(
         "--index",
         metavar="FILE_OR_URL",
-        help="of the raw files, e.g. of a mirror (default: figshare's)",
+        help="index of the raw files, e.g. of a mirror (default: figshare's)",
     )
     p.add_argument(
         "--category",
         default="DFT-SCF",
-        help="of the index (default: DFT-SCF, the geometry optimisations)",
+        help="category in the index (default: DFT-SCF, the geometry optimisations)",
     )
     _add_parallel(p)
-    p = command(kinds, "info", "data_info", "say what a store holds")
+    p = command(kinds, "info", "data_info", "summarise the contents of a store")
     p.add_argument("store", metavar="SET.h5", help="a store, or a folder of stores")
     p.add_argument("--figure", metavar="PNG", help="draw the distributions")
     p.add_argument("--json", action="store_true", help="print JSON")
     _add_check(kinds)
     _add_generate(kinds)
-    p = command(kinds, "emt", "data_emt", "make the generated data: alloys relaxed with EMT")
-    p.add_argument("--n", type=int, default=600, help="relaxations (default: 600)")
-    p.add_argument("--seed", type=int, default=0, help="of all random choices (default: 0)")
+    p = command(kinds, "emt", "data_emt", "generate sample data: alloys relaxed with EMT")
+    p.add_argument("--n", type=int, default=600, help="number of relaxations (default: 600)")
+    p.add_argument("--seed", type=int, default=0, help="random seed (default: 0)")
     p.add_argument(
         "--out",
         metavar="NAME.h5",
@@ -137,13 +147,13 @@ def _add_parallel(p: argparse.ArgumentParser) -> None:
         "--jobs",
         type=int,
         metavar="N",
-        help="processes (default: the usable cores, one for little work)",
+        help="number of processes (default: the usable cores; one for little work)",
     )
     p.add_argument(
         "--scheduler",
         metavar="ADDRESS",
-        help="of a Dask scheduler, e.g. tcp://host:8786, whose workers do the work; they must "
-        "reach all files, and the folder of --out, under the same paths",
+        help="address of a Dask scheduler, e.g. tcp://host:8786, whose workers do the work; they must see "
+        "all files, and the folder of --out, under the same paths",
     )
 
 
@@ -153,30 +163,31 @@ def _add_generate(kinds) -> None:
         "--calculator",
         required=True,
         metavar="NAME",
-        help="emt, chgnet, or MODULE:FACTORY: a function of yours, imported and called without "
-        "arguments, that returns an ASE calculator",
+        help="emt, chgnet, or MODULE:FACTORY: your function, imported and called without arguments, that "
+        "returns an ASE calculator",
     )
     p.add_argument(
         "--structures",
         required=True,
         nargs="+",
         metavar="FILE",
-        help="files ASE reads, each image one; prototypes: the mineral prototypes of jarvis-tools",
+        help="structure files in any format ASE reads, all images; prototypes: the mineral prototypes of "
+        "jarvis-tools",
     )
-    p.add_argument("--n", type=int, required=True, help="relaxations")
+    p.add_argument("--n", type=int, required=True, help="number of relaxations")
     p.add_argument("--out", required=True, metavar="NAME.h5", help="the store to write")
     _add_overwrite(p)
-    p.add_argument("--seed", type=int, default=0, help="of all random choices (default: 0)")
+    p.add_argument("--seed", type=int, default=0, help="random seed (default: 0)")
     p.add_argument(
         "--rattle",
         nargs=2,
         type=float,
         default=(0.02, 0.15),
         metavar=("LOW", "HIGH"),
-        help="Å, range of the standard deviation per coordinate (default: 0.02 0.15)",
+        help="range of the standard deviation per coordinate, Å (default: 0.02 0.15)",
     )
     p.add_argument(
-        "--strain", type=float, default=0.02, help="largest component, ± (default: 0.02)"
+        "--strain", type=float, default=0.02, help="largest strain component, ± (default: 0.02)"
     )
     p.add_argument(
         "--substitute",
@@ -188,7 +199,7 @@ def _add_generate(kinds) -> None:
     p.add_argument(
         "--f-elements",
         action="store_true",
-        help="rare earths (Sc, Y, La to Lu) may replace each other, and actinides (Ac to Pu)",
+        help="also let rare earths (Sc, Y, La to Lu) replace each other, and actinides (Ac to Pu)",
     )
     p.add_argument(
         "--supercell",
@@ -203,20 +214,26 @@ def _add_generate(kinds) -> None:
     p.add_argument("--fmax", type=float, default=0.03, help="eV/Å (default: 0.03)")
     p.add_argument("--max-steps", type=int, default=200, metavar="N", help="default: 200")
     p.add_argument(
-        "--keep-unconverged", action="store_true", help="keep what --max-steps ends, labelled so"
+        "--keep-unconverged",
+        action="store_true",
+        help="keep relaxations that --max-steps ends, marked as unconverged",
     )
     p.add_argument(
-        "--max-atoms", type=int, default=40, metavar="N", help="refuse larger ones (default: 40)"
+        "--max-atoms",
+        type=int,
+        default=40,
+        metavar="N",
+        help="refuse larger structures (default: 40)",
     )
     p.add_argument(
-        "--attempts", type=int, default=5, metavar="N", help="per relaxation (default: 5)"
+        "--attempts", type=int, default=5, metavar="N", help="attempts per relaxation (default: 5)"
     )
     p.add_argument(
         "--group-by",
         choices=("parent", "formula"),
         default="parent",
-        help="what splits keep together: all made from one structure or prototype (the default), "
-        "or all of one composition",
+        help="what splits keep together: all relaxations of one structure or prototype (the default), or "
+        "of one composition",
     )
     _add_parallel(p)
 
@@ -224,11 +241,11 @@ def _add_generate(kinds) -> None:
 def _add_check(kinds) -> None:
     from relaxnet_jax.data.quality.reasons import REASONS
 
-    p = command(kinds, "check", "data_check", "find relaxations that make no physical sense")
+    p = command(kinds, "check", "data_check", "find unphysical relaxations")
     p.add_argument("store", metavar="SET.h5", help="a store, or a folder of stores")
     bounds = (
         ("max-force", "eV/Å", "force on any free atom", 50),
-        ("max-energy-change", "eV/atom", "energy against the first frame's", 2),
+        ("max-energy-change", "eV/atom", "energy change from the first frame", 2),
         ("converged", "eV/Å", "largest force of the last frame", 0.1),
         ("energy-deviations", "K", "robust deviations from composition energies", 10),
         ("charge-deviations", "K", "robust deviations from the element's median charge", 10),
@@ -245,7 +262,7 @@ def _add_check(kinds) -> None:
     p.add_argument(
         "--out",
         metavar="CLEAN.h5",
-        help="write the relaxations that --drop leaves; a name without suffix: a folder of shards",
+        help="write the relaxations that --drop keeps; without a suffix, a folder of shards",
     )
     _add_overwrite(p)
     p.add_argument(
@@ -253,5 +270,5 @@ def _add_check(kinds) -> None:
         nargs="+",
         default=[],
         metavar="REASON",
-        help=f"what to leave out of --out: all, or some of {', '.join(REASONS)}",
+        help=f"reasons to drop relaxations from --out: all, or some of {', '.join(REASONS)}",
     )

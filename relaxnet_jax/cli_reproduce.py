@@ -13,14 +13,14 @@ NAMES = (
     *("frames", "energies", "ablation"),
 )
 EPILOG = """\
-Runs are shared between experiments, kept in OUT/runs under a hash of configuration and data, not
-trained again when finished and gone on with when interrupted. A configuration is replaced with
---config, e.g. --config explicit=paper_explicit.py; --set changes all of them.
-exit codes: 0 done; 1 some experiments could not be done; 2 bad input; 143 stopped, to be gone on with"""
+Experiments share their runs, which are kept in OUT/runs under a hash of configuration and data:
+finished runs are reused, interrupted ones continued. --config replaces a configuration, e.g.
+--config explicit=paper_explicit.py; --set changes all of them.
+exit codes: 0 done; 1 some experiments could not be done; 2 bad input; 143 stopped, can be continued"""
 
 
 def add_reproduce(commands) -> None:
-    text = "measure what the paper claims: its tables and figures on your data"
+    text = "reproduce the paper's tables and figures on your data"
     p = command(commands, "reproduce", "reproduce", text)
     # The names come first: options that take several values would swallow them.
     p.usage = "relaxnet-jax reproduce NAME [NAME ...] --data SET.h5 [options]"
@@ -33,23 +33,23 @@ def add_reproduce(commands) -> None:
         metavar="NAME",
         help=f"all, {', '.join(NAMES)}",
     )
-    p.add_argument("--data", required=True, metavar="SET.h5", help="a store of 'data import'")
+    p.add_argument("--data", required=True, metavar="SET.h5", help="store made by 'data import'")
     p.add_argument(
         "--budget",
         type=float,
         metavar="MINUTES",
-        help="of training by the clock, for all missing runs together",
+        help="wall-clock training time for all missing runs together",
     )
     p.add_argument(
         "--jobs",
         type=int,
         default=1,
         metavar="N",
-        help="runs trained at a time, each on its share of the CPU's cores (default: 1)",
+        help="runs trained at the same time, each on its share of the CPU cores (default: 1)",
     )
-    p.add_argument("--plan", action="store_true", help="say which runs are needed, and stop")
+    p.add_argument("--plan", action="store_true", help="list the runs needed, and stop")
     p.add_argument(
-        "--out", default="reproduce", metavar="DIR", help="for all results (default: reproduce)"
+        "--out", default="reproduce", metavar="DIR", help="output folder (default: reproduce)"
     )
     p.add_argument(
         "--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="default: 0 1 2"
@@ -59,7 +59,7 @@ def add_reproduce(commands) -> None:
         type=int,
         default=5,
         metavar="K",
-        help="of table4's cross-validation (default: 5)",
+        help="folds of table4's cross-validation (default: 5)",
     )
     p.add_argument(
         "--reference",
@@ -72,6 +72,6 @@ def add_reproduce(commands) -> None:
         action="extend",
         default=[],
         metavar="NAME=FILE",
-        help="instead of a shipped config: explicit, implicit, static, egnn or static_final",
+        help="config to use instead of a shipped one: explicit, implicit, static, egnn or static_final",
     )
     add_set(p, "change fields of all configs, e.g. data.limit=200 model.features=32")
