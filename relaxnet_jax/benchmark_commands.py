@@ -81,7 +81,10 @@ def _check_kernels(args: argparse.Namespace) -> None:
     if args.kernels and args.only and "steps" not in args.only:
         raise InputError("--kernels: only steps are profiled; add steps to --only, or leave it out")
     if args.kernels and jax.default_backend() == "cpu":
-        raise InputError("--kernels: JAX's profiler tells kernels of GPUs; JAX runs on a CPU here")
+        raise InputError(
+            "--kernels: JAX's profiler reports kernels on GPUs only, and JAX runs on a CPU "
+            "here; leave it out"
+        )
 
 
 def _check_minutes(args: argparse.Namespace) -> None:

@@ -35,9 +35,9 @@ if TYPE_CHECKING:
     from ase import Atoms
 
 NOT_A_POTENTIAL = (
-    "the explicit scheme's energy E(x; h) depends on the structure h was encoded from: it is no "
+    "the explicit scheme's energy E(x; h) depends on the structure h was encoded from, so it is not a "
     "potential; use head_start(atoms, model) and another calculator, train an implicit model "
-    "(implicit.py), or give RelaxNetCalculator(model, reference=atoms) to hold h there"
+    "(implicit.py), or fix h at a structure with RelaxNetCalculator(model, reference=atoms)"
 )
 
 
@@ -113,9 +113,7 @@ class RelaxNetCalculator(Calculator):
         if self._explicit and reference is None:
             raise InputError(NOT_A_POTENTIAL)
         if not self._explicit and reference is not None:
-            raise InputError(
-                "reference: implicit and static models encode every structure anew; leave it out"
-            )
+            raise InputError("reference: implicit and static models do not use it; leave it out")
         self._kind = program_kind(model.network, dtype_of(model.params))
         self.lists_built = 0
         self._shape: BatchShape | None = None
@@ -196,9 +194,9 @@ class RelaxNetCalculator(Calculator):
         moved = _moved(*both)
         if not moved <= self.skin / 2:
             raise InputError(
-                f"reference: an atom is {moved:.3f} Å from it, more than half the skin "
-                f"({self.skin / 2:g} Å); the explicit scheme's energy holds near it only: "
-                "encode a new reference there, or use an implicit model"
+                f"reference: an atom is {moved:.3f} Å from it, more than half the skin ({self.skin / 2:g} "
+                "Å); the explicit scheme's energy is valid only near it: give a closer reference, or use "
+                "an implicit model"
             )
         return both[1]
 

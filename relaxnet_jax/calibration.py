@@ -95,7 +95,7 @@ def committee_errors(members: Sequence[Sequence[Comparison]]) -> Errors:
         errors["positions"].append(_distance(final.mean(axis=0), first))
         errors["energy"].append(abs(float(energies.mean() - true)))
     if not ids:
-        raise InputError("no structure with free atoms and usable predictions of two members")
+        raise InputError("no structure has free atoms and usable predictions from two members")
     spread, error = ({k: np.array(v) for k, v in values.items()} for values in (spreads, errors))
     return Errors(ids, spread, error, len(structures) - len(ids))
 
@@ -129,10 +129,7 @@ def calibrate(found: Errors) -> dict[str, Calibration]:
 
 def calibration_table(found: dict[str, Calibration], members: int) -> Table:
     """The calibration as a table for ``rich.console.Console().print``."""
-    caption = (
-        f"final frames; spread: standard deviation of {members} models; error: of the mean of their "
-        "predictions"
-    )
+    caption = f"final frames; spread: standard deviation of {members} models; error: that of their mean prediction"
     table = Table(title="Calibration of the committee", caption=caption, box=box.SIMPLE_HEAD)
     table.title_justify = table.caption_justify = "left"
     table.add_column("")

@@ -107,11 +107,13 @@ def evaluate(args: argparse.Namespace) -> int:
         raise InputError(f"--fmax {args.fmax:g}: give a force in eV/Å, above 0")
     moved = _moved(args)
     if moved is not None and args.data is not None:
-        raise InputError("--set data.path: is of a run's own data; leave it out with --data")
+        raise InputError(
+            "--set data.path: applies only to the run's own data; leave it out with --data"
+        )
     named = [args.workdir, *args.committee]
     if PRETRAINED in named and args.data is None:
         raise InputError(
-            f"{PRETRAINED}: comes without the data it was trained on; give relaxations with --data FILE"
+            f"{PRETRAINED}: does not include its training data; give relaxations with --data FILE"
         )
     runs = [run for name in named for run in _runs_of(name)]
     fmax = FMAX if args.lbfgs and args.fmax is None else args.fmax
@@ -122,9 +124,7 @@ def evaluate(args: argparse.Namespace) -> int:
         check_members(models)
         if args.lbfgs or (fmax is not None and models[0].config.dynamics.latent != "static"):
             option = "--lbfgs" if args.lbfgs else "--fmax"
-            raise InputError(
-                f"{option}: of several models eval measures what they predict; leave it out"
-            )
+            raise InputError(f"{option}: cannot be used with several models; leave it out")
     with status("predicting…"):
         members = [
             evaluate_workdir(run, args.split, args.data, note, fmax, model, moved)
@@ -163,8 +163,8 @@ def _moved(args: argparse.Namespace) -> str | None:
     given = dict(map(parse_override, args.set))
     if other := ", ".join(given.keys() - {"data.path"}):
         raise InputError(
-            f"--set {other}: a trained run's settings stay; only data.path may be given, where its data "
-            "lie by now"
+            f"--set {other}: the settings of a trained run are fixed; only data.path may be set, to the "
+            "current location of its data"
         )
     return str(given["data.path"]) if given else None
 
@@ -181,7 +181,7 @@ def predict(args: argparse.Namespace) -> int:
         raise InputError(f"--frames {args.frames}: give at least 2, the first and the last")
     source = Path(args.file)
     if source.is_dir():
-        raise InputError(f"{source}: is a folder; name a file, or use relaxnet-jax relax")
+        raise InputError(f"{source}: is a folder; give a file, or use relaxnet-jax relax")
     if not source.is_file():
         raise InputError(f"{source}: no such file; check the path")
     enable_compilation_cache()
@@ -198,7 +198,9 @@ def predict(args: argparse.Namespace) -> int:
     models = _load_members(args.model)
     found, unreadable = files.read_structures(source, note)
     if len(found) > 1 and not files.holds_many(out):
-        raise InputError(f"{out}: takes one structure, {source} has {len(found)}; write .extxyz")
+        raise InputError(
+            f"{out}: can hold only one structure, {source} has {len(found)}; write .extxyz"
+        )
     with bar("structures", len(found), COMPILING) as advance:
         predicted, failed = predict_members(models, found, args.frames, advance, options)
     results, useless = files.sorted_out(predicted)
@@ -276,7 +278,9 @@ def demo(args: argparse.Namespace) -> int:
     name = found.name
     usable = [t for t in found if set(t.atomic_numbers.tolist()) <= set(model.elements)]
     if not usable:
-        raise InputError(f"{name}: no test relaxation of the model's elements; train on more data")
+        raise InputError(
+            f"{name}: no test relaxation has only elements of the model; train on more data"
+        )
     true = _middle(usable)
     start, frames = true.atoms(0), model.config.dynamics.frames
     relaxes = bool(model.structure(start, true.id, true.variable_cell).strain.any())
@@ -317,5 +321,7 @@ def _load_members(name: str) -> dict[str, RelaxNet]:
 
     if name != PRETRAINED:
         return {name: load_model(name)}
-    note("pretrained models: they know CHGNet's energy surface, not DFT; --model DIR for another")
+    note(
+        "pretrained models: trained on CHGNet's energies, not on DFT; choose another with --model DIR"
+    )
     return {f"{PRETRAINED}/{path.name}": load_model(path) for path in member_folders(name)}

@@ -113,7 +113,7 @@ def relax_committee(models, atoms, n_frames=5, relax_cell=True):
     judged = relax_by(models, atoms, n_frames, relax_cell)
     for found, reason in judged:
         if reason:
-            text = f"{found.path.id}: not to be used, {reason}"
+            text = f"{found.path.id}: the prediction is unusable, {reason}"
             warnings.warn(text, RuntimeWarning, stacklevel=2)
     paths = [found for found, _ in judged]
     return paths[0] if hasattr(atoms, "numbers") else paths
@@ -164,13 +164,13 @@ def _judged(said: Said, members: Mapping[str, RelaxNet], atoms: Atoms) -> tuple[
 def check_members(models: Sequence[RelaxNet]) -> None:
     """Raises InputError unless there are at least two models, all of one kind and no two the same."""
     if len(models) < 2:
-        raise InputError(f"a committee has at least 2 members, {len(models)} given")
+        raise InputError(f"a committee needs at least 2 members, {len(models)} given")
     for field in ("latent", "cell"):
         kinds = {getattr(model.config.dynamics, field) for model in models}
         if len(kinds) > 1:
             raise InputError(
-                f"a committee's members must be of one kind, their dynamics.{field} is "
-                f"{' and '.join(sorted(kinds))}: what they predict cannot be averaged"
+                f"a committee's members must be of one kind, but their dynamics.{field} is "
+                f"{' and '.join(sorted(kinds))}: their predictions cannot be averaged"
             )
     for k, model in enumerate(models):
         for other in models[:k]:
@@ -260,7 +260,7 @@ def disagreement(path: RelaxationTrajectory, found: Spread) -> Flag | None:
     size = float(np.sqrt((moved**2).sum(-1).mean())) if len(moved) else 0.0
     if not found.positions > max(size, AT_ONE):
         return None
-    text = f"about the final positions by {found.positions:.3f} Å, which move by {size:.3f} Å"
+    text = f"on the final positions by {found.positions:.3f} Å, while atoms move by {size:.3f} Å"
     return Flag("members disagree", text)
 
 

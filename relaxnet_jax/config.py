@@ -437,15 +437,15 @@ def check_config(config: Config) -> Config:
     )
     require(
         d.latent != "direct" or d.cell == "fixed" or config.loss.stress == 0,
-        "dynamics.latent='direct' predicts no stresses: of variable cells it needs loss.stress=0",
+        "dynamics.latent='direct' predicts no stresses: with variable cells it needs loss.stress=0",
     )
     require(
         d.latent in ("explicit", "implicit") or d.order == "second",
-        f"dynamics.order='first' is of the ODE, which dynamics.latent={d.latent!r} does not solve",
+        f"dynamics.order='first' applies to the ODE, which dynamics.latent={d.latent!r} does not solve",
     )
     require(
         d.mass != "learned" or d.latent == "explicit",
-        "dynamics.mass='learned' is a function of the latent that only dynamics.latent='explicit' has",
+        "dynamics.mass='learned' depends on the latent, which exists only with dynamics.latent='explicit'",
     )
     require(config.loss.huber_forces >= 0, "loss.huber_forces must not be negative")
     for field in (
@@ -480,7 +480,7 @@ def check_config(config: Config) -> Config:
     require(t.batch_size >= 1, "train.batch_size must be at least 1")
     require(
         0 < t.learning_rate < math.inf and t.clip_norm > 0,
-        "train.learning_rate and train.clip_norm must be positive, the former finite",
+        "train.learning_rate and train.clip_norm must be positive, and train.learning_rate finite",
     )
     require(0 <= t.weight_decay < math.inf, "train.weight_decay must be finite and not negative")
     require(
@@ -491,16 +491,16 @@ def check_config(config: Config) -> Config:
     require(t.plateau_patience >= 0, "train.plateau_patience must not be negative")
     require(
         t.early_stop_patience >= 1,
-        "train.early_stop_patience must be at least 1: as many as train.epochs never stop early",
+        "train.early_stop_patience must be at least 1 (train.epochs: never stop early)",
     )
     require(
         t.static_epochs == 0 or (t.static_epochs > 0 and d.latent == "implicit"),
-        "train.static_epochs is 0 or more, and more than 0 only with dynamics.latent='implicit': "
-        "in the explicit scheme the energy depends on the latent's history",
+        "train.static_epochs must not be negative, and above 0 only with dynamics.latent='implicit': in "
+        "the explicit scheme the energy depends on the latent's history",
     )
     require(
         t.noise >= 0 and t.strain_noise >= 0 and 0 <= t.noise_share <= 1,
-        "train.noise and train.strain_noise must not be negative, train.noise_share lie in [0, 1]",
+        "train.noise and train.strain_noise must not be negative, and train.noise_share must lie in [0, 1]",
     )
     require(0 <= t.cooldown <= 1, "train.cooldown must lie in [0, 1]")
     require(0 <= t.ema < 1, "train.ema must lie in [0, 1)")
@@ -534,7 +534,7 @@ def _nest(items: Iterable[tuple[str, Any]], origin: str) -> dict[str, Any]:
             node = node.setdefault(parent, {})
             if not isinstance(node, dict):
                 raise InputError(
-                    f"{origin}: {key}: {parent!r} is given as the value {node!r} too; give only its fields"
+                    f"{origin}: {key}: {parent!r} is also given as the value {node!r}; give only its fields"
                 )
         if section:
             node.update(value)

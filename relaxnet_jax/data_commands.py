@@ -26,7 +26,7 @@ def _check_new(out: str | Path | None, overwrite: bool) -> None:
     may not be aware of them.
     """
     if not out and overwrite:
-        raise InputError("--overwrite: not alone: also give --out")
+        raise InputError("--overwrite: also give --out")
     if out and not overwrite and _finished(Path(out)):
         raise InputError(f"{out}: exists; give another --out, or --overwrite to replace it")
 
@@ -98,7 +98,7 @@ def data_split(args: argparse.Namespace) -> int:
 
     dealing = {"--folds": args.folds, "--fractions": args.fractions, "--seed": args.seed}
     if args.like and (given := [name for name, value in dealing.items() if value is not None]):
-        raise InputError(f"--like: deals nothing: leave out {', '.join(given)}")
+        raise InputError(f"--like: makes no random split; leave out {', '.join(given)}")
     by: By = args.by or ("formula" if args.like else "group")
 
     source = Path(args.store)
@@ -145,14 +145,13 @@ def data_jarvis(args: argparse.Namespace) -> int:
         scheduler=args.scheduler,
     )
     say(
-        f"{args.out}: {result.imported.read} relaxations with {result.imported.frames} ionic "
-        f"steps; {result.came} archives came, {len(result.failed)} failed, "
-        f"{len(result.skipped)} skipped; {len(result.imported.skipped)} relaxations not read"
-        f"{_imperfect(result.imported)}"
+        f"{args.out}: {result.imported.read} relaxations with {result.imported.frames} ionic steps; "
+        f"{result.came} archives fetched, {len(result.failed)} failed, {len(result.skipped)} skipped; "
+        f"{len(result.imported.skipped)} relaxations not read{_imperfect(result.imported)}"
     )
-    say(f"of each archive: {result.manifest}")
+    say(f"status of each archive: {result.manifest}")
     if result.failed:
-        say("the same command with --overwrite fetches those that failed")
+        say("to fetch those that failed, rerun the same command with --overwrite")
     say(f"next: relaxnet-jax train --config explicit.py --set data.path={q(args.out)}")
     return 0
 
@@ -186,7 +185,7 @@ def data_check(args: argparse.Namespace) -> int:
 
     if bool(args.out) != bool(args.drop):
         missing = "--drop all, or the reasons to drop" if args.out else "--out CLEAN.h5"
-        raise InputError(f"--{'out' if args.out else 'drop'}: not alone: also give {missing}")
+        raise InputError(f"--{'out' if args.out else 'drop'}: also give {missing}")
     _check_new(args.out, args.overwrite)
     reasons = chosen(args.drop)
     names = ("max_force", "max_energy_change", "converged", "energy_deviations")
@@ -246,7 +245,9 @@ def data_generate(args: argparse.Namespace) -> int:
     if not args.overwrite:
         found = standing(args.out, args.structures, args.n, settings)
         if found == "complete":
-            say(f"{args.out}: complete already, by this very command; --overwrite makes it anew")
+            say(
+                f"{args.out}: already complete, made by this same command; --overwrite makes it again"
+            )
             say(following)
             return 0
         if found == "other":
@@ -264,7 +265,7 @@ def data_generate(args: argparse.Namespace) -> int:
         )
     say(f"{args.out}: {result.made} relaxations with {result.frames} ionic steps")
     if result.unconverged:
-        say(f"  {result.unconverged} of them not converged (their source says so)")
+        say(f"  {result.unconverged} of them not converged (marked in their source)")
     kinds = collections.Counter(reason.partition(":")[0] for _, reason in result.refused)
     for kind, count in kinds.most_common():
         say(f"  {count} structures refused: {kind}")
@@ -273,6 +274,6 @@ def data_generate(args: argparse.Namespace) -> int:
     for name, reason in result.lost:
         say(f"  left out {name}: {reason}")
     for indices, reason in result.broken:
-        say(f"  missing {indices}: {reason}; run the command again to try them once more")
+        say(f"  missing {indices}: {reason}; run the command again to retry them")
     say(following)
     return 0

@@ -36,6 +36,6 @@ def does_not_fit(n_atoms: int) -> str:
     """A message that a structure of ``n_atoms`` atoms does not fit in the memory of a device."""
     device = jax.devices()[0].device_kind
     return (
-        f"its {n_atoms} atoms do not fit in the memory of one device ({device}); "
-        "predict it where there is more"
+        f"its {n_atoms} atoms do not fit in the memory of one device ({device}); use a device with more "
+        "memory"
     )

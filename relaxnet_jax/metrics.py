@@ -178,14 +178,14 @@ def together(members: Sequence[Sequence[Comparison]]) -> list[tuple[Comparison, 
     for other in by_id[1:]:
         if set(other) != set(by_id[0]):
             raise InputError(
-                "the members are not evaluated on the same structures: train them with the same "
-                "data and splits (another train.seed only), or give --data FILE"
+                "the members were not evaluated on the same structures: train them with the same data and "
+                "splits (only train.seed may differ), or give --data FILE"
             )
     found = [tuple(own[key] for own in by_id) for key in by_id[0]]
     if any(c.n_frames != own[0].n_frames for own in found for c in own):
         raise InputError(
-            "the members have not the same frames: train them with one dynamics.frames (another "
-            "train.seed only)"
+            "the members do not have the same frames: train them with the same dynamics.frames (only "
+            "train.seed may differ)"
         )
     return found
 

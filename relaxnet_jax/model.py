@@ -54,8 +54,8 @@ from relaxnet_jax.typing import AnyArray, Graph, Params, Times
 
 FORMAT = 2
 NO_ENERGY_SURFACE = (
-    "dynamics.latent='direct': the model predicts the energy of the final structure, not one of the "
-    "positions given; use a static or implicit model"
+    "dynamics.latent='direct': the model predicts the energy of the final structure, not of the given "
+    "positions; use a static or implicit model"
 )
 
 
@@ -235,15 +235,15 @@ class RelaxNet:
         same = np.array_equal(reference.numbers, atoms.numbers)
         if not (same and np.array_equal(reference.pbc, atoms.pbc)):
             raise InputError(
-                "reference: must have the atoms of the structure in the same order, and its periodicity"
+                "reference: must have the structure's atoms, in the same order, and its periodicity"
             )
         cells = np.stack([reference.cell.array, atoms.cell.array])
         if self.config.dynamics.cell == "fixed" and not np.allclose(
             cells[0], cells[1], atol=CELL_TOLERANCE
         ):
             raise InputError(
-                "reference: has another cell, which this fixed-cell model never saw change; give a "
-                "reference with the cell of the structure"
+                "reference: its cell differs from the structure's, which a fixed-cell model cannot handle; "
+                "give a reference with the structure's cell"
             )
         if not np.isfinite(atoms.positions).all():
             raise InputError(
@@ -327,8 +327,8 @@ def predict_trajectory(model: RelaxNet, graph: Graph, times: Times | None = None
     """
     if not hasattr(graph, "nodes"):
         raise InputError(
-            f"predict_trajectory: takes a graph, not {type(graph).__name__}: give model.graph(atoms), or call "
-            "relax(model, atoms)"
+            f"predict_trajectory: takes a graph, not {type(graph).__name__}; give model.graph(atoms), or "
+            "call relax(model, atoms)"
         )
     if times is not None:
         times = _pseudotimes(jnp.asarray(times))
@@ -355,7 +355,7 @@ def _pseudotimes(times: Array) -> Array:
         values = np.asarray(times)
         if not ((values >= 0) & (values <= 1)).all():
             raise InputError(
-                "times: must be pseudotimes in [0, 1]: the model says nothing of others"
+                "times: must be pseudotimes in [0, 1]; the model is not defined elsewhere"
             )
     return times
 
@@ -468,13 +468,13 @@ def stack_models(models: Sequence[RelaxNet]) -> RelaxNet:
     first = models[0]
     if any(model.network != first.network for model in models):
         raise InputError(
-            "stack_models: models of different graph, model or dynamics settings are different functions; "
-            "call each by itself"
+            "stack_models: models with different graph, model or dynamics settings are different "
+            "functions; call each separately"
         )
     trained = [set(model.elements) for model in models if model.elements]
     common = tuple(sorted(set.intersection(*trained))) if trained else ()
     if trained and not common:
-        raise InputError("stack_models: there is no element that all were trained on")
+        raise InputError("stack_models: no element is common to all trained models")
     alike = [
         dataclasses.replace(m, config=first.config, statistics=first.statistics, elements=common)
         for m in models

@@ -9,7 +9,7 @@ from relaxnet_jax.config import Config
 
 _KINDS = {
     "explicit": "paths by an ODE, features encoded once (explicit)",
-    "implicit": "paths by an ODE, features encoded all along (implicit); a potential",
+    "implicit": "paths by an ODE, features re-encoded along the path (implicit); a potential",
     "static": "a potential; paths by L-BFGS",
     "direct": "the final structure and energy at once",
 }
@@ -26,7 +26,7 @@ def facts(config: Config, model: Mapping[str, Any]) -> dict[str, str]:
     elements = model["elements"]
     found = {
         "predicts": _KINDS[d.latent],
-        "cells": "relax" if d.cell == "variable" else "stay as they are",
+        "cells": "relax" if d.cell == "variable" else "fixed",
         "elements": f"{len(elements)}: {' '.join(elements)}" if elements else "untrained: any",
         "trained on": str(told.get("data", "nothing")),
     }
@@ -35,7 +35,7 @@ def facts(config: Config, model: Mapping[str, Any]) -> dict[str, str]:
     if start := told.get("started_from"):
         found["started from"] = f"another model (sha256 {str(start)[:12]}…)"
     for name, (low, high) in told.get("surroundings", {}).items():
-        found[f"neighbours ({name})"] = f"{low:.0f} to {high:.0f} an atom in the training data"
+        found[f"neighbours ({name})"] = f"{low:.0f} to {high:.0f} per atom in the training data"
     if check := told.get("validation"):
         found["on its validation split"] = ", ".join(f"{k} {v:.3g}" for k, v in check.items())
     found["cutoffs"] = f"pairs {config.graph.cutoff:g} Å, bonds {config.graph.triplet_cutoff:g} Å"

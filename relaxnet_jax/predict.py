@@ -72,7 +72,9 @@ def predict_structures(
     grid = solver.frame_grid(model.config.dynamics)
     times = grid if times is None else np.asarray(times, np.float64)
     if times.ndim != 1 or len(times) == 0 or times.min() < 0 or times.max() > 1:
-        raise InputError("times: must be pseudotimes in [0, 1], one dimension, at least one")
+        raise InputError(
+            "times: must be a one-dimensional, non-empty array of pseudotimes in [0, 1]"
+        )
     if model.config.dynamics.latent == "static":
         found = minimise(model, structures, fmax, steps, batch_size=batch_size, progress=progress)
         return [minimised_path(m, times) for m in found.paths]
@@ -274,7 +276,7 @@ def relax(model, atoms, n_frames=5, batch_size=None, relax_cell=True, fmax=FMAX,
     for one, a in zip(judged, many):
         told = constraint_flags(a, one.path)
         if grave := next((flag for flag in one.flags + told if flag.unusable), None):
-            reason = one.failure or f"not to be used, {grave.name}: {grave.detail}"
+            reason = one.failure or f"the prediction is unusable, {grave.name}: {grave.detail}"
             warnings.warn(f"{one.path.id}: {reason}", RuntimeWarning, stacklevel=2)
             continue
         late = [flag for flag in one.flags if flag.name == NOT_CONVERGED]

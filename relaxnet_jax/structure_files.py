@@ -95,7 +95,7 @@ def read_images(path: Path) -> list[Atoms | str]:
     images: list[Atoms | str] = []
     if path.suffix.lower() in (".h5", ".hdf5"):
         raise InputError(
-            f"{path}: is a data store, no structure file: train on it as data.path, look at it with "
+            f"{path}: is a data store, not a structure file; train on it with data.path, or inspect it with "
             "relaxnet-jax data info"
         )
     try:
@@ -105,7 +105,10 @@ def read_images(path: Path) -> list[Atoms | str]:
         if not images:
             remedy = "give a structure file ASE reads: POSCAR, CIF, extxyz, …"
             if is_poscar(path):
-                remedy = "it must be whole, with a line of element symbols above that of their numbers (VASP 5)"
+                remedy = (
+                    "give a complete file with a line of element symbols above the line of their "
+                    "counts (VASP 5)"
+                )
             raise InputError(
                 f"{path}: cannot be read ({_reason(path, error)}); {remedy}"
             ) from error
@@ -123,7 +126,7 @@ def _reason(path: Path, error: Exception) -> str:
     if isinstance(error, UnknownFileTypeError) and str(error).lower() in ("", suffix):
         return "unknown format"
     if suffix in ("xyz", "extxyz") and isinstance(error, ValueError):
-        return f"not a valid {suffix}: it begins with no number of atoms"
+        return f"not a valid {suffix}: it does not begin with the number of atoms"
     if isinstance(error, AssertionError | AttributeError | IndexError | KeyError | StopIteration):
         return f"not a valid {suffix.upper()}" if suffix == "cif" else "unknown or damaged format"
     return one_line(error)

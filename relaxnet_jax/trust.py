@@ -85,14 +85,19 @@ def trust_flags(
         if found is not None:
             flags.append(found)
     if model.config.model.charges and path.charges is None:
-        text = (
-            "the model takes an atom's charges, of which the structure has none: they count as zero"
-        )
+        text = "the model uses atomic charges, but the structure has none: they are taken as zero"
         flags.append(Flag("no charges", text))
     if model.config.dynamics.latent == "direct":
-        flags.append(Flag("no forces", "the model predicts none: whether atoms rest is not known"))
+        flags.append(
+            Flag(
+                "no forces", "the model predicts none: it is unknown whether the atoms are at rest"
+            )
+        )
     elif path.variable_cell and path.stresses is None:
-        text = "a stress needs a volume, of all directions periodic: whether the cell rests is not known"
+        text = (
+            "a stress needs a volume, i.e. a cell periodic in all directions: it is unknown whether the "
+            "cell is at rest"
+        )
         flags.append(Flag("cell force unknown", text))
     if path.fixed_mask.all():
         moves = "only the cell relaxes" if path.variable_cell else "nothing can move"
@@ -151,9 +156,7 @@ def _score(model: RelaxNet) -> Iterator[Flag]:
     """A flag for models whose positions on their own validation split are no better than doing nothing."""
     score = json.loads(model.statistics).get("validation", {}).get("positions_over_nothing", 0.0)
     if score >= NOTHING:
-        text = (
-            f"on its validation split the model's positions were {score:.2f} of doing nothing off"
-        )
+        text = f"on its validation split the model's position error was {score:.2f} of that of doing nothing"
         yield Flag("no better than nothing", text)
 
 
@@ -174,7 +177,7 @@ def _skin(
     needed = max(needed, approached)
     if needed <= skin:
         return None
-    text = f"atoms may have approached by {needed:.2f} Å, the neighbour list allows {skin:g}"
+    text = f"atoms may have approached by {needed:.2f} Å, but the neighbour list allows only {skin:g} Å"
     return Flag("skin exceeded", text, True)
 
 
@@ -183,7 +186,7 @@ def _stretch(path: RelaxationTrajectory) -> Flag | None:
     worst = max(found, key=lambda stretch: abs(np.log(max(stretch, 1e-300))))
     if 1 / MAX_STRETCH <= worst <= MAX_STRETCH:
         return None
-    text = f"a direction of the cell ends at {worst:.2g} times its length"
+    text = f"along one direction the cell ends at {worst:.2g} times its length"
     return Flag("cell strained too far", text, True)
 
 
@@ -261,8 +264,8 @@ def _vacuum(path: RelaxationTrajectory) -> Iterator[Flag]:
     if found:
         yield Flag(
             "vacuum strained",
-            f"the cell relaxed along {', '.join(found)}: keep the cell (relax_cell=False, "
-            "--keep-cell), or make that direction not periodic",
+            f"the cell relaxed along {', '.join(found)}: keep the cell (relax_cell=False, --keep-cell), or "
+            "make that direction non-periodic",
         )
 
 
@@ -278,6 +281,9 @@ def _surroundings(path: RelaxationTrajectory, model: RelaxNet) -> Iterator[Flag]
     for name, (low, high) in known.items():
         for where, found in zip(("first", "last"), ends):
             if not (1 - MARGIN) * low <= found[name] <= (1 + MARGIN) * high:
-                text = f"{found[name]:.1f} neighbours per atom in the {where} frame, trained on "
+                text = (
+                    f"{found[name]:.1f} neighbours per atom in the {where} frame, "
+                    "outside the training range "
+                )
                 yield Flag(name, f"{text}{low:.1f} to {high:.1f}")
                 break

@@ -142,7 +142,7 @@ def test_no_stress(model):
 
 def test_explicit_models_need_a_reference(model, explicit):
     """Held there, energy and forces are consistent and the model's; further away, refused."""
-    with pytest.raises(InputError, match="no potential"):
+    with pytest.raises(InputError, match="not a potential"):
         RelaxNetCalculator(explicit)
     with pytest.raises(InputError, match="reference"):
         RelaxNetCalculator(model, reference=slab())

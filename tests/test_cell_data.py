@@ -244,7 +244,7 @@ def test_cells_that_run_away_are_not_to_be_used():
     )
     assert good.usable and bad.finite and not bad.usable
     (line,) = told
-    assert line.startswith("a: counts, though flagged as unusable (cell strained too far: ")
+    assert line.startswith("a: included, though flagged as unusable (cell strained too far: ")
     np.testing.assert_allclose(averaged([bad, good]).pred_cells, good.pred_cells)
 
 

@@ -170,14 +170,14 @@ def test_the_data_of_a_run_have_moved(workdir, tmp_path, monkeypatch, capsys):
         assert "old/mine.h5: no such data (data.path of run)" in err and "--set data.path=FILE" in err
         assert cli.main([command, "--workdir", "run", *moved]) == 0
         assert cli.main([command, "--workdir", "run", *moved, "train.epochs=3"]) == 2
-        assert "--set train.epochs: a trained run's settings stay" in capsys.readouterr().err
+        assert "--set train.epochs: the settings of a trained run are fixed" in capsys.readouterr().err
     assert cli.main(["eval", "--workdir", "run", "--data", "staged.h5", *moved]) == 2
     assert "leave it out with --data" in capsys.readouterr().err
     # Of the same ids, but not what the run began with.
     beginning = Path("run/beginning.json")
     beginning.write_text(json.dumps(json.loads(beginning.read_text()) | {"checksum": "0" * 64}))
     assert cli.main(["demo", "--workdir", "run", *moved]) == 2
-    assert "staged.h5: its content is not what run began with" in capsys.readouterr().err
+    assert "staged.h5: its content is not what run started with" in capsys.readouterr().err
     record("staged.h5")
     assert cli.main(["demo", "--workdir", "run"]) == 0
     assert "staged.h5: its content has changed since the run began" in capsys.readouterr().err
@@ -241,7 +241,7 @@ def test_data_emt_to_a_file(tmp_path, capsys):
     assert cli.main(["data", "emt", "--n", "2", "--out", str(out), "--overwrite"]) == 0
     assert "2 relaxations" in capsys.readouterr().out
     assert cli.main(["data", "emt", "--n", "2", "--overwrite"]) == 2
-    assert "--overwrite: not alone: also give --out" in capsys.readouterr().err
+    assert "--overwrite: also give --out" in capsys.readouterr().err
 
 
 def test_resume(workdir, tmp_path, capsys):
@@ -405,7 +405,7 @@ def test_predict_to_a_file_of_one_frame(workdir, tmp_path, monkeypatch, capsys):
     assert "one.cif: the final frame\n" in capsys.readouterr().out
     monkeypatch.setattr("relaxnet_jax.committee.predict_members", None)  # not after the work
     ase.io.write("one.extxyz", [structure()] * 2)
-    assert cli.main([*command, "two.cif"]) == 2 and "takes one" in capsys.readouterr().err
+    assert cli.main([*command, "two.cif"]) == 2 and "only one structure" in capsys.readouterr().err
 
 
 def test_workdir_in_use(fail, workdir):
@@ -476,8 +476,8 @@ def test_info_and_config(tmp_path, capsys):
         ("dynamics.rtol=0.0", "dynamics.rtol"),
         ("dynamics.atol=-1.0", "dynamics.atol"),
         ("dynamics.max_steps=0", "dynamics.max_steps"),
-        ("train=5 train.epochs=3", "train.epochs: 'train' is given as the value 5"),
-        ("train.epochs=3 train.epochs={'x':1}", "train.epochs: 'epochs' is given as the value 3"),
+        ("train=5 train.epochs=3", "train.epochs: 'train' is also given as the value 5"),
+        ("train.epochs=3 train.epochs={'x':1}", "train.epochs: 'epochs' is also given as the value 3"),
     ],
 )
 def test_values_that_make_no_sense(settings, field):

@@ -391,7 +391,7 @@ def test_committee_errors_compare_like_with_like():
     with pytest.raises(InputError, match="same structures"):
         committee_errors([good, other[:1]])
     longer = [dataclasses.replace(c, n_frames=3) for c in good]
-    with pytest.raises(InputError, match="not the same frames"):
+    with pytest.raises(InputError, match="not have the same frames"):
         committee_errors([good, longer])
     # Of three members those count that are finite and usable: what the committee predicts.
     away = dataclasses.replace(good[0], usable=False, pred_energies=np.array([0, 100.0]))
@@ -400,7 +400,7 @@ def test_committee_errors_compare_like_with_like():
         assert three.spread["energy"] == pytest.approx([np.sqrt(2) / 4])
         mean = averaged([good[0], other[0], third]).pred_energies[-1]
         assert three.error["energy"] == pytest.approx([mean / 4])
-    with pytest.raises(InputError, match="usable predictions of two members"):
+    with pytest.raises(InputError, match="usable predictions from two members"):
         committee_errors([good[:1], [away]])
     held = comparison("d", shift, shift, 1.0, fixed=range(4))
     with pytest.raises(InputError, match="no structure"):
@@ -532,7 +532,7 @@ def test_eval_of_nothing_finite_prints_its_table(models, tmp_path, monkeypatch, 
         out, err = capsys.readouterr()
         assert "coordinate MAE (Å), final frame" in out and "parity.png" not in out
         assert "parity.png: not drawn" in err
-    assert "no calibration: no structure with free atoms" in err
+    assert "no calibration: no structure has free atoms" in err
     assert sorted(f.name for f in Path("out").iterdir()) == ["metrics.json", "structures.csv"]
 
 
@@ -580,8 +580,8 @@ def test_eval_command(models, tmp_path, monkeypatch, capsys):
     assert [m.config.train.seed for m in both] == [0, 1] and len(load_committee()) > 1
     for wrong, words in (
         (["run0"], "must differ"),
-        (["run1", "--lbfgs"], "--lbfgs: of several models"),
-        (["run1", "--fmax", "0.1"], "--fmax: of several models"),
+        (["run1", "--lbfgs"], "--lbfgs: cannot be used with several models"),
+        (["run1", "--fmax", "0.1"], "--fmax: cannot be used with several models"),
         (["run7"], "run7: no such folder"),
         (["empty"], "empty: holds no trained model"),
     ):

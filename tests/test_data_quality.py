@@ -319,13 +319,13 @@ def test_dropping_from_a_sharded_set(store, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--drop", "all"], "--drop: not alone: also give --out"),
-        (["--out", "c.h5"], "--out: not alone: also give --drop"),
+        (["--drop", "all"], "--drop: also give --out"),
+        (["--out", "c.h5"], "--out: also give --drop"),
         (["--out", "c.h5", "--drop", "ugly"], "--drop ugly: no such reason: use all, or some of"),
         (["--out", "c.h5", "--drop", "all", "--max-force", "1e-9"], "every relaxation would be"),
         (["--out", "set.h5", "--drop", "all"], "set.h5: exists; give another --out"),
         (["--out", "set.h5", "--drop", "all", "--overwrite"], "set.h5: is also read"),
-        (["--overwrite"], "--overwrite: not alone: also give --out"),
+        (["--overwrite"], "--overwrite: also give --out"),
         (["--max-force", "-1"], "--max-force -1.0: give a number above 0"),
     ],
 )

@@ -466,7 +466,7 @@ def test_a_finished_set_is_not_replaced_unasked(alloys, tmp_path, monkeypatch, c
     assert run("--n", "3")[0] == 0
     monkeypatch.setattr(making, "make_relaxation", None)  # nothing is made
     code, said = run("--n", "3", "--jobs", "2", made=False)
-    assert code == 0 and "a.h5: complete already" in said and "data.path=a.h5" in said
+    assert code == 0 and "a.h5: already complete" in said and "data.path=a.h5" in said
     for other in (["--n", "4"], ["--n", "3", "--seed", "1"]):
         code, said = run(*other, made=False)
         assert code == 2 and "a.h5: exists; give another --out, or --overwrite" in said
@@ -482,7 +482,7 @@ def test_a_finished_set_is_not_replaced_unasked(alloys, tmp_path, monkeypatch, c
     given = ["--n", "3", "--calculator", "own_emt:EMT"]
     assert run(*given, made=False)[0] == 2
     assert run(*given, "--overwrite")[0] == 0
-    assert "complete already" in run(*given, made=False)[1]
+    assert "already complete" in run(*given, made=False)[1]
     Path("own_emt.py").write_text(own + "# of another functional\n")
     assert run(*given, made=False)[0] == 2
     assert run("--n", "3", "--overwrite")[0] == 0

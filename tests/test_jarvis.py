@@ -345,7 +345,7 @@ def test_command(server, tmp_path, capsys):
     assert main([*command, str(downloads), "--index", str(index)]) == 0
     said = capsys.readouterr()
     assert (
-        "1 relaxations with 3 ionic steps; 2 archives came, 0 failed, 1 skipped; 1 rel" in said.out
+        "1 relaxations with 3 ionic steps; 2 archives fetched, 0 failed, 1 skipped; 1 rel" in said.out
     )
     assert (downloads / "DFT-SCF" / "JVASP-3.zip").is_file() and "/files/5" not in server.requests()
     got = {

@@ -79,8 +79,8 @@ def test_energies_of_another_origin():
     made = alloys(20, shifted)
     said = foreign_origin(made)
     off = [abs(c.pred_energies[-1] + 2.0) / len(c.atomic_numbers) for c in made]
-    assert said.startswith("final energies are ") and "of another code" in said
-    assert float(said.split()[3]) == pytest.approx(np.mean(off), rel=0.01)
+    assert said.startswith("final energies are ") and "from another code" in said
+    assert float(said.split()[5]) == pytest.approx(np.mean(off), rel=0.01)
     assert foreign_origin(alloys(5, shifted)) == ""
     # A wrong energy of one composition, however often it occurs, is the model's.
     same = [dataclasses.replace(made[0], id=str(k)) for k in range(12)]
@@ -261,7 +261,7 @@ def test_columns_are_over_the_same_structures():
     stream = io.StringIO()
     Console(width=120, file=stream).print(metrics_table(columns, "two"))
     text = " ".join(stream.getvalue().split())
-    assert "1 left out of them: their prediction is not finite in every column" in text
+    assert "1 left out of the means in every column: prediction not finite" in text
     assert "structures without a finite prediction 0 1 –" in text
 
 

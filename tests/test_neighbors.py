@@ -191,7 +191,7 @@ def test_atoms_far_apart_change_no_pair(open_axes):
 
 def test_atoms_strewn_too_far_are_refused():
     line = np.outer(np.arange(0.0, 1.5 * MAX_SPREAD, 2.0), [0, 0, 1.0])
-    with pytest.raises(InputError, match=r"strewn over 3e\+03 Å .* bring them together"):
+    with pytest.raises(InputError, match=r"span 3e\+03 Å .* bring them together"):
         pairs_within(line, np.diag([5.0, 5, 0]), [True, True, False], 5.6)
 
 

@@ -183,7 +183,7 @@ def test_energies_at_the_latent_of_another_cell(x64):
     model = model.replace(config=dataclasses.replace(config, graph=graph))
     np.testing.assert_allclose(energy(-0.25, atoms), far, rtol=1e-9)
     model = tiny_model(tiny_config(model__layers=1))
-    with pytest.raises(InputError, match="another cell"):
+    with pytest.raises(InputError, match="its cell differs"):
         energy(0.01, atoms)
     with pytest.raises(InputError, match="same order"):
         energy(0.0, atoms[[1, 0, 2]])

@@ -124,7 +124,7 @@ def test_relax_and_predict_use_it(tmp_path, monkeypatch, capsys):
     ase.io.write("POSCAR", rattled()[1][0])
     assert cli.main(["relax", "POSCAR"]) == 0
     out, err = capsys.readouterr()
-    assert "1 relaxed" in out and "not DFT" in err
+    assert "1 relaxed" in out and "not on DFT" in err
     names = sorted(file.name.removeprefix(tmp_path.name) for file in Path("relaxed").iterdir())
     assert names == ["-path.extxyz", "-relaxed.vasp", "summary.csv"]
     ase.io.write("cell.extxyz", rattled()[1][0])

@@ -244,9 +244,9 @@ def test_bad_arguments(run, argv, words):
         ("notes.txt", "hello\nworld\n", "(unknown format); give a structure file"),
         ("bad.cif", "nothing\n", "(not a valid CIF)"),
         ("x.dat", "1 2 3\n", "(unknown or damaged format)"),
-        ("e.extxyz", "nonsense\n", "(not a valid extxyz: it begins with no number of atoms)"),
+        ("e.extxyz", "nonsense\n", "(not a valid extxyz: it does not begin with the number of atoms)"),
         ("empty.cif", "", "(Empty file"),
-        ("gen.h5", "", "gen.h5: is a data store, no structure file: train on it as data.path"),
+        ("gen.h5", "", "gen.h5: is a data store, not a structure file; train on it with data.path"),
     ],
 )
 def test_unreadable_files_say_what_is_wrong(tmp_path, name, content, words):
@@ -443,7 +443,7 @@ def test_static_models_stop_where_they_are_told(tmp_path, monkeypatch, capsys):
 
 def test_predictions_not_to_be_used_are_warned_of(model, monkeypatch):
     monkeypatch.setattr("relaxnet_jax.trust.MIN_CONTACT", 1.2)
-    with pytest.warns(RuntimeWarning, match="not to be used, atoms too close"):
+    with pytest.warns(RuntimeWarning, match="the prediction is unusable, atoms too close"):
         relax(model[0], alloy(), n_frames=3)
 
 

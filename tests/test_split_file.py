@@ -164,7 +164,7 @@ def test_nothing_like_another_set(path, capsys):
     assert main(["data", "split", str(other), "--like", str(other), str(splits)]) == 2
     assert "--like: not the splits of that set? " in capsys.readouterr().err
     assert main([*command, "--folds", "1", "--seed", "0"]) == 2
-    assert "--like: deals nothing: leave out --folds, --seed" in capsys.readouterr().err
+    assert "--like: makes no random split; leave out --folds, --seed" in capsys.readouterr().err
     with TrajectoryStore(path) as store:
         held = set(json.loads(splits.read_text())["folds"][0]["test"])
         write_store(other, [t for t in store if t.id in held])

@@ -171,7 +171,7 @@ def test_a_fold_of_its_own_is_told_and_recorded(tmp_path):
     notes = []
     found = evaluate_workdir(result.workdir, report=notes.append)
     assert found.seen == seen["test"] > 0
-    assert sum("trained the model it started from" in note for note in notes) == 1
+    assert sum("used to train the model it started from" in note for note in notes) == 1
     write_evaluation(found, tmp_path / "eval")
     written = json.loads((tmp_path / "eval" / "metrics.json").read_text())
     assert written["trained_on"] == found.seen

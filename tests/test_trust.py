@@ -160,7 +160,7 @@ def test_density_and_coordination(model):
         one = copper.replace(statistics=json.dumps(known))
         assert names(path(pbc=np.zeros(3, bool)), one) == expected
     (flag, _) = trust_flags(path(pbc=np.zeros(3, bool)), one, 0.5)
-    assert flag.detail == "2.0 neighbours per atom in the first frame, trained on 1.0 to 1.8"
+    assert flag.detail == "2.0 neighbours per atom in the first frame, outside the training range 1.0 to 1.8"
     assert not flag.unusable
 
 

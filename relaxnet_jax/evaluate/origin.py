@@ -37,7 +37,7 @@ def foreign_origin(comparisons: Sequence[Comparison]) -> str:
     if before < LEAST or after > SHARE * before:
         return ""
     return (
-        f"final energies are {before:.3g} eV/atom off, {after:.2g} if each element may have another energy: "
-        "those of the data seem to be of another code, functional or set of pseudopotentials than the "
-        "model's, and their errors to say that alone; changes along the path can be compared"
+        f"final energies are off by {before:.3g} eV/atom, but only by {after:.2g} after fitting an energy "
+        "per element: the data seem to come from another code, functional or set of pseudopotentials than "
+        "the model's, which explains most of these errors; changes along the path can be compared"
     )

@@ -41,7 +41,7 @@ from relaxnet_jax.strain import deformations, from_reference
 from relaxnet_jax.train.start import SEEN, trained_ids
 from relaxnet_jax.trust import trust_flags
 
-_NOT_UNSEEN = ": their errors are not those of unseen structures"
+_NOT_UNSEEN = ": their errors are not those on unseen structures"
 BLOCK = 1024  # relaxations that are read, and turned into graphs, at a time
 PREDICTORS: tuple[Predictor, ...] = ("model", "nothing", "composition")
 
@@ -120,7 +120,7 @@ def compare(
         if path.failure:
             report(f"{t.id}: {path.failure}")
         elif grave:
-            report(f"{t.id}: counts, though flagged as unusable ({grave.name}: {grave.detail})")
+            report(f"{t.id}: included, though flagged as unusable ({grave.name}: {grave.detail})")
         chosen = select_frames(t.n_frames, n, "equidistant")
         relaxes = bool(structure.strain.any())
         true, steps = reference_frames(t, chosen.indices, relaxes, "unit")
@@ -219,16 +219,16 @@ def evaluate_workdir(
         seen = json.loads(model.statistics).get(SEEN, {}).get(split, 0)
         if seen:
             report(
-                f"{workdir}: {seen} of the {n} {split} relaxations trained the model it "
-                f"started from (train.start_from){_NOT_UNSEEN}"
+                f"{workdir}: {seen} of the {n} {split} relaxations were used to train the model it started "
+                f"from (train.start_from){_NOT_UNSEEN}"
             )
     else:
         trajectories, name = read_any(data, model, report), data
         seen = _seen(workdir, [t.id for t in trajectories])
         if seen:
             report(
-                f"{data}: {seen} of the {len(trajectories)} relaxations trained the model, or one it "
-                f"started from (by their ids){_NOT_UNSEEN}"
+                f"{data}: {seen} of the {len(trajectories)} relaxations were used to train the model, or "
+                f"one it started from (by their ids){_NOT_UNSEEN}"
             )
     static = model.config.dynamics.latent == "static"
     if fmax is not None:

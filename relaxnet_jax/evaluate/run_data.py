@@ -43,7 +43,7 @@ def relaxations_of_run(
     path = _recorded(workdir, config) if moved is None else moved
     if path != "emt" and not Path(path).exists():
         raise InputError(
-            f"{path}: no such data (data.path of {workdir}); say where they lie by now with --set "
+            f"{path}: no such data (data.path of {workdir}); give their current location with --set "
             f"data.path=FILE{otherwise}"
         )
     found, _ = read_trajectories(path, config, report)
@@ -51,20 +51,20 @@ def relaxations_of_run(
     if began is not None and not began.had(path, found.store.checksum):
         if moved is not None:
             raise InputError(
-                f"{path}: its content is not what {workdir} began with (by its checksum); give --set "
-                f"data.path=FILE of the data it had{otherwise}"
+                f"{path}: its content is not what {workdir} started with (by checksum); give the original "
+                f"data with --set data.path=FILE{otherwise}"
             )
-        report(f"{path}: its content has changed since the run began (by its checksum)")
+        report(f"{path}: its content has changed since the run began (by checksum)")
     kept = found.named(ids)
     if not len(kept):
         raise InputError(
-            f"{path}: has none of the {len(ids)} {split} relaxations of {workdir}; give --set "
-            f"data.path=FILE of the data it had{otherwise}"
+            f"{path}: has none of the {len(ids)} {split} relaxations of {workdir}; give the original data "
+            f"with --set data.path=FILE{otherwise}"
         )
     if len(kept) < len(ids):
         report(
-            f"{path}: {len(ids) - len(kept)} of the {len(ids)} {split} relaxations of the run are not "
-            "in it any more; it has changed since"
+            f"{path}: {len(ids) - len(kept)} of the {len(ids)} {split} relaxations of the run are no longer "
+            "in it; it has changed since"
         )
     return kept, len(ids)
 

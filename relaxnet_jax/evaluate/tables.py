@@ -105,7 +105,7 @@ def metrics_table(
     left_out = first.n_structures - first.n_averaged
     if left_out:
         every = " in every column" if len(results) > 1 else ""
-        note += f"; {left_out} left out of them: their prediction is not finite{every}"
+        note += f"; {left_out} left out of the means{every}: prediction not finite"
     table = Table(title=escape(title), caption=note, box=box.SIMPLE_HEAD, title_justify="left")
     table.caption_justify = "left"
     table.add_column("metric", no_wrap=True)
@@ -147,7 +147,7 @@ def write_metrics(
     """
     clash = {"units", "results"} & set(extra or {})
     if clash:
-        raise InputError(f"{path}: extra may not hold {', '.join(sorted(clash))}; rename it")
+        raise InputError(f"{path}: extra must not contain {', '.join(sorted(clash))}; rename it")
     document = plain({**(extra or {}), "units": UNITS})
     document["results"] = {name: metrics.to_dict() for name, metrics in results.items()}
     text = json.dumps(document, indent=2, allow_nan=False, ensure_ascii=False, default=str) + "\n"
