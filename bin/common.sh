@@ -16,7 +16,7 @@ usable_python() {
 find_python() {
   if [ -n "${PYTHON:-}" ]; then
     usable_python "$PYTHON" ||
-      die "PYTHON=$PYTHON is no Python 3.11 or later with the venv module; set another"
+      die "PYTHON=$PYTHON is not Python 3.11 or later with the venv module; set another"
     echo "$PYTHON"
     return
   fi
@@ -28,7 +28,7 @@ find_python() {
     fi
   done
   die "no Python 3.11 or later with the venv module found; install one (Debian, Ubuntu: apt" \
-    "install python3 python3-venv) or name it: PYTHON=/path/to/python3.12 bin/$(basename "$0")"
+    "install python3 python3-venv), or give its path: PYTHON=/path/to/python3.12 bin/$(basename "$0")"
 }
 
 # install EXTRAS: installs the package, editable, into .venv, unless it is there already.
@@ -41,7 +41,7 @@ install() {
   if [ -x "$python" ] && [ -n "${PYTHON:-}" ]; then
     found="$("$python" -c 'import sys; print(sys.version_info[:2])' 2>/dev/null || true)"
     if [ "$found" != "$("$PYTHON" -c 'import sys; print(sys.version_info[:2])')" ]; then
-      echo "== .venv is of another Python than PYTHON=$PYTHON: making it anew"
+      echo "== .venv has another Python version than PYTHON=$PYTHON: recreating it"
       rm -rf "$venv"
     fi
   fi

@@ -304,8 +304,8 @@ def _closed_up(positions, cell, pbc: np.ndarray, reach: float) -> np.ndarray:
         spread = np.ptp(positions @ axis)
         if not spread <= MAX_SPREAD:
             raise InputError(
-                f"the atoms span {spread:.3g} Å along a non-periodic direction, but neighbours are searched "
-                f"within at most {MAX_SPREAD:g} Å; bring them together, or split the structure"
+                f"the atoms span {spread:.3g} Å along a non-periodic direction, more than the "
+                f"{MAX_SPREAD:g} Å that can be searched for neighbours; bring them together, or split the structure"
             )
     return positions
 
