@@ -9,6 +9,7 @@ from ase.md.verlet import VelocityVerlet
 from ase.optimize import BFGS
 from tiny import crystal, molecule, slab, tiny_config, tiny_model
 
+from relaxnet_jax import calculator
 from relaxnet_jax.calculator import RelaxNetCalculator
 from relaxnet_jax.errors import InputError
 from relaxnet_jax.lbfgs import minimise
@@ -228,8 +229,16 @@ def test_far_from_the_origin(model):
     np.testing.assert_allclose(others, forces, atol=2e-5 * np.abs(forces).max())
 
 
-def test_single_precision(model):
+def test_single_precision(model, monkeypatch):
     """The dtype is that of the parameters."""
+    evaluate, kinds = calculator.evaluate, set()
+
+    def told(network, params, scale, graph, positions, *others):
+        found = evaluate(network, params, scale, graph, positions, *others)
+        kinds.update(np.dtype(x.dtype) for x in (graph.nodes["positions"], positions, found.forces))
+        return found
+
+    monkeypatch.setattr(calculator, "evaluate", told)
     single = model.replace(params=jax.tree.map(lambda a: a.astype(np.float32), model.params))
     atoms = attached(slab(), single)
     energy, forces = model.energy_and_forces(slab())
@@ -237,3 +246,4 @@ def test_single_precision(model):
     np.testing.assert_allclose(
         atoms.get_forces(apply_constraint=False), forces, atol=1e-3 * np.abs(forces).max()
     )
+    assert kinds == {np.dtype(np.float32)}
