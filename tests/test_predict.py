@@ -303,8 +303,9 @@ def test_a_list_reaches_far_enough_for_a_compressed_cell():
         model._from_reference(atoms, reference)
 
 
-def test_diverged_predictions_do_not_loop(model):
-    """A path that is not finite is handed back as it is."""
+def test_diverged_predictions_do_not_loop(model, monkeypatch):
+    """A path that is not finite is handed back as it is: no wider list is tried."""
+    monkeypatch.setattr(predict, "_with_skin", None)
     broken = model.replace(params=jax.tree.map(lambda a: a * np.nan, model.params))
     (path,) = predict_structures(broken, [broken.structure(molecule())])
     assert not np.isfinite(path.positions[-1]).all()
@@ -516,8 +517,15 @@ def test_predict_trajectory_compiles_once(model):
     before = compiled_shapes()
     other = model.replace(statistics=json.dumps({"data": "others"}))
     again = predict_trajectory(other, graph, [0.0, 1.0])
-    assert compiled_shapes() == before
     np.testing.assert_array_equal(first.positions, again.positions)
+    train = dataclasses.replace(model.config.train, seed=7)
+    trained = model.replace(
+        params=jax.tree.map(lambda a: 0.9 * a, model.params),
+        config=dataclasses.replace(model.config, name="other", train=train),
+    )
+    moved = predict_trajectory(trained, graph, [0.0, 1.0])
+    assert compiled_shapes() == before
+    assert np.abs(moved.positions[-1, :3] - first.positions[-1, :3]).max() > 0
 
 
 @pytest.mark.parametrize("times", [[0.0, 1.5], [-0.1], [np.nan], [[0.5, 2.0]]])
