@@ -90,6 +90,7 @@ def test_bessel_basis():
     k = np.arange(1, n + 1)
     expected = 0.5 * np.sin(k * np.pi * r[:, None] / c) * c / r[:, None]
     np.testing.assert_allclose(bessel_basis(jnp.asarray(r), c, n), expected, atol=1e-12)
+    np.testing.assert_allclose(bessel_basis(jnp.asarray(1e-6), c, n), 0.5 * k * np.pi, rtol=1e-9)
     # Proportional to j_0 at its roots.
     ratio = bessel_basis(jnp.asarray(r), c, n) / spherical_bessel_basis(jnp.asarray(r), c, n, 0)[
         ..., 0]
