@@ -556,6 +556,7 @@ def test_eval_command(models, tmp_path, monkeypatch, capsys):
         rows = list(csv.DictReader(file))
     assert [r["structure"] for r in rows] == [f"r{k}" for k in range(4)]
     assert document["members"] == ["run0", "run1"]
+    assert set(document["calibration"]) == {"positions", "energy"}
     for name, found in document["calibration"].items():
         error, width = (
             np.array([float(r[f"{name}_{w}"]) for r in rows]) for w in ("error", "spread")

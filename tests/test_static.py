@@ -132,6 +132,7 @@ def test_static_models_solve_nothing(tmp_path, monkeypatch):
         json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     ]
     weights = config.loss
+    assert len(records) == 2
     for record in records:
         found = record["validation"]
         assert set(found) == {"loss", "energy", "forces", "force_error"}
