@@ -138,7 +138,15 @@ def test_processes_write_the_same_bytes(relaxations, monkeypatch):
     monkeypatch.setattr(sample_file, "PARALLEL", 1)
     monkeypatch.setattr(sample_file, "CHUNK", 2)
     monkeypatch.setattr(sample_file.joblib, "cpu_count", lambda: 2)
+    pools, parallel = [], sample_file.joblib.Parallel
+
+    def pool(**options):
+        pools.append(options["n_jobs"])
+        return parallel(**options)
+
+    monkeypatch.setattr(sample_file.joblib, "Parallel", pool)
     assert prepare_samples(relaxations, CONFIG).path.read_bytes() == whole
+    assert pools == [2]
 
 
 def test_unusable_structure_is_named(tmp_path):
