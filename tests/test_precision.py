@@ -8,12 +8,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import SCHEMES, batch, compiled, random_rotation, split, systems, tiny_config, tiny_model
+from test_cell_data import relaxation
+from tiny import (
+    SCHEMES,
+    batch,
+    compiled,
+    crystal,
+    random_rotation,
+    split,
+    systems,
+    tiny_config,
+    tiny_model,
+)
 
-from relaxnet_jax.model import predict_trajectory
+from relaxnet_jax.batching import fitting_shape
+from relaxnet_jax.data.pipeline import collate_samples
+from relaxnet_jax.data.sample import make_sample
+from relaxnet_jax.model import create_model, predict_trajectory
 from relaxnet_jax.models import precision
 from relaxnet_jax.models.precision import LayerNorm, bfloat16_product, on_rows
 from relaxnet_jax.solver import solve_trajectory
+from relaxnet_jax.train.step import Objective, batch_terms
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 ROUNDING = 2.0**-8  # of one factor, at most half of that
@@ -172,7 +187,7 @@ def products(jaxpr):
 
 @pytest.mark.parametrize("matmul", ["float32", "bfloat16"])
 def test_geometry_is_in_full_float32(matmul):
-    """Of cells, positions and the loss too: the default of GPUs and TPUs is less."""
+    """Of cells and positions too: the default of GPUs and TPUs is less."""
     model = tiny_model(
         tiny_config("explicit", dynamics__cell="variable", model__matmul=matmul), dtype=np.float32
     )
@@ -182,3 +197,22 @@ def test_geometry_is_in_full_float32(matmul):
     assert bool(rounded) == (matmul == "bfloat16") and len(found) > len(rounded) + 5
     highest = (jax.lax.Precision.HIGHEST,) * 2
     assert {e.params["precision"] for e in found if e not in rounded} == {highest}
+
+
+def test_the_loss_is_in_full_float32():
+    """Its products of cells and stresses, beside those of the path."""
+    config = tiny_config("explicit", dynamics__cell="variable", model__layers=1)
+    model, sample = create_model(config), make_sample(relaxation(crystal(), "a"), config)
+    graph, targets = collate_samples([sample], fitting_shape([sample.structure]), config)
+    objective, unit = Objective(model.network, config.loss, "path"), np.float32(1.0)
+
+    def path(params, graph, targets):
+        return solve_trajectory(model.network, params, unit, graph)
+
+    def loss(params, graph, targets):
+        return batch_terms.function(objective, params, unit, (graph, targets))
+
+    alone, found = (
+        list(products(jax.make_jaxpr(f)(model.params, graph, targets).jaxpr)) for f in (path, loss))
+    assert len(found) > len(alone) + 5
+    assert {e.params["precision"] for e in found} == {(jax.lax.Precision.HIGHEST,) * 2}
