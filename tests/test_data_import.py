@@ -223,10 +223,10 @@ FAULTS = {
     "twin": (edited(positions=TWIN), "frame 1, positions: atoms 0 and 3 at one point"),
     "order": (frames("bad")[::-1], "frame 1 after frame 2: sort the frames"),
     "repeat": (edited(info={"frame": 0}), "frame 0 after frame 0: sort"),
-    "number": (edited(info={"frame": "x"}), "frame 1, frame: 'x' is no number"),
+    "number": (edited(info={"frame": "x"}), "frame 1, frame: 'x' is not a number"),
     "fixed": (edited(constraint=FixAtoms([0])), "frame 1, constraints: fixed atoms change"),
     "momenta": (edited(momenta=np.eye(4, 3)), "frame 1, momenta: change (molecular dynamics)"),
-    "band": (band(), "frames 0 and 3 come again every 4 frames: a path of images (NEB)"),
+    "band": (band(), "frames 0 and 3 recur every 4 frames: a path of images (NEB)"),
     "partly": (edited(constraint=FixCartesian([0], (1, 0, 0))), "held in some directions only"),
 }
 
@@ -510,7 +510,7 @@ def test_groups_from_csv(tmp_path):
     assert any("1 relaxations are not in it" in line for line in told)
     assert any("1 of its ids were not read" in line for line in told)
     table.write_text("id,group\nx/a,metal\n")
-    with pytest.raises(InputError, match=r"names none of the 2 relaxations read, .* is 'a'"):
+    with pytest.raises(InputError, match=r"names none of the 2 relaxations read .* is 'a'"):
         import_files(path, tmp_path / "none.h5", groups=read_groups(table))
     assert not (tmp_path / "none.h5").exists()
     for row in ("b\n", "b,\n", ",metal\n"):
@@ -562,7 +562,7 @@ def test_faults_of_stores(tmp_path):
     assert unsound.id == other.id and unsound.reason.startswith("frame 3, energies: not a finite")
     with h5py.File(tmp_path / "vaspout.h5", "w") as file:
         file["x"] = 1
-    with pytest.raises(InputError, match=r"vaspout\.h5: HDF5, but no store of relaxations: give a sound"):
+    with pytest.raises(InputError, match=r"vaspout\.h5: HDF5, but not a store of relaxations: give an intact"):
         read(tmp_path / "vaspout.h5")
 
 

@@ -210,10 +210,10 @@ def damage(path, how):
         ("missing", "no such store"),
         ("text", "not an HDF5 file or damaged"),
         ("truncated", "not an HDF5 file or damaged"),
-        ("foreign", "HDF5, but no store of relaxations"),
+        ("foreign", "HDF5, but not a store of relaxations"),
         ("version", "store version 99, this package reads 1"),
         ("column", "damaged store"),
-        ("short", "damaged store .*frames/energies has another length"),
+        ("short", "damaged store .*frames/energies has the wrong length"),
         ("attribute", "damaged store"),
     ],
 )

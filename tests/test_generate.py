@@ -89,7 +89,7 @@ def test_default_dataset_is_cached_and_mended(tmp_path, monkeypatch):
     raw = bytearray(path.read_bytes())
     path.write_bytes(raw[: len(raw) // 2])
     default_dataset(3, seed=1, report=lines.append)
-    assert "damaged and made again" in lines[1] and lines[2].startswith("making 3")
+    assert "damaged; making them again" in lines[1] and lines[2].startswith("making 3")
     with TrajectoryStore(path) as store:
         store.verify()
         np.testing.assert_array_equal(store[2].energies, energies)

@@ -213,7 +213,7 @@ def test_resumed_over_runs(server, tmp_path, ranges):
     out, size = tmp_path / "a.h5", len(archive(2))
     first = fetch_jarvis(out, index=index, policy=clock.policy)
     assert first.failed == {"JVASP-2.zip": f"connection cut at byte 15000 of {size}, after 1 tries: "
-                            "run again to go on"}  # fmt: skip
+                            "run again to resume"}  # fmt: skip
     second = fetch_jarvis(out, index=index, policy=clock.policy)
     assert server.log[-1] == ("/files/2", "bytes=15000-")
     how = "fetched, resumed at byte 15000" if ranges else "fetched"
@@ -250,12 +250,12 @@ def test_truncated_without_a_length(server, tmp_path):
     url, clock, target = f"{server.url}/x.zip", Clock(), tmp_path / "x.zip"
     server.files["/x.zip"] = archive(1)[:-500]
     server.faults["/x.zip"] = ["open"] * 9
-    with pytest.raises(InputError, match=r"x\.zip: no sound zip archive .*, after 4 tries"):
+    with pytest.raises(InputError, match=r"x\.zip: not a valid zip archive .*, after 4 tries"):
         fetch(url, target, verify_zip, policy=clock.policy)
     assert server.requests()["/x.zip"] == 4 and not list(tmp_path.iterdir())
     # Whole by its length, a broken archive is what the server has.
     server.faults.clear()
-    with pytest.raises(InputError, match=r"x\.zip: no sound zip archive"):
+    with pytest.raises(InputError, match=r"x\.zip: not a valid zip archive"):
         fetch(url, target, verify_zip, policy=clock.policy)
     assert server.requests()["/x.zip"] == 5
 
@@ -264,7 +264,7 @@ def test_checked_against_the_index(server, tmp_path):
     url, data, other = f"{server.url}/x.zip", archive(1), archive(2)
     server.files["/x.zip"], policy = data, Clock().policy
     md5 = hashlib.md5(other).hexdigest()
-    with pytest.raises(InputError, match="MD5 sum is not that of the index"):
+    with pytest.raises(InputError, match="MD5 sum differs from the index"):
         fetch(url, tmp_path / "x.zip", verify_zip, md5=md5, policy=policy)
     # A file that is there but not the one of the index is replaced, a sound one is kept.
     (tmp_path / "x.zip").write_bytes(other[:-1])
@@ -309,7 +309,7 @@ def test_select():
     assert [(a.id, a.name, a.size, a.md5) for a in archives] == [
         ("JVASP-1", "JVASP-1.zip", None, None), ("JVASP-3", "JVASP-3_b.zip", 5, None)]  # fmt: skip
     assert skipped == {
-        "../JVASP-2.zip": "no zip archive with an address",
+        "../JVASP-2.zip": "not a zip archive with an address",
         "JVASP-1.zip (https://host/other)": "another archive of this name comes first",
     }
     archives, skipped = select(index, "DFT-SCF", ["JVASP-9", "JVASP-3"])
@@ -385,10 +385,10 @@ def test_archives_are_read_by_as_many_processes_as_asked_for(server, tmp_path, m
 def test_no_index(server, tmp_path, content):
     index = tmp_path / "index.json"
     index.write_bytes(content)
-    with pytest.raises(InputError, match=r"index\.json: no index"):
+    with pytest.raises(InputError, match=r"index\.json: not an index"):
         fetch_jarvis(tmp_path / "a.h5", index=str(index))
     server.files["/index.json"] = content
-    with pytest.raises(InputError, match=r"index\.json: (no index|a web page)"):
+    with pytest.raises(InputError, match=r"index\.json: (not an index|a web page)"):
         fetch_jarvis(tmp_path / "a.h5", index=f"{server.url}/index.json", policy=Clock().policy)
     assert not list(tmp_path.rglob(".*.part"))
 

@@ -234,7 +234,7 @@ def test_bad_atoms(tmp_path):
         ("elements", ["Cu", "Qq", "Cu", "X"], "elements Qq, X: unknown"),
         ("elements", ["Au", "Cu", "Cu", "Cu"], NO_MATCH),
         ("elements", [], "no atoms"),
-        ("cartesian", "no", "cartesian: 'no': say true or false"),
+        ("cartesian", "no", "cartesian: 'no': give true or false"),
         ("lattice_mat", np.zeros((3, 3)).tolist(), "frame 1, cells: volume 0"),
         ("coords", [[0, 0, 0]] * 4, "at one point"),
     ):

@@ -296,7 +296,7 @@ def test_shards(tmp_path):
     assert write_shards(folder, given[:6], 3) == 6
     assert sorted(os.listdir(folder)) == names[:2]
     (folder / "mine.h5").touch()
-    with pytest.raises(InputError, match=r"mine\.h5: is no shard of a set: choose another"):
+    with pytest.raises(InputError, match=r"mine\.h5: is not a shard of a set: choose another"):
         write_shards(folder, given, 3)
 
 

@@ -128,7 +128,7 @@ def test_damaged_file_is_made_again(relaxations, damage):
     path.write_bytes(end[damage])
     told = []
     prepare_samples(relaxations, CONFIG, told.append)
-    assert "damaged; made again" in told[0] and path.read_bytes() == whole
+    assert "damaged; making it again" in told[0] and path.read_bytes() == whole
 
 
 def test_processes_write_the_same_bytes(relaxations, monkeypatch):

@@ -159,7 +159,7 @@ def test_nothing_like_another_set(path, capsys):
     write_store(other, boron("H"))
     command = ["data", "split", str(other), "--like", str(path), str(splits)]
     assert main(command) == 2
-    said = "no formula that is validated or tested on there is in the set: there is nothing to keep apart"
+    said = "the set shares no formula with the validation and test splits there: there is nothing to keep apart"
     assert said in capsys.readouterr().err
     assert main(["data", "split", str(other), "--like", str(other), str(splits)]) == 2
     assert "--like: not the splits of that set? " in capsys.readouterr().err
@@ -169,7 +169,7 @@ def test_nothing_like_another_set(path, capsys):
         held = set(json.loads(splits.read_text())["folds"][0]["test"])
         write_store(other, [t for t in store if t.id in held])
     assert main(command) == 2
-    assert "every formula of the set is validated or tested on there; add others" in capsys.readouterr().err
+    assert "every formula of the set is in the validation or test split there; add others" in capsys.readouterr().err
     assert not path.with_name("other.splits.json").exists()
 
 

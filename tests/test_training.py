@@ -360,7 +360,7 @@ def test_one_process_at_a_time(folder):
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == "held\n"
         for resume in (False, True):
-            with pytest.raises(InputError, match=r"twice: another process is at work there \(train\)"):
+            with pytest.raises(InputError, match=r"twice: another process is using it \(train\)"):
                 train(config_of(), workdir, resume=resume, report=quiet()[0])
         assert [file.name for file in workdir.iterdir()] == [".lock"]
         other.kill()

@@ -320,7 +320,7 @@ def test_folders(tmp_path):
     lines = []
     result = import_files([tmp_path], tmp_path / "out.h5", lines.append)
     assert (result.read, result.frames, result.skipped) == (3, 9, [])
-    assert lines[0].startswith("2 files in the folders are no files of relaxations")
+    assert lines[0].startswith("2 files in the folders ignored: not relaxation files")
     with TrajectoryStore(tmp_path / "out.h5") as store:
         assert store.ids == ["a", "b/x/JVASP-1", "b/x/relax2"]
     # Two files of one name, named one by one.
@@ -345,7 +345,7 @@ def test_failed_attempts(tmp_path):
     lines = []
     import_files([tmp_path / "runs"], tmp_path / "out.h5", lines.append)
     assert lines[0].startswith("2 archives of custodian's failed attempts (error.N.tar.gz) in the ")
-    assert not any("no files of relaxations" in line for line in lines)
+    assert not any("not relaxation files" in line for line in lines)
     with TrajectoryStore(tmp_path / "out.h5") as store:
         assert sorted(store.ids) == ["launch", "launch/my_error.1"]
     found = find_sources([run / "error.1.tar.gz"])
@@ -383,7 +383,7 @@ def test_folders_that_cannot_be_searched_are_named(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "scandir", scandir)
     closed, lines = {"x"}, []
-    reason = "cannot be searched (Permission denied): allow it, or name the files in it"
+    reason = "cannot be searched (Permission denied): grant access, or name the files in it"
     result = import_files([tmp_path / "runs"], tmp_path / "out.h5", lines.append)
     assert (result.read, result.skipped) == (1, [(str(tmp_path / "runs/b/x"), "", reason)])
     assert f"{tmp_path / 'runs/b/x'}: skipped: {reason}" in lines
@@ -539,7 +539,7 @@ def test_archives_in_archives_are_named(tmp_path):
             for name, content in more.items():
                 out.writestr(name, content)
     skipped, read = read_relaxations(outer)
-    assert skipped.id == "outer/b/inner" and "archive in an archive: unpack it" in skipped.reason
+    assert skipped.id == "outer/b/inner" and "archive inside an archive: unpack it" in skipped.reason
     assert read.id == "outer/a"
     (skipped,) = read_relaxations(only)
     assert skipped.id == "only/b/inner"

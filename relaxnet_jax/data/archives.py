@@ -65,7 +65,7 @@ def archive_members(archive: Path) -> Iterator[Member]:
         chosen = chosen or [name for name in inside if is_json(name)]
         if not chosen and not packed:
             raise InputError(
-                f"{archive}: holds no vasprun.xml, OUTCAR, extxyz, traj or db file: name the "
+                f"{archive}: holds no vasprun.xml, OUTCAR, extxyz, traj or db file: give an "
                 "archive that does"
             )
 
@@ -87,7 +87,7 @@ def archive_members(archive: Path) -> Iterator[Member]:
                 return folder / name.name
 
         for name in packed:
-            yield Member(name, None, "is an archive in an archive: unpack it and name it")
+            yield Member(name, None, "is an archive inside an archive: unpack it and give its path")
         for name in chosen:
             try:
                 path = unpacked(name)

@@ -92,8 +92,8 @@ def read_frames(
         if name in seen:
             built = SkippedRelaxation(
                 name,
-                "id occurs again, after frames of another: only those before it are in; bring frames "
-                "of one relaxation together, and give each its own id",
+                "id occurs again after frames of another: only the frames before those are imported; keep "
+                "the frames of a relaxation together, and give each relaxation its own id",
             )
         seen.add(name)
         yield built
@@ -261,14 +261,14 @@ def _complaint(images: list[ase.Atoms], labels: list[_Labels]) -> str:
         try:
             index = int(number)
         except (TypeError, ValueError):
-            return f"frame {k}, frame: {number!r} is no number: count from 0"
+            return f"frame {k}, frame: {number!r} is not a number: count from 0"
         if index <= last:
             return f"frame {index} after frame {last}: sort the frames"
         last = index
         if len(atoms) != len(first):
             return f"frame {k}: {len(atoms)} atoms after {len(first)}: keep the number of atoms"
         if np.any(atoms.numbers != first.numbers):
-            return f"frame {k}, atomic_numbers: order or species change: sort the atoms alike"
+            return f"frame {k}, atomic_numbers: order or species change: keep them the same"
         if np.any(atoms.pbc != first.pbc):
             return f"frame {k}, pbc: changes between frames: keep it the same"
         # A relaxation leaves momenta as they are, e.g. those of the MD snapshot it starts from.
@@ -286,8 +286,8 @@ def _complaint(images: list[ase.Atoms], labels: list[_Labels]) -> str:
     band = _band(np.array([atoms.positions for atoms in images]))
     if band:
         return (
-            f"frames 0 and {band - 1} come again every {band} frames: a path of images (NEB), or a "
-            "relaxation written again: give one relaxation"
+            f"frames 0 and {band - 1} recur every {band} frames: a path of images (NEB), or a "
+            "relaxation written more than once: give one relaxation"
         )
     return ""
 

@@ -81,7 +81,9 @@ def check_geometry(traj: RelaxationTrajectory) -> None:
         if sizes.min() < MIN_VOLUME:
             name, unit = [("length", "Å"), ("area", "Å²"), ("volume", "Å³")][given.sum() - 1]
             where, what = f"frame {sizes.argmin()}, cells", f"{name} {sizes.min():.3g} {unit}"
-            remedy = "give independent lattice vectors; what does not repeat needs none, but pbc F"
+            remedy = (
+                "give independent lattice vectors; a non-periodic direction needs none, but pbc F"
+            )
             _fail(traj, where, what, remedy)
     close = _coincident(traj.positions, _completed(traj.cells), periodic)
     if close is not None:

@@ -59,7 +59,9 @@ def read_trajectories(
     file = default_dataset(config.data.n_emt, 0, report) if generated else path
     store = TrajectoryStore(file)
     if store.incomplete:
-        report(f"{path}: not complete, {len(store)} relaxations so far: run what makes it again")
+        report(
+            f"{path}: not complete, {len(store)} relaxations so far: rerun the command that makes it"
+        )
     name = "EMT alloys (generated, not DFT)" if generated else str(path)
     if config.dynamics.cell == "variable":  # such a model follows fixed cells too
         return Relaxations(store, np.arange(len(store)), name), {}

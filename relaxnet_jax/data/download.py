@@ -106,7 +106,7 @@ def fetch(
     """
     policy, target = policy or Policy(), Path(target)
     if not url.lower().startswith(("http://", "https://")):
-        raise InputError(f"{url}: no http address: correct the index")
+        raise InputError(f"{url}: not an HTTP address: correct the index")
     if target.is_file():
         with contextlib.suppress(InputError):
             _check(target, verify, size, md5)
@@ -116,7 +116,7 @@ def fetch(
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(
-            f"{target.parent}: cannot be made ({error.strerror}): choose another folder"
+            f"{target.parent}: cannot be created ({error.strerror}): choose another folder"
         ) from error
     for attempt in range(1, policy.tries + 1):
         try:
@@ -139,7 +139,7 @@ def fetch(
                 part.unlink()
             if attempt == policy.tries:
                 raise InputError(
-                    f"{url}: {error}, after {attempt} tries: run again to go on"
+                    f"{url}: {error}, after {attempt} tries: run again to resume"
                 ) from None
             wait = policy.wait * 2 ** (attempt - 1) * (0.5 + policy.uniform())
             policy.sleep(min(max(wait, error.wait), policy.longest))
@@ -156,9 +156,9 @@ def verify_zip(path: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             bad = archive.testzip()
     except (*DAMAGE, RuntimeError, NotImplementedError) as error:
-        raise InputError(f"no sound zip archive ({one_line(error)}): fetch it again") from error
+        raise InputError(f"not a valid zip archive ({one_line(error)}): fetch it again") from error
     if bad is not None:
-        raise InputError(f"no sound zip archive ({bad} is damaged): fetch it again")
+        raise InputError(f"not a valid zip archive ({bad} is damaged): fetch it again")
 
 
 def _check(path: Path, verify: Callable[[Path], None], size: int | None, md5: str | None) -> None:
@@ -171,7 +171,7 @@ def _check(path: Path, verify: Callable[[Path], None], size: int | None, md5: st
     if md5 is not None:
         with path.open("rb") as file:
             if hashlib.file_digest(file, "md5").hexdigest() != md5.lower():
-                raise InputError("its MD5 sum is not that of the index: fetch it again")
+                raise InputError("its MD5 sum differs from the index: fetch it again")
     verify(path)
 
 
@@ -199,13 +199,15 @@ def _stream(url: str, part: Path, size: int | None, timeout: float) -> _Body:
             if total and total[2] == str(have):
                 return _Body(have, True)  # nothing is missing
             part.unlink()
-            raise _TransientError("the server has another version of it") from None
+            raise _TransientError("the file on the server has changed") from None
         reason = f"HTTP {error.code} {error.reason}"
         if error.code in _RETRIED:
             raise _TransientError(reason, _seconds(error.headers.get("Retry-After"))) from None
         raise InputError(f"{url}: {reason}: check the address") from None
     except (http.client.InvalidURL, ValueError) as error:
-        raise InputError(f"{url}: no address ({one_line(error)}): correct the index") from None
+        raise InputError(
+            f"{url}: not a valid address ({one_line(error)}): correct the index"
+        ) from None
     except (OSError, http.client.HTTPException) as error:
         raise _TransientError(one_line(error)) from None
     with response:
@@ -225,7 +227,7 @@ def _receive(url: str, response: Any, part: Path, have: int) -> _Body:
         where = _RANGE.fullmatch(response.headers.get("Content-Range", ""))
         if where is None or where[1] != str(have):
             part.unlink(missing_ok=True)
-            raise _TransientError("the server sent another part than asked for")
+            raise _TransientError("the server sent a different part than requested")
         total = int(where[2]) if where[2].isdigit() else None if total is None else have + total
     else:
         have = 0  # the server cannot resume and sends the whole file

@@ -87,7 +87,7 @@ def held(folder: str | os.PathLike[str], work: str, option: str) -> Iterator[Non
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise InputError(
-                f"{folder}: another process is at work there ({work}); wait for it, or give another "
+                f"{folder}: another process is using it ({work}); wait for it, or give another "
                 f"{option}"
             ) from None
         except OSError:

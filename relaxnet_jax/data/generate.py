@@ -95,7 +95,7 @@ def default_dataset(
                 store.verify()
             return path
         except InputError as error:
-            say(f"cached EMT data are damaged and made again ({error})")
+            say(f"cached EMT data are damaged; making them again ({error})")
     say(f"making {n} EMT relaxations (once, about {max(1, n // 10)} s): {path}")
     metadata = {"generator": "emt", "version": GENERATOR_VERSION, "n": n, "seed": seed}
     write_store(path, emt_relaxations(n, seed), metadata=metadata)

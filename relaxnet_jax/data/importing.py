@@ -110,14 +110,14 @@ def import_files(
     out = Path(out)
     sharded = is_sharded(out)
     if shard_size is not None and not sharded:
-        raise InputError(f"{out}: shards need a folder: name one, without suffix")
+        raise InputError(f"{out}: shards need a folder: give a name without suffix")
     if jobs is not None and jobs < 1:
         raise InputError(f"jobs {jobs}: give 1 or more")
     found = find_sources([paths] if isinstance(paths, str | Path) else paths)
     if not found.sources:
         raise InputError("no files to import: name at least one")
     if found.others:
-        say(f"{found.others} files in the folders are no files of relaxations, or the OUTCAR of a "
+        say(f"{found.others} files in the folders ignored: not relaxation files, or the OUTCAR of a "
             "run whose vasprun.xml is read")  # fmt: skip
     if found.attempts:
         say(f"{found.attempts} archives of custodian's failed attempts (error.N.tar.gz) in the folders "
@@ -154,7 +154,7 @@ def import_files(
                 write_store(out, relaxations, metadata=metadata)
     except KeyboardInterrupt:
         if any(folder.glob("part-*")):
-            say(f"{out}: not complete; the same command goes on from here")
+            say(f"{out}: not complete; give the same command again to resume")
         raise
     finally:
         if merged.done:
@@ -260,13 +260,13 @@ class _Merged:
         named = self.seen & groups.keys()
         if not named:
             raise InputError(
-                f"--groups: names none of the {len(self.seen)} relaxations read, the first of which is "
-                f"{min(self.seen)!r}: its column id must hold their ids"
+                f"--groups: names none of the {len(self.seen)} relaxations read (the first is "
+                f"{min(self.seen)!r}): its column id must hold their ids"
             )
         for count, what in (
             (
                 len(self.seen) - len(named),
-                "relaxations are not in it: their group is their composition",
+                "relaxations are not in it: they are grouped by composition",
             ),
             (len(groups) - len(named), "of its ids were not read"),
         ):
@@ -302,7 +302,7 @@ def read_groups(path: str | os.PathLike[str]) -> dict[str, str]:
                 if groups.setdefault(row["id"], row["group"]) != row["group"]:
                     both = f"{groups[row['id']]!r} and {row['group']!r}"
                     raise InputError(
-                        f"{path}: line {rows.line_num}: {row['id']!r} is in the groups {both}: leave one"
+                        f"{path}: line {rows.line_num}: {row['id']!r} is in the groups {both}: keep one"
                     )
             return groups
     except (OSError, UnicodeDecodeError, csv.Error) as error:

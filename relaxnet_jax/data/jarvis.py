@@ -183,7 +183,7 @@ def fetch_jarvis(
         if not here:
             reasons = {**skipped, **failed}
             name = next(iter(reasons), category)
-            others = f" (nor did any of the other {len(reasons) - 1} come)" * (len(reasons) > 1)
+            others = f" (nor could the other {len(reasons) - 1} be fetched)" * (len(reasons) > 1)
             raise InputError(
                 f"{name}: {reasons.get(name, 'no archives in the index')}{others}: "
                 f"see {manifest.path}"
@@ -244,9 +244,9 @@ def _parsed(path: Path) -> dict[str, Any]:
             data = gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
         index = json.loads(data)
     except (*DAMAGE, ValueError, RuntimeError, RecursionError) as error:
-        raise InputError(f"no index ({one_line(error)}): fetch it again") from error
+        raise InputError(f"not an index ({one_line(error)}): fetch it again") from error
     if not isinstance(index, dict) or not any(isinstance(v, list) for v in index.values()):
-        raise InputError("no index of raw files: give one of lists by category")
+        raise InputError("not an index of raw files: give one with lists by category")
     return index
 
 
@@ -281,7 +281,7 @@ def select(
             continue
         found.add(material)
         if not isinstance(name, str) or not _SAFE.fullmatch(name) or not isinstance(url, str):
-            skipped[str(name)] = "no zip archive with an address"
+            skipped[str(name)] = "not a zip archive with an address"
         elif name not in archives:
             size, md5 = entry.get("size"), str(entry.get("computed_md5") or "")
             archives[name] = Archive(
@@ -315,7 +315,9 @@ def read_ids(text: str) -> list[str]:
         try:
             text = Path(given).read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{given}: cannot be read: give a text of one id a line") from error
+            raise InputError(
+                f"{given}: cannot be read: give a text file with one id per line"
+            ) from error
     ids = [id for id in re.split(r"[,\s]+", text) if id]
     if not ids:
         raise InputError(f"--ids {given!r}: no ids: name them like JVASP-39,JVASP-1002")

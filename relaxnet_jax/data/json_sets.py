@@ -284,7 +284,7 @@ def _relaxation(
                 raise InputError("ionic step occurs twice: remove one of them")
             frame = parse(step, _mapping(record))
             if frames and not np.array_equal(frame.numbers, frames[0].numbers):
-                raise InputError("number, order or species of atoms change: sort the atoms alike")
+                raise InputError("number, order or species of atoms change: keep them the same")
             if frames and not np.array_equal(frame.pbc, frames[0].pbc):
                 raise InputError("periodic directions change: keep them the same")
         except KeyError as missing:
@@ -324,12 +324,12 @@ def _alignn_frame(step: int, record: Mapping[str, Any]) -> _Frame:
     coords = _per_atom("coords", atoms["coords"], len(numbers))
     cartesian = atoms["cartesian"]
     if not isinstance(cartesian, bool):
-        raise InputError(f"cartesian: {cartesian!r}: say true or false")
+        raise InputError(f"cartesian: {cartesian!r}: give true or false")
     per_atom = float(record["total_energy"])
     if abs(per_atom) > _LARGEST_PER_ATOM:
         raise InputError(
             f"total_energy: {per_atom:.6g} eV per atom is impossible: in this layout it is the "
-            "energy per atom, divide it by the number of atoms"
+            "energy per atom; divide it by the number of atoms"
         )
     return _Frame(
         step,

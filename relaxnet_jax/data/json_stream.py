@@ -78,7 +78,7 @@ class _Text:
         """Consumes the next character, which must be one of those given, and returns it."""
         found = self.next()
         if not found or found not in characters:
-            what = f"{found!r} where {' or '.join(characters)} should be" if found else "cut off"
+            what = f"{found!r} instead of {' or '.join(characters)}" if found else "cut off"
             raise JsonDamageError(f"byte {self.byte}: {what}")
         self.at += 1
         return found
@@ -123,14 +123,14 @@ def items(stream: IO[bytes]) -> Iterator[Item]:
             if close == "}":
                 key, _, _ = text.value()
                 if not isinstance(key, str):
-                    raise JsonDamageError(f"byte {text.byte}: {key!r} where a key should be")
+                    raise JsonDamageError(f"byte {text.byte}: {key!r} instead of a key")
                 text.expect(":")
             yield Item(_utf8(key), *text.value())
             separator = text.expect(f",{close}")
     else:
         text.expect(close)
     if text.next():
-        raise JsonDamageError(f"byte {text.byte}: more after the end")
+        raise JsonDamageError(f"byte {text.byte}: extra data after the end")
 
 
 def _utf8(text: str) -> str:

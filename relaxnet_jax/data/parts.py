@@ -150,7 +150,7 @@ def _clean(folder: Path, wanted: set[str]) -> None:
 def _do(part: _Part, work: Work, task: Any) -> str:
     """Runs one task unless it is done already; returns the error, or ""."""
     if not part.store.parent.is_dir():
-        return f"{part.store.parent}: not there: let all workers reach this folder"
+        return f"{part.store.parent}: no such folder: make it accessible to all workers"
     try:
         if _read_log(part, verify=True) is None:
             part.started.touch()
@@ -209,7 +209,7 @@ def _read_log(part: _Part, verify: bool = False) -> dict[str, Any] | None:
 def _result(index: int, part: _Part, error: str) -> PartResult:
     found = None if error else _read_log(part)
     if found is None:
-        error = error or f"{part.store}: gone: let no other run use this folder"
+        error = error or f"{part.store}: missing: let no other run use this folder"
         return PartResult(index, None, [], error)
     path = part.store if part.store.exists() else None
     return PartResult(index, path, found["log"], found["error"])

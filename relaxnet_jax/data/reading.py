@@ -127,7 +127,7 @@ def _read_store(shown: Path, path: Path) -> Iterator[RelaxationTrajectory | Skip
 
     def reason(error: InputError) -> str:
         text = str(error).removeprefix(f"{path}: ")
-        return text.replace(REMEDY, "give a sound store of this package")
+        return text.replace(REMEDY, "give an intact store of this package")
 
     with contextlib.ExitStack() as stack:
         try:

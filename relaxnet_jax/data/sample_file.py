@@ -100,7 +100,7 @@ class SampleFile:
         end = os.fstat(self._descriptor).st_size - len(MAGIC) - 8
         tail = os.pread(self._descriptor, len(MAGIC) + 8, end)
         if tail[8:] != MAGIC:
-            raise ValueError("another format, or cut short")
+            raise ValueError("wrong format, or truncated")
         length = int.from_bytes(tail[:8], "little")
         packed = io.BytesIO(os.pread(self._descriptor, length, end - length))
         with np.load(packed, allow_pickle=False) as index:
@@ -180,7 +180,7 @@ def prepare_samples(
             os.utime(path)
             return found
         except InputError:
-            report(f"{path}: damaged; made again")
+            report(f"{path}: damaged; making it again")
     start = time.perf_counter()
     report(f"preparing {len(relaxations)} relaxations (once for these data and settings)…")
     with atomic_path(path) as temporary:

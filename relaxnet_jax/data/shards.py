@@ -94,7 +94,7 @@ def _old_shards(folder: Path) -> list[Path]:
     stores = sorted(p for p in folder.glob("*.h5") if not p.name.startswith("."))
     for path in stores:
         if not _NAME.fullmatch(path.name):
-            raise InputError(f"{path}: is no shard of a set: choose another output folder")
+            raise InputError(f"{path}: is not a shard of a set: choose another output folder")
     for path in folder.glob(".shard-*.tmp.h5"):
         path.unlink(missing_ok=True)
     return sorted(stores, key=lambda path: (len(path.name), path.name))

@@ -134,7 +134,7 @@ def _inside(top: Path) -> tuple[list[Path], list[tuple[str, str]]]:
     links = [top]
 
     def left_out(error: OSError) -> None:
-        reason = f"cannot be searched ({error.strerror}): allow it, or name the files in it"
+        reason = f"cannot be searched ({error.strerror}): grant access, or name the files in it"
         closed.append((str(error.filename), reason))
 
     while links:

@@ -56,8 +56,8 @@ def make_folds(
         fractions = (1.0 - fractions[1] - 1.0 / folds, fractions[1], 1.0 / folds)
         if fractions[0] <= 0:
             raise InputError(
-                f"--folds {folds}: leaves nothing to train on beside {fractions[1]:g} for "
-                "validation: give more folds or less validation"
+                f"--folds {folds}: leaves nothing to train on with {fractions[1]:g} for "
+                "validation: give more folds or a smaller validation fraction"
             )
     labels = _labels(store, by)
     kinds = len(set(labels))
@@ -98,12 +98,12 @@ def folds_like(
         validation = np.isin(ours, kinds["validation"]) & ~test
         if not (test.any() or validation.any()):
             raise InputError(
-                f"--like {path}: fold {fold}: no {by} that is validated or tested on there is in the set: "
-                "there is nothing to keep apart; leave out --like, or give the --by that the two share"
+                f"--like {path}: fold {fold}: the set shares no {by} with the validation and test splits there: "
+                "there is nothing to keep apart; leave out --like, or give a --by that the two share"
             )
         if (test | validation).all():
             raise InputError(
-                f"--like {path}: fold {fold}: every {by} of the set is validated or tested on there; "
+                f"--like {path}: fold {fold}: every {by} of the set is in the validation or test split there; "
                 "add others to train on"
             )
         for missing in (held for held in (validation, test) if not held.any()):

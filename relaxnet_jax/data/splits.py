@@ -58,7 +58,7 @@ def split_groups(
     if len(names) < 3:
         raise InputError(
             f"{name}: {len(names)} group(s) of structures: three splits need 3 groups or more; import "
-            "more materials, say what belongs together (relaxnet-jax data import --groups CSV), or, where "
+            "more materials, define the groups (relaxnet-jax data import --groups CSV), or, if the "
             "relaxations are independent of each other, make each a group of its own (relaxnet-jax data "
             "split --by id, for data.split_file)"
         )

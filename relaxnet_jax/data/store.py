@@ -63,7 +63,7 @@ class _Shard:
             if error.errno:
                 raise InputError(
                     f"{path}: cannot be opened ({os.strerror(error.errno)}): check its permissions, "
-                    "and that no process writes it"
+                    "and that no process is writing to it"
                 ) from error
             raise InputError(
                 f"{path}: not an HDF5 file or damaged ({one_line(error)}): {REMEDY}"
@@ -80,7 +80,7 @@ class _Shard:
     def _read_header(self) -> None:
         attributes = self.file.attrs
         if attributes.get("format") != FORMAT:
-            raise InputError(f"{self.path}: HDF5, but no store of relaxations: {REMEDY}")
+            raise InputError(f"{self.path}: HDF5, but not a store of relaxations: {REMEDY}")
         if attributes["version"] != VERSION:
             version = attributes["version"]
             raise InputError(
@@ -102,7 +102,7 @@ class _Shard:
         self.strings = {name: self.file[f"relaxations/{name}"].asstr() for name in TEXTS}
         for name, (group, _, row) in COLUMNS.items():
             if self.columns[name].shape != (self.sizes[group], *row):
-                raise ValueError(f"{group}/{name} has another length than the offsets say")
+                raise ValueError(f"{group}/{name} has the wrong length for its offsets")
         self.flags = {n: self.columns[n][:] for n, c in COLUMNS.items() if c[0] == "relaxations"}
 
     def damaged(self, error: BaseException) -> InputError:

@@ -125,7 +125,7 @@ class RelaxationTrajectory:
         """
         if self.variable_cell:
             raise InputError(
-                f"{self.id}: the cell changes, and the work of its stress is not known; take energies"
+                f"{self.id}: the cell changes, and the work of its stress is unknown; use the energies"
             )
         return work(self.positions, self.forces, self.fixed_mask)
 
