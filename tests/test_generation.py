@@ -396,7 +396,7 @@ def test_factory(alloys, tmp_path):
         ("no_such_module:make", "module no_such_module cannot be imported"),
         ("math:no_such", "math has no function no_such"),
         (f"{__name__}:factory_that_fails", r"the factory fails \(OSError: no licence\)"),
-        (f"{__name__}:factory_of_nothing", "gives a int, no ASE calculator"),
+        (f"{__name__}:factory_of_nothing", "returns int, not an ASE calculator"),
     ],
 )
 def test_wrong_calculators(name, words, alloys, tmp_path):

@@ -123,7 +123,7 @@ def _factory(name: str, option: str) -> Calculator:
     except Exception as error:  # the module's own code runs and may raise anything
         raise InputError(
             f"{option} {name}: module {module_name} cannot be imported "
-            f"({type(error).__name__}: {one_line(error)}): repair it or its name"
+            f"({type(error).__name__}: {one_line(error)}): correct the module or its name"
         ) from error
     make = getattr(module, attribute, None)
     if not callable(make):
@@ -158,14 +158,14 @@ def check_calculator(name: str, relax_cell: bool, option: str = "--calculator") 
     offered = getattr(made, "implemented_properties", None)
     if offered is None or not callable(getattr(made, "get_property", None)):
         raise InputError(
-            f"{option} {name}: gives a {type(made).__name__}, no ASE calculator: return one"
+            f"{option} {name}: returns {type(made).__name__}, not an ASE calculator: return one"
         )
     needed = ("energy", "forces", "stress") if relax_cell else ("energy", "forces")
     missing = [need for need in needed if need not in offered]
     if missing:
         ways = {
             "--calculator": "leave out --relax-cell",
-            "--refine": "which relaxed cells need; choose another, or give --keep-cell",
+            "--refine": "needed to relax cells; choose another, or give --keep-cell",
         }
         remedy = ways.get(option) if missing == ["stress"] else None
         remedy = remedy or "choose another"

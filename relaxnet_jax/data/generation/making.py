@@ -151,7 +151,7 @@ def generate_set(
         # A repaired calculator may not repeat these failures, so they must not be reused.
         _remove(folder)
         raise InputError(
-            f"{target}: not one of {n} relaxations succeeded ({error}): change the settings, the "
+            f"{target}: none of {n} relaxations succeeded ({error}): change the settings, the "
             "structures or the calculator"
         ) from None
     return tally.report(plan.parents)
@@ -236,7 +236,7 @@ def _plan(
         for name, reason in parents.refused[:SHOWN]:
             report(f"refused {name}: {reason}")
         if len(parents.refused) > SHOWN:
-            report(f"refused {len(parents.refused) - SHOWN} others as well")
+            report(f"refused {len(parents.refused) - SHOWN} more")
     if not parents.usable:
         name, reason = parents.refused[0]
         raise InputError(

@@ -162,7 +162,7 @@ def _refusal(atoms: Atoms, settings: Settings, elements: Collection[int] | None)
     """Why relaxations cannot be made from these atoms; "" if they can."""
     strangers = set() if elements is None else set(atoms.numbers.tolist()) - set(elements)
     if 0 in atoms.numbers:
-        return "has atoms of no element"
+        return "has atoms without an element"
     if strangers:
         return f"elements unknown to {settings.calculator}: {names(strangers)}"
     total = len(atoms) * int(np.prod(settings.supercell))

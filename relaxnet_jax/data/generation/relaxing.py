@@ -109,7 +109,7 @@ def _frame(atoms: Atoms) -> tuple[Any, ...]:
         stress = labels_of(atoms)[2]
     energy, forces, _ = labels_of(atoms)
     if energy is None or forces is None:
-        raise RuntimeError("it leaves no energy and forces in its results")
+        raise RuntimeError("its results lack energy or forces")
     copies = (np.array(forces), None if stress is None else np.array(stress))
     return atoms.get_positions(), atoms.cell.array.copy(), energy, *copies
 

@@ -244,7 +244,7 @@ def _check_labels(t: RelaxationTrajectory, limits: Limits) -> list[Finding]:
     e = t.energies / t.n_atoms
     top = int(e.argmax())
     if e[top] > limits.positive_energy:
-        text = f"energy {e[top]:+.4g} eV/atom: positive, beyond anything bound"
+        text = f"energy {e[top]:+.4g} eV/atom: positive, too high for a bound structure"
         add("energy", top, e[top], limits.positive_energy, "eV/atom", text)
     far = int(np.abs(e - e[0]).argmax())
     if abs(e[far] - e[0]) > limits.max_energy_change:
@@ -300,7 +300,7 @@ def _check_steps(t: RelaxationTrajectory) -> tuple[list[Finding], int, int]:
         if k <= done:
             continue
         by_forces = -work[k] / t.n_atoms
-        numbers = f"energy {change[k] / t.n_atoms:+.4g} eV/atom, forces say {by_forces:+.4g}"
+        numbers = f"energy {change[k] / t.n_atoms:+.4g} eV/atom, the forces give {by_forces:+.4g}"
         together = residual[k] + residual[k + 1] if k + 1 < len(bad) else np.inf
         if k + 1 < len(bad) and bad[k + 1] and abs(together) <= tolerance[k] + tolerance[k + 1]:
             found.append(finding("outlier", k, k + 1, f"{numbers}, undone by the next step"))
@@ -348,11 +348,11 @@ def report_lines(report: QualityReport, examples: int = 3) -> list[str]:
     if report.steps:
         lines.append(
             f"{report.steps_inconsistent} of {report.steps} steps contradict the forces; "
-            f"{report.work_unjudged} relaxations of variable cell without stresses not compared"
+            f"{report.work_unjudged} variable-cell relaxations without stresses not compared"
         )
     if report.energy_unjudged:
         lines.append(
             f"{report.energy_unjudged} relaxations have no composition energy to compare with: "
-            "too few of their source and elements"
+            "too few relaxations of their source and elements"
         )
     return lines

@@ -44,8 +44,9 @@ def with_charges(trajectory: RelaxationTrajectory, outcar: Path) -> RelaxationTr
         raise InputError(f"ends after {steps} complete ionic steps: fetch it again")
     if not np.array_equal(numbers, trajectory.atomic_numbers) or steps != trajectory.n_frames:
         raise InputError(
-            f"{steps} ionic steps of {len(numbers)} atoms, the vasprun.xml {trajectory.n_frames} "
-            f"of {trajectory.n_atoms}, or other elements: it is another run's or cut elsewhere"
+            f"{steps} ionic steps of {len(numbers)} atoms, but the vasprun.xml has "
+            f"{trajectory.n_frames} of {trajectory.n_atoms}, or the elements differ: it is from another run "
+            "or truncated elsewhere"
         )
     if run.charges_fault:
         raise InputError(run.charges_fault)
@@ -99,7 +100,7 @@ def difference(trajectory: RelaxationTrajectory, cif: Path) -> str:
         if matched.max() > PLACE_TOLERANCE:
             return (
                 f"atom {atoms[rows[matched.argmax()]]} of the first frame is {matched.max():.3f} Å "
-                "from its place in the CIF"
+                "from its position in the CIF"
             )
     return ""
 

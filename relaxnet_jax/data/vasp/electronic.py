@@ -32,7 +32,7 @@ def tell_unconverged(unconverged: Sequence[bool], say: Callable[[str], None]) ->
     if unconverged[-1]:
         raise NoRelaxation(
             "the last ionic step ended at NELM (electronically unconverged): its energy and forces are "
-            "not those of a minimum; relax on from there with a larger NELM or another ALGO"
+            "not those of a minimum; continue from there with a larger NELM or another ALGO"
         )
     say(
         f"{sum(unconverged)} of {len(unconverged)} ionic steps ended at NELM (electronically "

@@ -241,7 +241,7 @@ class Outcar:
                     self._fail(f"the file counts it as {iteration - 1}")
                 token = {"free": free, "internal": match[1], "sigma0": match[2]}[self._energy]
                 if not is_number(token):
-                    self._fail(f"energy {token.decode('ascii', 'replace')!r} is no number")
+                    self._fail(f"energy {token.decode('ascii', 'replace')!r} is not a number")
                 self.charges, self.charges_fault = self._net_charges()
                 # VASP 5 also reports that EDIFF is reached when NELM was.
                 converged = False if 0 < self._nelm <= n_electronic else reached
@@ -300,7 +300,7 @@ class Outcar:
             self._n_ions = int(match[1]) if match else None
         elif mark == b"ions per type":
             if self._counts is not None:
-                raise InputError("two runs in one file: give each its own")
+                raise InputError("two runs in one file: give each its own file")
             text = self._numbers_from(line)
             if not re.fullmatch(rb"[\s\d]*", text):
                 raise InputError("'ions per type': not all numbers: the file is damaged")
@@ -354,7 +354,7 @@ class Outcar:
         rows = table(self._scanner.lines(3), 6, f"ionic step {self.done}: lattice vectors")
         cell, reciprocal = rows[:, :3], rows[:, 3:]
         if not np.allclose(cell @ reciprocal.T, np.eye(3), atol=1e-4):
-            self._fail("lattice vectors and reciprocal ones disagree")
+            self._fail("lattice and reciprocal lattice vectors disagree")
         return cell
 
     def _read_atoms(self) -> np.ndarray:
@@ -370,7 +370,7 @@ class Outcar:
         n_atoms = len(self.numbers)
         blank, head, rule, *rows = self._scanner.lines(n_atoms + 3)
         titles = head.split()
-        fault = f"the last table 'total charge' has not {n_atoms} rows that end in a total"
+        fault = f"the last table 'total charge' does not have {n_atoms} rows that end in a total"
         if blank.strip() or titles[:3] != [b"#", b"of", b"ion"] or titles[-1] != b"tot":
             return None, fault
         try:

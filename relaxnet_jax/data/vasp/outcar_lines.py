@@ -77,7 +77,9 @@ class Scanner:
     def _more(self) -> bool:
         """Reads the next chunk; False at the end of the file."""
         if len(self._buffer) - self._at > _LONGEST_LINE + 2 * _CHUNK:
-            raise InputError("lines longer than 64 kB, or a table without end: the file is damaged")
+            raise InputError(
+                "lines longer than 64 kB, or an unterminated table: the file is damaged"
+            )
         chunk = self._file.read(_CHUNK)
         self._buffer, self._at = self._buffer[self._at :] + chunk, 0
         upto = self._buffer.rfind(b"\n") + 1
@@ -142,5 +144,5 @@ def table(lines: list[bytes], columns: int, what: str) -> np.ndarray:
     except ValueError:
         token = next(t for row in found for t in row if not is_number(t)).decode("ascii", "replace")
         raise InputError(
-            f"{what}: {token!r} is no number: VASP had no room for it, or the file is damaged"
+            f"{what}: {token!r} is not a number: too wide for VASP's format, or the file is damaged"
         ) from None

@@ -114,7 +114,7 @@ def _read_outcar(
 
 def _check_initial(trajectory: RelaxationTrajectory, cif: Path | None) -> None:
     """Raises InputError unless the first frame is the crystal of the CIF."""
-    remedy = "give the CIF the run started from, or leave out the comparison with one"
+    remedy = "give the CIF the run started from, or leave out the comparison"
     if cif is None:
         raise InputError(f"no CIF of this run beside it: {remedy}")
     try:

@@ -22,7 +22,7 @@ class NoRelaxation(InputError):  # noqa: N818 - as above
 def remark(n_steps: int) -> str:
     """The note about a run that did not finish."""
     return (
-        f"the run was killed, is still going or the file is cut: {n_steps} complete ionic steps "
+        f"the run was killed or is still running, or its file is truncated: {n_steps} complete ionic steps "
         "kept"
     )
 

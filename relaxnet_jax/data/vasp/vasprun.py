@@ -261,8 +261,8 @@ class _Parser:
                 tag == b"calculation"
             ):
                 raise InputError(
-                    f"ionic step {self.done}: <calculation> without its other end: the file is "
-                    "damaged"
+                    f"ionic step {self.done}: <calculation> and </calculation> do not match: the "
+                    "file is damaged"
                 )
             elif tag == b"calculation":
                 step, electronic, final = {}, [], {}
@@ -416,7 +416,7 @@ def _rows(text: bytes, name: bytes, rows: int) -> np.ndarray:
     except ValueError:
         bad = next(t for t in tokens if not is_number(t)).decode("ascii", "replace")
         raise InputError(
-            f"{name.decode()}: {bad!r} is no number: VASP had no room for it, or the file is "
+            f"{name.decode()}: {bad!r} is not a number: too wide for VASP's format, or the file is "
             "damaged"
         ) from None
 
@@ -453,13 +453,13 @@ def check_isif(isif: int, constraints: bytes = b"") -> None:
         held, remedy = f"ISIF={isif} held {_HELD[isif]}", "give one with ISIF 2 or 3"
     elif isif == 3 and b"F" in constraints.upper():
         flags = b" ".join(constraints.split()).decode("ascii", "replace")
-        held = f"LATTICE_CONSTRAINTS={flags} held a part of the cell"
+        held = f"LATTICE_CONSTRAINTS={flags} held part of the cell"
         remedy = "give one without them"
     else:
         return
     raise NoRelaxation(
-        f"{held}: only relaxations of the positions, or of these and the whole cell, can be learned "
-        f"from; {remedy}"
+        f"{held}: only relaxations of the positions, or of the positions and the whole cell, can be "
+        f"used; {remedy}"
     )
 
 
@@ -476,8 +476,8 @@ def check_force_field(on: bool) -> None:
     """
     if on:
         raise NoRelaxation(
-            "made by a machine-learned force field (ML_LMLFF), all of it or some steps: give a run of "
-            "DFT alone"
+            "made by a machine-learned force field (ML_LMLFF), wholly or in part: give a run with DFT "
+            "only"
         )
 
 
@@ -485,8 +485,8 @@ def check_pressure(kilobar: bytes) -> None:
     """Raises NoRelaxation if PSTRESS is not zero, i.e. the run was relaxed under pressure."""
     if is_number(kilobar) and float(kilobar) != 0:
         raise NoRelaxation(
-            f"PSTRESS={float(kilobar):g} kB: its minimum is that of an enthalpy, and its stress is not the "
-            "energy's; give a relaxation without external pressure"
+            f"PSTRESS={float(kilobar):g} kB: it minimises the enthalpy, and its stress is not that of "
+            "the energy; give a relaxation without external pressure"
         )
 
 
