@@ -390,7 +390,7 @@ def test_results_are_no_inputs(tmp_path, monkeypatch):
         "POSCAR", "mine/dft-relaxed.vasp", "mine/dft.extxyz", "mine/dft.traj", "mine/good.extxyz",
         "mine/y-path.cif", "mine/guess.xyz"]  # fmt: skip
     (line,) = said
-    assert line.startswith(".: 8 results of this package passed over")
+    assert line.startswith(".: 8 results of this package skipped")
 
 
 def test_cells_that_relax(tmp_path, monkeypatch, capsys):

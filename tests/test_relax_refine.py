@@ -273,7 +273,7 @@ def test_the_summary_says_how_far_to_trust_results(screen):
     Path("mine").mkdir()
     Path("mine/summary.csv").write_text("x,y\n1,2\n")
     code, chunks, err = screen("z.cif", "--out", "mine")
-    assert code == 2 and not chunks and "mine/summary.csv: is no summary of this command" in err
+    assert code == 2 and not chunks and "mine/summary.csv: is not a summary of this command" in err
 
 
 def test_the_summary_has_spreads_and_flags():

@@ -170,7 +170,7 @@ def _check(args: argparse.Namespace) -> None:
     if args.compare and args.refine is None:
         raise InputError("--compare: compares refinements; give --refine NAME too")
     if args.skip_existing and args.overwrite:
-        raise InputError("--skip-existing, --overwrite: give one of them")
+        raise InputError("--skip-existing, --overwrite: give only one of them")
     if Path(args.out).is_file():
         raise InputError(f"--out {args.out}: is a file; give a folder")
 

@@ -107,7 +107,7 @@ def find_files(
             inside = list(_inside(path, exclude.resolve(), passed))
             if passed:
                 note(
-                    f"{text}: {len(passed)} results of this package passed over; name them to take them"
+                    f"{text}: {len(passed)} results of this package skipped; name them to include them"
                 )
             if not inside:
                 kinds = ", ".join(SEARCHED)
@@ -224,7 +224,9 @@ def held(atoms: Atoms, hold: Hold) -> Atoms:
 
     atoms = atoms.copy()
     if hold.indices and hold.indices[-1] >= len(atoms):
-        raise InputError(f"--fixed {hold.indices[-1]}: it has atoms 0 to {len(atoms) - 1} only")
+        raise InputError(
+            f"--fixed {hold.indices[-1]}: out of range; give atoms 0 to {len(atoms) - 1}"
+        )
     fixed = np.zeros(len(atoms), bool)
     fixed[list(hold.indices)] = True
     if hold.below is not None:

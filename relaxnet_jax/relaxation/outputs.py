@@ -80,7 +80,7 @@ def plan(inputs: Sequence[Input], out: Path, form: str | None, figures: bool) ->
 def without_cell(target: Target, atoms: Atoms) -> str:
     """Why the atoms cannot be written in the target's format; empty if they can."""
     if target.form == "poscar" and atoms.cell.rank < 3:
-        return "it has no cell, a POSCAR needs one; give --format extxyz"
+        return "it has no cell, but a POSCAR needs one; give --format extxyz"
     return ""
 
 

@@ -163,7 +163,7 @@ def descend(atoms: Atoms, calculator: Calculator, fmax: float, steps: int, relax
         raise InputError(f"{calculator.label} does not know {names(unknown)}")
     if relax_cell and atoms.cell.rank < 3:
         raise InputError(
-            "its cell has no volume, which relaxing the cell needs; give it a vector along each "
+            "its cell has no volume and cannot be relaxed; give a lattice vector along each "
             "direction, or keep the cell (--keep-cell)"
         )
     try:
@@ -213,7 +213,7 @@ def strain_mask(atoms: Atoms) -> np.ndarray:
     periodic = np.diag(projector)
     if np.abs(projector - np.diag(periodic)).max() > 1e-6:
         raise InputError(
-            "its cell cannot be relaxed: the periodic directions are not along x, y or z; turn it, or "
+            "its cell cannot be relaxed: the periodic directions are not along x, y or z; rotate it, or "
             "keep the cell (--keep-cell)"
         )
     return np.outer(periodic, periodic).round()

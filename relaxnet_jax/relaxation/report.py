@@ -118,12 +118,12 @@ def tables(
     """
     shown = records[:MAX_ROWS]
     caption = (
-        f"by the model's own energies and forces; converged: fmax below {fmax:g} eV/Å (of the cell too "
-        "where it relaxes)"
+        f"by the model's own energies and forces; converged: fmax below {fmax:g} eV/Å (for the cell too, "
+        "if it relaxes)"
     )
     committee = next((r["spread"]["members"] for r in records if r["spread"]), 0)
     if committee:
-        caption += f";\n±: spread of {committee} models, of the final energy and positions"
+        caption += f";\n±: spread of {committee} models in the final energy and positions"
     predicted = _predicted(shown, caption, bool(committee), narrow=False)
     if _width(predicted) > width:
         predicted = _predicted(shown, caption, bool(committee), narrow=True)
@@ -144,7 +144,7 @@ def _refined_caption(fmax: float, compare: bool) -> str:
     if not compare:
         return (
             f"LBFGS to {fmax:g} eV/Å from the prediction; where that fails or does not converge, from "
-            "the initial\nstructure → from the prediction; --compare shows what is saved"
+            "the initial\nstructure → from the prediction; --compare shows the steps saved"
         )
     return (
         f"LBFGS to {fmax:g} eV/Å from the initial structure → from the prediction; wrong minimum: "

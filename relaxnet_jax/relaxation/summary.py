@@ -99,7 +99,9 @@ def read(folder: Path) -> list[dict[str, str]]:
     except (OSError, UnicodeDecodeError, csv.Error):
         known = False
     if not known:
-        raise InputError(f"{file}: is no summary of this command; rename it, or give another --out")
+        raise InputError(
+            f"{file}: is not a summary of this command; rename it, or give another --out"
+        )
     return rows
 
 
