@@ -309,13 +309,14 @@ def test_speed_command(tmp_path, monkeypatch, capsys, quick_compilation, full):
 
 
 def test_speed_refuses_bad_input(capsys):
-    for argv in (
-        ["--minutes", "0"],
-        ["--config", "absent.py"],
-        ["--only", "everything"],
-        ["--batch-size", "8", "0"],
-        ["--kernels"],  # on a CPU
-        ["--kernels", "--only", "atoms"],
+    for argv, words in (
+        (["--minutes", "0"], "--minutes 0: must be positive"),
+        (["--config", "absent.py"], "config 'absent.py' not found"),
+        (["--only", "everything"], "--only: invalid choice: 'everything'"),
+        (["--batch-size", "8", "0"], "--batch-size 0: give at least 1"),
+        (["--kernels"], "JAX runs on a CPU here"),
+        (["--kernels", "--only", "atoms"], "add steps to --only"),
     ):
         assert cli.main(["benchmark", "speed", *argv]) == 2
-        assert capsys.readouterr().err.count("\n") == 1
+        error = capsys.readouterr().err
+        assert words in error and error.count("\n") == 1
