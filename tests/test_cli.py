@@ -290,7 +290,7 @@ def test_the_module_is_the_command():
         (["nonsense"], ["nonsense", "eval"]),
         (["predict", "absent.cif", "--model", "m"], ["absent.cif", "no such file"]),
         (["data", "emt", "--n", "0"], ["--n 0"]),
-        (["data", "emt", "--n", "x"], ["--n", "x"]),
+        (["data", "emt", "--n", "x"], ["--n", "'x'"]),
         (train("model.feature=8"), ["model.feature", "model.features"]),
         (train("train.epochs=many"), ["train.epochs", "int"]),
         (train("train.epochs"), ["section.field=value"]),

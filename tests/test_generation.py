@@ -400,7 +400,7 @@ def test_factory(alloys, tmp_path):
     ],
 )
 def test_wrong_calculators(name, words, alloys, tmp_path):
-    with pytest.raises(InputError, match=f"--calculator {name}: .*{words}|{words}"):
+    with pytest.raises(InputError, match=f"--calculator {name}: {words}"):
         make(alloys, tmp_path / "a.h5", calculator=name)
     assert not list(tmp_path.iterdir())
 
