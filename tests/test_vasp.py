@@ -240,11 +240,13 @@ def test_electronically_unconverged(tmp_path, capsys):
 
 def test_overflow_and_nan():
     text = vasprun()
-    at = text.index(b'name="forces"') + 24
-    end = text.index(b" ", at + 2)
-    for token in (b"**********", b"nan"):
-        message = refused(text[:at] + token + text[end:])
-        assert "forces" in message and ("not a number" in message or "nan" in message.lower())
+    at = text.index(b"<v> ", text.index(b'name="forces"')) + 4
+    end = text.index(b" ", at)  # of the first number
+    for token, told in (
+        (b"**********", "forces: '**********' is not a number"),
+        (b"nan", "frame 0, forces: not a finite number"),
+    ):
+        assert told in refused(text[:at] + token + text[end:])
 
 
 @pytest.mark.parametrize("chunk", [1 << 20, 700])
