@@ -25,7 +25,7 @@ from tiny import TINY
 
 from relaxnet_jax.config import TrainConfig, load_config, to_dict, to_json
 from relaxnet_jax.data.dataset import load_dataset, read_trajectories
-from relaxnet_jax.data.files import atomic_folder, no_space
+from relaxnet_jax.data.files import atomic_folder, atomic_path, held, no_space, remove_leftovers
 from relaxnet_jax.data.sample_file import SampleView
 from relaxnet_jax.errors import InputError
 from relaxnet_jax.losses import TERMS, Term
@@ -297,6 +297,28 @@ def test_sigterm_writes_a_checkpoint(run, folder, ahead):
     same_run(result.workdir, workdir, config_of())
 
 
+def test_sigterm_within_the_last_batch_of_an_epoch(run, folder):
+    """Nothing is left of the epoch: it is validated and recorded as in the uninterrupted run."""
+    result, _ = run
+    workdir = folder / "last batch"
+    report, text = quiet()
+
+    class Telling(ConsoleReport):
+        def start_epoch(self, epoch, batches):
+            self.last = batches - 1 if epoch == 1 else None
+
+        def batch(self, done, loss, rate):
+            if done == self.last:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    stopped = train(config_of(), workdir, report=Telling(report.console), devices=1)
+    assert stopped.stopped and "stopped by SIGTERM after epoch 1" in text.getvalue()
+    assert [r["partial"] for r in records(workdir)] == [False, False]
+    train(config_of(), workdir, resume=True, report=report, devices=1)
+    assert "resuming after epoch 1" in text.getvalue()
+    same_run(result.workdir, workdir, config_of())
+
+
 def test_ctrl_c_writes_a_checkpoint(run, folder):
     """As SIGTERM does, but the exception is not swallowed: no script goes on as if the run had ended."""
     result, _ = run
@@ -367,6 +389,32 @@ def test_one_process_at_a_time(folder):
     with pytest.raises(InputError, match="holds no run to resume"):
         train(config_of(), workdir, resume=True, report=quiet()[0])
     assert not workdir.exists()
+
+
+def test_a_held_folder_leaves_nothing_empty(tmp_path):
+    """Neither the folders made for it nor a lock; what was there before stays."""
+    with held(tmp_path / "runs" / "explicit", "train", "--workdir"):
+        assert (tmp_path / "runs" / "explicit" / ".lock").exists()
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "mine").mkdir()
+    for folder in (tmp_path / "mine" / "run", tmp_path / "mine"):
+        with held(folder, "train", "--workdir"):
+            pass
+    assert list(tmp_path.rglob("*")) == [tmp_path / "mine"]
+
+
+def test_leftovers_of_another_name_stay(tmp_path):
+    """Another process may be writing them."""
+    for name in (".set.12-0af3.tmp.h5", ".set.v2.12-0af3.tmp.h5", ".set.tmp.h5"):
+        (tmp_path / name).touch()
+    remove_leftovers(tmp_path / "set.h5")
+    assert {path.name for path in tmp_path.iterdir()} == {".set.v2.12-0af3.tmp.h5", ".set.tmp.h5"}
+    with pytest.raises(RuntimeError, match="killed"), atomic_path(tmp_path / "set.h5") as temporary:
+        shutil.copy(temporary, kept := tmp_path / temporary.name.replace("-", "-0"))
+        raise RuntimeError("killed")
+    assert kept.exists()
+    remove_leftovers(tmp_path / "set.h5")
+    assert not kept.exists()
 
 
 def test_sigterm_while_validating(folder, monkeypatch):
@@ -478,7 +526,7 @@ def test_workdirs_are_guarded(run, folder):
     with pytest.raises(InputError, match=r"config\.json: is not a run's and would be overwritten"):
         train(config_of(), other, report=report)
     (other / "config.json").rename(other / "settings.json")
-    for name in ("model", LATEST / "12"):
+    for name in ("model", LATEST / "12", "splits.json", "metrics.jsonl"):
         (other / name).mkdir(parents=True)
         with pytest.raises(InputError, match=r"else/.*: exists, without the config\.json of a run"):
             train(config_of(), other, report=report)
@@ -615,7 +663,12 @@ def test_batches_that_do_not_fit_are_told(folder, monkeypatch):
         with pytest.raises(kind, match=message):
             train(config, folder / "big", report=quiet()[0], devices=1)
     monkeypatch.setattr(loop, "has_checkpoint", lambda _: True)
-    assert "--set train.start_from=run train.batch_size=2" in loop._does_not_fit(config, Path("run"))
+    told = loop._does_not_fit(config, Path("run"))
+    assert "start again in another --workdir with --set train.batch_size=2" in told  # there is no model yet
+    (folder / "big" / "model").mkdir()
+    told = loop._does_not_fit(config, folder / "big")
+    assert f"with --set train.start_from={folder / 'big'} train.batch_size=2" in told
+    assert "use a device with more memory" in loop._does_not_fit(config_of(batch_size=1), folder)
 
 
 def test_an_ode_that_is_never_trained_is_told(folder, monkeypatch):
@@ -785,6 +838,8 @@ def test_plateau():
     never = Plateau()
     assert not any(never.update(math.nan, epoch, config) for epoch in range(3))
     assert not never.exhausted(6, config) and never.exhausted(7, config)
+    later = dataclasses.replace(config, static_epochs=3)
+    assert not never.exhausted(9, later) and never.exhausted(10, later)
     # A loss over fewer batches says less: it is no better than one over more of them.
     partly = Plateau()
     found = [partly.update(loss, k, config, skipped) for k, (loss, skipped) in enumerate(

@@ -7,6 +7,7 @@ import errno
 import fcntl
 import glob
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -64,8 +65,8 @@ def is_poscar(path: str | os.PathLike[str]) -> bool:
 def held(folder: str | os.PathLike[str], work: str, option: str) -> Iterator[None]:
     """Locks a folder, created if necessary, so that no other process does the same work there.
 
-    On file systems without locks, other processes are not kept out. A folder left empty is removed
-    again.
+    On file systems without locks, other processes are not kept out. Folders created here, or by a
+    process killed here, are removed again if they are left empty.
 
     Args:
       work: the work done there, for the error message.
@@ -75,6 +76,9 @@ def held(folder: str | os.PathLike[str], work: str, option: str) -> Iterator[Non
       InputError: another process holds the lock, or the folder cannot be written to.
     """
     path = Path(folder) / ".lock"
+    created = [parent for parent in path.parents if not parent.exists()]
+    if path.exists():
+        created = [path.parent]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = path.open("w")
@@ -98,7 +102,8 @@ def held(folder: str | os.PathLike[str], work: str, option: str) -> Iterator[Non
             with contextlib.suppress(OSError):
                 if list(path.parent.iterdir()) == [path]:
                     path.unlink()
-                    path.parent.rmdir()
+                    for parent in created:
+                        parent.rmdir()
 
 
 def remove_leftovers(path: str | os.PathLike[str]) -> None:
@@ -107,8 +112,10 @@ def remove_leftovers(path: str | os.PathLike[str]) -> None:
     Call it only if no other process may be writing ``path``.
     """
     target = Path(path)
-    for file in target.parent.glob(f".{glob.escape(target.stem)}.*.tmp{target.suffix}"):
-        file.unlink(missing_ok=True)
+    ours = re.compile(rf"\.{re.escape(target.stem)}\.\d+-[0-9a-f]+\.tmp{re.escape(target.suffix)}")
+    for file in target.parent.glob(f".{glob.escape(target.stem)}.*"):
+        if ours.fullmatch(file.name):  # not those of a name that only begins alike
+            file.unlink(missing_ok=True)
 
 
 def one_line(error: BaseException) -> str:

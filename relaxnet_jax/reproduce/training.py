@@ -14,6 +14,7 @@ import jax
 from relaxnet_jax import programs
 from relaxnet_jax.benchmark.machine import describe
 from relaxnet_jax.config import from_json, to_json
+from relaxnet_jax.data.files import write_text
 from relaxnet_jax.reproduce.plan import Entry
 from relaxnet_jax.reproduce.runs import folder_of, read_epochs, state_of, write_facts
 from relaxnet_jax.train.loop import train
@@ -49,7 +50,7 @@ def train_entry(
         file = folder / "config.json"
         limit = from_json(file.read_text(), str(file)).train.max_minutes
         config = dataclasses.replace(config, train=dataclasses.replace(t, max_minutes=limit))
-        file.write_text(to_json(config))
+        write_text(file, to_json(config))
     result = train(config, folder, resume=state == "interrupted", report=report, devices=devices)
     if result.stopped:
         raise StoppedError

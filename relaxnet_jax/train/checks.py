@@ -8,11 +8,13 @@ from typing import Any
 
 from relaxnet_jax.config import Config, from_json, to_dict, to_json
 from relaxnet_jax.data.dataset import Dataset
+from relaxnet_jax.data.split_file import RECORD
 from relaxnet_jax.errors import InputError
 from relaxnet_jax.train.beginning import FILE, Beginning
 from relaxnet_jax.train.checkpoint import LATEST, has_checkpoint
 from relaxnet_jax.train.data import TrainingData
 from relaxnet_jax.train.hosts import Hosts
+from relaxnet_jax.train.report import METRICS
 
 # Fields that may differ when a run is resumed: they say when to stop, not what is computed.
 RESUMABLE = (
@@ -57,19 +59,21 @@ def _check_new(workdir: Path, config: Path) -> None:
 
     A run that never reached a checkpoint left nothing worth keeping and may be replaced.
     """
-    if (workdir / "model").exists() or has_checkpoint(workdir):
-        if config.exists():
-            raise InputError(
-                f"{workdir}: already holds a run; continue it with --resume or give another --workdir"
-            )
-        found = "model" if (workdir / "model").exists() else LATEST
+    held = (workdir / "model").exists() or has_checkpoint(workdir)
+    if config.exists() and held:
         raise InputError(
-            f"{workdir / found}: exists, without the config.json of a run; give another --workdir, or "
-            "move it away"
+            f"{workdir}: already holds a run; continue it with --resume or give another --workdir"
         )
     if (workdir / "model.json").exists():
         raise InputError(f"{workdir}: is a model folder; give another --workdir")
-    if config.exists():
+    if not config.exists():  # a run writes it first
+        others = ["model", RECORD, FILE, METRICS, *([LATEST] if has_checkpoint(workdir) else [])]
+        if found := [name for name in others if (workdir / name).exists()]:
+            raise InputError(
+                f"{workdir / found[0]}: exists, without the config.json of a run; give another "
+                "--workdir, or move it away"
+            )
+    else:
         try:
             from_json(config.read_text(), str(config))
         except (InputError, OSError, ValueError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import threading
 import time
@@ -56,7 +57,10 @@ class Clock:
         if self.interrupted:
             raise KeyboardInterrupt
         self.told = self.interrupted = True
-        self._say("stopping with a checkpoint; Ctrl-C again to stop at once")
+        with contextlib.suppress(
+            RuntimeError
+        ):  # the signal may come in the middle of another print
+            self._say("stopping with a checkpoint; Ctrl-C again to stop at once")
 
     def tick(self) -> None:
         """Reads the clock; all processes must call this together."""

@@ -85,18 +85,22 @@ class Epochs:
           KeyboardInterrupt: Ctrl-C was pressed; there is a checkpoint, as after SIGTERM.
         """
         clock, reason, epoch, stopped = self.clock, "epochs", self.first - 1, ""
+        resumable = self.first > 0 or self.tally.batches > 0
         with clock, self._closing():
             self._replace_missing_model()
             clock.tick()
             for epoch in range(self.first, self.t.epochs):
+                if clock.stop and resumable:
+                    stopped = f"before epoch {epoch}"
+                    break
                 record = self._train(epoch)
-                if clock.stop:
+                if clock.stop and record["partial"]:
                     stopped = f"within epoch {epoch}"
                     break
                 if end := self._finish(epoch, record):
                     reason = end
                     break
-                if clock.stop:  # during validation: the next step may compile for minutes first
+                if clock.stop:  # the next step may compile for minutes
                     stopped = f"after epoch {epoch}"
                     break
         self.run.hosts.wait()
@@ -222,7 +226,6 @@ class Epochs:
                 self.state, metrics = step(self.state, batch, np.float32(now), key)
                 begun.append((indices, metrics, clock.ask()))
                 settle(run.devices.ahead)
-                asked = time.perf_counter()
                 due = clock.seconds - self.saved >= 60 * t.checkpoint_minutes
                 if clock.stop or clock.seconds >= self.limit or due:
                     settle(0)  # the state includes all steps launched
@@ -230,8 +233,9 @@ class Epochs:
                     break
                 if due and tally.batches < count:
                     self._keep(tally, epoch - 1)
+                asked = time.perf_counter()
             settle(0)
-            if clock.stop:
+            if clock.stop and tally.batches < count:
                 self._keep(tally, epoch - 1)
         finally:
             report.end_epoch()
@@ -250,7 +254,7 @@ class Epochs:
         validation, unfit = run.validate(self._averaged)
         loss = validation["loss"]
         clock.tick()
-        if epoch < t.static_epochs:  # another loss, not comparable with that of paths
+        if epoch < t.static_epochs:  # paths are not trained yet: the latest model is the best
             self.plateau = Plateau()
         best = self.plateau.update(loss, epoch, t, unfit)
         record |= {

@@ -117,13 +117,16 @@ def _does_not_fit(config: Config, workdir: Path) -> str:
 
     The batch size of a run cannot be changed when it is resumed.
     """
-    again = "start again with --set"
-    if has_checkpoint(workdir):
-        again = f"start in another --workdir with --set train.start_from={workdir}"
+    size, changes = config.train.batch_size, ""
+    if (workdir / MODEL).exists():
+        changes = f"train.start_from={workdir} "
+    where = " in another --workdir" if has_checkpoint(workdir) else ""
+    smaller = f"start again{where} with --set {changes}train.batch_size={size // 2}"
+    if size == 1:
+        smaller = "use a device with more memory, a smaller model, or smaller structures"
     return (
-        f"{workdir}: a batch of train.batch_size={config.train.batch_size} structures does not fit in the "
-        f"memory of one device ({jax.local_devices()[0].device_kind}): {again} "
-        f"train.batch_size={max(1, config.train.batch_size // 2)}"
+        f"{workdir}: a batch of train.batch_size={size} structures does not fit in the memory of one "
+        f"device ({jax.local_devices()[0].device_kind}): {smaller}"
     )
 
 

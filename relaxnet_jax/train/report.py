@@ -14,6 +14,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from relaxnet_jax.config import Config
 from relaxnet_jax.data.files import write_text
 
+METRICS = "metrics.jsonl"  # in a workdir
+
 
 class MetricsLog:
     """Appends one JSON object per epoch to ``metrics.jsonl``; optionally TensorBoard events.
@@ -22,7 +24,7 @@ class MetricsLog:
     """
 
     def __init__(self, folder: Path, keep_until: int, tensorboard: bool) -> None:
-        self.path = folder / "metrics.jsonl"
+        self.path = folder / METRICS
         kept = []
         if self.path.exists():
             for line in self.path.read_text().splitlines():

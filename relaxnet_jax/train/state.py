@@ -89,8 +89,9 @@ class Plateau:
         return False
 
     def exhausted(self, epoch: int, config: TrainConfig) -> bool:
-        """Whether early stopping is due; without a best epoch, patience counts from epoch 0."""
-        return epoch - max(self.best_epoch, 0) >= config.early_stop_patience
+        """Whether early stopping is due; without a best epoch, patience counts from the first of the ODE."""
+        since = self.best_epoch if self.best_epoch >= 0 else config.static_epochs
+        return epoch - since >= config.early_stop_patience
 
 
 @dataclasses.dataclass
