@@ -1,11 +1,15 @@
 """What all tests share."""
 
+import contextlib
 import gc
 import os
 
 # Before diffrax is imported: it then compiles no Python callbacks, which JAX cannot cache.
 os.environ.setdefault("EQX_ON_ERROR", "nan")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+# Programs, those of subprocesses too, compile fast and run slowly: most tests compile more than they
+# compute. What users run is in the tests that use `optimised`, and in the heavy ones.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import jax
 import pytest
@@ -38,12 +42,29 @@ def x64():
         yield
 
 
-@pytest.fixture(scope="module")
-def quick_compilation():
-    """Programs compile fast and run slowly, for a whole module."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
+@contextlib.contextmanager
+def optimisations():
+    """Programs compiled within are those that users run."""
+    before = jax.config.jax_disable_most_optimizations
     jax.config.update("jax_disable_most_optimizations", False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "0")
+        yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture(scope="module")
+def optimised():
+    """`optimisations` for a whole module (use it in all of its tests)."""
+    with optimisations():
+        yield
+
+
+@pytest.fixture(autouse=True)
+def optimised_if_heavy(request):
+    """`optimisations` for heavy tests, which compute more than they compile."""
+    with optimisations() if request.node.get_closest_marker("heavy") else contextlib.nullcontext():
+        yield
 
 
 @pytest.fixture(scope="module")

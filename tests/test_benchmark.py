@@ -67,7 +67,7 @@ def test_costs_without_xlas_analysis(monkeypatch):
     assert "cannot be used: KeyError: 'nothing'" in found.remark
 
 
-@pytest.mark.usefixtures("quick_compilation", "own_cache")
+@pytest.mark.usefixtures("own_cache")
 def test_shared_training_is_the_step_on_one_device():
     """The losses of three steps in a row; what devices are there share the batch."""
     config = load_config(TINY, {"data.n_emt": 24, "train.batch_size": 4})
@@ -238,15 +238,8 @@ def relaxations(n, frames=3):
         )
 
 
-@pytest.fixture
-def quick_compilation():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.mark.parametrize("full", [False, pytest.param(True, marks=pytest.mark.heavy)])
-def test_speed_command(tmp_path, monkeypatch, capsys, quick_compilation, full):
+def test_speed_command(tmp_path, monkeypatch, capsys, full):
     """Every figure of the command on tiny work; what does not fit in memory is named.
 
     The training step, and more points of the curves, only where there is time to compile them.

@@ -34,7 +34,7 @@ from relaxnet_jax.relaxation.refine import descend, strain_mask
 LIGHT = {"model__layers": 1, "model__attention": False, "model__vector_messages": False}
 
 
-pytestmark = pytest.mark.usefixtures("quick_compilation", "own_cache")
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture(scope="module")

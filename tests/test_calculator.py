@@ -15,7 +15,7 @@ from relaxnet_jax.errors import InputError
 from relaxnet_jax.lbfgs import minimise
 from relaxnet_jax.potential import compiled_shapes
 
-pytestmark = pytest.mark.usefixtures("x64", "quick_compilation")
+pytestmark = pytest.mark.usefixtures("x64")
 
 
 @pytest.fixture(scope="module")

@@ -26,13 +26,11 @@ MODEL_FILES = ("config.json", "model.json", "parameters.npz")
 
 @pytest.fixture(scope="module", autouse=True)
 def cache(tmp_path_factory):
-    """A cache of its own for generated data, and quick compilation."""
+    """A cache of its own for generated data."""
     folder = tmp_path_factory.mktemp("cache")
-    jax.config.update("jax_disable_most_optimizations", True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RELAXNET_JAX_CACHE", str(folder))
         yield folder
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +40,6 @@ def quickstart(cache, tmp_path_factory):
     environment = os.environ | {
         "PYTHON": sys.executable,
         "JAX_PLATFORMS": "cpu",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "EQX_ON_ERROR": "nan",
         "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir or str(cache / "xla"),
     }

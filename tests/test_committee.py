@@ -42,7 +42,7 @@ from relaxnet_jax.trust import Flag
 LIGHT = {"model__layers": 1, "model__attention": False, "model__vector_messages": False}
 
 
-pytestmark = pytest.mark.usefixtures("quick_compilation", "own_cache")
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture(scope="module")

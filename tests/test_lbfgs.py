@@ -20,7 +20,7 @@ from relaxnet_jax.potential import Evaluation, compiled_shapes
 from relaxnet_jax.predict import judge, predict_structures, relax
 from relaxnet_jax.relaxation.report import cell_force
 
-pytestmark = pytest.mark.usefixtures("x64", "quick_compilation")
+pytestmark = pytest.mark.usefixtures("x64")
 FMAX = 0.02
 
 

@@ -29,7 +29,7 @@ pytest.importorskip("torchdiffeq")
 from relaxnet_jax.benchmark import peer_basis, peer_network, peer_torch, peers  # noqa: E402
 
 DOUBLE = torch.float64
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "optimised")
 
 
 @pytest.fixture(scope="module")

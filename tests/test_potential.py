@@ -30,7 +30,7 @@ from relaxnet_jax.graph import structure_from_atoms
 from relaxnet_jax.model import network_of
 from relaxnet_jax.strain import from_voigt
 
-pytestmark = pytest.mark.usefixtures("x64")
+pytestmark = pytest.mark.usefixtures("x64", "optimised")
 SYMMETRIC = ("fcc", "rocksalt", "perovskite", "bcc", "one atom", "isolated", "far apart")
 
 

@@ -30,7 +30,6 @@ from relaxnet_jax.models.precision import LayerNorm, bfloat16_product, on_rows
 from relaxnet_jax.solver import solve_trajectory
 from relaxnet_jax.train.step import Objective, batch_terms
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 ROUNDING = 2.0**-8  # of one factor, at most half of that
 
 

@@ -21,7 +21,7 @@ from relaxnet_jax.train.start import read_start, start_facts
 
 CARD = Path(__file__).parents[1] / "docs" / "pretrained.md"
 
-pytestmark = pytest.mark.usefixtures("quick_compilation", "own_cache")
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture(scope="module")

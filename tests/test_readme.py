@@ -41,7 +41,7 @@ def commands():
 @pytest.mark.parametrize(
     "page", [p for p in PAGES if blocks("python", p)], ids=lambda page: page.name
 )
-def test_python_blocks_run(page, quick_compilation, tmp_path, monkeypatch, capsys):
+def test_python_blocks_run(page, tmp_path, monkeypatch, capsys):
     """Those of a page one after the other, as they are read."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("RELAXNET_JAX_CACHE", str(tmp_path / "cache"))

@@ -51,7 +51,7 @@ from relaxnet_jax.trust import Flag
 ELEMENTS = (29, 46, 78, 79)
 
 
-pytestmark = pytest.mark.usefixtures("quick_compilation", "own_cache")
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture(scope="module")

@@ -36,7 +36,7 @@ from relaxnet_jax.starting import head_start
 from relaxnet_jax.structure_files import Predicted
 from relaxnet_jax.trust import Flag, constraint_flags
 
-pytestmark = pytest.mark.usefixtures("quick_compilation", "own_cache")
+pytestmark = pytest.mark.usefixtures("own_cache")
 SYMBOLS = (29, 46, 78, 79)
 
 

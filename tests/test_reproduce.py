@@ -99,7 +99,7 @@ SMALL = (
 )
 
 
-pytestmark = pytest.mark.usefixtures("quick_compilation", "own_cache")
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def setting(out, seeds=(0, 1), changes=SMALL, **more):
