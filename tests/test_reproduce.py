@@ -1092,6 +1092,21 @@ def test_interrupted_runs_are_gone_on_with(report, capsys, monkeypatch, tmp_path
         patch.setattr("relaxnet_jax.reproduce.training.train", told_to_stop)
         assert cli.main(command) == 143
     assert state_of(folder) == "interrupted"
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    def told_too_late(*_, **__):  # the run is over, but no other experiment begins
+        return SimpleNamespace(stopped=False, told=True, epochs=1, reason="epochs")
+
+    capsys.readouterr()
+    for ended, code, state in ((interrupted, 130, "interrupted"), (told_too_late, 143, "finished")):
+        with monkeypatch.context() as patch:
+            patch.setattr("relaxnet_jax.reproduce.training.train", ended)
+            assert cli.main(command) == code
+        assert state_of(folder) == state
+        assert "run the same command again to resume" in capsys.readouterr().err
+    (folder / "finished.json").unlink()
     assert cli.main(command) == 0
     assert state_of(folder) == "finished"
     assert (folder / "metrics.jsonl").read_text() == epochs
