@@ -262,7 +262,7 @@ def _add_check(kinds) -> None:
     p.add_argument(
         "--out",
         metavar="CLEAN.h5",
-        help="write the relaxations that --drop keeps; without a suffix, a folder of shards",
+        help="write the relaxations left after --drop; without a suffix, a folder of shards",
     )
     _add_overwrite(p)
     p.add_argument(

@@ -491,7 +491,7 @@ def check_config(config: Config) -> Config:
     require(t.plateau_patience >= 0, "train.plateau_patience must not be negative")
     require(
         t.early_stop_patience >= 1,
-        "train.early_stop_patience must be at least 1 (train.epochs: never stop early)",
+        "train.early_stop_patience must be at least 1 (set it to train.epochs to never stop early)",
     )
     require(
         t.static_epochs == 0 or (t.static_epochs > 0 and d.latent == "implicit"),

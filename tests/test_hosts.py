@@ -53,7 +53,7 @@ def folder(tmp_path_factory):
 def start(command, folder, **environment):
     """A Python process, one device unless XLA_FLAGS says otherwise."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "XLA_FLAGS"))}
-    clean |= {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "EQX_ON_ERROR": "nan"}
+    clean |= {"JAX_PLATFORMS": "cpu", "EQX_ON_ERROR": "nan"}
     return subprocess.Popen(
         [sys.executable, *command], cwd=folder, env=clean | environment, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,

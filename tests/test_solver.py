@@ -26,7 +26,7 @@ from relaxnet_jax.dynamics import State, limited
 from relaxnet_jax.model import predict_trajectory
 from relaxnet_jax.solver import RK4, frame_grid, interpolate_states, solve_with_rates
 
-pytestmark = pytest.mark.usefixtures("x64")
+pytestmark = pytest.mark.usefixtures("x64", "optimised")
 # NumPy: made at import, before the fixture turns double precision on.
 START = State(np.array([[0.4, -1.0, 2.0]]), np.array([[1.0, 0.5, 0.0]]), np.ones((1, 1)))
 

@@ -349,10 +349,15 @@ def test_a_second_ctrl_c_is_at_once():
     devices = SimpleNamespace(hosts=SimpleNamespace(count=1))
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     said = []
+
+    def to_nobody(text):  # as rich does where nobody reads any more
+        said.append(text)
+        raise SystemExit(1)
+
     try:
-        with Clock(devices, 0.0, said.append) as clock:
+        with Clock(devices, 0.0, to_nobody) as clock:
             signal.raise_signal(signal.SIGINT)
-            assert not clock.stop and clock.interrupted and len(said) == 1
+            assert not clock.stop and clock.interrupted and len(said) == 1  # despite the error
             clock.tick()
             assert clock.stop
             with pytest.raises(KeyboardInterrupt):
@@ -504,8 +509,10 @@ def test_early_stop(folder):
     assert result.epochs == 3 and "no better validation loss for 2 epochs" in result.reason
     assert [r["best"] for r in records(result.workdir)] == [True, False, False]
     assert "best validation loss" in text.getvalue()
-    # The last epoch has a checkpoint, though none was due: given more patience, the run goes on there.
+    # The last epoch has a checkpoint, though none was due. With the same patience nothing is left to do.
     assert final_state(result.workdir, config)[1] == 2
+    again = train(config, result.workdir, resume=True, report=report, devices=1)
+    assert again.epochs == 3 and again.reason == result.reason and len(records(result.workdir)) == 3
 
 
 def test_workdirs_are_guarded(run, folder):
@@ -523,7 +530,7 @@ def test_workdirs_are_guarded(run, folder):
     other = folder / "of something else"
     other.mkdir()
     (other / "config.json").write_text('{"name": "a web server"}')
-    with pytest.raises(InputError, match=r"config\.json: is not a run's and would be overwritten"):
+    with pytest.raises(InputError, match=r"config\.json: is not of a run, or of another version's, and would"):
         train(config_of(), other, report=report)
     (other / "config.json").rename(other / "settings.json")
     for name in ("model", LATEST / "12", "splits.json", "metrics.jsonl"):

@@ -100,10 +100,11 @@ def _terminating(at_work: list[_Worker], say: Callable[[str], None]) -> Iterator
     try:
         yield told
     finally:
-        if at_work:  # left over by an exception, Ctrl-C included
-            say(f"stopping {len(at_work)} run(s) with a checkpoint; Ctrl-C again to stop at once")
-        for worker in at_work:
+        for worker in at_work:  # left over by an exception, Ctrl-C included
             worker.process.terminate()
+        if at_work:
+            with contextlib.suppress(OSError):  # Ctrl-C may have ended what reads this
+                say(f"stopping {len(at_work)} run(s) with a checkpoint…")
         for worker in at_work:
             worker.process.join()
         signal.signal(signal.SIGTERM, before)

@@ -15,6 +15,7 @@ from relaxnet_jax.errors import InputError
 from relaxnet_jax.train.state import TrainState
 
 LATEST = Path("checkpoints", "latest")  # in a workdir
+MODEL = "model"  # in a workdir
 UNFINISHED = "*.orbax-checkpoint-tmp*"
 
 

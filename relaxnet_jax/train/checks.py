@@ -11,7 +11,7 @@ from relaxnet_jax.data.dataset import Dataset
 from relaxnet_jax.data.split_file import RECORD
 from relaxnet_jax.errors import InputError
 from relaxnet_jax.train.beginning import FILE, Beginning
-from relaxnet_jax.train.checkpoint import LATEST, has_checkpoint
+from relaxnet_jax.train.checkpoint import LATEST, MODEL, has_checkpoint
 from relaxnet_jax.train.data import TrainingData
 from relaxnet_jax.train.hosts import Hosts
 from relaxnet_jax.train.report import METRICS
@@ -59,7 +59,7 @@ def _check_new(workdir: Path, config: Path) -> None:
 
     A run that never reached a checkpoint left nothing worth keeping and may be replaced.
     """
-    held = (workdir / "model").exists() or has_checkpoint(workdir)
+    held = (workdir / MODEL).exists() or has_checkpoint(workdir)
     if config.exists() and held:
         raise InputError(
             f"{workdir}: already holds a run; continue it with --resume or give another --workdir"
@@ -67,7 +67,7 @@ def _check_new(workdir: Path, config: Path) -> None:
     if (workdir / "model.json").exists():
         raise InputError(f"{workdir}: is a model folder; give another --workdir")
     if not config.exists():  # a run writes it first
-        others = ["model", RECORD, FILE, METRICS, *([LATEST] if has_checkpoint(workdir) else [])]
+        others = [MODEL, RECORD, FILE, METRICS, *([LATEST] if has_checkpoint(workdir) else [])]
         if found := [name for name in others if (workdir / name).exists()]:
             raise InputError(
                 f"{workdir / found[0]}: exists, without the config.json of a run; give another "
@@ -78,7 +78,8 @@ def _check_new(workdir: Path, config: Path) -> None:
             from_json(config.read_text(), str(config))
         except (InputError, OSError, ValueError):
             raise InputError(
-                f"{config}: is not a run's and would be overwritten; give another --workdir"
+                f"{config}: is not of a run, or of another version's, and would be overwritten; give "
+                "another --workdir"
             ) from None
 
 

@@ -48,7 +48,8 @@ class Clock:
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            if handler is not None:  # it was set by other than Python
+                signal.signal(number, handler)
 
     def _tell(self, *_: object) -> None:
         self.told = True
@@ -57,9 +58,8 @@ class Clock:
         if self.interrupted:
             raise KeyboardInterrupt
         self.told = self.interrupted = True
-        with contextlib.suppress(
-            RuntimeError
-        ):  # the signal may come in the middle of another print
+        # The signal may come in the middle of another print, or have ended what reads them.
+        with contextlib.suppress(Exception, SystemExit):
             self._say("stopping with a checkpoint; Ctrl-C again to stop at once")
 
     def tick(self) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from relaxnet_jax.train.checkpoint import Checkpoints
+from relaxnet_jax.train.checkpoint import MODEL, Checkpoints
 from relaxnet_jax.train.clock import Clock
 from relaxnet_jax.train.report import MetricsLog
 from relaxnet_jax.train.run import Run
@@ -32,7 +32,6 @@ from relaxnet_jax.train.tally import Tally
 # validation loss, whose changes from epoch to epoch are mostly noise from a few structures, exceeds
 # the best by more than this factor.
 KEEP_LAST = 1.1
-MODEL = "model"  # in a workdir
 
 
 @dataclasses.dataclass
@@ -89,9 +88,11 @@ class Epochs:
         with clock, self._closing():
             self._replace_missing_model()
             clock.tick()
-            for epoch in range(self.first, self.t.epochs):
+            over = self._end(epoch) if resumable and not self.tally.batches else ""
+            reason = over or reason
+            for epoch in range(self.first, self.first if over else self.t.epochs):
                 if clock.stop and resumable:
-                    stopped = f"before epoch {epoch}"
+                    stopped, epoch = f"before epoch {epoch}", epoch - 1
                     break
                 record = self._train(epoch)
                 if clock.stop and record["partial"]:
@@ -269,7 +270,7 @@ class Epochs:
             self.log.write(record)
         # Without a best epoch so far, the latest finite parameters are exported.
         wanted = best or (self.plateau.best_epoch < 0 and run.finite(self._averaged))
-        new = run.hosts.first and not (self.workdir / MODEL).exists()
+        new = run.hosts.share(not (self.workdir / MODEL).exists())
         if wanted and not new:
             self._export(validation)
         due = (epoch + 1) % t.checkpoint_every == 0 or clock.stop

@@ -11,20 +11,21 @@ from pathlib import Path
 import jax
 
 from relaxnet_jax.config import Config, load_config, to_json
+from relaxnet_jax.console import q
 from relaxnet_jax.data.dataset import load_dataset
 from relaxnet_jax.data.files import held, no_space, restore_folder, write_text
 from relaxnet_jax.data.split_file import RECORD
 from relaxnet_jax.errors import InputError
 from relaxnet_jax.memory import ERRORS, out_of_memory
 from relaxnet_jax.train.beginning import Beginning, read_beginning
-from relaxnet_jax.train.checkpoint import has_checkpoint
+from relaxnet_jax.train.checkpoint import MODEL, has_checkpoint
 from relaxnet_jax.train.checks import (
     check_same_config,
     check_same_content,
     check_same_splits,
     check_workdir,
 )
-from relaxnet_jax.train.epochs import MODEL, Epochs, Result
+from relaxnet_jax.train.epochs import Epochs, Result
 from relaxnet_jax.train.hosts import Hosts
 from relaxnet_jax.train.parallel import Devices
 from relaxnet_jax.train.report import ConsoleReport
@@ -119,7 +120,7 @@ def _does_not_fit(config: Config, workdir: Path) -> str:
     """
     size, changes = config.train.batch_size, ""
     if (workdir / MODEL).exists():
-        changes = f"train.start_from={workdir} "
+        changes = f"train.start_from={q(workdir)} "
     where = " in another --workdir" if has_checkpoint(workdir) else ""
     smaller = f"start again{where} with --set {changes}train.batch_size={size // 2}"
     if size == 1:

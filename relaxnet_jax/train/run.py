@@ -19,6 +19,7 @@ from relaxnet_jax.errors import InputError
 from relaxnet_jax.model import RelaxNet, save_model
 from relaxnet_jax.runtime import usable_cores
 from relaxnet_jax.train.beginning import Beginning
+from relaxnet_jax.train.checkpoint import MODEL
 from relaxnet_jax.train.checks import check_same_data
 from relaxnet_jax.train.data import prepare
 from relaxnet_jax.train.parallel import Devices
@@ -115,7 +116,7 @@ class Run:
     def export(self, params: Any, workdir: Path, validation: Mapping[str, float]) -> None:
         """Writes the model with these (replicated) parameters to ``workdir/model``; see `model`."""
         own = jax.device_get(self.devices.first(params))
-        save_model(self.model(own, validation), workdir / "model")
+        save_model(self.model(own, validation), workdir / MODEL)
 
     def finite(self, params: Any) -> bool:
         leaves = jax.tree.leaves(jax.device_get(self.devices.first(params)))
