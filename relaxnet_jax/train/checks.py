@@ -67,7 +67,13 @@ def _check_new(workdir: Path, config: Path) -> None:
     if (workdir / "model.json").exists():
         raise InputError(f"{workdir}: is a model folder; give another --workdir")
     if not config.exists():  # a run writes it first
-        others = [MODEL, RECORD, FILE, METRICS, *([LATEST] if has_checkpoint(workdir) else [])]
+        others: list[str | Path] = [
+            MODEL,
+            RECORD,
+            FILE,
+            METRICS,
+            *([LATEST] if has_checkpoint(workdir) else []),
+        ]
         if found := [name for name in others if (workdir / name).exists()]:
             raise InputError(
                 f"{workdir / found[0]}: exists, without the config.json of a run; give another "
