@@ -45,12 +45,12 @@ def x64():
 @contextlib.contextmanager
 def optimisations():
     """Programs compiled within are those that users run."""
-    before = jax.config.jax_disable_most_optimizations
+    few = os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1"
     jax.config.update("jax_disable_most_optimizations", False)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "0")
         yield
-    jax.config.update("jax_disable_most_optimizations", before)
+    jax.config.update("jax_disable_most_optimizations", few)
 
 
 @pytest.fixture(scope="module")

@@ -620,7 +620,7 @@ def test_short_names_for_consoles(model):
     assert repr(model).startswith("RelaxNet(explicit, fixed cells, untrained, ")
     path = relax(model, crystal(), n_frames=3)
     assert repr(path) == "RelaxationTrajectory('0-ClNaO', ClNaO, 3 frames, one cell)"
-    with pytest.raises(InputError, match=r"takes a graph, not Atoms: give model\.graph\(atoms\)"):
+    with pytest.raises(InputError, match=r"takes a graph, not Atoms; give model\.graph\(atoms\)"):
         predict_trajectory(model, crystal())
 
 
