@@ -103,6 +103,14 @@ def same_run(a, b, config):
         np.testing.assert_array_equal(x, y)
 
 
+def same_when_resumed(result, workdir, where):
+    """Resumes a run from where it was left; it is then the uninterrupted one."""
+    report, text = quiet()
+    train(config_of(), workdir, resume=True, report=report, devices=1)
+    assert f"resuming {where}" in text.getvalue()
+    same_run(result.workdir, workdir, config_of())
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A folder for runs; the generated relaxations are cached in it."""
@@ -230,10 +238,7 @@ def test_resume_after_a_kill(run, folder):
         process.communicate()
     assert process.returncode == -signal.SIGKILL
     assert len(records(workdir)) < 6
-    report, text = quiet()
-    train(config_of(), workdir, resume=True, report=report, devices=1)
-    assert "resuming " in text.getvalue()
-    same_run(result.workdir, workdir, config_of())
+    same_when_resumed(result, workdir, "")
 
 
 @pytest.fixture(params=[0, 1])
@@ -270,10 +275,7 @@ def test_resume_within_an_epoch(run, folder, monkeypatch, ahead):
         with pytest.raises(RuntimeError, match="killed"):
             train(config, workdir, report=quiet()[0], devices=1)
     assert [r["epoch"] for r in records(workdir)] == [0, 1]
-    report, text = quiet()
-    train(config_of(), workdir, resume=True, report=report, devices=1)
-    assert "resuming within epoch 2, after 2 batches" in text.getvalue()
-    same_run(result.workdir, workdir, config_of())
+    same_when_resumed(result, workdir, "within epoch 2, after 2 batches")
 
 
 def test_sigterm_writes_a_checkpoint(run, folder, ahead):
@@ -292,9 +294,7 @@ def test_sigterm_writes_a_checkpoint(run, folder, ahead):
     assert stopped.stopped and stopped.epochs == 2 and not result.stopped
     assert "stopped by SIGTERM within epoch 1" in text.getvalue()
     assert len(records(workdir)) == 1 and signal.getsignal(signal.SIGTERM) is before
-    train(config_of(), workdir, resume=True, report=report, devices=1)
-    assert f"resuming within epoch 1, after {2 + ahead} batches" in text.getvalue()
-    same_run(result.workdir, workdir, config_of())
+    same_when_resumed(result, workdir, f"within epoch 1, after {2 + ahead} batches")
 
 
 def test_sigterm_within_the_last_batch_of_an_epoch(run, folder):
@@ -314,9 +314,7 @@ def test_sigterm_within_the_last_batch_of_an_epoch(run, folder):
     stopped = train(config_of(), workdir, report=Telling(report.console), devices=1)
     assert stopped.stopped and "stopped by SIGTERM after epoch 1" in text.getvalue()
     assert [r["partial"] for r in records(workdir)] == [False, False]
-    train(config_of(), workdir, resume=True, report=report, devices=1)
-    assert "resuming after epoch 1" in text.getvalue()
-    same_run(result.workdir, workdir, config_of())
+    same_when_resumed(result, workdir, "after epoch 1")
 
 
 def test_ctrl_c_writes_a_checkpoint(run, folder):
@@ -339,9 +337,7 @@ def test_ctrl_c_writes_a_checkpoint(run, folder):
         signal.signal(signal.SIGINT, before)
     assert "stopping with a checkpoint; Ctrl-C again to stop at once" in text.getvalue()
     assert "stopped by Ctrl-C within epoch 0" in text.getvalue()
-    train(config_of(), workdir, resume=True, report=report, devices=1)
-    assert "resuming within epoch 0, after 3 batches" in text.getvalue()
-    same_run(result.workdir, workdir, config_of())
+    same_when_resumed(result, workdir, "within epoch 0, after 3 batches")
 
 
 def test_a_second_ctrl_c_is_at_once():

@@ -84,14 +84,13 @@ class Epochs:
           KeyboardInterrupt: Ctrl-C was pressed; there is a checkpoint, as after SIGTERM.
         """
         clock, reason, epoch, stopped = self.clock, "epochs", self.first - 1, ""
-        resumable = self.first > 0 or self.tally.batches > 0
         with clock, self._closing():
             self._replace_missing_model()
             clock.tick()
-            over = self._end(epoch) if resumable and not self.tally.batches else ""
+            over = self._end(epoch) if self.first and not self.tally.batches else ""
             reason = over or reason
-            for epoch in range(self.first, self.first if over else self.t.epochs):
-                if clock.stop and resumable:
+            for epoch in [] if over else range(self.first, self.t.epochs):
+                if clock.stop and (epoch or self.tally.batches):  # there is a checkpoint
                     stopped, epoch = f"before epoch {epoch}", epoch - 1
                     break
                 record = self._train(epoch)

@@ -77,17 +77,16 @@ def start_parameters(
     known = flax.traverse_util.flatten_dict(start.params)
     flat = flax.traverse_util.flatten_dict(fresh)
     missing = sorted({path[0] for path in flat if path not in known})
-    wider = {path[0] for path in flat if path in known and _rows(flat[path]) > _rows(known[path])}
-    missing += [f"some inputs of {name}" for name in sorted(wider)]
+    more = {path: _rows(flat[path]) - _rows(known[path]) for path in flat if path in known}
+    missing += [
+        f"some inputs of {name}" for name in sorted({p[0] for p, n in more.items() if n > 0})
+    ]
     if missing:
         report(f"{config.train.start_from}: has no {', '.join(missing)}: initialised at random")
-    narrower = {
-        path[0] for path in flat if path in known and _rows(flat[path]) < _rows(known[path])
-    }
-    if narrower:
+    if narrower := sorted({path[0] for path, n in more.items() if n < 0}):
         report(
-            f"{config.train.start_from}: left out the inputs that {', '.join(sorted(narrower))} has "
-            "there but not here"
+            f"{config.train.start_from}: left out the inputs that {', '.join(narrower)} has there but "
+            "not here"
         )
     taken = {p: _with_rows(v, known[p]) if p in known else v for p, v in flat.items()}
     return flax.traverse_util.unflatten_dict(taken)
